@@ -44,12 +44,11 @@ def show(
     What is trained on is shown in ⟦ ⟧.
     """
     from dataclasses import asdict
-    from functools import partial
     from tempfile import TemporaryDirectory
 
     from cli.console import print_json, print_line, print_table, stdout
     from pipeline.data.formats import iter_examples
-    from pipeline.data.masking import encode
+    from pipeline.data.masking import Encoder
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.data.windows import Corpus
     from pipeline.errors import UserError
@@ -62,7 +61,7 @@ def show(
             "Name a model folder with --base, or run `lora import` or `lora pretrain`."
         )
     tokenizer = load_tokenizer(base)
-    encode_one = partial(encode, tokenizer=tokenizer, max_length=max_length, positions=_max_positions(base))
+    encode_one = Encoder(tokenizer, max_length, _max_positions(base))
     examples = iter_examples(file, str(file))
     shown = [(example, encode_one(example)) for example in islice(examples, limit)]
     with TemporaryDirectory() as folder:

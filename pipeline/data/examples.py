@@ -66,6 +66,8 @@ def in_evaluation(example: Example, share: float) -> bool:
 
     So adding lines moves no example between the splits, and duplicates land in the same one.
     """
+    if not share:
+        return False
     # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
     parts = [example.text, example.prompt, list(example.messages), *([example.tools] if example.tools else [])]
     content = json.dumps(parts, sort_keys=True)

@@ -1,15 +1,22 @@
 """Label masking: examples as tokens, and which of them are trained on."""
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.data.examples import Example
-from pipeline.data.tokenizers.chat_template import single_rendering
+from pipeline.data.tokenizers.chat_template import Renderings, checked
+from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
 RENDERED_TOGETHER = 16  # prompts per request: those of a long conversation together are quadratic in its length
+GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18  # per request: enough to hide the round trip, little to hold in memory
+
+Mask = npt.NDArray[np.bool_]  # (T,)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,89 @@ class Encoded:
         return sum(self.trained[1:])
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """`encode` with its settings, for one example or for many: chat templates are rendered ahead, on another core."""
+
+    tokenizer: Tokenizer
+    max_length: int = 0
+    positions: int | None = None
+    virtual: int = 0
+
+    def __call__(self, example: Example) -> Encoded:
+        """Raises UserError, as `encode`."""
+        ((_, encoded),) = self.each([example])
+        return encoded
+
+    def each(self, examples: Iterable[Example]) -> Iterator[tuple[Example, Encoded]]:
+        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that is wrong."""
+        previous: Callable[[], list[tuple[Example, Renderings | UserError | None]]] = list
+        for group, failure in _groups(examples):
+            # Sent before the examples of the previous group are tokenized, so that both processes work.
+            following = self._render(group)
+            yield from self._finish(previous())
+            previous = following
+            if failure is not None:
+                yield from self._finish(previous())
+                raise failure
+        yield from self._finish(previous())
+
+    def _render(self, group: list[Example]) -> Callable[[], list[tuple[Example, Renderings | UserError | None]]]:
+        """Begin to render the conversations of a group. The result waits for them."""
+        conversations = [_conversation(example) for example in group if example.messages]
+        if not conversations:
+            return lambda: [(example, None) for example in group]
+        try:
+            answers = self.tokenizer.render_each(conversations)
+        except UserError as error:  # no template: the first conversation reports it
+            failed: list[Renderings | UserError] = [error] * len(conversations)
+            answers = lambda: failed  # noqa: E731
+
+        def renderings() -> list[tuple[Example, Renderings | UserError | None]]:
+            rendered = iter(answers())
+            return [(example, next(rendered) if example.messages else None) for example in group]
+
+        return renderings
+
+    def _finish(
+        self, rendered: Iterable[tuple[Example, Renderings | UserError | None]]
+    ) -> Iterator[tuple[Example, Encoded]]:
+        for example, renderings in rendered:
+            yield example, self._encode(example, renderings)
+
+    def _encode(self, example: Example, renderings: Renderings | UserError | None) -> Encoded:
+        tokenizer = self.tokenizer
+        if unknown := tokenizer.unknown_words(example.text):
+            raise UserError(
+                f"{example.location}: not in the vocabulary: {', '.join(unknown)}. "
+                f"Add {example.file} to expand_vocab.data and run `lora expand-vocab`."
+            )
+        if renderings is not None:
+            ids, trained = _encode_conversation(example, tokenizer, renderings)
+        elif example.prompt is not None:
+            if not example.completion:
+                raise UserError(f'{example.location}: "prompt" needs a "completion". Add one.')
+            # Tokenized separately: in one text the last word of the prompt could merge with the completion's first
+            # letters into a token that a prompt at inference never has.
+            prompt = tokenizer.encode(example.prompt)
+            completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
+            ids, trained = prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
+        else:
+            ids = _append_end(tokenizer.encode(example.text), tokenizer)
+            trained = (True,) * len(ids)
+        length = min(len(ids), self.max_length or len(ids))
+        if self.positions is not None and length > self.positions - self.virtual:
+            less, lower = "", ""
+            if self.virtual:
+                less, lower = f" less {self.virtual} virtual tokens", " lower virtual_tokens,"
+            raise UserError(
+                f"{example.location}: {length} tokens with the end token, more than the model's {self.positions} "
+                f"positions{less}. Shorten it, cut it with max_length,{lower} or raise pretrain.max_positions of a "
+                "MiniGPT."
+            )
+        return Encoded(ids[:length], trained[:length], len(ids) - length)
+
+
 def encode(
     example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
 ) -> Encoded:
@@ -35,33 +125,34 @@ def encode(
     token behind it. `max_length` above 0 truncates. Raises UserError, with the example's location, if the result does
     not fit into the model's `positions`, less the `virtual` tokens.
     """
-    if unknown := tokenizer.unknown_words(example.text):
-        raise UserError(
-            f"{example.location}: not in the vocabulary: {', '.join(unknown)}. "
-            f"Add {example.file} to expand_vocab.data and run `lora expand-vocab`."
-        )
-    if example.messages:
-        ids, trained = _encode_conversation(example, tokenizer)
-    elif example.prompt is not None:
-        if not example.completion:
-            raise UserError(f'{example.location}: "prompt" needs a "completion". Add one.')
-        # Tokenized separately: in one text the last word of the prompt could merge with the completion's first letters
-        # into a token that a prompt at inference never has.
-        prompt = tokenizer.encode(example.prompt)
-        completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
-        ids, trained = prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
-    else:
-        ids = _append_end(tokenizer.encode(example.text), tokenizer)
-        trained = (True,) * len(ids)
-    length = min(len(ids), max_length or len(ids))
-    if positions is not None and length > positions - virtual:
-        less, lower = (f" less {virtual} virtual tokens", " lower virtual_tokens,") if virtual else ("", "")
-        raise UserError(
-            f"{example.location}: {length} tokens with the end token, more than the model's {positions} "
-            f"positions{less}. Shorten it, cut it with max_length,{lower} or raise pretrain.max_positions of a "
-            "MiniGPT."
-        )
-    return Encoded(ids[:length], trained[:length], len(ids) - length)
+    return Encoder(tokenizer, max_length, positions, virtual)(example)
+
+
+def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:
+    """Runs of examples that are rendered together. What reading raises comes with the examples before it."""
+    group, size = list[Example](), 0
+    try:
+        for example in examples:
+            group.append(example)
+            size += len(example.text)
+            if len(group) == GROUP_EXAMPLES or size > GROUP_CHARACTERS:
+                yield group, None
+                group, size = [], 0
+    except UserError as error:
+        yield group, error
+        return
+    yield group, None
+
+
+def _conversation(example: Example) -> Conversation:
+    """What is rendered for the mask: the whole, and the prompts of the first answers."""
+    prompts = [(turn, True) for turn in _answers(example)[:RENDERED_TOGETHER]]
+    return Conversation(example.messages, [(len(example.messages), False), *prompts], example.tools)
+
+
+def _answers(example: Example) -> list[int]:
+    """The indices of the assistant's turns."""
+    return [turn for turn, message in enumerate(example.messages) if message["role"] == "assistant"]
 
 
 def _append_end(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -69,19 +160,24 @@ def _append_end(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
     return ids if ids and ids[-1] in tokenizer.end_ids else (*ids, tokenizer.end_id)
 
 
-def _encode_conversation(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+def _encode_conversation(
+    example: Example, tokenizer: Tokenizer, renderings: Renderings | UserError
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The conversation as its chat template writes it; the assistant's turns and their end tokens are trained on."""
     try:
-        turns = _AssistantTurns(example, tokenizer)
+        if isinstance(renderings, UserError):
+            raise renderings
+        turns = _AssistantTurns(example, tokenizer, renderings)
         # Marks are the author's own word on what the assistant says, but few templates have them. For the others the
         # mask is found by rendering the conversation up to each answer, which only fails on templates that change
         # earlier text when a turn is added.
         trained, ended = turns.mask_from_marks() or turns.mask_from_prefixes()
     except UserError as error:
         raise error if str(error).startswith(example.location) else UserError(f"{example.location}: {error}") from None
-    if ended or example.messages[-1]["role"] != "assistant":
-        return turns.ids, tuple(trained)
-    return (*turns.ids, tokenizer.end_id), (*trained, True)
+    mask, last = tuple(trained.tolist()), len(example.messages) - 1
+    if ended or example.messages[last]["role"] != "assistant" or last in example.untrained:
+        return turns.ids, mask
+    return (*turns.ids, tokenizer.end_id), (*mask, True)
 
 
 class _AssistantTurns:
@@ -90,89 +186,118 @@ class _AssistantTurns:
     A mask says of each token whether it is trained on; with it comes whether the last answer has an end token.
     """
 
-    def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
+    def __init__(self, example: Example, tokenizer: Tokenizer, renderings: Renderings) -> None:
+        """`renderings`: of the prefixes of `_conversation`."""
         self._example, self._tokenizer = example, tokenizer
-        self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        # In one request, as most conversations need the prompts and all need the whole.
-        prefixes = [(turn, True) for turn in self._answers[:RENDERED_TOGETHER]]
-        conversation, *self._prompts = tokenizer.render_each(
-            example.messages, [(len(example.messages), False), *prefixes]
-        )
-        self._text = single_rendering([conversation])
+        self._answers = _answers(example)
+        conversation, *self._prompts = renderings
+        self._text = checked(conversation)
         if unknown := tokenizer.unknown_words(self._text):
             raise UserError(
                 f"{example.location}: the chat template writes words that are not in the vocabulary: "
                 f"{', '.join(unknown)}."
             )
-        self.ids, self._spans = tokenizer.spans(self._text)
+        self.ids, spans = tokenizer.spans(self._text)
+        table = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(self.ids))  # a third of np.array's time
+        self._begins, self._ends = table[::2], table[1::2]
+        end_ids = tokenizer.end_ids
+        self._end_tokens = [index for index, id_ in enumerate(self.ids) if id_ in end_ids]
 
-    def mask_from_marks(self) -> tuple[list[bool], bool] | None:
+    def mask_from_marks(self) -> tuple[Mask, bool] | None:
         """The tokens in the template's {% generation %} marks, and the end token behind each run of them.
 
         None if nothing is marked.
         """
         mask = self._mask(self._text.marks)
-        if not any(mask):
+        if not mask.any():
             return None
-        trained, ended = list(mask), False
-        for stop in (i + 1 for i, marked in enumerate(mask) if marked and not (i + 1 < len(mask) and mask[i + 1])):
+        if self._example.untrained:
+            mask = self._mask(self._marks_of_trained_turns())
+        trained, ended = mask.copy(), False
+        for stop in (i + 1 for i in mask.nonzero()[0].tolist() if not (i + 1 < len(mask) and mask[i + 1])):
             ended = self._end_token(range(stop - 1, -1, -1)) is not None
             if not ended and (end := self._end_token(range(stop, len(self.ids)))) is not None:
                 # The model must learn to stop, also where the author marked the words alone.
-                trained[stop : end + 1] = [True] * (end + 1 - stop)
+                trained[stop : end + 1] = True
                 ended = True
         return trained, ended
+
+    def _marks_of_trained_turns(self) -> list[tuple[int, int]]:
+        """A mark is of the last answer whose prompt ends before the mark does."""
+        starts = self._starts()
+        turns = [self._answers[max(0, sum(start < stop for start in starts) - 1)] for _, stop in self._text.marks]
+        marks = zip(self._text.marks, turns, strict=True)
+        return [mark for mark, turn in marks if turn not in self._example.untrained]
 
     def _end_token(self, indices: Iterable[int]) -> int | None:
         """The index of an end token that at most white space comes before."""
         for i in indices:
             if self.ids[i] in self._tokenizer.end_ids:
                 return i
-            start, stop = self._spans[i]
-            if self._text[start:stop].strip():
+            if self._text[self._begins[i] : self._ends[i]].strip():
                 return None
         return None
 
-    def _mask(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    def _mask(self, spans: Sequence[tuple[int, int]]) -> Mask:
         """Whether each token overlaps one of the character `spans` [start, stop), which are in order."""
-        stops = [stop for _, stop in spans]
-        first = (
-            bisect_right(stops, begin) for begin, _ in self._spans
-        )  # the first that stops behind the token's begin
-        return [i < len(spans) and spans[i][0] < end for i, (_, end) in zip(first, self._spans, strict=True)]
+        if not spans:
+            return np.zeros(len(self.ids), np.bool_)
+        starts, stops = np.array(spans, np.int64).T
+        first = np.searchsorted(stops, self._begins, "right")  # the first that stops behind the token's begin
+        mask: Mask = np.append(starts, np.iinfo(np.int64).max)[first] < self._ends
+        return mask
 
-    def mask_from_prefixes(self) -> tuple[list[bool], bool]:
+    def mask_from_prefixes(self) -> tuple[Mask, bool]:
         """An answer is what the conversation adds to its prompt, up to the first end token behind its content."""
-        messages = self._example.messages
-        ends = [span for id_, span in zip(self.ids, self._spans, strict=True) if id_ in self._tokenizer.end_ids]
-        starts = []
+        starts = self._starts()
+        spans, ended = [], False
+        for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
+            if turn not in self._example.untrained:
+                stop, ended = self._stop(turn, start, limit)
+                spans.append((start, stop))
+        return self._mask(spans), ended
+
+    def _starts(self) -> list[int]:
+        """Where each answer begins: behind the prompt that the model gets for it."""
+        messages, starts = self._example.messages, list[int]()
         for number, turn in enumerate(self._answers):
             if number < len(self._prompts):
-                prompt = single_rendering([self._prompts[number]])
+                prompt = checked(self._prompts[number])
             else:
-                prompt = self._tokenizer.render(messages[:turn], add_generation_prompt=True)
+                prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
             if not self._text.startswith(prompt):
                 raise self._masking_error(turn, "changes earlier text when this turn is added")
             starts.append(len(prompt))
-        spans, ended = [], False
-        for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
-            content = messages[turn]["content"] or ""
-            # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
-            for text in (content, content.strip(), content.split("</think>")[-1].strip()):
-                offset = self._text.find(text, start, limit) if text else -1
-                if offset >= 0 and not any(start <= begin < offset for begin, _ in ends):
-                    break
-            else:
+        return starts
+
+    def _stop(self, turn: int, start: int, limit: int) -> tuple[int, bool]:
+        """Where an answer stops that begins at `start` and is followed by the next at `limit`; if by an end token."""
+        message = self._example.messages[turn]
+        content, calls = message["content"] or "", bool(message.get("tool_calls"))
+        ends = [(int(self._begins[i]), int(self._ends[i])) for i in self._end_tokens]
+        # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
+        for text in (content, content.strip(), content.split("</think>")[-1].strip()):
+            offset = self._text.find(text, start, limit) if text else -1
+            if offset >= 0 and not any(start <= begin < offset for begin, _ in ends):
+                break
+        else:
+            if not calls:  # whose template may leave out what is said beside them
                 raise self._masking_error(turn, "does not write its content unchanged")
-            stop = next((end for begin, end in ends if offset + len(text) <= begin < limit), None)
-            ended = stop is not None
-            if stop is None:  # no end token: all that the template writes of the turn
-                until_turn = self._tokenizer.render(messages[: turn + 1], add_generation_prompt=False)
-                if not self._text.startswith(until_turn):
-                    raise self._masking_error(turn, "writes no end-of-turn token after it")
-                stop = len(until_turn)
-            spans.append((start, stop))
-        return self._mask(spans), ended
+            text, offset = "", start
+        behind = offset + len(text)
+        stop = next((end for begin, end in ends if behind <= begin < limit), None)
+        if stop is not None and not (calls and self._holds_next_turn(turn, behind, stop)):
+            return stop, True
+        # No end token: all that the template writes of the turn.
+        until_turn = self._tokenizer.render(self._example.messages[: turn + 1], False, self._example.tools)
+        if not self._text.startswith(until_turn):
+            raise self._masking_error(turn, "writes no end-of-turn token after it")
+        return len(until_turn), False
+
+    def _holds_next_turn(self, turn: int, start: int, stop: int) -> bool:
+        """Whether the end token at `stop` may be the next turn's: the template writes none behind tool calls."""
+        following = self._example.messages[turn + 1 : turn + 2]
+        return any((message["content"] or "").strip() in self._text[start:stop] for message in following)
 
     def _masking_error(self, turn: int, reason: str) -> UserError:
         return UserError(

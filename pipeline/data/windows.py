@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.data.examples import IGNORED, Example, Window, windows
-from pipeline.data.masking import Encoded
+from pipeline.data.masking import Encoded, Encoder
 from pipeline.errors import UserError
 
 FILE = "tokens.bin"
@@ -36,6 +36,10 @@ class Statistics:
         return self.labels / max(1, self.tokens)
 
 
+# Runs of examples or sequences, and how often each of their members is seen per epoch.
+Parts = tuple[tuple[range, float], ...]
+
+
 class Corpus:
     """Encoded examples in their original order, on disk.
 
@@ -43,16 +47,26 @@ class Corpus:
     stored as ~id, which is negative, so that the mask needs no file of its own.
     """
 
-    def __init__(self, examples: Iterable[Example], encode: Callable[[Example], Encoded], folder: Path) -> None:
-        """Encode each example once, into a file in `folder`. Passes on what `encode` raises."""
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        encode: Callable[[Example], Encoded] | Encoder,
+        folder: Path,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Encode each example once, into a file in `folder`. Passes on what `encode` raises.
+
+        `weights`: file → how often each of its examples is seen per epoch.
+        """
+        self._weights = weights or {}
+        pairs = encode.each(examples) if isinstance(encode, Encoder) else ((e, encode(e)) for e in examples)
         self._starts = array("q", [0])  # offsets in tokens, with the end of the last
         self._lines, self._cuts = array("q"), array("i")
         self._files: list[str] = []  # _files[i] begins with example number _first[i]
         self._first: list[int] = []
         self._labels = self._truncated = self._unlabelled = 0
         with (folder / FILE).open("wb") as file:
-            for example in examples:
-                encoded = encode(example)
+            for example, encoded in pairs:
                 self._truncated += bool(encoded.cut)
                 if not encoded.labels:  # nothing to train on
                     self._unlabelled += 1
@@ -64,8 +78,8 @@ class Corpus:
                 self._lines.append(example.line)
                 self._cuts.append(encoded.cut)
                 self._starts.append(self._starts[-1] + len(encoded.ids))
-                stored = [id_ if on else ~id_ for id_, on in zip(encoded.ids, encoded.trained, strict=True)]
-                file.write(np.array(stored, STORED).tobytes())
+                ids = np.array(encoded.ids, STORED)
+                file.write(np.where(encoded.trained, ids, ~ids).tobytes())
         # An empty file cannot be mapped.
         self._tokens = np.memmap(folder / FILE, STORED, "r") if len(self) else np.empty(0, STORED)
 
@@ -88,6 +102,13 @@ class Corpus:
     def location(self, index: int) -> str:
         """Source of an example, as `file:line`."""
         return f"{self._files[bisect_right(self._first, index) - 1]}:{self._lines[index]}"
+
+    @property
+    def parts(self) -> Parts:
+        """The weight of each run of examples."""
+        stops = [*self._first[1:], len(self)]
+        runs = zip(self._first, stops, self._files, strict=True) if len(self) else ()
+        return tuple((range(first, stop), self._weights.get(file, 1.0)) for first, stop, file in runs)
 
     @property
     def statistics(self) -> Statistics:
@@ -128,6 +149,10 @@ class Dataset(Protocol):
     def location(self, number: int) -> str:
         """Source of a sequence, such as data/mine.jsonl:7."""
 
+    @property
+    def parts(self) -> Parts:
+        """The weight of each run of sequences."""
+
 
 @dataclass(frozen=True)
 class ExampleDataset:
@@ -147,6 +172,10 @@ class ExampleDataset:
     def location(self, number: int) -> str:
         return self.corpus.location(number)
 
+    @property
+    def parts(self) -> Parts:
+        return self.corpus.parts
+
 
 @dataclass(frozen=True)
 class InMemoryDataset:
@@ -154,6 +183,11 @@ class InMemoryDataset:
 
     windows: list[Window]
     locations: list[str]
+    weighted: Parts = ()
+
+    @property
+    def parts(self) -> Parts:
+        return self.weighted or ((range(len(self)), 1.0),)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -180,6 +214,7 @@ def dataset_from(corpus: Corpus, window: int) -> Dataset:
         return ExampleDataset(corpus)
     kept: list[Window] = []
     locations: list[str] = []
+    begins = [0]  # first window of each example, and the end
     for number in range(len(corpus)):
         encoded = corpus[number]
         labels = as_window(encoded).labels
@@ -188,4 +223,6 @@ def dataset_from(corpus: Corpus, window: int) -> Dataset:
             if any(label != IGNORED for label in window_labels):
                 kept.append(Window(cut.start, cut.ids, window_labels))
                 locations.append(corpus.location(number))
-    return InMemoryDataset(kept, locations)
+        begins.append(len(kept))
+    parts = tuple((range(begins[run.start], begins[run.stop]), weight) for run, weight in corpus.parts)
+    return InMemoryDataset(kept, locations, parts)

@@ -21,7 +21,7 @@ from pipeline.document.report import PRINT, REPORT, Findings, figure_section, sa
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params.load import Params
-from pipeline.project.params.sections import Pretrain
+from pipeline.project.params.sections import Pretrain, change_paths
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.full import FinetuneFull
@@ -209,7 +209,7 @@ def wider_base(job: Job, shape: Pretrain) -> Generator[Event, None, Job]:
     expand = job.project.params.expand_vocab
     words, audit = tuple(str(job.path(name)) for name in expand.data), str(job.path(expand.audit_data))
     sections = {
-        "pretrain": structs.replace(shape, data=str(job.path(shape.data))),
+        "pretrain": structs.replace(shape, data=change_paths(shape.data, lambda name: str(job.path(name)))),
         "expand_vocab": structs.replace(expand, data=words, audit_data=audit),
     }
     project = Project(job.run / PARTS / "wider base", job.project.params.replaced(sections), GRAPH)

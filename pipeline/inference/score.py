@@ -133,7 +133,7 @@ def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bo
     prompt: str
     if example.messages:
         *turns, answer = example.messages
-        prompt, rest = tokenizer.render(turns, add_generation_prompt=True), answer["content"] or ""
+        prompt, rest = tokenizer.render(turns, True, example.tools), answer["content"] or ""
     elif example.prompt is not None:
         prompt, rest = example.prompt, example.completion
     else:

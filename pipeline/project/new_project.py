@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import digest
 from pipeline.files.base_model import MINIGPT, parse_source, resolve
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
@@ -100,7 +101,10 @@ def create(
     for name, path in data.items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            if path.is_dir():  # a data set of save_to_disk
+                shutil.copytree(path, folder / name)
+            else:
+                shutil.copyfile(path, folder / name)
             added.append(name)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
     for name, content in {**files, CODE_FILE: render_code_yaml(project)}.items():
@@ -115,7 +119,7 @@ def create(
     # What was there may be the user's own work: where it differs, it is named and not replaced.
     kept = {}
     if params:
-        kept = {name: path for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()}
+        kept = {name: path for name, path in data.items() if digest(folder / name) != digest(path)}
     if new_text and text != new_text:
         kept[PARAMS] = source
     try:
@@ -227,9 +231,9 @@ def _data_sources(project: Project, source_folder: Path, given: Mapping[str, Pat
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if name in given:
                 sources[name] = given[name]
-            elif key != "base" and inside and (source_folder / name).is_file():
+            elif key != "base" and inside and (source_folder / name).exists():
                 sources[name] = source_folder / name
-            elif (project.root / name).is_file() or key == "base":
+            elif (project.root / name).exists() or key == "base":
                 continue
             elif inside and (packaged := [folder / name for folder in packages if (folder / name).is_file()]):
                 sources[name] = packaged[0]
@@ -309,7 +313,7 @@ def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> 
     """A file as ${section.key} if params.yaml has the key, so that DVC follows it. ~ is expanded, as DVC does not."""
     if name.startswith("~"):
         return str(Path(name).expanduser())
-    path = key if "." in key else key_path(stage.section, key)
+    path = key if "." in key.partition("[")[0] else key_path(stage.section, key)
     return f"${{{path}}}" if path in TOP_LEVEL or path.partition(".")[0] in written else name
 
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list
     return [name for name, digest in now.items() if made_from.get(name) != digest]
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")  # org/name, with a revision and a split
 Work = Callable[[Job], Generator[Event, None, Facts]]
 
 
@@ -192,14 +194,21 @@ def _uses_quantization(stage: Stage, section: Facts) -> bool:
 def _without_paths(value: Any) -> Any:
     if isinstance(value, str):
         return base_model.shared_name(value)
+    if isinstance(value, Mapping):
+        return {key: _without_paths(part) for key, part in value.items()}
     return [_without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
     """Name → digest of everything that the stage reads. Raises UserError if something is missing."""
     for name in project.data_files(stage):
-        if not (project.root / name).is_file():
-            raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
+        if not (project.root / name).exists():
+            is_hub_id = HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha()  # data/mine.csv is a file
+            convert = f" A data set of the hub becomes one by `lora data convert {name} data/NAME.jsonl`."
+            raise UserError(
+                f"{name} is not a file. Name an existing one in section {stage.name} of the params."
+                f"{convert if is_hub_id else ''}"
+            )
     inputs: dict[str, str] = {}
     if stage.name == "import":
         source = base_model.resolve(project.params.origin.base, project.root)

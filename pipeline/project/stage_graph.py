@@ -295,14 +295,17 @@ class Project:
         return cache_folder(self.parent.root if self.parent else self.root)
 
     def file_keys(self, stage: Stage) -> dict[str, str]:
-        """Key of the stage's settings (such as data[0]), or section.key → name of each data file that it reads.
+        """Key of the stage's settings, such as data[0] or data[0].path, or section.key → name of each data file that it
+        reads.
 
         Each file once, under its first key.
         """
         files: dict[str, str] = {}
         for key in stage.data:
             value = self.setting(stage, key)
-            names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
+            entries = {key: value} if isinstance(value, str) else {f"{key}[{i}]": part for i, part in enumerate(value)}
+            names = {k: part if isinstance(part, str) else part["path"] for k, part in entries.items()}
+            names = {k if entries[k] == name else f"{k}.path": name for k, name in names.items()}
             files |= {k: name for k, name in names.items() if name and name not in files.values()}
         return files
 

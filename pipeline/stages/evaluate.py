@@ -80,7 +80,7 @@ def _score_sentences(
             "divergence": old.divergence,
         },
     }
-    examples = read_examples(job.path(settings.new_data), settings.new_data)
+    examples = read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns)
     if any(loaded.tokenizer.unknown_words(example.text) for example in examples):
         if loaded.name != "base":
             raise UserError(

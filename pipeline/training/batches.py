@@ -106,7 +106,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
-        return -(-len(self._windows) // self._step_size)
+        return -(-len(self._rows) // self._step_size)
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
@@ -135,8 +135,15 @@ class Batches:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
 
     def _shuffle(self, epoch: int) -> list[int]:
-        rows = list(range(len(self._windows)))
+        """The windows of an epoch, in their order: as many in each epoch."""
+        # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has the same order
+        rows = list[int]()
+        for run, weight in self._windows.parts:
+            times, part = divmod(weight, 1)
+            rows += [*run] * int(times)
+            if part and run:  # other ones in each epoch, and at least one of them
+                chosen = random.Random(f"{self._seed}/{epoch}/{run.start}")
+                rows += chosen.sample(run, max(1, round(part * len(run))))
         if self._seed is not None:
-            # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has the same order
             random.Random(f"{self._seed}/{epoch}").shuffle(rows)
         return rows

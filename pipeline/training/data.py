@@ -1,14 +1,13 @@
 """What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
 from shutil import copyfile
 
 import torch
 
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
-from pipeline.data.masking import encode
+from pipeline.data.masking import Encoder
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -22,9 +21,13 @@ from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
 from pipeline.training.step import Evaluation
 
 
-def training_examples(job: Job, settings: Training) -> Iterator[Example]:
+def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
-    return (example for name in settings.files for example in iter_examples(job.path(name), name))
+    return (
+        example
+        for file in settings.data_files
+        for example in iter_examples(job.path(file.path), file.path, columns=file.columns, on_note=on_note)
+    )
 
 
 def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
@@ -72,16 +75,14 @@ def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> G
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
     # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
-    examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
+    notes = list[str]()
+    read = training_examples(job, settings, None if held_out else notes.append)  # once is enough
+    examples = (e for e in read if in_evaluation(e, settings.eval_share) == held_out)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
-    encode_one = partial(
-        encode,
-        tokenizer=base.tokenizer,
-        max_length=settings.max_length,
-        positions=base.model.shape.positions,
-        virtual=virtual_tokens,
-    )
-    corpus = Corpus(examples, encode_one, folder)
+    encoder = Encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
+    weights = {} if held_out else {file.path: file.weight for file in settings.data_files}
+    corpus = Corpus(examples, encoder, folder, weights)
+    yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""

@@ -23,7 +23,7 @@ from textual.widgets import Input, Label
 
 from pipeline.project.params.edit import dump_inline
 
-Kind = Literal["integer", "number", "boolean", "text", "choice", "list", "mapping"]
+Kind = Literal["integer", "number", "boolean", "text", "choice", "list", "mapping", "files"]
 Step = Callable[[str, int], str]  # (text, +1 or -1) → the next text
 
 
@@ -52,6 +52,9 @@ class FormField:
         """The text as a value, or unchanged if it is none. Lists and mappings need no brackets and braces."""
         if self.kind == "list":
             return [_parse_scalar(self.items, item) for item in parse_names(text)]
+        if self.kind == "files":
+            items = _parse_list(text)
+            return items if len(items) > 1 or (items and isinstance(items[0], dict)) else text.strip()
         return parse_mapping(text) if self.kind == "mapping" else _parse_scalar(self.kind, text)
 
 
@@ -112,6 +115,8 @@ def format_value(value: Any) -> str:
 
 def _format_item(item: Any) -> str:
     """An item of a list, quoted if it would be read as something else."""
+    if isinstance(item, Mapping):
+        return dump_inline(to_yaml_value(item))
     plain = not isinstance(item, str) or _parse_list(f"{item}, x") == [item, "x"]
     return str(item) if plain else json.dumps(item, ensure_ascii=False)
 

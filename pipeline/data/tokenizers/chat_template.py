@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tokenizers.template_process import RENDERER, Rendered, TemplateError
+from pipeline.data.tokenizers.template_process import RENDERER, Conversation, Rendered, TemplateError
 from pipeline.errors import UserError
 from pipeline.files.digest_cache import Signature, signature
 
@@ -16,8 +16,9 @@ TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TURN = "messages[{}]"
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
-Prefixes = Sequence[tuple[int, bool]]  # (number of leading messages, add_generation_prompt)
-Renderings = Sequence[Rendered | UserError]
+Tools = Sequence[Mapping[str, object]]
+Renderings = Sequence[Rendered | UserError]  # one for each prefix of a conversation
+Answers = Callable[[], list[Renderings | UserError]]  # one for each conversation
 
 
 def has_template(folder: Path) -> bool:
@@ -33,18 +34,26 @@ def has_template(folder: Path) -> bool:
 
 def render(folder: Path, text: str) -> Rendered:
     """`text` as a user's turn, with the generation prompt. Raises UserError."""
-    return single_rendering(render_in(folder, [{"role": "user", "content": text}], [(1, True)], turn="the prompt"))
+    conversation = Conversation([{"role": "user", "content": text}], [(1, True)])
+    return single_rendering(render_in(folder, [conversation], turn="the prompt"))
 
 
-def single_rendering(renderings: Renderings) -> Rendered:
-    """The only rendering. Raises it if it is a UserError."""
-    (rendering,) = renderings
+def single_rendering(answers: Answers) -> Rendered:
+    """The only rendering of the only conversation. Raises it if it is a UserError."""
+    (renderings,) = answers()
+    if isinstance(renderings, UserError):
+        raise renderings
+    return checked(renderings[0])
+
+
+def checked(rendering: Rendered | UserError) -> Rendered:
+    """Raises the rendering if it is a UserError."""
     if isinstance(rendering, UserError):
         raise rendering
     return rendering
 
 
-def render_in(folder: Path, messages: Messages, prefixes: Prefixes, turn: str = TURN) -> Renderings:
+def render_in(folder: Path, conversations: Sequence[Conversation], turn: str = TURN) -> Answers:
     """`render_with` the chat template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
         raise no_template(str(folder))
@@ -52,7 +61,7 @@ def render_in(folder: Path, messages: Messages, prefixes: Prefixes, turn: str = 
         hf_tokenizer = _open_tokenizer(folder, (*signature(folder / TEMPLATE), *signature(folder / CONFIG)))
     except Exception as error:  # whatever the library raises
         raise UserError(f"{folder}: cannot open its tokenizer: {one_line(error)}") from None
-    return render_with(hf_tokenizer, messages, prefixes, str(folder), turn)
+    return render_with(hf_tokenizer, conversations, str(folder), turn)
 
 
 @lru_cache(maxsize=8)
@@ -62,33 +71,80 @@ def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # o
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name: str, turn: str = TURN) -> Renderings:
-    """For each (n, add_generation_prompt) the first n messages in a transformers tokenizer's chat template, or the
-    UserError that says why it fails.
+def render_with(hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN) -> Answers:
+    """Begin to render conversations in a transformers tokenizer's chat template. The function that is returned waits
+    for the renderings.
 
-    Raises UserError if the rendering process had to be stopped, or if a message contains a special token: among those
-    that the template writes, it would begin or end a turn. `turn` formats a message's index for the error.
+    A conversation's answer is a UserError if the rendering process had to be stopped, or if one of its messages or
+    tools contains a special token: among those that the template writes, it would begin or end a turn. `turn` formats a
+    message's index for the error. Raises UserError if there is no default template.
     """
-    as_written, normalized = _special_patterns(hf_tokenizer)
-    for number, message in enumerate(messages):
-        text = str(message["content"])
-        match = as_written.search(text)
-        if match is None and normalized is not None:
-            match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
-        if match:
-            raise UserError(
-                f"{turn.format(number)} contains {match[0]}, a special token of {name}. It would not be read as text: "
-                "it could begin or end a turn. Remove it, or spell it differently."
-            )
     try:
         template = hf_tokenizer.get_chat_template()
     except ValueError as error:  # several templates, none of them the default
         raise UserError(f"{name}: its chat template fails: {one_line(error)}") from None
+    refused = [_special_token(hf_tokenizer, conversation, name, turn) for conversation in conversations]
+    safe = [each for each, error in zip(conversations, refused, strict=True) if error is None]
+    tokens = hf_tokenizer.special_tokens_map
+    request = RENDERER.render(template, safe, tokens)
+
+    def answers() -> list[Renderings | UserError]:
+        results: list[list[Rendered | TemplateError] | TemplateError]
+        try:
+            results = [*request.answer()]
+        except TemplateError as error:
+            # Which one had to be stopped? Each is allowed the time and memory that all of them had.
+            results = [error] if len(safe) == 1 else [_render_alone(template, each, tokens) for each in safe]
+        rendered = iter(results)
+        return [_as_user_errors(next(rendered), name) if error is None else error for error in refused]
+
+    return answers
+
+
+def _render_alone(
+    template: str, conversation: Conversation, tokens: Mapping[str, object]
+) -> list[Rendered | TemplateError] | TemplateError:
     try:
-        results = RENDERER.render(template, messages, prefixes, hf_tokenizer.special_tokens_map)
+        return RENDERER.render(template, [conversation], tokens).answer()[0]
     except TemplateError as error:
-        raise UserError(f"{name}: its chat template {error}") from None
-    return [UserError(f"{name}: its chat template {r}") if isinstance(r, TemplateError) else r for r in results]
+        return error
+
+
+def _as_user_errors(result: list[Rendered | TemplateError] | TemplateError, name: str) -> Renderings | UserError:
+    if isinstance(result, TemplateError):
+        return UserError(f"{name}: its chat template {result}")
+    return [UserError(f"{name}: its chat template {r}") if isinstance(r, TemplateError) else r for r in result]
+
+
+def _special_token(hf_tokenizer: Any, conversation: Conversation, name: str, turn: str) -> UserError | None:
+    """The error for the first special token in a message or a tool, if there is one."""
+    as_written, normalized = _special_patterns(hf_tokenizer)
+    parts = [(turn.format(n), message) for n, message in enumerate(conversation.messages)]
+    parts += [(f"tools[{n}]", tool) for n, tool in enumerate(conversation.tools)]
+    for location, part in parts:
+        for text in _texts(part):
+            match = as_written.search(text)
+            if match is None and normalized is not None:
+                match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+            if match:
+                return UserError(
+                    f"{location} contains {match[0]}, a special token of {name}. It would not be read as text: "
+                    "it could begin or end a turn. Remove it, or spell it differently."
+                )
+    return None
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a message or a tool, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield str(key)
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)
 
 
 @lru_cache(maxsize=8)

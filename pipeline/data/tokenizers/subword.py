@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
-from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.data.tokenizers.chat_template import Answers, Messages, Tools
+from pipeline.data.tokenizers.template_process import Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.safetensors_file import as_os_error
@@ -197,13 +197,14 @@ class SubwordTokenizer:
     def has_template(self) -> bool:
         return bool(self._hf_tokenizer.chat_template)
 
-    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
-        return chat_template.single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
+    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+        conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
+        return chat_template.single_rendering(self.render_each([conversation]))
 
-    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
+    def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         if not self.has_template:
             raise chat_template.no_template(self._name)
-        return chat_template.render_with(self._hf_tokenizer, messages, prefixes, self._name)
+        return chat_template.render_with(self._hf_tokenizer, conversations, self._name)
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["SubwordTokenizer", list[str]]:
         """Tokens match exactly as written; one that begins and ends like a word matches only as a whole word.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RENDER_SECONDS = 5.0  # per request; a real template takes less than a millisecond
 START_SECONDS = 120.0  # to import the libraries on a slow and busy machine
@@ -46,48 +46,67 @@ class Rendered(str):
         return rendered
 
 
+class Conversation(NamedTuple):
+    """What to render: the first n `messages` for each (n, add_generation_prompt) of `prefixes`, with `tools`."""
+
+    messages: Sequence[Mapping[str, object]]
+    prefixes: Sequence[tuple[int, bool]]
+    tools: Sequence[Mapping[str, object]] = ()
+
+
 class Renderer:
     """The rendering process: started on first use, restarted after it was stopped, one request at a time."""
 
     _process: "subprocess.Popen[bytes] | None"
+    _unread: "Request | None"
 
     def __init__(self) -> None:
         self.forget()
 
-    def render(
-        self,
-        template: str,
-        messages: Sequence[Mapping[str, object]],
-        prefixes: Sequence[tuple[int, bool]],
-        tokens: Mapping[str, object],
-    ) -> list[Rendered | TemplateError]:
-        """For each (n, add_generation_prompt) the first n `messages` in a Jinja `template` with the special `tokens`.
+    def render(self, template: str, conversations: Sequence[Conversation], tokens: Mapping[str, object]) -> "Request":
+        """Begin to render `conversations` in a Jinja `template` with the special `tokens`.
 
-        All in one request: the round trip takes 0.1 ms, a short rendering a fifth of that. Raises TemplateError if the
-        process had to be stopped.
+        Many in one request, whose answer is read later: the round trip takes 0.1 ms, a short rendering a fifth of that,
+        and the caller can work while the process does.
         """
-        request = {"template": template, "messages": messages, "prefixes": prefixes, "tokens": tokens}
+        request = Request(self)
+        line = json.dumps({"template": template, "conversations": conversations, "tokens": tokens}).encode() + b"\n"
         with self._lock:
-            process, line = self._ensure_running(), None
+            self.read_answer()
+            try:
+                process = self._ensure_running()
+            except TemplateError as error:
+                request.error = error
+                return request
             assert process.stdin is not None
             try:
                 with suppress(BrokenPipeError):  # it was killed
-                    process.stdin.write(json.dumps(request).encode() + b"\n")
+                    process.stdin.write(line)
                     process.stdin.flush()
-                    line = self._read_line(process, RENDER_SECONDS)
-            except BaseException:  # Ctrl-C too: the next request must not read this one's answer
+            except BaseException:  # Ctrl-C too: half a request is in the pipe
                 self.stop()
                 raise
+            self._unread = request
+        return request
+
+    def read_answer(self) -> None:
+        """Give the request that was sent last its answer, unless it has it."""
+        with self._lock:
+            if (request := self._unread) is None:
+                return
+            process, line = self._process, None
+            try:
+                line = self._read_line(process, RENDER_SECONDS) if process else None
+            finally:  # Ctrl-C too: the next request must not read this one's answer
+                if line is None:
+                    self.stop()
+            self._unread = None
+            request.line = line
             if line is None:
-                self.stop()
-                raise TemplateError(
+                request.error = TemplateError(
                     f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and {MEMORY_BYTES // 2**20} MiB "
                     f"of memory. {ADVICE}"
                 )
-        return [
-            TemplateError(answer["error"]) if "error" in answer else Rendered(answer["text"], answer["marks"])
-            for answer in json.loads(line)
-        ]
 
     def _ensure_running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
@@ -124,6 +143,7 @@ class Renderer:
     def stop(self) -> None:
         """End the process, if there is one."""
         process, self._process = self._process, None
+        self._unread = None
         if process is not None:
             process.kill()
             with suppress(BrokenPipeError):  # unread input
@@ -131,9 +151,37 @@ class Renderer:
 
     def forget(self) -> None:
         """Drop the process without stopping it: a fork must leave its parent's alone and start its own."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._process = None
+        self._unread = None  # the request whose answer was not read
         self._rest = b""  # output read after the last line
+
+
+class Request:
+    """A request that was sent to the rendering process."""
+
+    line: bytes | None = None
+    error: TemplateError | None = None
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    def answer(self) -> list[list[Rendered | TemplateError]]:
+        """A rendering, or why it failed, for each prefix of each conversation.
+
+        Raises TemplateError if the process had to be stopped.
+        """
+        if self.line is None and self.error is None:
+            self._renderer.read_answer()
+        if self.line is None:
+            raise self.error or TemplateError(f"was stopped with its process. {ADVICE}")
+        return [
+            [
+                TemplateError(answer["error"]) if "error" in answer else Rendered(answer["text"], answer["marks"])
+                for answer in answers
+            ]
+            for answers in json.loads(self.line)
+        ]
 
 
 RENDERER = Renderer()
@@ -162,7 +210,11 @@ def serve() -> None:
         # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent itself is killed.
         _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
         request = json.loads(line)
-        answers = [_answer(request, *prefix) for prefix in request["prefixes"]]
+        given = (request["template"], request["tokens"])
+        answers = [
+            [_answer(*given, messages, tools, *prefix) for prefix in prefixes]
+            for messages, prefixes, tools in request["conversations"]
+        ]
         out.write(json.dumps(answers).encode() + b"\n")
         out.flush()
 
@@ -176,16 +228,19 @@ def _limit(name: str, soft: int) -> None:
         resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
 
 
-def _answer(request: dict[str, Any], count: int, add_generation_prompt: bool) -> dict[str, Any]:
+def _answer(
+    template: str, tokens: dict[str, Any], messages: list[Any], tools: list[Any], count: int, ask: bool
+) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         (text,), (marks,) = render_jinja_template(
-            conversations=[request["messages"][:count]],
-            chat_template=request["template"],
-            add_generation_prompt=add_generation_prompt,
+            conversations=[messages[:count]],
+            tools=tools or None,
+            chat_template=template,
+            add_generation_prompt=ask,
             return_assistant_tokens_mask=True,
-            **request["tokens"],
+            **tokens,
         )
     except MemoryError:
         return {"error": f"was stopped: it takes more than {MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"}
@@ -193,9 +248,10 @@ def _answer(request: dict[str, Any], count: int, add_generation_prompt: bool) ->
         return {"error": "fails: maximum recursion depth exceeded"}
     except Exception as error:  # whatever the template or the library raises
         return {"error": f"fails: {' '.join(str(error).split())[:200] or type(error).__name__}"}
-    limit = MAX_EXTRA_CHARACTERS + MAX_COPIES * sum(len(message["content"]) for message in request["messages"])
-    if len(text) > limit:
-        return {"error": f"was stopped: it wrote {len(text):,} characters, more than {limit:,}. {ADVICE}"}
+    if len(text) > MAX_EXTRA_CHARACTERS:
+        limit = MAX_EXTRA_CHARACTERS + MAX_COPIES * len(json.dumps([messages, tools]))
+        if len(text) > limit:
+            return {"error": f"was stopped: it wrote {len(text):,} characters, more than {limit:,}. {ADVICE}"}
     return {"text": text, "marks": marks}
 
 

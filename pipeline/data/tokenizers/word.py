@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
-from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.data.tokenizers.chat_template import Answers, Messages, Tools
+from pipeline.data.tokenizers.template_process import Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
 
@@ -76,11 +76,11 @@ class Tokenizer(Protocol):
     def normalize(self, text: str) -> str:
         """Text for comparison: without differences in white space, or that the tokenizer ignores."""
 
-    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
+    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
         """A conversation in the model's chat template. Raises UserError."""
 
-    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
-        """`render` of the first n messages for each (n, add_generation_prompt), in one request. Raises UserError."""
+    def render_each(self, conversations: Sequence[Conversation]) -> Answers:
+        """Begin to `render` all prefixes of many conversations. Raises UserError."""
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
         """A new tokenizer with `tokens` appended, and those that were new. Existing ids stay the same."""
@@ -206,15 +206,19 @@ class WordTokenizer:
     def has_template(self) -> bool:
         return self._folder is not None and chat_template.has_template(self._folder)
 
-    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
-        return chat_template.single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
+    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+        conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
+        return chat_template.single_rendering(self.render_each([conversation]))
 
-    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
+    def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
-        renderings = chat_template.render_in(self._folder, messages, prefixes)
-        # Drop the marks: label masking then compares prefixes.
-        return [r if isinstance(r, UserError) else Rendered(r) for r in renderings]
+        answers = chat_template.render_in(self._folder, conversations)
+        # Without the marks: label masking then compares prefixes.
+        return lambda: [
+            each if isinstance(each, UserError) else [r if isinstance(r, UserError) else Rendered(r) for r in each]
+            for each in answers()
+        ]
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
         """A new tokenizer with every unknown word of the texts `tokens` appended, and those words."""

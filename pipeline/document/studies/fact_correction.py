@@ -32,6 +32,7 @@ from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
+from pipeline.project.params.sections import change_paths
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.registry import COLORS
@@ -240,7 +241,9 @@ def _widths(
     shape, texts = job.project.params.pretrain, [prompt.prompt for prompt in prompts]
     wide = replace(shape, d_model=settings.d_model, feed_forward=shape.feed_forward * settings.d_model // shape.d_model)
     other = yield from wider_base(job, wide)
-    lora = replace(lora, data=str(job.path(lora.data)))  # absolute, since the wider base is in another folder
+    lora = replace(
+        lora, data=change_paths(lora.data, lambda name: str(job.path(name)))
+    )  # absolute, since the wider base is in another folder
     run = sweep_run("wider base, V only", lora, {"seed": settings.seeds})
     made = yield from train(other, [run])
     asked = [(shape.d_model, one.made, one.answers) for one in of_base]

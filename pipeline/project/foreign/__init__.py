@@ -97,7 +97,7 @@ class Config:
                     self.data.append(str(path))
                     break
             else:
-                self.leave(theirs, name, "not a file here: name your data in the section's `data`")
+                self.leave(theirs, name, "no such file; `lora data convert` makes one of a data set of the hub")
 
     def take_rest(self) -> None:
         """What no rule of the tool took, by its name."""

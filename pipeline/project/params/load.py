@@ -7,6 +7,7 @@ Every problem is a UserError that names key, rule, value and next step.
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Import, Training
+from pipeline.project.params.sections import Import, Training, change_paths
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
@@ -147,7 +148,8 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     inherited = {}
     for name in parent.written - params.written:
         section = parent.section(name)
-        paths = {key: _prefix_paths(getattr(section, key), prefix) for key in files.get(name, ())}
+        change = partial(_prefix_path, prefix=prefix)
+        paths = {key: change_paths(getattr(section, key), change) for key in files.get(name, ())}
         inherited[name] = structs.replace(section, **paths)
     return _build(own, ValueSource(params.file, overridden)).replaced(inherited)
 
@@ -176,10 +178,8 @@ def _named(name: str, make: Callable[[], Section]) -> Section:
         raise UserError(f"{name}.{error}") from None
 
 
-def _prefix_paths(value: Any, prefix: str) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_prefix_paths(path, prefix) for path in value)
-    return value if not value or value.startswith("~") else Path(os.path.normpath(Path(prefix) / value)).as_posix()
+def _prefix_path(path: str, prefix: str) -> str:
+    return path if not path or path.startswith("~") else Path(os.path.normpath(Path(prefix) / path)).as_posix()
 
 
 def _read_tree(text: str, path: Path) -> dict[str, Any]:

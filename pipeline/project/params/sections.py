@@ -2,20 +2,28 @@
 `pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta, field
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import (
+    ALLOW_EMPTY,
     WITHOUT_EFFECT,
     Because,
     Count,
     Names,
     Rate,
+    ReadBy,
     Section,
     Seed,
     Share,
     Steps,
+    ValueSource,
     Weight,
+    check_value,
+    reject_unknown_keys,
 )
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -28,11 +36,72 @@ Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]  # see `tr
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
+class DataFile(NamedTuple):
+    """A file or folder to train on. `weight`: how often each example is seen per epoch. `columns`: key → its column."""
+
+    path: str
+    weight: float = 1.0
+    columns: Mapping[str, str] = {}
+
+
+def _read_columns(value: Any, key: str, origin: ValueSource) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(part, str) and part for part in (*value, *value.values())):
+        raise UserError(f"{key} must be {COLUMNS_RULE}, got {value!r}. {origin.edit(key)}")
+    return value
+
+
+def _read_data(value: Any, key: str, origin: ValueSource) -> str | tuple[str | Mapping[str, Any], ...]:
+    """As it is written, checked. Raises UserError."""
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{key} must be {DATA_RULE}, got {value!r}. {origin.edit(key)}")
+    files = tuple(_read_data_file(entry, f"{key}[{number}]", origin) for number, entry in enumerate(value))
+    paths = [file.path for file in data_files(files)]
+    if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
+        raise UserError(f"{key} has {twice[0]!r} twice. Give it a weight instead. {origin.edit(key)}")
+    return files
+
+
+def _read_data_file(entry: Any, key: str, origin: ValueSource) -> str | Mapping[str, Any]:
+    if isinstance(entry, dict):
+        reject_unknown_keys(entry, DataFile._fields, f"{key}.", origin)
+        entry = {part: check_value(DATA_FILE[part], value, f"{key}.{part}", origin) for part, value in entry.items()}
+    path = entry.get("path") if isinstance(entry, dict) else entry
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{key} must be a path, or {{path: …, weight: …}}, got {entry!r}. {origin.edit(key)}")
+    checked: str | Mapping[str, Any] = entry
+    return checked
+
+
+def data_files(data: str | tuple[str | Mapping[str, Any], ...]) -> tuple[DataFile, ...]:
+    """What a value of `data` names, one after the other."""
+    entries = (data,) if isinstance(data, str) else data
+    return tuple(DataFile(entry) if isinstance(entry, str) else DataFile(**entry) for entry in entries)
+
+
+def change_paths(data: Any, change: Callable[[str], str]) -> Any:
+    """A value that names files, one or several, with each path changed."""
+    if isinstance(data, tuple):
+        return tuple(change_paths(entry, change) for entry in data)
+    return {**data, "path": change(data["path"])} if isinstance(data, Mapping) else change(data)
+
+
+COLUMNS_RULE = "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
+DATA_RULE = "a file or folder, or a list of them, each a path or {path: …, weight: …, columns: …}"
+Columns = Annotated[Mapping[str, str], ALLOW_EMPTY, ReadBy(_read_columns, COLUMNS_RULE)]
+DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
+Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
+
+
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
 
     seed: Annotated[Seed, "of initial weights, batches and the data held out"] = 0
-    data: Annotated[str, "the sentences to train on: .txt, .jsonl"] = "data/finetune.de.txt"
+    data: Annotated[Data, "the examples to train on; a weight of 2: seen twice per epoch, 0.5: half of them"] = (
+        "data/finetune.de.txt"
+    )
+    columns: Annotated[Columns, "names in the data files for the keys of a format"] = field(default_factory=dict)
     epochs: Annotated[Count, "times that every example is seen"] = 50
     max_steps: Annotated[Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
@@ -87,9 +156,14 @@ class Training(Section, frozen=True, kw_only=True):
         return self.warmup_steps or math.ceil(total * self.warmup_ratio)
 
     @property
+    def data_files(self) -> tuple[DataFile, ...]:
+        """The data files, one after the other, each with the columns that count for it."""
+        return tuple(file._replace(columns=file.columns or self.columns) for file in data_files(self.data))
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """The data files, one after the other."""
-        return (self.data,) if isinstance(self.data, str) else self.data
+        """The paths of the data files."""
+        return tuple(file.path for file in self.data_files)
 
 
 class AdapterTraining(Training, frozen=True, kw_only=True):
@@ -119,7 +193,7 @@ class Import(Section, frozen=True, kw_only=True):
 class Pretrain(Training, frozen=True, kw_only=True):
     """MiniGPT's shape (the document's Introduction and §9) and its training."""
 
-    data: Annotated[str, "the sentences to train on, whose words are the vocabulary"] = "data/pretrain.de.txt"
+    data: Annotated[Data, "the sentences to train on, whose words are the vocabulary"] = "data/pretrain.de.txt"
     epochs: Annotated[Count, "times that every sentence is seen"] = 60
     d_model: Annotated[Count, "MiniGPT's width"] = 64
     layers: Annotated[Count, "MiniGPT's blocks"] = 2
@@ -162,6 +236,7 @@ class Evaluate(Section, frozen=True, kw_only=True):
 
     old_data: Annotated[str, "sentences of the base, on which forgetting is measured"] = "data/pretrain.de.txt"
     new_data: Annotated[str, "the sentences trained on"] = "data/finetune.de.txt"
+    columns: Annotated[Columns, "names in new_data for the keys of a format"] = field(default_factory=dict)
     prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = "data/prompts.yaml"
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2

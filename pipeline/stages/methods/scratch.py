@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated
 
 from pipeline.project.params.schema import Count
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import Data, Training
 from pipeline.project.stage_graph import Look, Stage
 from pipeline.stages.methods.full import COUNTED as FULL
 
@@ -21,7 +21,7 @@ class TrainFromScratch(Training, frozen=True, kw_only=True):
     60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
     """
 
-    data: Annotated[tuple[str, ...], "old and new sentences, whose words expand_vocab knows"] = (  # type: ignore[assignment] # see `files`
+    data: Annotated[Data, "old and new sentences, whose words expand_vocab knows"] = (
         "data/pretrain.de.txt",
         "data/finetune.de.txt",
     )

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline.data.tokenizers import template_process
 from pipeline.data.tokenizers.chat_template import render
-from pipeline.data.tokenizers.template_process import Rendered, Renderer, TemplateError
+from pipeline.data.tokenizers.template_process import Conversation, Rendered, Renderer, TemplateError
 from pipeline.errors import UserError
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT
@@ -27,7 +27,7 @@ DOUBLES = "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.
 
 
 def written(by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None) -> Rendered:
-    (result,) = by.render(template, messages, [(len(messages), reply)], tokens or {})
+    ((result,),) = by.render(template, [Conversation(messages, [(len(messages), reply)])], tokens or {}).answer()
     if isinstance(result, TemplateError):
         raise result
     return result
@@ -87,7 +87,8 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
 
 def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(renderer: Renderer) -> None:
     template = "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + SMOLLM2
-    instance, two, all_ = renderer.render(template, TURNS, [(1, True), (2, False), (4, False)], {})
+    prefixes = [(1, True), (2, False), (4, False)]
+    ((instance, two, all_),) = renderer.render(template, [Conversation(TURNS, prefixes)], {}).answer()
     assert isinstance(two, TemplateError) and str(two) == "fails: two"
     assert (instance, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
 
@@ -128,7 +129,7 @@ def test_the_process_ends_with_its_parent_and_a_fork_starts_its_own() -> None:
     code = f"""
 import os, time
 from pipeline.data.tokenizers.template_process import RENDERER
-text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, [(1, False)], {{}})[0]
+text = lambda: RENDERER.render("{{{{ 1 }}}}", [({TURNS!r}, [(1, False)], ())], {{}}).answer()[0][0]
 assert text() == "1"
 mine = RENDERER._process.pid
 if os.fork() == 0:

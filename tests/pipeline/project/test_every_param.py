@@ -16,6 +16,7 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
 
 OTHER = {
+    "columns": "{text: body}",
     "data": "data/fact_correction.de.txt",
     "target_modules": "[v_proj]",
     "feedforward_modules": "[fc1]",
@@ -130,6 +131,8 @@ def section_of(key: str) -> str:
 
 # What must be set beside a field for it to count.
 WITH = {
+    "columns": ["data=both.jsonl"],
+    "evaluate.columns": ["new_data=both.jsonl"],
     "eval_steps": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
     "import.dtype": ["base=toy"],
@@ -185,6 +188,8 @@ def test_every_field_has_another_value_to_try() -> None:
 def prepared(project: Path) -> Path:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
+    two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
+    (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
     said = (project / "data/document.yaml").read_text(encoding="utf-8")
     for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
         assert number in said

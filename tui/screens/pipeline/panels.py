@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from rich.table import Table
@@ -122,7 +123,7 @@ def metrics_table(changes: list[MetricChange]) -> Table | Text:
 # A choice is typed here, as a text: its letters would else be keys of the screen, such as r, which runs all.
 KINDS: Mapping[Any, Kind] = {
     **{bool: "boolean", int: "integer", float: "number", str: "text", Literal: "text"},
-    **{tuple: "list", Mapping: "mapping"},
+    **{tuple: "list", Mapping: "mapping", UnionType: "files"},
 }
 
 
