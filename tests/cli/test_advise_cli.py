@@ -62,6 +62,18 @@ def test_settings_as_advised_are_answered_with_nothing_more(cli: Lora, llama: Pa
     assert advice(cli, llama, *(word for setting in good for word in ("--set", setting)))[1] == []
 
 
+def test_of_much_data_a_part_is_tokenized_and_counted(cli: Lora, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (llama / "data/texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[0]
+    (llama / "data/texts.jsonl").write_text(line * 9, encoding="utf-8")
+    whole = advice(cli, llama)[0]["finetune_lora"]
+    assert (whole["examples"], whole["more"]) == (9, False)
+    monkeypatch.setattr("cli.advise.ENCODED", 2)
+    assert advice(cli, llama)[0]["finetune_lora"] == whole
+    monkeypatch.setattr("cli.advise.COUNTED", 6)
+    part = advice(cli, llama)[0]["finetune_lora"]
+    assert (part["examples"], part["more"], part["tokens"]) == (6, True, whole["tokens"] * 6 // 9)
+
+
 def test_before_anything_is_made_parameters_and_examples_are_known(cli: Lora, tmp_path: Path) -> None:
     new_houses(tmp_path)
     facts, broken = advice(cli, tmp_path)

@@ -96,6 +96,7 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert "import.trust_remote_code" in why["trust_remote_code"] and "--devices" in why["deepspeed"]
     assert read(tmp_path, {**LLAMA_FACTORY, "finetuning_type": "freeze"}).section == "finetune_freeze"
     assert settings(read(tmp_path, {**LLAMA_FACTORY, "lora_alpha": 5}))["alpha"] == 5
+    assert left(read(tmp_path, {**AXOLOTL, "datasets": [{"path": "n" * 900}, {"path": "a\0b"}]}))["datasets"]
 
 
 def test_mlx_lm(tmp_path: Path) -> None:
