@@ -143,7 +143,7 @@ def _describe(facts: "Facts") -> str:
     more = " and more" if facts.more else ""
     parts = [
         f"{facts.trained:,} of {facts.base:,} parameters train" if facts.base and facts.trained else "",
-        f"{facts.examples:,}{more} examples" if facts.examples else "",
+        f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
         f"{facts.tokens:,} trained tokens" if facts.tokens is not None else "tokens unknown until the base is there",
         f"{facts.cut:.0%} truncated" if facts.cut else "",
     ]

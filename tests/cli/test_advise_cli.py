@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cli import stages
+from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
 from tests.helpers.projects import make, new_houses, refusal, save
 
@@ -41,12 +42,11 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
     notes = [line for line in err.splitlines() if "advised" in line]
     assert [note.partition(" is ")[0] for note in notes] == [one["key"] for one in broken]
     manifest = json.loads((llama / "artifacts/lora_adapter/manifest.json").read_text())
-    _, out, _ = cli("data", "show", "data/texts.jsonl", "--base", "artifacts/expanded", "--json", cwd=llama)
-    counted = json.loads(out)["statistics"]
+    epoch = [step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1]
     known = facts["finetune_lora"]
     assert known["trained"] == manifest["parameters"]["trainable"]
     assert known["base"] == manifest["parameters"]["total"]
-    assert (known["examples"], known["tokens"]) == (counted["examples"], counted["labels"])
+    assert (known["examples"], known["tokens"]) == (5, epoch[-1].tokens)
     assert (known["adapted"], known["cut"]) == (1.0, 0.0)
 
     assert "advised" not in cli("finetune", "lora", cwd=llama)[2], "nothing trains"
