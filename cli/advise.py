@@ -125,23 +125,25 @@ def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None
     from pipeline.data.formats import iter_examples
 
     settings = project.section(stage)
-    examples = chain.from_iterable(iter_examples(project.root / name, name) for name in settings.files)
+    files = ((project.root / file.path, file) for file in settings.data_files)
+    examples = chain.from_iterable(iter_examples(path, file.path, columns=file.columns) for path, file in files)
     first = list(islice(examples, ENCODED))
     count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
+    known = {"examples": count, "more": next(examples, None) is not None}
     if tokenizer is None:
-        return {"examples": count}
-    from pipeline.data.masking import encode
+        return known
+    from pipeline.data.masking import Encoder
 
-    encoded = [encode(example, tokenizer, settings.max_length) for example in first]
+    encoded = [each for _, each in Encoder(tokenizer, settings.max_length).each(first)]
     tokens = round(sum(each.labels for each in encoded) * count / len(first))
-    return {"examples": count, "tokens": tokens, "cut": sum(bool(each.cut) for each in encoded) / len(first)}
+    return {**known, "tokens": tokens, "cut": sum(bool(each.cut) for each in encoded) / len(first)}
 
 
 def _describe(facts: "Facts") -> str:
-    more = " or more" if facts.examples == COUNTED else ""
+    more = " and more" if facts.more else ""
     parts = [
         f"{facts.trained:,} of {facts.base:,} parameters train" if facts.base and facts.trained else "",
-        f"{facts.examples:,}{more} examples" if facts.examples else "",
+        f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
         f"{facts.tokens:,} trained tokens" if facts.tokens is not None else "tokens unknown until the base is there",
         f"{facts.cut:.0%} truncated" if facts.cut else "",
     ]

@@ -23,8 +23,8 @@ SMALL_BASE = 10**9  # parameters
 class Facts(NamedTuple):
     """What is known of a run beside its section's settings; None where it is not.
 
-    `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples` and
-    `tokens` (those with a label), once each, may be lower bounds. `cut`: share of examples that max_length truncates.
+    `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples`, and
+    `tokens` with a label, once each; `more`: there are more than these. `cut`: share that max_length truncates.
     """
 
     section: str
@@ -34,6 +34,7 @@ class Facts(NamedTuple):
     examples: int | None = None
     tokens: int | None = None
     cut: float | None = None
+    more: bool = False
 
 
 class Advice(NamedTuple):
@@ -123,14 +124,14 @@ def capacity(settings: Any, facts: Facts) -> Answer:
 @rule("epochs", "rank", source="Muennighoff et al. 2023, arXiv 2305.16264; LIMA, arXiv 2305.11206", imported_only=True)
 def epochs(settings: Any, facts: Facts) -> Answer:
     """Up to 4 epochs repeated data is worth nearly as much as new data; LIMA's 1,000 examples were seen 15 times."""
-    if not facts.examples:
-        return None
     drawn = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
-    seen = drawn / facts.examples if drawn else settings.epochs
+    if not facts.examples or (drawn and facts.more):
+        return None
+    seen, by = (drawn / facts.examples, ", as max_steps says,") if drawn else (settings.epochs, "")
     most = EPOCHS if facts.examples >= MANY else EPOCHS_OF_FEW
     if seen <= most:
         return None
-    return f"at most {most}", f"{facts.examples:,} examples seen {seen:,.0f} times each are memorized"
+    return f"at most {most}", f"{facts.examples:,} examples seen {seen:,.0f} times each{by} are memorized"
 
 
 @rule("alpha", "rank", "rslora", source=f"{REGRET}; Kalajdzievski 2023, arXiv 2312.03732", imported_only=True)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cli import stages
+from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
 from tests.helpers.projects import make, new_houses, refusal, save
 
@@ -41,12 +42,11 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
     notes = [line for line in err.splitlines() if "advised" in line]
     assert [note.partition(" is ")[0] for note in notes] == [one["key"] for one in broken]
     manifest = json.loads((llama / "artifacts/lora_adapter/manifest.json").read_text())
-    _, out, _ = cli("data", "show", "data/texts.jsonl", "--base", "artifacts/expanded", "--json", cwd=llama)
-    counted = json.loads(out)["statistics"]
+    epoch = [step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1]
     known = facts["finetune_lora"]
     assert known["trained"] == manifest["parameters"]["trainable"]
     assert known["base"] == manifest["parameters"]["total"]
-    assert (known["examples"], known["tokens"]) == (counted["examples"], counted["labels"])
+    assert (known["examples"], known["tokens"]) == (5, epoch[-1].tokens)
     assert (known["adapted"], known["cut"]) == (1.0, 0.0)
 
     assert "advised" not in cli("finetune", "lora", cwd=llama)[2], "nothing trains"
@@ -60,6 +60,18 @@ def test_settings_as_advised_are_answered_with_nothing_more(cli: Lora, llama: Pa
     assert "finetune_lora.max_length" in out and "about 0.0002" in out and "LoRA Without Regret" in out
     good = [f"finetune_lora.{setting}" for setting in ("learning_rate=2e-4", "epochs=3")]
     assert advice(cli, llama, *(word for setting in good for word in ("--set", setting)))[1] == []
+
+
+def test_of_much_data_a_part_is_tokenized_and_counted(cli: Lora, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (llama / "data/texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[0]
+    (llama / "data/texts.jsonl").write_text(line * 9, encoding="utf-8")
+    whole = advice(cli, llama)[0]["finetune_lora"]
+    assert (whole["examples"], whole["more"]) == (9, False)
+    monkeypatch.setattr("cli.advise.ENCODED", 2)
+    assert advice(cli, llama)[0]["finetune_lora"] == whole
+    monkeypatch.setattr("cli.advise.COUNTED", 6)
+    part = advice(cli, llama)[0]["finetune_lora"]
+    assert (part["examples"], part["more"], part["tokens"]) == (6, True, whole["tokens"] * 6 // 9)
 
 
 def test_before_anything_is_made_parameters_and_examples_are_known(cli: Lora, tmp_path: Path) -> None:

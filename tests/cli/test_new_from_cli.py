@@ -72,6 +72,18 @@ def test_what_is_wrong_is_one_message_and_nothing_is_written(
     assert not (here / "mine").exists()
 
 
+def test_several_data_files_become_a_list_unless_two_have_one_name(cli: Lora, here: Path) -> None:
+    (here / "two.csv").write_text("text\nb\n", encoding="utf-8")
+    (here / "axolotl.yml").write_text(CONFIG.replace("datasets:\n", "datasets:\n  - path: two.csv\n"), encoding="utf-8")
+    assert cli("new", "mine", "--from", "axolotl.yml", cwd=here)[0] == 0
+    assert load(here / "mine/params.yaml").finetune_lora.files == ("data/two.csv", "data/mine.jsonl")
+    (here / "mine.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
+    config = CONFIG.replace("datasets:\n", "datasets:\n  - path: mine.jsonl\n")
+    (here / "axolotl.yml").write_text(config, encoding="utf-8")
+    code, _, err = cli("new", "other", "--from", "axolotl.yml", cwd=here)
+    assert code == 1 and "two data files of one name" in err and not (here / "other").exists()
+
+
 def test_a_project_that_is_there_keeps_its_settings(cli: Lora, here: Path) -> None:
     assert cli("new", "mine", "--base", "models/toy.gguf", cwd=here)[0] == 0
     before = (here / "mine/params.yaml").read_bytes()

@@ -7,6 +7,7 @@ file holds only what its tool says otherwise than by a name. Every problem is a 
 import json
 import pkgutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,6 @@ from pipeline.project.params.schema import ValueSource, check_value, hints
 
 LARGEST = 100_000  # bytes of a config; published ones have a few thousand
 LONGEST = 1_000  # characters of a value that is taken
-UNKNOWN = "there is no such setting here"
 
 
 class Foreign(NamedTuple):
@@ -76,9 +76,8 @@ class Config:
             return
         types = hints(self._kinds[self.section])
         if ours not in types:
-            self.leave(
-                theirs, value, why_none(theirs) or (f"{self.section} has no {ours}" if theirs in KEYS else UNKNOWN)
-            )
+            unknown = f"{self.section} has no {ours}" if theirs in KEYS else "there is no such setting here"
+            self.leave(theirs, value, why_none(theirs) or unknown)
             return
         if len(repr(value)) > LONGEST:
             raise UserError(f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file.")
@@ -86,18 +85,22 @@ class Config:
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
 
     def leave(self, theirs: str, value: Any, why: str) -> None:
+        """A key without a counterpart."""
         self.left.append((theirs, value, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
         """The data files among `names`, seen from the config's folder or the current one; of folders train.jsonl."""
         for name in names if isinstance(names, list) else [names]:
-            for path in [root / str(name)[:LONGEST] for root in (Path(), self.path.parent)]:
-                path = path / "train.jsonl" if path.is_dir() else path
-                if path.is_file():
-                    self.data.append(str(path))
-                    break
+            paths = [
+                root / str(name)[:LONGEST] / last for root in (Path(), self.path.parent) for last in ("", "train.jsonl")
+            ]
+            file = None
+            with suppress(OSError):  # too long for a name
+                file = next((path for path in paths if path.is_file()), None)
+            if file:
+                self.data.append(str(file))
             else:
-                self.leave(theirs, name, "not a file here: name your data in the section's `data`")
+                self.leave(theirs, name, "no such file; `lora data convert` makes one of a data set of the hub")
 
     def take_rest(self) -> None:
         """What no rule of the tool took, by its name."""
@@ -115,17 +118,18 @@ class Config:
                 self.take_files(theirs, value)
             elif converted is not None:
                 self.take(theirs, ours, converted)
-
         theirs, quantization = self.taken.get("quantization", ("", ""))
         if double and quantization == "nf4":
             self.taken["quantization"] = (theirs, "nf4-dq")
 
     def drop(self, ours: str, why: str) -> None:
+        """Leave what was taken."""
         if ours in self.taken:
             theirs, value = self.taken.pop(ours)
             self.leave(theirs, value, why)
 
     def done(self, format_name: str) -> Foreign:
+        """All that was read, without what cannot stand together."""
         if not self.taken.get("eval_share", ("", 0))[1]:
             for key in ("eval_steps", "patience"):
                 self.drop(key, "nothing is held out: set eval_share")
@@ -164,18 +168,17 @@ def _read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}. Name a config with --from.") from None
     if len(raw) > LARGEST:
         raise UserError(f"{path} has more than {LARGEST:,} bytes, which no config has. Name another file.")
+    language = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = raw.decode("utf-8-sig")
-        tree = json.loads(text) if path.suffix == ".json" else strict_yaml.load(text)
-        if path.suffix != ".json" and strict_yaml.has_alias(text):
+        tree = json.loads(text) if language == "JSON" else strict_yaml.load(text)
+        if language == "YAML" and strict_yaml.has_alias(text):
             raise ValueError("it has aliases (*name). Write their values out")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text: a config is YAML or JSON. Pickles are not read.") from None
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} is not {'JSON' if path.suffix == '.json' else 'YAML'} that is read: {reason}."
-        ) from None
+        raise UserError(f"{path} is not {language} that is read: {reason}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold key: value lines, got {abbreviate_repr(tree)}. Name another file.")
     return {str(key)[:LONGEST]: value for key, value in tree.items()}

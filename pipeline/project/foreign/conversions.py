@@ -21,12 +21,8 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         **{"paged_adamw_8bit": "paged-adamw-8bit", "sgd": "sgd"},
     },
     "precision": {
-        "bfloat16": "bf16",
-        "float16": "fp16",
-        "float32": "fp32",
-        "bf16": "bf16",
-        "fp16": "fp16",
-        "fp32": "fp32",
+        **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+        **{name: name for name in ("bf16", "fp16", "fp32")},
     },
     "init_lora_weights": {"True": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"},
 }

@@ -56,6 +56,8 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"epochs": 500}, {}, []),
         ({"epochs": 500, "max_steps": 100}, {"examples": 800}, []),  # 32 a step: each 4 times
         ({"epochs": 1, "max_steps": 101}, {"examples": 200}, ["epochs"]),
+        ({"max_steps": 9999}, {"examples": 20_000, "more": True}, []),
+        ({"epochs": 9}, {"examples": 20_000, "more": True}, ["epochs"]),
         ({}, {"cut": 0.05}, []),
         ({}, {"cut": 0.06}, ["max_length"]),
         ({"quantization": "nf4-dq"}, {"base": 135_000_000}, ["quantization"]),
