@@ -132,8 +132,12 @@ def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bo
     tokenizer = loaded.tokenizer
     prompt: str
     if example.messages:
-        *turns, answer = example.messages
+        last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
+        *turns, answer = example.messages[: last + 1]
         prompt, rest = tokenizer.render(turns, True, example.tools), answer["content"] or ""
+        if "tool_calls" in answer:  # as the template writes them, without special tokens
+            whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
+            rest = tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
     elif example.prompt is not None:
         prompt, rest = example.prompt, example.completion
     else:
