@@ -11,6 +11,7 @@ from rich.table import Table
 from bench.calculator import calculator
 from bench.commands import commands
 from bench.curves import curves
+from bench.data import data
 from bench.engine import engine
 from bench.memory import memory
 from bench.merge import merge
@@ -24,7 +25,7 @@ from bench.terminal import terminal
 from bench.training import training
 
 BENCHMARKS = (
-    *(commands, terminal, calculator, curves, engine, memory, training, methods, sweep),
+    *(commands, terminal, calculator, curves, data, engine, memory, training, methods, sweep),
     *(real, methods_real, quantized, merge, several),
 )
 

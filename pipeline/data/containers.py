@@ -484,13 +484,15 @@ def _hub_rows(name: str) -> Iterator[Row]:
             "'lora-workbench[datasets]'`, or name a file that exists."
         ) from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     split = match["split"]
     try:
         loaded = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
     except Exception as error:  # whatever the library raises
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"{name}: no such file, and it cannot be loaded from the hub: {first_line(error)}. Check the name and "
-            "the connection, or name a file that exists."
+            f"{name}: no such file, and it cannot be loaded from the hub: {reason}. Check the name and the connection, "
+            "or name a file that exists."
         ) from None
     if isinstance(loaded, dict):
         if "train" not in loaded:

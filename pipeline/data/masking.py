@@ -222,15 +222,15 @@ class _AssistantTurns:
         table = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(self.ids))  # a third of np.array's time
         self._begins, self._ends = table[::2], table[1::2]
         end_ids = tokenizer.end_ids
-        self._end_tokens = [index for index, id_ in enumerate(self.ids) if id_ in end_ids]
+        indices = [index for index, id_ in enumerate(self.ids) if id_ in end_ids]
+        self._end_spans = [spans[index] for index in indices]
 
     def mask_from_marks(self) -> tuple[Mask, bool] | None:
         """The tokens in the template's {% generation %} marks, and the end token behind each run of them.
 
         None if nothing is marked.
         """
-        mask = self._mask(self._text.marks)
-        if not mask.any():
+        if not self._text.marks or not (mask := self._mask(self._text.marks)).any():
             return None
         if self._example.untrained:
             mask = self._mask(self._marks_of_trained_turns())
@@ -318,7 +318,7 @@ class _AssistantTurns:
         """Where an answer stops that begins at `start` and is followed by the next at `limit`; if by an end token."""
         message = self._example.messages[turn]
         content, calls = message["content"] or "", bool(message.get("tool_calls"))
-        ends = [(int(self._begins[i]), int(self._ends[i])) for i in self._end_tokens]
+        ends = self._end_spans
         # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
         for text in (content, content.strip(), content.split("</think>")[-1].strip()):
             offset = self._text.find(text, start, limit) if text else -1

@@ -78,8 +78,9 @@ class Corpus:
                 self._lines.append(example.line)
                 self._cuts.append(encoded.cut)
                 self._starts.append(self._starts[-1] + len(encoded.ids))
-                ids = np.array(encoded.ids, STORED)
-                file.write(np.where(encoded.trained, ids, ~ids).tobytes())
+                ids = np.fromiter(encoded.ids, STORED, len(encoded.ids))
+                trained = np.fromiter(encoded.trained, np.bool_, len(encoded.ids))  # a fifth of np.array's time
+                file.write(np.where(trained, ids, ~ids).tobytes())
         # An empty file cannot be mapped.
         self._tokens = np.memmap(folder / FILE, STORED, "r") if len(self) else np.empty(0, STORED)
 

@@ -53,8 +53,7 @@ class FormField:
         if self.kind == "list":
             return [_parse_scalar(self.items, item) for item in parse_names(text)]
         if self.kind == "files":
-            items = _parse_list(text)
-            return items if len(items) > 1 or (items and isinstance(items[0], dict)) else text.strip()
+            return parse_files(text)
         return parse_mapping(text) if self.kind == "mapping" else _parse_scalar(self.kind, text)
 
 
@@ -84,6 +83,15 @@ def parse_names(text: str) -> list[str]:
     if not items or not all(isinstance(name, str) for name in items):
         items = [name.strip() for name in text.split(",")]
     return [name for name in items if name]
+
+
+def parse_files(text: str) -> Any:
+    """A path, or several as a list: each a path, or a mapping such as `{path: a.csv, weight: 2}`."""
+    items = _parse_list(text)
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("weight"), str):
+            item["weight"] = _parse_scalar("number", item["weight"])
+    return items if len(items) > 1 or (items and isinstance(items[0], dict)) else text.strip()
 
 
 def _parse_list(text: str) -> list[Any]:

@@ -51,8 +51,8 @@ def read_turns(record: Record, key: str, location: str) -> Turns:
     """The turns of a list of {"role", "content"}. Raises UserError."""
     value = read_list(record, key, location, '{"role", "content"}')
     messages = tuple(read_message(entry, f"{location}: {key}[{index}]") for index, entry in enumerate(value))
-    switches = enumerate(zip(value, messages, strict=True))
-    untrained = [n for n, (entry, turn) in switches if is_untrained(entry, turn, f"{location}: {key}[{n}]")]
+    longer = [(n, entry) for n, entry in enumerate(value) if len(entry) > 2]  # most are a role and a content
+    untrained = [n for n, entry in longer if is_untrained(entry, messages[n], f"{location}: {key}[{n}]")]
     return Turns(messages, frozenset(untrained))
 
 

@@ -122,7 +122,9 @@ def _special_token(hf_tokenizer: Any, conversation: Conversation, name: str, tur
     parts = [(turn.format(n), message) for n, message in enumerate(conversation.messages)]
     parts += [(f"tools[{n}]", tool) for n, tool in enumerate(conversation.tools)]
     for location, part in parts:
-        for text in _texts(part):
+        content = part.get("content")
+        # Most messages are a role, which is one of a few, and a content.
+        for text in [content] if len(part) == 2 and isinstance(content, str) else _texts(part):
             match = as_written.search(text)
             if match is None and normalized is not None:
                 match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))

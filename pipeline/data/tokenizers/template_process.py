@@ -175,13 +175,18 @@ class Request:
             self._renderer.read_answer()
         if self.line is None:
             raise self.error or TemplateError(f"was stopped with its process. {ADVICE}")
-        return [
-            [
-                TemplateError(answer["error"]) if "error" in answer else Rendered(answer["text"], answer["marks"])
-                for answer in answers
-            ]
-            for answers in json.loads(self.line)
-        ]
+        return [_renderings(answers) for answers in json.loads(self.line)]
+
+
+def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | TemplateError]:
+    """The renderings of a conversation; one that is a beginning of the first came as its length."""
+    first = answers[0].get("text", "") if answers else ""
+    return [
+        TemplateError(answer["error"])
+        if "error" in answer
+        else Rendered(first[: answer["length"]] if "length" in answer else answer["text"], answer["marks"])
+        for answer in answers
+    ]
 
 
 RENDERER = Renderer()
@@ -212,11 +217,20 @@ def serve() -> None:
         request = json.loads(line)
         given = (request["template"], request["tokens"])
         answers = [
-            [_answer(*given, messages, tools, *prefix) for prefix in prefixes]
+            _shortened([_answer(*given, messages, tools, *prefix) for prefix in prefixes])
             for messages, prefixes, tools in request["conversations"]
         ]
         out.write(json.dumps(answers).encode() + b"\n")
         out.flush()
+
+
+def _shortened(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The length instead of the text of what the first rendering begins with: most prompts are."""
+    first = answers[0].get("text", "") if answers else ""
+    for answer in answers[1:]:
+        if "text" in answer and first.startswith(answer["text"]):
+            answer["length"] = len(answer.pop("text"))
+    return answers
 
 
 def _limit(name: str, soft: int) -> None:

@@ -189,6 +189,28 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     assert peak < 2**20 < size / 3
 
 
+def test_a_hub_data_set_is_read_from_the_cache_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in (("train", 3), ("test", 1)):
+        records = [{"text": f"{split} {n}"} for n in range(count)]
+        (tmp_path / "tiny").mkdir(exist_ok=True)
+        WRITERS["d.jsonl"](records, tmp_path / f"tiny/{split}.jsonl")
+    datasets.load_dataset(str(tmp_path / "tiny"), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "cache/tiny").rename(tmp_path / "cache/org___tiny")  # as if it had come from the hub
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "cache")
+    texts = [(e.text, e.location) for e in read_examples(Path("org/tiny"), "org/tiny")]
+    assert texts == [(f"train {n}", f"org/tiny:{n + 1}") for n in range(3)]
+    assert [e.text for e in read_examples(Path("org/tiny[test]"), "org/tiny[test]")] == ["test 0"]
+    with pytest.raises(
+        UserError, match=r"^org/tiny\[no\]: no such file, .* Should be one of \['train', 'test'\]\. Check"
+    ):
+        read_examples(Path("org/tiny[no]"), "org/tiny[no]")
+    (tmp_path / "cache/org").mkdir()
+    WRITERS["d.jsonl"]([{"text": "mine"}], tmp_path / "cache/org/tiny.jsonl")
+    assert read_examples(Path("org/tiny.jsonl"), "org/tiny.jsonl")[0].text == "mine", "a path that exists wins"
+
+
 def test_a_hub_id_without_network_or_cache_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

@@ -174,6 +174,9 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
     ("finetune_lora", "alpha_pattern", "{v_proj: 1e-1}", {"v_proj": 0.1}),
     ("finetune_lora", "retention_data", "data/keep.txt", "data/keep.txt"),
     ("finetune_lora", "gradient_checkpointing", "selective", "selective"),
+    ("finetune_lora", "data", "a b.csv, {path: c.txt, weight: 0.5}", ("a b.csv", {"path": "c.txt", "weight": 0.5})),
+    ("finetune_lora", "data", "data/saved", "data/saved"),
+    ("finetune_lora", "columns", "prompt: question", {"prompt": "question"}),
     ("pretrain", "tie_embeddings", "true", True),
     ("pretrain", "base", "org/model@main", "org/model@main"),
     ("pretrain", "trust_remote_code", "true", True),
@@ -208,7 +211,9 @@ async def test_a_text_that_may_be_empty_is_cleared_and_one_that_may_not_is_refus
         assert "finetune_lora.retention_data: (empty) saved to params.yaml" in message_text(screen)
         await typed(pilot, screen, "data", "")
         await pilot.press("enter")
-        assert "finetune_lora.data must be a text, got ''" in str(screen.query_one("#rule", Static).content)
+        assert "finetune_lora.data must be a file or folder, or a list of them" in str(
+            screen.query_one("#rule", Static).content
+        )
 
 
 @pytest.mark.parametrize(
