@@ -54,6 +54,7 @@ class Step(Ops):
             self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.batch), self.w)
         trained = [self.embedding] if self.base.ends else []
         x = t.op(elements=run.tokens * width, width=self.w, saves=[ids], weights=trained)
+        x = t.op(x, temp=x.elements * x.width) if run.neftune_alpha else x  # the noise itself
         x = self.method.embed(self, x, ids)
         x = self.linear(x, model.outside[1]) if width != model.hidden else x
         x = t.op(x) if style.scaled_embeddings else x

@@ -229,7 +229,7 @@ BAD = [
         "--trace cannot build or run",
     ),
     (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
-    (["--trace", "--dora"], "supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat"),
+    (["--trace", "--dora", "--trainer", "torch"], "supports DoRA and dropout only as implemented here, not in PEFT"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "supports fp32, bf16, fp16, got nf4"),
 ]

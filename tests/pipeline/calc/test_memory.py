@@ -16,7 +16,7 @@ from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
 from pipeline.calc.report import answer, explain, side_by_side, swept
-from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TrainingConfig, precision
+from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TRAINERS, TrainingConfig, precision
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.calc.step import run_step
 from pipeline.calc.tape import ROUNDING, Tape
@@ -57,7 +57,9 @@ runs = st.builds(
     sequence=st.integers(1, 900),
     precision=st.sampled_from(["bf16", "fp32", "fp16"]),
     adapter_precision=st.sampled_from(["fp32", "bf16"]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    trainer=st.sampled_from(TRAINERS),
+    neftune_alpha=st.sampled_from([0.0, 5.0]),
     checkpointing=st.sampled_from(["none", "selective", "full"]),
     attention=st.sampled_from(["sdpa", "eager"]),
     loss=st.sampled_from(["full", "labels", "chunked"]),
@@ -124,6 +126,7 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], FinetuningMethod, 
         label_share=draw(st.sampled_from([0.2, 1.0])),
         chunk=256,
         optimizer=draw(st.sampled_from(["adamw", "sgd"])),
+        trainer="torch",
     )
     return config, method, run
 
@@ -145,7 +148,7 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(
 ])  # fmt: skip
 def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
     """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
-    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(checkpointing=checkpointing))
+    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(trainer="torch", checkpointing=checkpointing))
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
@@ -154,7 +157,7 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
+    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
     method = with_options(COUNTED, rank=4)[kind]
     traced = traced_peak(config, method, run)
     formula = predict(architecture(config, "minigpt"), method, run).peak
@@ -172,7 +175,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
     formula = predict(architecture(config, "minigpt"), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.015)
 
@@ -187,7 +190,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
     """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
-    run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
+    run = TrainingConfig(2, 256, trainer="torch", checkpointing=checkpointing, loss="labels", label_share=0.01)
     if not getattr(method, "rank_pattern", ()):
         traced = traced_peak(config, method, run)
         assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
@@ -214,18 +217,18 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningM
 def test_what_cannot_be_traced_is_said() -> None:
     config = entry("qwen3-0.6b")["config"]
     for method, run in (
-        (LORA, TrainingConfig(precision="nf4-dq")),
-        (Prefix(), TrainingConfig()),
-        (Lora(dora=True), TrainingConfig()),
-        (LORA, TrainingConfig(optimizer="adamw-8bit")),
-        (LORA, TrainingConfig(casts="inputs")),
+        (LORA, TrainingConfig(trainer="torch", precision="nf4-dq")),
+        (Prefix(), TrainingConfig(trainer="torch")),
+        (Lora(dora=True), TrainingConfig(trainer="torch")),
+        (LORA, TrainingConfig(trainer="torch", optimizer="adamw-8bit")),
+        (LORA, TrainingConfig(trainer="torch", casts="inputs")),
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
     with pytest.raises(UserError, match="does not support LoRA on experts"):
-        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig())
+        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig(trainer="torch"))
     with pytest.raises(UserError, match="supports MiniGPT only with --precision fp32"):
-        traced_peak(entry("minigpt")["config"], LORA, TrainingConfig())
+        traced_peak(entry("minigpt")["config"], LORA, TrainingConfig(trainer="torch"))
 
 
 def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
@@ -276,7 +279,7 @@ def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: i
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     method = Lora(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
-    if OPTIMIZERS[run.optimizer](2):
+    if run.state_bytes(2):
         assert lora.peak <= full.peak
         return
     # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as wide as
@@ -338,20 +341,26 @@ def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) 
 
 def test_training_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="freeze leaves nothing to train"):
-        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig())
+        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig(trainer="torch"))
 
 
 def test_training_quantized_weights_is_refused() -> None:
     for method in (FULL, FREEZE):
         with pytest.raises(UserError, match="nf4 weights cannot be trained"):
             predict(QWEN, method, TrainingConfig(precision="nf4"))
-    assert predict(QWEN, LORA, TrainingConfig(precision=QLORA)).weights < predict(QWEN, LORA, TrainingConfig()).weights
+    assert (
+        predict(QWEN, LORA, TrainingConfig(precision=QLORA)).weights
+        < predict(QWEN, LORA, TrainingConfig(trainer="torch")).weights
+    )
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized, so their gradients and optimizer state are the same."""
     method = Lora(embeddings="all")
-    few, plain = predict(QWEN, method, TrainingConfig(precision=QLORA)), predict(QWEN, method, TrainingConfig())
+    few, plain = (
+        predict(QWEN, method, TrainingConfig(precision=QLORA)),
+        predict(QWEN, method, TrainingConfig()),
+    )
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
 
@@ -359,7 +368,7 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 
 def test_the_answer_has_the_contracts_keys() -> None:
-    result = answer(QWEN, LORA, TrainingConfig())
+    result = answer(QWEN, LORA, TrainingConfig(trainer="torch"))
     assert (result["model"], result["method"], result["rank"], result["alpha"]) == ("qwen3-8b", "lora", 8, 8)
     assert result["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert result["parameters"] | {"components": 0, "trained": 0} == {
@@ -386,12 +395,12 @@ def test_the_answer_has_the_contracts_keys() -> None:
 
 
 def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
-    columns = side_by_side(QWEN, LORA, TrainingConfig(), COUNTED)
+    columns = side_by_side(QWEN, LORA, TrainingConfig(trainer="torch"), COUNTED)
     assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
     peaks = [memory.peak for _, _, memory in columns.values()]
     assert peaks == sorted(peaks, reverse=True)
     assert columns["QLoRA"][2] == predict(QWEN, LORA, TrainingConfig(precision=QLORA))
-    assert list(side_by_side(QWEN, Prompt(), TrainingConfig(), COUNTED)) == [
+    assert list(side_by_side(QWEN, Prompt(), TrainingConfig(trainer="torch"), COUNTED)) == [
         "full",
         "freeze",
         "prompt",
@@ -403,7 +412,7 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
 def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes
-    run = TrainingConfig(sequence=min(256, shapes.context))
+    run = TrainingConfig(trainer="torch", sequence=min(256, shapes.context))
     most = largest(shapes, method, run, budget)
     for key, limit in (("batch", 4096), ("sequence", shapes.context)):
         value = getattr(most, key)
@@ -415,14 +424,14 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
 
 
 def test_what_does_not_fit_is_told_what_to_change_first() -> None:
-    fits = list(changes(QWEN, FULL, TrainingConfig(), 24 * GIB, COUNTED))
+    fits = list(changes(QWEN, FULL, TrainingConfig(trainer="torch"), 24 * GIB, COUNTED))
     assert [words for words, *_ in fits] == ["--method lora"]
     _, method, run, peak = fits[0]
     assert predict(QWEN, method, run).peak == peak <= 24 * GIB
-    stacked = list(changes(QWEN, LORA, TrainingConfig(), 8 * GIB, COUNTED))
+    stacked = list(changes(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB, COUNTED))
     assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
     assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
-    assert largest(QWEN, LORA, TrainingConfig(), 8 * GIB).batch == 0
+    assert largest(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB).batch == 0
 
 
 def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
@@ -435,14 +444,14 @@ def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
 
 
 def test_a_sweep_changes_one_thing() -> None:
-    ranks = swept(LORA, TrainingConfig(), "rank", ["1", "16"], COUNTED)
+    ranks = swept(LORA, TrainingConfig(trainer="torch"), "rank", ["1", "16"], COUNTED)
     assert [(value, m) for value, m, _ in ranks] == [("1", Lora(rank=1)), ("16", Lora(rank=16))]
     assert {Lora(rank=rank).scale for rank in (1, 16)} == {1}, "alpha follows the rank"
-    precisions = swept(LORA, TrainingConfig(), "precision", ["bf16", "nf4"], COUNTED)
+    precisions = swept(LORA, TrainingConfig(trainer="torch"), "precision", ["bf16", "nf4"], COUNTED)
     assert [r.precision for _, _, r in precisions] == ["bf16", "nf4"]
     for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
         with pytest.raises(UserError, match=message):
-            swept(LORA, TrainingConfig(), key, values, COUNTED)
+            swept(LORA, TrainingConfig(trainer="torch"), key, values, COUNTED)
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
