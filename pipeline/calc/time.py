@@ -14,6 +14,7 @@ from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, ranks, trained_split
 from pipeline.calc.settings import TrainingConfig, precision
+from pipeline.calc.step import CHUNK
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
 
@@ -188,7 +189,7 @@ def _block(
     """A block whose linears have ranks `adapted`: `differs`, its input gets a gradient; `again`, it is recomputed."""
 
     def used(linear: Linear) -> float:  # share of its weights that a token meets
-        return min(1, model.style.top_k / linear.experts) if linear.experts > 1 else 1
+        return min(1, model.style.top_k / linear.experts) if linear.experts > 1 and not model.style.all_experts else 1
 
     frozen = 2 * sum(linear.weights * used(linear) for linear in block.linears)
     frozen += 2 * block.router.weights if block.router else 0
@@ -196,7 +197,11 @@ def _block(
     added = 2 * sum(method.linear_parameters(linear, rank) * used(linear) for linear, rank in pairs if rank)
     # scores and weighted values: 2 FLOPs per head, element and key; a fused causal kernel skips half of the keys
     keys = length if run.attention == "eager" or model.style.eager_only else length / 2
-    scores = 2.0 * model.heads * 2 * model.head_size * keys
+    heads = model.heads_of(block)
+    scores = 2.0 * heads.queries * (heads.size + heads.value_size) * keys
+    if block.kind == "delta":  # products within a chunk, and those with the state
+        K, V = heads.size, heads.value_size
+        scores = 2.0 * heads.queries * (3 * K * V + CHUNK * (3 * K + 2 * V))
     forward = frozen + added + scores
     if not differs:
         return Flops(forward, attention=scores)

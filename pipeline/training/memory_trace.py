@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.method import FinetuningMethod, projections
 from pipeline.calc.settings import TrainingConfig
@@ -55,12 +56,14 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
 
 
 def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
-    adapted = projections(architecture(config, "the config"), method)
+    model = architecture(config, "the config")
+    adapted = projections(model, method)
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
-    project_lora = run.trainer or architecture(config, "the config").style.ours
+    _refuse_other_kernels(model, run)
+    project_lora = run.trainer or model.style.ours
     if getattr(method, "dora", False) and not project_lora:
         raise UserError("--trace supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat.")
     if method.name not in ("full", "freeze", "lora") or getattr(method, "new_rows", False):
@@ -71,6 +74,17 @@ def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run
         raise UserError("--trace does not support GPT-3: no library implements it. Run without --trace.")
     if run.optimizer not in ("adamw", "sgd", "adam-flat") or run.casts != "weights":
         raise UserError("--trace supports the optimizers adamw, adam-flat and sgd, with adapters that cast weights.")
+
+
+def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
+    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a slow fallback."""
+    if any(block.kind == "delta" for block in model.blocks):
+        raise UserError(
+            "--trace has no kernel for gated delta nets, whose fallback needs far more. Run without --trace."
+        )
+    sizes = {(heads.size, heads.value_size) for heads in map(model.heads_of, model.blocks)}
+    if run.attention == "sdpa" and any(size != value for size, value in sizes):
+        raise UserError("--trace needs values as wide as keys for fused attention on a CPU. Add --attention eager.")
 
 
 def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
