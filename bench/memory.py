@@ -110,4 +110,9 @@ def shortened(name: str, blocks: int) -> dict[str, Any]:
     """A built-in model's config with fewer blocks."""
     config: dict[str, Any] = entry(name)["config"]
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    return {**config, key: min(blocks, config[key])}
+    short = {**config, key: min(blocks, config[key])}
+    if dense := config.get("first_k_dense_replace"):  # those before the experts: keep some of both
+        short["first_k_dense_replace"] = min(dense, blocks // 2)
+    if kinds := config.get("layer_types"):
+        short["layer_types"] = kinds[:blocks]
+    return short

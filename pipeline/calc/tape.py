@@ -293,7 +293,7 @@ class Ops:
             back=scratch,
         )
 
-    def norm(self, x: Value, size: int) -> Value:
+    def norm(self, x: Value, size: int, weight: bool = True) -> Value:
         """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width of a row."""
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":  # saves mean and 1/σ of each row
@@ -310,6 +310,8 @@ class Ops:
         root = t.op(mean, saves_out=True)
         y = t.op(wide, root, saves=[wide, root], back=wide.elements * 4)
         del wide
+        if not weight:
+            return self.cast(y, self.w)
         y = self.cast(y, self.w) if kind == "rms" else y
         return self.cast(t.op(y, saves=[y] if self.trains else [], weights=self.trained_weights(size)), self.w)
 

@@ -178,7 +178,8 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
         sequences=settings.batch_size,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
-        optimizer="adam-flat",
+        trainer="ours",
+        optimizer=settings.optimizer,
         checkpointing=settings.gradient_checkpointing,
         loss="chunked",
     )

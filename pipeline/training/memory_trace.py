@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.method import FinetuningMethod, projections
 from pipeline.calc.settings import TrainingConfig
@@ -63,12 +64,14 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
 
 
 def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
-    adapted = projections(architecture(config, "the config"), method)
+    model = architecture(config, "the config")
+    adapted = projections(model, method)
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
-    project_lora = run.ours or architecture(config, "the config").style.ours
+    _refuse_other_kernels(model, run)
+    project_lora = run.ours or model.style.ours
     if (getattr(method, "dora", False) or getattr(method, "lora_dropout", 0)) and not project_lora:
         raise UserError("--trace supports DoRA and dropout only as implemented here, not in PEFT. Use --trainer ours.")
     if method.name not in ("full", "freeze", "lora") or getattr(method, "new_rows", False):
@@ -81,6 +84,17 @@ def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run
         raise UserError("--trace supports the trainers ours and torch, with adapters that cast weights.")
     if run.optimizer.startswith("paged") or (not run.ours and "8bit" in run.optimizer):
         raise UserError("--trace supports the optimizers adamw and sgd, and adamw-8bit with --trainer ours.")
+
+
+def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
+    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a slow fallback."""
+    if any(block.kind == "delta" for block in model.blocks):
+        raise UserError(
+            "--trace has no kernel for gated delta nets, whose fallback needs far more. Run without --trace."
+        )
+    sizes = {(heads.size, heads.value_size) for heads in map(model.heads_of, model.blocks)}
+    if run.attention == "sdpa" and any(size != value for size, value in sizes):
+        raise UserError("--trace needs values as wide as keys for fused attention on a CPU. Add --attention eager.")
 
 
 def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -13,7 +14,7 @@ from bench.memory import CORNERS, shortened, worst
 from pipeline.calc.architecture import Architecture, Block
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
-from pipeline.calc.memory import inference, predict, weight_bytes
+from pipeline.calc.memory import inference, possible, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
 from pipeline.calc.report import answer, explain, side_by_side, swept
 from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TRAINERS, TrainingConfig, precision
@@ -29,6 +30,7 @@ from pipeline.stages.methods.lora import Lora
 from pipeline.stages.methods.prefix import Prefix
 from pipeline.stages.methods.prompt import Prompt
 from pipeline.stages.registry import COUNTED
+from pipeline.training import memory_trace
 from pipeline.training.memory_trace import traced_peak
 
 QWEN = built_in("qwen3-8b").shapes
@@ -70,10 +72,13 @@ runs = st.builds(
 )
 
 
-def shapes_of(name: str, run: TrainingConfig) -> tuple[Architecture, TrainingConfig]:
-    """The model, and the run with a sequence that fits into its positions."""
+def shapes_of(name: str, run: TrainingConfig, method: FinetuningMethod = LORA) -> tuple[Architecture, TrainingConfig]:
+    """The model, which has the method, and the run with a sequence that fits into its positions."""
     shapes = built_in(name).shapes
-    return shapes, replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
+    run = replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
+    if isinstance(method, Prefix):
+        assume(possible(shapes, method, run))
+    return shapes, run
 
 
 def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
@@ -142,6 +147,79 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
 
 
+NEW = {  # blocks: some of each kind
+    **{"olmo-3-7b": 2, "glm-4.5-air": 2, "glm-4.7-flash": 2, "deepseek-v3": 2, "granite-4.0-micro": 2},
+    **{"qwen3.5-4b": 4, "qwen3.5-35b-a3b": 4, "gemma-4-31b": 6, "gemma-4-26b-a4b": 6, "llama-4-scout": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NEW)
+def test_models_of_2026_are_within_three_percent_of_their_traced_step(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gated delta nets run with stand-ins that allocate what the kernels of flash-linear-attention do."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
+    delta, convolution = kernel(GatedDeltaRule), kernel(Convolution)
+    for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
+        monkeypatch.setattr(
+            module, "torch_chunk_gated_delta_rule", lambda *qkv, g, beta, **_: (delta(*qkv, g, beta), None)
+        )
+        monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: convolution(x))
+    monkeypatch.setattr(memory_trace, "_refuse_other_kernels", lambda *_: None)
+    config = shortened(name, NEW[name])
+    attention = "eager" if name == "deepseek-v3" else "sdpa"  # no fused kernel on a CPU has values of another size
+    run = TrainingConfig(1, 1024, checkpointing="none", attention=attention, loss="chunked", chunk=256)
+    run = run if kind == "lora" else replace(run, checkpointing="full")
+    formula = predict(architecture(config, name), COUNTED[kind], run).peak
+    assert formula == pytest.approx(traced_peak(config, COUNTED[kind], run), rel=0.03)
+
+
+def kernel(function: Any) -> Any:
+    return function.apply
+
+
+class GatedDeltaRule(torch.autograd.Function):
+    """fla-core 0.6.0's chunk_gated_delta_rule by size alone: what it saves, and what lives beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+        q, k, v = (torch.empty_like(x.contiguous()) for x in (q, k, v))
+        (batch, length, _, size), (heads, width) = k.shape, v.shape[2:]
+        chunks = v.new_empty(batch, length, heads, 64)
+        w, u, new = v.new_empty(batch, length, heads, size), torch.empty_like(v), torch.empty_like(v)
+        states = v.new_empty(batch, -(-length // 64), heads, size, width)
+        ctx.save_for_backward(q, k, v, torch.empty_like(g), beta, chunks)
+        out = torch.empty_like(v)
+        del w, u, new, states
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        q, _k, v, g, beta, _chunks = ctx.saved_tensors
+        (batch, length, keys, size), (heads, width) = q.shape, v.shape[2:]
+        alive = [v.new_empty(batch, -(-length // 64), heads, size, width) for _ in range(2)]
+        alive += [torch.empty_like(v) for _ in range(4)]
+        alive += [v.new_empty(batch, length, heads, size) for _ in range(5)]
+        dq, dk = (x[:, :, :keys].contiguous() for x in alive[-2:])
+        return dq, dk, torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
+
+
+class Convolution(torch.autograd.Function):
+    """causal-conv1d by size alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
 @pytest.mark.parametrize("name, kind, checkpointing, gib", [
     ("qwen3-8b", "lora", "none", 29.55),
     ("qwen3-8b", "lora", "full", 19.42),
@@ -207,7 +285,7 @@ def distinct(shapes: Architecture) -> tuple[Block, ...]:
 @given(models, methods, runs)
 def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     long = structs.replace(shapes, blocks=shapes.blocks[:1] * 12)
     apart = structs.replace(long, blocks=distinct(long))
     one, other = predict(long, method, run), predict(apart, method, run)
@@ -242,7 +320,7 @@ def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
 
 @given(models, methods, runs)
 def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     assert memory.peak == sum(memory.parts().values())
     assert all(size >= 0 for size in memory.parts().values())
@@ -254,7 +332,7 @@ def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: Tra
 def test_more_batch_or_sequence_never_needs_less(
     name: str, method: FinetuningMethod, run: TrainingConfig, one: int, other: int, key: str
 ) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     low, high = sorted((one, other))
     if key == "sequence":
         low, high = min(low, shapes.context - VIRTUAL), min(high, shapes.context - VIRTUAL)
@@ -302,7 +380,7 @@ def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int
 @given(models, methods, runs)
 def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
-    shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)))  # short, scores are less than outputs
+    shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)), method)
     for lean, plain in (
         ({"checkpointing": "full"}, {"checkpointing": "none"}),
         ({"attention": "sdpa"}, {"attention": "eager"}),
@@ -461,7 +539,7 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 
 @given(models, methods, runs)
 def test_explanations_end_in_the_numbers_they_explain(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     lines = dict(explain(shapes, method, run, memory))
     for part, size in memory.parts().items():
