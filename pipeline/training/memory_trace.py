@@ -120,7 +120,7 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
             with training_noise(model, [settings]) as noises, ExitStack() as stack:
                 for noise in noises:
                     stack.enter_context(noise.during([run.sequence] * run.batch))
-                torch.autograd.backward(loss_of(model, batch, run.chunk))
+                torch.autograd.backward(loss_of(model, batch, run.labels if run.loss == "full" else run.chunk))
             flat.collect_gradients()
             flat.step(1e-3)
 

@@ -49,7 +49,10 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
     alpha: Annotated[Rate, "the update is scaled by alpha / rank"] = 1.0
     target_modules: Annotated[
-        tuple[str, ...], "linears that get LoRA: names, or attention, feed_forward, all-linear"
+        tuple[str, ...],
+        "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained base take all-linear, "
+        "which learns more than attention with as many parameters (LoRA Without Regret, 2025; PEFT's benchmark); leave "
+        "the feed-forward layers out to save memory, or to reproduce Hu et al. 2022",
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
     rank_pattern: Annotated[
         Ranks, "other ranks by the end of a module's name (a pattern, as in PEFT), such as {v_proj: 8}"
@@ -92,7 +95,7 @@ STAGE = method(
         "precision": "bf16",
         "rank": 8,
         "alpha": 16.0,
-        "target_modules": ["attention"],  # whatever their names in the model family
+        "target_modules": ["all-linear"],  # whatever their names in the model family
         "train_embeddings": "new_rows",
     },
 )
