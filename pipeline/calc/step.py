@@ -7,7 +7,6 @@ is alive while a variable of a function that has not returned refers to it: so w
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 
 from pipeline.calc.architecture import Architecture, Block, Heads, Linear
 from pipeline.calc.method import FinetuningMethod, ranks
@@ -15,7 +14,8 @@ from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.tape import Ops, Tape, Value
 
 CHUNK = 64  # tokens that a gated delta net's kernel takes at once
-SIMULATED_ENDS = 2  # of a run of equal blocks, simulate this many at each end and extrapolate the middle
+SIMULATED_ENDS = 2  # of a run of blocks that repeat, simulate this many periods at each end and extrapolate the middle
+LONGEST_PERIOD = 6  # Gemma's: five blocks with sliding windows and one without
 
 
 def run_step(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Tape:
@@ -69,8 +69,8 @@ class Step(Ops):
                 self.tables[size] = [t.leaf(length * rotated, self.w) for _ in range(2)]
         self.tables[0] = [t.leaf(length * length, self.w)] if self.eager else []
         y = x  # transformers has a variable of its own for the embeddings, which keeps them alive
-        for start, stop in self._runs_of_equal_blocks():
-            y = self._equal_blocks(y, start, stop)
+        for start, stop, period in self._repeats():
+            y = self._repeated_blocks(y, start, stop, period)
         x = y
         del y
         t.phase, self.name_prefix, self.trains = "forward, last norm", "", self.base.rest
@@ -95,22 +95,30 @@ class Step(Ops):
         added = sum(self.method.linear_parameters(linear, rank) for linear, rank in pairs if rank)
         return (added + self.method.block_parameters(self.model)) * self.adapter
 
-    def _runs_of_equal_blocks(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of runs of blocks with the same shapes, ranks and trained weights."""
+    def _repeats(self) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, period) of runs of blocks that repeat after `period`: shapes, ranks and trained weights."""
         blocks = self.model.blocks  # equal ones are one object, so that none has to be compared
-        kinds = ((id(blocks[index]), self._is_trained(index), self.adapted[index]) for index in range(len(blocks)))
-        stop = 0
-        for _, run in groupby(kinds):
-            start, stop = stop, stop + len(list(run))
-            yield start, stop
+        kinds = [(id(blocks[index]), self._is_trained(index), self.adapted[index]) for index in range(len(blocks))]
+        start = 0
+        while start < len(kinds):
+            found = start + 1, 1
+            for period in range(1, LONGEST_PERIOD + 1):
+                stop = start + period
+                while stop < len(kinds) and kinds[stop] == kinds[stop - period]:
+                    stop += 1
+                if stop - start >= 2 * period and stop > found[0]:
+                    found = stop, period
+            yield start, *found
+            start = found[0]
 
-    def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
-        """Blocks `start` to `stop`, which are equal; the middle of a long run is extrapolated instead of simulated.
+    def _repeated_blocks(self, x: Value, start: int, stop: int, period: int) -> Value:
+        """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated instead of simulated.
 
-        Two blocks at each end are enough: the first of a run may differ, since no gradient may reach it, and each
+        Two periods at each end are enough: the first of a run may differ, since no gradient may reach it, and each
         later one adds the same bytes. Simulating 80 blocks would take 15 times as long.
         """
-        period = 2 if self.run.checkpointing == "selective" else 1  # after which blocks repeat
+        if self.run.checkpointing == "selective" and period % 2:  # every second block is checkpointed
+            period *= 2
         skipped = max(0, (stop - start - 2 * SIMULATED_ENDS * period) // period)
         resume = start + (SIMULATED_ENDS + skipped) * period
         before: dict[str, int] = {}

@@ -15,6 +15,8 @@ from pipeline.calc.sources.open_model import from_path
 from pipeline.data.check import DataReport, check
 from pipeline.data.containers import is_hub_id, suffix_of
 from pipeline.data.convert import convert
+from pipeline.data.examples import in_evaluation
+from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
 SAMPLE = 5_000  # examples that the trial reads
+HELD_OUT, MOST_HELD_OUT = 0.1, 200  # share of the examples to hold out, and their number at most
+MANY = 500  # of more examples, a share of them is never empty
 SHOWN = 3  # problems of the data in an error
 
 
@@ -103,7 +107,8 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         positions=context or None,
     )
     _refuse_data(report)
-    recipe = choose(model, report, machine, stages, given)
+    share = 0.0 if eval_files else _share(files, request.columns, report.examples)
+    recipe = choose(model, report, share, machine, stages, given)
     text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
     copied = copy_data(folder, {GENERAL: DEFAULTS / GENERAL})
@@ -123,6 +128,17 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
         yield Note(f"fetching {name}")
         yield from (Note(note) for note in convert(Path(name), file).notes)
     return str(file)
+
+
+def _share(files: Sequence[str], columns: Mapping[str, str] | None, count: int) -> float:
+    """The share of `count` examples to hold out: of few, the first that selects some and leaves some; 0 if none does."""
+    if count > MANY:
+        return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
+    examples = [example for name in files for example in iter_examples(Path(name), name, columns=columns)]
+    for share in (HELD_OUT, 2 * HELD_OUT, 3 * HELD_OUT):
+        if 0 < sum(in_evaluation(example, share) for example in examples) < len(examples):
+            return share
+    return 0.0
 
 
 def _project(folder: Path, text: str, graph: StageGraph, overrides: Sequence[str] = ()) -> Project:

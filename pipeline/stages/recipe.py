@@ -30,7 +30,6 @@ MULTIPLE = 64  # tokens: max_length is a multiple of it
 RANKS = (8, 16, 32, 64, 128)
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))  # examples at least → epochs
-HELD_OUT, MOST_HELD_OUT = 0.1, 200  # share of the examples, and their number
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,15 @@ class Recipe:
 
 
 def choose(
-    model: Architecture | None, data: DataReport, machine: Machine, stages: Sequence[Stage], given: Mapping[str, Any]
+    model: Architecture | None,
+    data: DataReport,
+    held_out: float,
+    machine: Machine,
+    stages: Sequence[Stage],
+    given: Mapping[str, Any],
 ) -> Recipe:
-    """Settings with which `stages` train `model` on `data`. `given`: section.key → value, set by the user.
+    """Settings with which `stages` train `model` on `data`. `given`: section.key → value, set by the user. `held_out`:
+    the share of the examples that can be held out.
 
     None is a model that the calculator does not know: nothing is then said of memory.
 
@@ -85,9 +90,9 @@ def choose(
         "half the memory, and the device multiplies it" if machine.bf16 else "this device has no instructions for bf16"
     )
     recipe.set(f"{TRAINING}.precision", "bf16" if machine.bf16 else "fp32", why)
-    if not data.evaluation and f"{TRAINING}.eval_data" not in given:
-        share = round(min(HELD_OUT, MOST_HELD_OUT / max(examples, 1)), 3)
-        recipe.set(f"{TRAINING}.eval_share", share, "held out, for the loss on what is not trained on")
+    if not data.evaluation:
+        why = "held out, for the loss on what is not trained on" if held_out else "too few examples to hold one out"
+        recipe.set(f"{TRAINING}.eval_share", held_out, why)
     for stage in stages:
         _choose_method(recipe, model, data, stage)
     _fit(recipe, model, machine, stages, data)

@@ -183,7 +183,7 @@ BAD = [
     (["--sequence", "99999999999"], "sequence must be a whole number"),
     (["--targets", "nope"], "'nope' matches no linear layer"),
     (["--targets", ""], "matches no linear layer"),
-    (["--model", "qwen3-9b"], "not built in. Nearest: qwen3-8b"),
+    (["--model", "qwen3-88b"], "not built in. Nearest: qwen3-8b"),
     (["--model", "./nowhere.gguf"], "does not exist"),
     (["--precision", "int3"], "'int3' is not known. Known: fp32"),
     (["--precision", "gptq-g0"], "is not known"),

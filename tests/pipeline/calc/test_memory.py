@@ -292,6 +292,16 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningM
     assert one.peak == pytest.approx(other.peak, rel=1e-3)
 
 
+@given(st.sampled_from(["qwen3.5-27b", "gemma-4-31b", "llama-4-maverick", "deepseek-v3"]), methods, runs)
+def test_multiplying_blocks_of_several_kinds_that_repeat_changes_nothing(
+    name: str, method: FinetuningMethod, run: TrainingConfig
+) -> None:
+    shapes, run = shapes_of(name, run, method)
+    some = structs.replace(shapes, blocks=shapes.blocks[:36])
+    one, other = (predict(model, method, run).peak for model in (some, structs.replace(some, blocks=distinct(some))))
+    assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_what_cannot_be_traced_is_said() -> None:
     config = entry("qwen3-0.6b")["config"]
     for method, run in (
