@@ -32,7 +32,7 @@ from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -194,7 +194,7 @@ class Ours(Side):
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
         )
         task = TrainingTask.of_one(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
-        self.steps, self.steps_per_epoch = steps(task, FlatAdam(model)), len(task.batches)
+        self.steps, self.steps_per_epoch = steps(task, FlatOptimizer(model)), len(task.batches)
         return model
 
     def attach(self, model: Any) -> None:

@@ -23,7 +23,7 @@ from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
 STEPS, ROUNDS = 50, 15
 GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
@@ -67,7 +67,7 @@ def our_steps(folder: Path, method: str) -> Callable[[], None]:
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
     task = TrainingTask.of_one(model, batches(), Training(epochs=10**9), FULL)
-    records = steps(task, FlatAdam(model))
+    records = steps(task, FlatOptimizer(model))
 
     def run() -> None:
         for _ in range(STEPS):

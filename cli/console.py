@@ -133,6 +133,12 @@ def number(value: float | None, form: str = "") -> str:
     return "–" if value is None else format(value, form)
 
 
+def duration(seconds: float) -> str:
+    """A time in two digits: 45 s, 1.5 min, 12 h."""
+    size, unit = next((pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s"))
+    return f"{seconds / size:.{1 if seconds / size < 10 else 0}f} {unit}"
+
+
 def bar(share: float, width: int = 20) -> str:
     """A bar of eighth blocks for a share of 1."""
     eighths = round(share * width * 8)

@@ -1,97 +1,178 @@
-"""`lora data`: which tokens of a data file are trained on."""
+"""`lora data`: data files checked, shown as tokens, and converted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
-from cli.options import JsonOption, group
+from cli.options import ColumnsOption, JsonOption, columns_of, group
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from pipeline.data.check import DataReport
+    from pipeline.data.examples import Example
     from pipeline.data.masking import Encoded
+    from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
-data = group(help="Show what is trained on in a data file.", no_args_is_help=True)
+data = group(help="Check, show and convert data files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 DEFAULT_BASES = (Path("artifacts/expanded"), Path("artifacts/base"))
 TRAINED = "bold green"
 MAX_WIDTH = 100  # columns; longer lines of tokens are hard to read
+SHOWN, COUNTED = 3, 1000  # examples that `show` prints, and counts
 SYMBOLS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+FILE_HELP = "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
+
+BaseOption = Annotated[
+    Path | None,
+    Option("--base", help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base."),
+]
+MaxLengthOption = Annotated[int, Option("--max-length", min=0, help="Truncate examples to this many tokens; 0: never.")]
 
 
-@data.callback()  # or Typer makes of a single command no group
-def root() -> None:
-    pass
+@data.command()
+def check(
+    files: Annotated[list[Path], Argument(metavar="FILE...", help=FILE_HELP)],
+    base: BaseOption = None,
+    eval_files: Annotated[
+        list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, to compare with; repeatable.")
+    ] = None,
+    eval_share: Annotated[float, Option(min=0, max=1, help="Share of the examples that is held out.")] = 0.0,
+    columns: ColumnsOption = None,
+    max_length: MaxLengthOption = 0,
+    limit: Annotated[int, Option(min=0, help="Number of problems to print.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every row: errors, duplicates, lengths, tokens trained on.
+
+    The exit code is 1 if training would be wrong.
+    """
+    from cli.console import print_json
+    from pipeline.data.check import check as check_files
+
+    base = base or _default_base()
+    tokenizer, positions = _open_base(base) if base else (None, None)
+    with _row_counter("checking") as progress:
+        report = check_files(
+            files,
+            tokenizer,
+            eval_files=eval_files or (),
+            eval_share=eval_share,
+            columns=columns_of(columns),
+            max_length=max_length,
+            positions=positions,
+            progress=progress,
+        )
+    if as_json:
+        print_json({**report.as_json(), "base": base and str(base)})
+    else:
+        _print_report(report, max_length, limit)
+    if not report.ok:
+        raise Exit(1)
+
+
+def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
+    from cli.console import print_line, print_note, print_table, stdout
+
+    rows = [
+        (
+            "rows",
+            f"{report.rows:,} ({', '.join(f'{n:,} {name}' for name, n in report.formats.items()) or 'none read'})",
+        ),
+        ("examples", f"{report.examples:,}" + f", {report.evaluation:,} for evaluation" * bool(report.evaluation)),
+    ]
+    if report.turns:
+        rows.append(("turns", f"{report.turns:,}, {report.turns / report.examples:.1f} per example"))
+    if report.tokens is not None and report.trained_tokens is not None:
+        share = report.trained_tokens / max(1, report.tokens)
+        rows += [("tokens", f"{report.tokens:,}"), ("trained on", f"{report.trained_tokens:,} ({share:.1%})")]
+    if report.quantiles:
+        median, *most, longest = (f"{length:,}" for length in report.quantiles.values())
+        shares = ", ".join(f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True))
+        rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
+        rows.append(("truncated", f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none"))
+        rows.append(("max_length", f"{report.suggested_max_length:,} suggested"))
+    print_table(("", ""), rows)
+    if report.problems[:limit]:
+        several = len(report.files) > 1
+        places = [
+            f"{each.file}:{each.row}" if several and each.row else str(each.row or each.file)
+            for each in report.problems[:limit]
+        ]
+        stdout.print()
+        print_table(
+            ("", "row", "problem"),
+            [(each.level, place, each.problem) for each, place in zip(report.problems, places, strict=False)],
+        )
+    total = report.errors + report.warnings
+    if total > limit:
+        print_line(f"… {', '.join(f'{kind}: {count:,}' for kind, count in report.counts.items())}")
+    errors, warnings = (
+        f"{count:,} {name}{'' if count == 1 else 's'}"
+        for count, name in ((report.errors, "error"), (report.warnings, "warning"))
+    )
+    print_line(f"{errors}, {warnings}" if total else "no problems", style="bold")
+    if report.tokens is None:
+        print_note("There is no model, so tokens were not counted. Name a model folder with --base.")
 
 
 @data.command()
 def show(
-    file: Annotated[Path, Argument(metavar="FILE", help="Data file: .txt or .jsonl.")],
-    base: Annotated[
-        Path | None, Option(help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base.")
+    file: Annotated[Path, Argument(metavar="FILE", help=FILE_HELP)],
+    base: BaseOption = None,
+    row: Annotated[int | None, Option(min=1, help="Show only this line or row.")] = None,
+    columns: ColumnsOption = None,
+    max_length: MaxLengthOption = 0,
+    limit: Annotated[
+        int | None, Option(min=0, help="Number of examples to print; default: 3, with --json all.")
     ] = None,
-    max_length: Annotated[int, Option(min=0, help="Truncate examples to this many tokens; 0: never.")] = 0,
-    limit: Annotated[int, Option(min=0, help="Number of examples to print.")] = 3,
-    as_json: JsonOption = False,
+    as_json: Annotated[
+        bool, Option("--json", help="Print a JSON line per row: ids, and labels with -100 where nothing is trained on.")
+    ] = False,
 ) -> None:
-    """Show the first examples and statistics of the whole file.
+    """Show examples as tokens, and which of them are trained on.
 
-    What is trained on is shown in ⟦ ⟧.
+    What is trained on is shown in ⟦ ⟧. Statistics are of the first 1,000 rows.
     """
-    from dataclasses import asdict
     from tempfile import TemporaryDirectory
 
-    from cli.console import print_json, print_line, print_table, stdout
-    from pipeline.data.formats import iter_examples
+    from cli.console import print_line, print_table, stdout
     from pipeline.data.masking import Encoder
-    from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.data.windows import Corpus
     from pipeline.errors import UserError
 
-    if base is None:
-        base = next((folder for folder in DEFAULT_BASES if folder.is_dir()), None)
+    base = base or _default_base()
     if base is None:
         raise UserError(
             f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is needed. "
-            "Name a model folder with --base, or run `lora pretrain`."
+            "Name a model folder with --base, or run `lora import` or `lora pretrain`."
         )
-    tokenizer = load_tokenizer(base)
-    encode_one = Encoder(tokenizer, max_length, _max_positions(base))
-    examples = iter_examples(file, str(file))
-    shown = [(example, encode_one(example)) for example in islice(examples, limit)]
-    with TemporaryDirectory() as folder:
-        corpus = Corpus(chain((example for example, _ in shown), examples), encode_one, Path(folder))
-        statistics = corpus.statistics
-        del corpus  # unmaps its file before the folder is removed
-
-    def tokens(encoded: "Encoded") -> Iterator[tuple[int, str, bool]]:
-        """Ids, words, and which are trained on. The first never is, as no token predicts it."""
-        return zip(encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True)
-
+    tokenizer, positions = _open_base(base)
+    encode = Encoder(tokenizer, max_length, positions)
+    examples = _examples(file, columns_of(columns), row)
     if as_json:
-        printed = [
-            {
-                "place": example.location,
-                "tokens": [{"id": id_, "token": word, "learned": learned} for id_, word, learned in tokens(encoded)],
-                "labels": encoded.labels,
-                "cut": encoded.cut,
-            }
-            for example, encoded in shown
-        ]
-        numbers = {**asdict(statistics), "share": statistics.share}
-        print_json({"file": str(file), "base": str(base), "statistics": numbers, "examples": printed})
+        for example, encoded in encode.each(islice(examples, limit)):
+            _print_labels(example, encoded)
         return
+    shown = list(encode.each(islice(examples, SHOWN if limit is None else limit)))
     for example, encoded in shown:
         parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
         print_line("  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold")
-        for line in _lines(tokens(encoded), min(stdout.width, MAX_WIDTH)):
+        for line in _lines(_tokens(encoded, tokenizer), min(stdout.width, MAX_WIDTH)):
             stdout.print(line, soft_wrap=True)
         stdout.print()
+    if row:
+        return
+    with TemporaryDirectory() as folder:
+        first = islice(chain((example for example, _ in shown), examples), COUNTED)
+        statistics = Corpus(first, encode, Path(folder)).statistics
+    is_all = next(examples, None) is None
     rows = [
         ("examples", f"{statistics.examples:,}"),
         ("tokens", f"{statistics.tokens:,}"),
@@ -100,7 +181,109 @@ def show(
         ("truncated", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
         ("skipped", f"{statistics.unlabelled:,} without a label"),
     ]
-    print_table(("the file", ""), rows)
+    print_table(("the file" if is_all else f"the first {COUNTED:,}", ""), rows)
+    if not is_all:
+        print_line(f"`lora data check {file}` reads all.")
+
+
+@data.command()
+def convert(
+    source: Annotated[Path, Argument(metavar="IN", help=FILE_HELP)],
+    out: Annotated[
+        Path,
+        Argument(
+            metavar="OUT", help="File to write: .jsonl, .json, .csv, .tsv, .txt (also .gz, .zst), .parquet, .arrow."
+        ),
+    ],
+    format_: Annotated[
+        Literal["messages", "alpaca", "sharegpt", "prompt_completion", "text"] | None,
+        Option("--format", help="Format of its rows; default: that of the input."),
+    ] = None,
+    columns: ColumnsOption = None,
+    force: Annotated[bool, Option("--force", help="Replace OUT if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write data in another format or container.
+
+    What the target cannot hold is an error. The new file is read again before it gets its name.
+    """
+    from cli.console import print_json, print_line, print_note
+    from pipeline.data.convert import convert as convert_file
+
+    with _row_counter("converting") as progress:
+        done = convert_file(source, out, format_, columns=columns_of(columns), force=force, progress=progress)
+    if as_json:
+        print_json({"out": str(out), "rows": done.rows, "format": done.format, "notes": done.notes})
+        return
+    for note in done.notes:
+        print_note(note)
+    print_line(f"{out}: {done.rows:,} {'row' if done.rows == 1 else 'rows'} ({done.format})")
+
+
+def _default_base() -> Path | None:
+    """The model whose tokenizer is used without --base."""
+    return next((folder for folder in DEFAULT_BASES if folder.is_dir()), None)
+
+
+def _open_base(base: Path) -> tuple["Tokenizer", int | None]:
+    """Its tokenizer and its number of positions."""
+    from pipeline.data.tokenizers.word import load_tokenizer
+
+    return load_tokenizer(base), _max_positions(base)
+
+
+@contextmanager
+def _row_counter(text: str) -> Iterator[Callable[[int], None]]:
+    """Rows read so far, on a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cli.console import stderr
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(text, total=None)  # how many rows there are is known when all are read
+        yield lambda rows: bar.update(task, completed=rows)
+
+
+def _examples(file: Path, columns: dict[str, str], row: int | None) -> Iterator["Example"]:
+    """All examples, or that of one row. Raises UserError."""
+    from pipeline.data.containers import Reading
+    from pipeline.data.formats import iter_examples
+    from pipeline.errors import UserError
+
+    def of_row(number: int, error: UserError) -> None:
+        if row in (None, number):
+            raise error
+
+    examples = iter_examples(file, str(file), columns=columns, reading=Reading(of_row))
+    if row is None:
+        return examples
+    example = next((each for each in examples if each.line >= row), None)
+    if example is None or example.line != row:
+        raise UserError(f"{file} has no example in row {row}. Name another --row.")
+    return iter([example])
+
+
+def _print_labels(example: "Example", encoded: "Encoded") -> None:
+    import json
+
+    from cli.console import print_line
+    from pipeline.data.examples import IGNORED
+
+    # The first token is no label: no token predicts it.
+    trained = (False, *encoded.trained[1:])
+    labels = [id_ if on else IGNORED for id_, on in zip(encoded.ids, trained, strict=True)]
+    print_line(json.dumps({"row": example.line, "ids": encoded.ids, "labels": labels}))
+
+
+def _tokens(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[int, str, bool]]:
+    """Ids, words, and which are trained on. The first never is, as no token predicts it."""
+    return zip(encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True)
 
 
 def _max_positions(base: Path) -> int | None:

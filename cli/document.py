@@ -46,7 +46,7 @@ def study(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
+    checkpoint_every: CheckpointOption = None,
 ) -> None:
     """Run a study of the document, or list the studies.
 
@@ -98,7 +98,7 @@ def figures(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
+    checkpoint_every: CheckpointOption = None,
 ) -> None:
     """Draw the document's figures from our own runs.
 

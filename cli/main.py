@@ -15,8 +15,11 @@ from pipeline.project.process_rank import world
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
-    "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
+    "train": ("cli.new", "Fine-tune a base on a data file: a project, made and run."),
+    "new": ("cli.new", "Make a project: params, data, dvc.yaml."),
     "params": ("cli.project", "Show every setting, its source and its meaning."),
+    "advise": ("cli.advise", "Compare the settings with what experiments advise."),
+    "import": ("cli.stages", "Import the base model → artifacts/base."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
@@ -33,7 +36,7 @@ COMMANDS = {
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
-    "data": ("cli.data", "Show what is trained on in a data file."),
+    "data": ("cli.data", "Check, show and convert data files."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),
 }

@@ -18,7 +18,10 @@ SetOption = Annotated[
     Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
 ]
 ForceOption = Annotated[bool, Option("--force", help="Run even if the cache has the result.")]
-CheckpointOption = Annotated[int, Option(min=1, help="Steps between resume checkpoints.")]
+CheckpointOption = Annotated[
+    int | None,
+    Option("--checkpoint-every", "--save-steps", min=1, help="Steps between checkpoints; default: save_steps."),
+]
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
 BaseOption = Annotated[
     Path | None,
@@ -35,6 +38,10 @@ PromptsOption = Annotated[
     Path | None, Option(help="Prompts to compare the merged model with base + adapter; loads both.")
 ]
 TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
+ColumnsOption = Annotated[
+    str | None,
+    Option("--columns", metavar="KEY=COLUMN,…", help="Names in the file: prompt=question,completion=answer"),
+]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
 WIDEST = len("finetune_freeze")  # of the names of the design card's stages
@@ -46,6 +53,15 @@ def finite(value: float) -> float:
     if not isfinite(value):
         raise BadParameter(f"{value} is not a finite number.")
     return value
+
+
+def columns_of(text: str | None) -> dict[str, str]:
+    """The columns of `--columns`: key of a format → name in the file."""
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    columns = {key.strip(): column.strip() for key, _, column in pairs}
+    if not all(columns) or not all(columns.values()) or len(columns) < len(pairs):
+        raise BadParameter(f"{text!r} must be KEY=COLUMN,…, each key once, such as prompt=question,completion=answer.")
+    return columns
 
 
 class Lazy(Mapping[str, Any]):

@@ -1,4 +1,4 @@
-"""`lora new`, `params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
+"""`lora params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,31 +25,6 @@ GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # needed to read a .
 QLORA = "bitsandbytes"
 
 
-@app.command()
-def new(
-    folder: Annotated[Path, Argument(help="New folder, or an existing project to complete.")],
-    params: Annotated[
-        Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
-    ] = None,
-    base: Annotated[
-        str | None, Option("--base", help="Base model: minigpt, a checkpoint folder, a .gguf file or a hub id.")
-    ] = None,
-    methods: Annotated[
-        str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
-    ] = None,
-) -> None:
-    """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
-    from cli.console import print_line, print_note
-    from pipeline.project.new_project import create
-    from pipeline.workbench import GRAPH
-
-    added, notes = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
-    for note in notes:
-        print_note(note)
-    print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
-    print_line(f"Next: cd {folder}; dvc repro; lora-tui")
-
-
 @settings.command("show")
 def show_params(
     section: Annotated[str | None, Argument(metavar="SECTION", help="Only this section.")] = None,
@@ -68,11 +43,12 @@ def show_params(
     from pipeline.project.params.schema import hints
 
     params = project_of(path, overrides).params
-    names = [name for name in params.kinds if name in params.sections]
+    names = [name for name in params.kinds if name in params.sections and (name != "import" or params.origin.imports)]
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    rows = {
+    rows = {"base": (params.origin.base, params.source("import", "base"))} if section is None else {}
+    rows |= {
         key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
         for name in names
         for key in hints(params.kinds[name])
@@ -142,7 +118,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
-    from pipeline.stages.report import LEGEND, comparison
+    from pipeline.stages.report import comparison, legend
 
     project = project_of(params)
     folder = project.artifact("evaluate")
@@ -152,7 +128,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
-    print_line(f"\n{LEGEND}\n")
+    print_line(f"\n{legend(columns)}\n")
     there = (folder / "report.md").exists()
     print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours.")
     claims = folder.parent / "claims/report.md"

@@ -121,7 +121,9 @@ def compare(
         else:
             answers[loaded.name] = _answer(loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens))
     if not answers:
-        raise UserError("There is no model yet. Run `make repro` for all of them, or `lora pretrain` to begin.")
+        raise UserError(
+            "There is no model yet. Run `make repro` for all of them, or `lora pretrain` or `lora import` to begin."
+        )
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
         raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")

@@ -64,6 +64,15 @@ finetune = group(help="Fine-tune the expanded base with one method.", no_args_is
 app.add_typer(finetune, name="finetune")
 
 
+def _runs(name: str) -> Callable[..., None]:
+    """The command of a stage that trains nothing."""
+
+    def command(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
+        run_stage(name, params, overrides, force)
+
+    return command
+
+
 def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
     """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
 
@@ -71,7 +80,7 @@ def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callabl
         params: ParamsOption = DEFAULT_PARAMS,
         overrides: SetOption = None,
         force: ForceOption = False,
-        checkpoint_every: CheckpointOption = 100,
+        checkpoint_every: CheckpointOption = None,
     ) -> None:
         run_stage(name, params, overrides, force, checkpoint_every)
         if show and not UNDER_DVC:
@@ -87,28 +96,58 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         params: ParamsOption = DEFAULT_PARAMS,
         overrides: SetOption = None,
         force: ForceOption = False,
-        checkpoint_every: CheckpointOption = 100,
+        checkpoint_every: CheckpointOption = None,
         devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
         shard: Annotated[
             bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
         ] = None,
+        dry_run: Annotated[
+            bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")
+        ] = False,
     ) -> None:
         from pipeline.errors import UserError
         from pipeline.project.process_rank import world
 
+        if dry_run:
+            _print_plan(project_of(params, overrides), stage)
+            return
         if shard and devices == 1 and world().world_size == 1:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
         if devices > 1 and world().world_size == 1:
             from pipeline.training.launch import launch
 
             project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
-            given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
+            given = ["--params", str(params), *["--force"] * force]
+            given += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
             raise Exit(launch(devices, ["finetune", stage.method, *given]))
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
 
     return command
+
+
+def _print_plan(project: Project, stage: Stage) -> None:
+    """What a training would take, by its first steps, and what `dvc repro` would run."""
+    from cli.console import duration, follow, print_line
+    from pipeline.models.device import available_memory, best_device, device_info
+    from pipeline.project.logs.run_log import in_units
+    from pipeline.project.status import Status
+    from pipeline.stages.quickstart import try_stage
+
+    project.stage(stage.name)
+    trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
+    device = best_device()
+    room = f"{in_units(available_memory(device))} free on {device_info(device)['name']}"
+    peak = f"{in_units(trial.predicted)} of tensors at the peak, " if trial.predicted else "not predicted, "
+    low, high = map(duration, trial.seconds)
+    print_line(f"memory  {peak}{room}")
+    print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
+    print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
+    print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
+    states = Status().of(project)
+    waiting = [one.command for name, one in project.stages.items() if states[name].state != "current"]
+    print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
 
 
 def _print_sweep(project: Project) -> None:
@@ -124,20 +163,14 @@ def _print_sweep(project: Project) -> None:
     print_table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS)
 
 
+app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
 app.command("pretrain", help="Train MiniGPT from scratch → artifacts/base.")(_trains("pretrain"))
 app.command(
     "train-from-scratch",
     help="Train a model from random weights on old and new data.\n\n"
     "It has the base's shape; writes artifacts/from_scratch.",
 )(_trains("train_from_scratch"))
-
-
-@app.command("expand-vocab")
-def expand_vocab(
-    params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False
-) -> None:
-    """Add rows for new words → artifacts/expanded."""
-    run_stage("expand_vocab", params, overrides, force)
+app.command("expand-vocab", help="Add rows for new words → artifacts/expanded.")(_runs("expand_vocab"))
 
 
 @app.command()
@@ -190,10 +223,11 @@ def run_stage(
     params: Path,
     overrides: list[str] | None,
     force: bool,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""
+    from cli.advise import advice_notes
     from cli.console import follow, print_line
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
@@ -206,7 +240,8 @@ def run_stage(
         stage.check(project)
 
     def work(job: Job) -> Generator[Event, None, Facts]:
-        return stage.run(replace(job, sharded=shard))
+        yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
+        return (yield from stage.run(replace(job, sharded=shard)))
 
     if world().world_size == 1:
         events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)

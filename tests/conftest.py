@@ -109,7 +109,7 @@ def studied(brief: Path, built: Built) -> Iterator[Path]:
 
     def build(root: Path) -> None:
         shutil.copytree(brief, root, dirs_exist_ok=True)
-        make(root, [name for name in WORK if name not in PIPELINE], BRIEF)
+        make(root, [name for name in WORK if name not in (*PIPELINE, "import")], BRIEF)
 
     yield from unchanged(built("studied", build))
 

@@ -115,7 +115,8 @@ def add_lora(
                 raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Remove it.")
             model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
         else:
-            model.set_submodule(name, (DoRALinear if spec.dora else LoRALinear)(base, rank, scale, dtype, init))
+            kind = DoRALinear if spec.dora else LoRALinear
+            model.set_submodule(name, kind(base, rank, scale, dtype, init, spec.dropout))
 
 
 def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:

@@ -116,10 +116,11 @@ class BatchedLoRALinear(BatchedLayer):
         self.scale_list = [1.0 if part is None else part.scale for part in parts]
         scales = torch.tensor(self.scale_list)  # fp32: 16 bits would round them
         self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))  # (N, 1, 1)
+        self.drops = any(part is not None and part.dropout for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.routing
-        if routing.off or not routing.even:
+        if routing.off or not routing.even or self.drops:
             return super().forward(x)
         A, B = (routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
         return batched_lora_forward(x, self.base, A, B, routing.select_live(self.scales))
@@ -128,6 +129,9 @@ class BatchedLoRALinear(BatchedLayer):
         counts = list(self.routing.counts)
         A, B = (self.trained[name].to(rows.dtype) for name in ("lora_A", "lora_B"))
         shares, out = torch.split(rows, counts), torch.split(self.base(rows), counts)
+        if self.drops:
+            pairs = zip(self.parts, shares, strict=True)
+            shares = tuple(part.dropped(x) if isinstance(part, LoRALinear) and len(x) else x for part, x in pairs)
         each = zip(out, shares, A.unbind(0), B.unbind(0), self.scale_list, strict=True)
         return torch.cat([torch.addmm(y, x @ a.T, b.T, alpha=s) for y, x, a, b, s in each])
 
@@ -283,6 +287,15 @@ def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]
 
 def layers(model: nn.Module) -> Iterator[BatchedLayer]:
     return (module for module in model.modules() if isinstance(module, BatchedLayer))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[int, str, LoRALinear]]:
+    """Each adapter's number, and its LoRA linears with the names of the base's; the only adapter is number 0."""
+    batched = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
+    if not batched:
+        yield from ((0, name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    for name, layer in batched.items():
+        yield from ((n, name, part) for n, part in enumerate(layer.parts) if isinstance(part, LoRALinear))
 
 
 def trained_by(model: nn.Module, number: int) -> int:

@@ -68,6 +68,7 @@ class AdapterSpec:
     alphas: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    dropout: float = 0.0  # of training; a stored adapter is read without
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()  # empty: all
     lists: tuple[str, ...] = ()  # names of the module lists that `layers` index; empty: any
@@ -153,7 +154,7 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "use_dora": spec.dora,
         "rank_pattern": dict(spec.ranks),
         "alpha_pattern": {name: _to_integer(alpha) for name, alpha in spec.alphas.items()},
-        "lora_dropout": 0.0,
+        "lora_dropout": spec.dropout,
         "fan_in_fan_out": transposed,  # PEFT warns where it differs from the layers
         "init_lora_weights": True,  # whatever it started from: another value may make PEFT change the base again
         "target_modules": _to_json(spec.targets),

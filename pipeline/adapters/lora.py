@@ -2,6 +2,7 @@
 §10.2), and embedding and head of which single rows train."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -73,18 +74,26 @@ class LoRALinear(AdapterLayer):
     W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x; for a large one the
     (O, I) product is never formed.
     With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper subtracts s·B₀A₀ from W, here W stays unchanged.
+    Dropout, while it trains, is on the input of A, as in PEFT: y = Wx + b + s·BA·dropout(x). The update is not folded.
     A and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
     """
 
     initial_A: Tensor
     neg_initial_B: Tensor
+    keep: Callable[[Tensor], Tensor | None] | None = None  # while it trains: which elements of an input dropout keeps
 
     def __init__(
-        self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype | None = None,
+        init: Init = "document",
+        dropout: float = 0.0,
     ) -> None:
         """Raises UserError if `init` does not fit the rank."""
         super().__init__(base)
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
@@ -108,15 +117,44 @@ class LoRALinear(AdapterLayer):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """dropout(x): x itself unless it trains with dropout."""
+        kept = self.keep(x) if self.keep is not None else None
+        return x if kept is None else torch.where(kept, x, 0).mul_(1 / (1 - self.dropout))
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """What does not train, without the bias: Wx; with PiSSA Wx − s·B₀A₀x."""
+        base = self.base
+        out = F.linear(x, base.weight_in(x.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base))
+        if self.subtracts_initial:
+            low = F.linear(x, self.initial_A.to(x.dtype))
+            out = out + F.linear(low, self.neg_initial_B.to(x.dtype)) * self.scale
+        return out
+
     def adapted(self, x: Tensor) -> Tensor:
+        dropped = self.dropped(x)
+        if dropped is x:
+            return self.updated(x)
+        return self.partly_updated(x, dropped) if self.subtracts_initial else self._add_update(x, dropped)
+
+    def updated(self, x: Tensor) -> Tensor:
+        """(W + s·BA)x + b, without dropout."""
+        if not self.folds:
+            return self._add_update(x, x)
         A, B = self.pair()
-        A, B = A.to(x.dtype), B.to(x.dtype)  # (R, I), (O, R)
-        if self.folds:
-            weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)  # (O, I)
-            return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
+        # (O, I)
+        weight = torch.addmm(weight_in(self.base, x.dtype), B.to(x.dtype), A.to(x.dtype), alpha=self.scale)
+        return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
+
+    def partly_updated(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """The update of `dropped`, and what does not train of x: `updated` is linear in its input."""
+        return self.updated(dropped) + self.frozen(x - dropped)
+
+    def _add_update(self, x: Tensor, dropped: Tensor) -> Tensor:
+        A, B = (factor.to(x.dtype) for factor in self.pair())  # (R, I), (O, R)
         rows = x.flatten(0, -2)  # (N, I)
         # (N, I)·Aᵀ → (N, R), ·Bᵀ → (N, O), added in place: no second (N, O)
-        out: Tensor = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)
+        out: Tensor = self.base(rows).addmm_(F.linear(dropped.flatten(0, -2), A), B.t(), alpha=self.scale)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -153,9 +191,15 @@ class DoRALinear(LoRALinear):
     squares: Tensor
 
     def __init__(
-        self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype | None = None,
+        init: Init = "document",
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(base, rank, scale, dtype, init)
+        super().__init__(base, rank, scale, dtype, init, dropout)
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
         self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)  # ‖W‖², (O,)
         with torch.no_grad():
@@ -167,6 +211,10 @@ class DoRALinear(LoRALinear):
         return {**super().adapter_parameters(), MAGNITUDE: self.magnitude}
 
     def adapted(self, x: Tensor) -> Tensor:
+        dropped = self.dropped(x)
+        return self.updated(x) if dropped is x else self.partly_updated(x, dropped)
+
+    def updated(self, x: Tensor) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.pair())
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.folds:

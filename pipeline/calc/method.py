@@ -89,6 +89,10 @@ class FinetuningMethod:
         """Its options as keys of the method's section of params.yaml."""
         return {key: getattr(self, key) for key in options_of(self)}
 
+    def with_params(self, settings: Any) -> Self:
+        """The method with the options that its section of params.yaml has."""
+        return replace(self, **{key: getattr(settings, key) for key in options_of(self) if hasattr(settings, key)})
+
     def check(self) -> None:
         """Raises UserError for an invalid option."""
         check_options(self)

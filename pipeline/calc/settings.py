@@ -78,6 +78,8 @@ CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
 QLORA = "nf4-dq"  # precision of its base: NF4 with double quantization (Dettmers et al. 2023)
 LARGEST_INT = 2**31 - 1
 
+STATE_BLOCK = 256  # weights that share a scale in adamw-8bit's state
+STATE_CHUNK = 2**20  # weights whose state is in fp32 at once while it updates them
 OPTIMIZERS: dict[str, Callable[[int], float]] = {  # width of a trained parameter → bytes of its state
     "adamw": lambda width: 2 * width,  # torch's fused: both moments in the parameter's precision
     # our trainer's: fp32 moments; for 16 bits fp32 master weights too

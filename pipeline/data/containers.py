@@ -10,8 +10,10 @@ import io
 import json
 import re
 from codecs import getincrementaldecoder
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -34,8 +36,6 @@ HTML = re.compile(r"\s*<(?:!doctype html|html|head|body)\b", flags=re.IGNORECASE
 # A cell of a .csv file that holds messages as JSON. Other texts that look like JSON stay texts.
 TURNS = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 
-Note = Callable[[str], None]
-
 
 class Row(NamedTuple):
     """`number`: the line where it begins; in a .json list and in a table, the number of the row, from 1.
@@ -47,12 +47,34 @@ class Row(NamedTuple):
     value: str | dict[str, Any]
 
 
-def read_rows(path: Path, name: str, on_note: Note | None = None) -> Iterator[Row]:
+def _raise(row: int, error: UserError) -> None:  # noqa: ARG001
+    raise error
+
+
+@dataclass
+class Reading:
+    """What a reading counts. `on_error(row, error)` is called for a bad row: if it does not raise, the row is skipped.
+
+    What makes the rest of a file unreadable is raised all the same.
+    """
+
+    on_error: Callable[[int, UserError], None] = _raise
+    refused: int = 0  # rows
+    blank: int = 0  # lines that were skipped
+    format: str = ""  # of the last row
+    unused: Counter[str] = field(default_factory=Counter)  # key that no format reads → rows
+
+    def refuse(self, row: int, error: UserError) -> None:
+        self.refused += 1
+        self.on_error(row, error)
+
+
+def read_rows(path: Path, name: str, reading: Reading | None = None) -> Iterator[Row]:
     """The rows of a file or folder; of the hub's data set `name` if `path` does not exist and `name` is an id of one.
 
-    `name` is the path as the user wrote it. `on_note` gets the number of blank lines that were skipped. Raises
-    UserError.
+    `name` is the path as the user wrote it. Raises UserError.
     """
+    reading = reading or Reading()
     suffix, compression = suffix_of(path)
     try:
         if suffix not in READERS and not path.exists() and is_hub_id(name):
@@ -65,12 +87,11 @@ def read_rows(path: Path, name: str, on_note: Note | None = None) -> Iterator[Ro
             if suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
                 raise _too_large(name)
             with _opened(path, name, compression) as file:
-                rows = READERS[suffix](file, name, on_note or (lambda _: None))
-                yield from _refuse_empty(rows, name)
+                yield from _refuse_empty(READERS[suffix](file, name, reading), name, reading)
             return
         else:
             raise UserError(f"{name}: a data file must be {', '.join([*READERS, *TABLES])}, or a save_to_disk folder.")
-        yield from _refuse_empty(rows, name)
+        yield from _refuse_empty(rows, name, reading)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise UserError(f"{name}: {reason}. Name a file that exists.") from None
@@ -87,11 +108,11 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and suffix_of(Path(name))[0] not in (*READERS, *TABLES)
 
 
-def _refuse_empty(rows: Iterator[Row], name: str) -> Iterator[Row]:
+def _refuse_empty(rows: Iterator[Row], name: str, reading: Reading) -> Iterator[Row]:
     first = next(rows, None)
-    if first is None:
+    if first is None and not reading.refused:
         raise UserError(f"{name}: the file is empty. Write one example per line or row.")
-    return chain([first], rows)
+    return chain([first] if first else [], rows)
 
 
 @contextmanager
@@ -136,7 +157,7 @@ def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def _text_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # noqa: ARG001
+def _text_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:  # noqa: ARG001
     """One text per line. Only a newline ends a line; all other white space belongs to the text.
 
     Blank lines are allowed only at the end: elsewhere they may separate texts of several lines.
@@ -155,21 +176,30 @@ def _text_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # no
         yield Row(number, text)
 
 
-def _jsonl_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
+def _jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
     """One JSON object per line. Blank lines are skipped."""
-    blank = waiting = 0  # blank lines at the end of the file are of no interest
+    waiting = 0  # blank lines at the end of the file are of no interest
     for number, line in _numbered_lines(file, name):
         if not line.strip():
             waiting += 1
             continue
-        blank, waiting = blank + waiting, 0
+        reading.blank, waiting = reading.blank + waiting, 0
         try:
-            value = json.loads(line.removesuffix("\n"), object_pairs_hook=_reject_duplicate_keys)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(f"{name}:{number}", error, line, "Write one JSON object per line.") from None
-        yield _object_row(number, value, name)
-    if blank:
-        on_note(f"{name}: {blank:,} blank {'line' if blank == 1 else 'lines'} skipped")
+            row = _row_of_line(number, line, name)
+        except UserError as error:
+            if HTML.match(line):  # so is the rest of it
+                raise
+            reading.refuse(number, error)
+            continue
+        yield row
+
+
+def _row_of_line(number: int, line: str, name: str) -> Row:
+    try:
+        value = json.loads(line.removesuffix("\n"), object_pairs_hook=_reject_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(f"{name}:{number}", error, line, "Write one JSON object per line.") from None
+    return _object_row(number, value, name)
 
 
 def _not_json(location: str, error: Exception, text: str, advice: str) -> UserError:
@@ -203,7 +233,7 @@ def describe_type(value: Any) -> str:
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def _json_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # noqa: ARG001
+def _json_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
     """The objects of a JSON list, decoded one by one from a buffer that holds little more than one of them."""
     scan = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys).raw_decode
     text = _TextBuffer(file, name)
@@ -240,7 +270,12 @@ def _json_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # no
             raise UserError(f"{name}: row {number} must be followed by a comma or ], got {got}. Is the file complete?")
         text.position += 1
         ended = mark == "]"
-        yield _object_row(number, value, name)
+        try:
+            row = _object_row(number, value, name)
+        except UserError as error:
+            reading.refuse(number, error)
+            continue
+        yield row
     if rest := text.peek():
         raise UserError(f"{name}: {rest!r} after the end of the list. A .json file must hold one list.")
 
@@ -288,9 +323,9 @@ def _too_large(name: str) -> UserError:
     )
 
 
-def _delimited_rows(file: BinaryIO, name: str, on_note: Note, delimiter: str) -> Iterator[Row]:
+def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
     """Rows under a header, each with a text for every column. A cell may hold turns or tools as JSON."""
-    blank = size = 0
+    size = 0
 
     def lines() -> Iterator[str]:
         nonlocal size
@@ -319,16 +354,15 @@ def _delimited_rows(file: BinaryIO, name: str, on_note: Note, delimiter: str) ->
         if not header:
             header = _read_header(cells, name, number)
         elif not cells:
-            blank += 1
+            reading.blank += 1
         elif len(cells) != len(header):
-            raise UserError(
+            ragged = (
                 f"{name}:{number}: {len(cells)} values, but the header has {len(header)} columns. Quote texts that "
                 f"contain {delimiter!r}, quotes or line breaks."
             )
+            reading.refuse(number, UserError(ragged))
         else:
             yield Row(number, dict(zip(header, map(_read_cell, cells), strict=True)))
-    if blank:
-        on_note(f"{name}: {blank:,} blank {'line' if blank == 1 else 'lines'} skipped")
 
 
 def _read_header(cells: list[str], name: str, number: int) -> list[str]:
@@ -473,15 +507,15 @@ def _hub_rows(name: str) -> Iterator[Row]:
             yield Row(number, _row_of_table(value))
 
 
-def _csv_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
-    return _delimited_rows(file, name, on_note, ",")
+def _csv_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
+    return _delimited_rows(file, name, reading, ",")
 
 
-def _tsv_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
-    return _delimited_rows(file, name, on_note, "\t")
+def _tsv_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
+    return _delimited_rows(file, name, reading, "\t")
 
 
-READERS: dict[str, Callable[[BinaryIO, str, Note], Iterator[Row]]] = {
+READERS: dict[str, Callable[[BinaryIO, str, Reading], Iterator[Row]]] = {
     ".txt": _text_rows,
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,

@@ -61,17 +61,24 @@ class Window:
     labels: tuple[int, ...]
 
 
+def content_digest(example: Example) -> bytes:
+    """Equal for examples of the same content, wherever they stand."""
+    # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
+    parts = [example.text, example.prompt, list(example.messages), *([example.tools] if example.tools else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
 def in_evaluation(example: Example, share: float) -> bool:
     """Whether an example is held out, decided by a hash of its content.
 
     So adding lines moves no example between the splits, and duplicates land in the same one.
     """
-    if not share:
-        return False
-    # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
-    parts = [example.text, example.prompt, list(example.messages), *([example.tools] if example.tools else [])]
-    content = json.dumps(parts, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) < share * 2**64
+    return share > 0 and is_held_out(content_digest(example), share)
+
+
+def is_held_out(digest: bytes, share: float) -> bool:
+    """`in_evaluation`, by the `content_digest`."""
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def windows(ids: tuple[int, ...], size: int) -> Iterator[Window]:

@@ -49,18 +49,23 @@ class Encoder:
         ((_, encoded),) = self.each([example])
         return encoded
 
-    def each(self, examples: Iterable[Example]) -> Iterator[tuple[Example, Encoded]]:
-        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that is wrong."""
+    def each(
+        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
+    ) -> Iterator[tuple[Example, Encoded]]:
+        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that is wrong.
+
+        With `on_error`, which gets what `encode` raises, examples that are wrong are left out.
+        """
         previous: Callable[[], list[tuple[Example, Renderings | UserError | None]]] = list
         for group, failure in _groups(examples):
             # Sent before the examples of the previous group are tokenized, so that both processes work.
             following = self._render(group)
-            yield from self._finish(previous())
+            yield from self._finish(previous(), on_error)
             previous = following
             if failure is not None:
-                yield from self._finish(previous())
+                yield from self._finish(previous(), on_error)
                 raise failure
-        yield from self._finish(previous())
+        yield from self._finish(previous(), on_error)
 
     def _render(self, group: list[Example]) -> Callable[[], list[tuple[Example, Renderings | UserError | None]]]:
         """Begin to render the conversations of a group. The result waits for them."""
@@ -80,10 +85,19 @@ class Encoder:
         return renderings
 
     def _finish(
-        self, rendered: Iterable[tuple[Example, Renderings | UserError | None]]
+        self,
+        rendered: Iterable[tuple[Example, Renderings | UserError | None]],
+        on_error: Callable[[Example, UserError], None] | None,
     ) -> Iterator[tuple[Example, Encoded]]:
         for example, renderings in rendered:
-            yield example, self._encode(example, renderings)
+            try:
+                encoded = self._encode(example, renderings)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(example, error)
+                continue
+            yield example, encoded
 
     def _encode(self, example: Example, renderings: Renderings | UserError | None) -> Encoded:
         tokenizer = self.tokenizer

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.training.optimizer import FlatAdam, adam_step, zero_moments
+from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.update_rules import AdamW, Span
 
 
 class OneHot:
@@ -43,7 +44,7 @@ class OneHot:
         return outer.new_zeros(self.small).index_add_(0, self._columns, outer * self._entries)
 
 
-class SubspaceAdam(FlatAdam):
+class SubspaceAdam(FlatOptimizer):
     """Adam on θ_d. The learning rate is multiplied by √(D/d), so that each weight moves as far as without P."""
 
     def __init__(self, model: CausalLM, projection: OneHot) -> None:
@@ -51,13 +52,15 @@ class SubspaceAdam(FlatAdam):
         self._projection = projection
         self._initial = self.weights.clone()  # θ₀
         self._inner = self._initial.new_zeros(projection.small)
-        self._inner_moments = zero_moments(self._inner)
+        self._adam = AdamW()
+        self._inner_state = self._adam.zeros(self._inner, [projection.small])
         self._rate_factor = math.sqrt(self._initial.numel() / projection.small)
 
     def step(self, *rates: float | None) -> None:
         (rate,) = rates
         assert rate is not None
         gradient = self._projection.down(self.gradient[0])
-        adam_step(self._inner, gradient, self._inner_moments, [(slice(None), rate * self._rate_factor)])
+        span = Span(0, self._projection.small, rate * self._rate_factor, 0.0)
+        self._adam.update(self._inner, gradient, self._inner_state, [span])
         self.set_weights(self._initial + self._projection.up(self._inner))
         self.clear()

@@ -255,7 +255,7 @@ def checkpoints(
 
 
 def train_with(job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]") -> Generator[Event, None, "LoadedModel"]:
-    """Train a run with another optimizer: `optimizer_of(model, settings)` → a FlatAdam. Nothing is saved.
+    """Train a run with another optimizer: `optimizer_of(model, settings)` → a FlatOptimizer. Nothing is saved.
 
     Raises UserError as the stage does.
     """

@@ -22,7 +22,7 @@ from pipeline.project.stage_graph import Project
 
 UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
-BASES = ("pretrain", "expand_vocab")  # methods that produce a base for others
+BASES = ("import", "pretrain", "expand_vocab")  # methods that produce a base for others
 Measurements = Mapping[str, Mapping[str, Any]]  # sha256 of an artifact → its metrics in an evaluation
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
@@ -198,17 +198,13 @@ def newest_model(project: Project) -> tuple[Path, Path | None]:
 
     If none is trained yet, the expanded base, or else the base.
     """
-    folders = {
-        name: [project.artifact(stage) for stage in pair if stage]
-        for name, pair in project.graph.variants.items()
-        if name == "expanded" or name in project.variants
-    }
+    folders = {name: [project.artifact(stage) for stage in pair if stage] for name, pair in project.variants.items()}
     existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
     trained = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
     base, *adapter = max(
         reversed(trained),  # of two with the same time, the later in the pipeline
         key=lambda pair: _modified_at(signature(pair[-1])) or 0.0,
-        default=existing.get("expanded") or existing.get("base") or folders["expanded"],
+        default=existing.get("expanded") or existing.get("base") or [project.artifact("expand_vocab")],
     )
     return base, adapter[0] if adapter else None
 

@@ -67,7 +67,7 @@ def variants(project: Project) -> Iterator[LoadedModel]:
     for name, (base, adapter) in project.variants.items():  # a generator: one large model is in memory at a time
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
-            yield load(*folders, name, project.params.pretrain.trust_remote_code)
+            yield load(*folders, name, project.params.origin.trust_remote_code)
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:

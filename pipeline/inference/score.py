@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.adapters.folder import quantization_of
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
-from pipeline.data.tokenizers.word import load_tokenizer
+from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens
 from pipeline.inference.engine import encode as encode_prompt
@@ -62,14 +62,18 @@ def agreement(choices: Tensor, others: Tensor) -> float:
 
 
 @torch.no_grad()
-def score(loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | None = None) -> EvalScores:
+def score(
+    loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | None = None, max_length: int = 0
+) -> EvalScores:
     """Scores of every label of the examples, end tokens included; with `base`, the divergence from it.
+
+    `max_length`: as in training, examples are cut to this many tokens; 0: never.
 
     Raises UserError if `base` tokenized the examples differently, so that its predictions are not comparable.
     """
     model, divergences = loaded.model, list[Tensor]()
     losses, choices, labels = list[Tensor](), list[Tensor](), list[Tensor]()
-    encoded = [encode(example, loaded.tokenizer, 0, model.shape.positions) for example in examples]
+    encoded = [encode(example, loaded.tokenizer, max_length, model.shape.positions) for example in examples]
     for number, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != encoding.ids:
             raise UserError(
@@ -127,19 +131,25 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
     return scores
 
 
+def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
+    if example.messages:
+        last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
+        prompt, answer = tokenizer.render(example.messages[:last], True, example.tools), example.messages[last]
+        if "tool_calls" not in answer:
+            return prompt, answer["content"] or ""
+        # As the template writes them, without special tokens.
+        whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
+        return prompt, tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
+    return None if example.prompt is None else (example.prompt, example.completion)
+
+
 def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:
     """Whether the greedy completion of an example's prompt (of a text: its first `given` words) is exactly the rest."""
     tokenizer = loaded.tokenizer
     prompt: str
-    if example.messages:
-        last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
-        *turns, answer = example.messages[: last + 1]
-        prompt, rest = tokenizer.render(turns, True, example.tools), answer["content"] or ""
-        if "tool_calls" in answer:  # as the template writes them, without special tokens
-            whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
-            rest = tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
-    elif example.prompt is not None:
-        prompt, rest = example.prompt, example.completion
+    if asked := prompt_and_answer(example, tokenizer):
+        prompt, rest = asked
     else:
         words = list(re.finditer(r"\S+", example.text))
         if given >= len(words):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,40 @@ def model_bytes(model: nn.Module) -> int:
 def free_bytes(device: torch.device) -> float:
     """Bytes that can still be allocated on `device`; infinite where the system may swap."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    page = os.sysconf("SC_PAGE_SIZE")
+    sizes = [page * os.sysconf("SC_PHYS_PAGES") // 2]  # where nothing says how much is free, as on macOS
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        sizes = [1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no container, or without a limit
+            group = Path("/sys/fs/cgroup")
+            sizes.append(int((group / limit).read_text()) - int((group / used).read_text()))
+    return max(0, min(sizes))
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether `device` has instructions for bf16, so that it is faster than fp32 and not only smaller."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "mps":
+        return True
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # macOS
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:

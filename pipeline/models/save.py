@@ -129,7 +129,7 @@ def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
         because = first_line(error).rstrip(".")
         if "trust_remote_code" in str(error) and not trusted:
             because = "it needs code that comes with it"
-            hint = "If you have read and trust it, set pretrain.trust_remote_code: true, or pass --trust-remote-code"
+            hint = "If you have read and trust it, set import.trust_remote_code: true, or pass --trust-remote-code"
         raise UserError(f"{name} cannot be opened: {because}. {hint}.") from error
 
 

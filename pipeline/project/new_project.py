@@ -48,8 +48,15 @@ PRETRAINED: Mapping[str, Any] = {
     "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
 }
 CODE_FILE = "code.yaml"
-PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # the evaluation's, for DVC
+PARTS = (
+    "finetuning_comparison.png",
+    "manifest.json",
+    "predictions.json",
+    "report.md",
+    "samples.json",
+)  # the evaluation's, for DVC
 METRICS = "metrics.json"  # the only part tracked by git
+UNFINISHED = {"artifacts", "runs", ".lora-cache", "data"}  # of a project before its params: the base, fetched data
 HEADER = """\
 # What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
 # To write it anew, remove it and run `lora new .` here.
@@ -63,22 +70,22 @@ def create(
     params: Path | None = None,
     base: str | None = None,
     methods: Sequence[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    data_files: Mapping[str, Path] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Make `folder` a project, or add missing files. Existing files are not overwritten.
 
     Returns the files that it wrote, and notes on existing ones that it would have written differently.
 
     `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base`: the model to
-    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's. Raises
+    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's.
+    `values`: section.key → value, set last. `data_files`: name of a data file → the file to copy it from. Raises
     UserError before anything is written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file. Name another folder.")
-    if folder.resolve() == HERE:
-        raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
+    refuse_folder(folder)
     exists = (folder / PARAMS).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not exists and not (folder / ".dvc").is_dir():
-        raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
+    if values and exists:
+        raise UserError(f"{folder} is a project already. Set the values in its {PARAMS}, or name a new folder.")
     if methods is not None and (params or exists):
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
     # All that can be wrong is found before the first file is written.
@@ -86,11 +93,48 @@ def create(
     if base and (model := resolve(base, Path.cwd())).is_local:  # given relative to where we are, not to the project
         base = os.path.relpath(model.path.resolve(), folder.resolve())
     new_text = "" if exists and not params else _new_params(folder, graph, source, base, params is None, methods)
+    new_text = edit.set_values(new_text, values or {})
     text = _existing_params(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
-    data = _data_sources(project, source.parent)
-    rendered = HEADER + render_dvc_yaml(project)
-    added: list[str] = []
+    data = _data_sources(project, source.parent, data_files or {})
+    added = write_project(project, text, data)
+    # What was there may be the user's own work: where it differs, it is named and not replaced.
+    kept = {}
+    if params:
+        kept = {name: path for name, path in data.items() if digest(folder / name) != digest(path)}
+    if new_text and text != new_text:
+        kept[PARAMS] = source
+    try:
+        same = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8")) == yaml.safe_load(
+            render_dvc_yaml(project)
+        )
+    except (yaml.YAMLError, ValueError):
+        same = False
+    if not same:
+        kept["dvc.yaml"] = folder / PARAMS
+    return added, [
+        f"{folder / name} is kept, although {other} would give a different one. To replace it, remove it and run this "
+        "again."
+        for name, other in kept.items()
+    ]
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raises UserError for a folder that is no project and cannot become one; an unfinished one can."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Name another folder.")
+    if folder.resolve() == HERE:
+        raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if files - UNFINISHED and not files & {PARAMS, ".dvc"}:
+        raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
+
+
+def write_project(project: Project, text: str, data: Mapping[str, Path]) -> list[str]:
+    """Write what the project's folder lacks: `text`, the params file's, the `data` files (name → the file to copy) and
+    DVC's files. Returns what was written.
+    """
+    folder, added = project.root, list[str]()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in data.items():
         if not (folder / name).exists():
@@ -100,6 +144,7 @@ def create(
             else:
                 shutil.copyfile(path, folder / name)
             added.append(name)
+    rendered = HEADER + render_dvc_yaml(project)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
     for name, content in {**files, CODE_FILE: render_code_yaml(project)}.items():
         path = folder / name
@@ -110,23 +155,7 @@ def create(
     if not (folder / ".dvc").is_dir():
         _init_dvc(folder)
         added.append(".dvc")
-    # What was there may be the user's own work: where it differs, it is named and not replaced.
-    kept = {}
-    if params:
-        kept = {name: path for name, path in data.items() if digest(folder / name) != digest(path)}
-    if new_text and text != new_text:
-        kept[PARAMS] = source
-    try:
-        same = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8")) == yaml.safe_load(rendered)
-    except (yaml.YAMLError, ValueError):
-        same = False
-    if not same:
-        kept["dvc.yaml"] = folder / PARAMS
-    return added, [
-        f"{folder / name} is kept, although {other} would give a different one. To replace it, remove it and run this "
-        "again."
-        for name, other in kept.items()
-    ]
+    return added
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
@@ -187,8 +216,8 @@ def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
     path = folder / PARAMS
     text = read_text(path)
     project = _project(folder, graph, text, path)
-    if base and base != project.params.pretrain.base:
-        raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
+    if base and base != project.params.origin.base:
+        raise UserError(f"base is {project.params.origin.base} in {path}, not {base}. Edit it there.")
     if missing := _missing_keys(text, project):
         raise UserError(f"{path} lacks {', '.join(missing)}, to which dvc.yaml refers. Add it there.")
     return text
@@ -213,14 +242,19 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
     return missing
 
 
-def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
-    """Name of each data file → the file to copy it from: beside the source params, or packaged. Raises UserError."""
+def _data_sources(project: Project, source_folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+    """Name of each data file → the file to copy it from: given, beside the source params, or packaged.
+
+    Raises UserError.
+    """
     sources: dict[str, Path] = {}
     for stage in project.stages.values():
         packages = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
         for key, name in _files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if key != "base" and inside and (source_folder / name).exists():
+            if name in given:
+                sources[name] = given[name]
+            elif key != "base" and inside and (source_folder / name).exists():
                 sources[name] = source_folder / name
             elif (project.root / name).exists() or key == "base":
                 continue
@@ -265,9 +299,9 @@ def render_code_yaml(project: Project) -> str:
 
 def _files(project: Project, stage: Stage) -> dict[str, str]:
     """All that DVC must watch beside other stages' outputs: `project.file_keys`, and the base if it is a local one."""
-    base = project.params.pretrain
-    if stage.name == "pretrain" and base.imports:
-        return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
+    if stage.name == "import":
+        base = project.params.origin.base
+        return {"base": base} if parse_source(base, project.root).is_local else {}
     return project.file_keys(stage)
 
 

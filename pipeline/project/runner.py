@@ -47,7 +47,8 @@ Facts = dict[str, Any]
 class Job:
     """What a stage's work gets: its project, the folder to fill, the run folder, and the cache key.
 
-    `input_facts`: everything that determines the artifact, the first part of its manifest.
+    `checkpoint_every`: steps between checkpoints to resume from; None: as the settings say. `input_facts`: everything
+    that determines the artifact, the first part of its manifest.
     """
 
     project: Project
@@ -55,12 +56,14 @@ class Job:
     out: Path
     run: Path
     key: str
-    checkpoint_every: int
+    checkpoint_every: int | None
     input_facts: Facts = field(default_factory=dict)
+    sample: int | None = None  # read only so many examples: a step is tried, nothing is made
     sharded: bool | None = None  # whether what is frozen is split over the devices; None: if one cannot hold it
 
     def artifact(self, stage: str) -> Path:
         """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
+        stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
         made_from = artifact.verify(folder)["inputs"]
         needs = home.needs(home.graph.stages[stage])
@@ -97,7 +100,12 @@ DIGESTS = Digests()
 
 
 def run(
-    project: Project, stage: Stage, work: Work | None = None, *, force: bool = False, checkpoint_every: int = 100
+    project: Project,
+    stage: Stage,
+    work: Work | None = None,
+    *,
+    force: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Generator[Event, None, dict[str, Any]]:
     """Run a stage. Yields events and returns the manifest of its artifact.
 
@@ -115,7 +123,7 @@ def run(
 
 
 def _make(
-    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int
+    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int | None
 ) -> Generator[Event, None, None]:
     """Put the artifact in place, from the cache or by running the work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
@@ -204,8 +212,8 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
                 f"{convert if is_hub_id else ''}"
             )
     inputs: dict[str, str] = {}
-    if stage.name == "pretrain":  # the identity of an imported base; empty if the base is trained
-        source = base_model.resolve(project.params.pretrain.base, project.root)
+    if stage.name == "import":
+        source = base_model.resolve(project.params.origin.base, project.root)
         inputs |= base_model.identity(source, digests.path)
     for name, path in project.inputs(stage).items():
         shared, number = base_model.shared_name(name), 2

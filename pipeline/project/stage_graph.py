@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec import Struct
-from msgspec.structs import asdict
 
 from pipeline.errors import UserError
 from pipeline.project.params.load import Params, inherit, parse, read_text
-from pipeline.project.params.schema import Section
+from pipeline.project.params.schema import Section, effective
 
 T = TypeVar("T")
 OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
@@ -158,15 +157,6 @@ class StageGraph:
 
         return Lazily(of(self.product), lambda: of(self.more()))
 
-    @cached_property
-    def variants(self) -> Mapping[str, tuple[str, str | None]]:
-        """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter)."""
-        return {
-            stage.variant: ("expand_vocab", name) if stage.kind == "adapter" else (name, None)
-            for name, stage in self.product.items()
-            if stage.variant
-        }
-
 
 @dataclass(frozen=True)
 class Project:
@@ -213,10 +203,10 @@ class Project:
 
     def stage_params(self, stage: Stage) -> dict[str, Any]:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
-        own, settings = asdict(self.section(stage)), asdict(self.params.section(stage.section))
+        own, settings = effective(self.section(stage)), effective(self.params.section(stage.section))
         params = {key: value for key, value in settings.items() if key not in own.get("grid", ())} | own
         for name in stage.extra_sections:
-            params |= {f"{name}.{key}": value for key, value in asdict(self.params.section(name)).items()}
+            params |= {f"{name}.{key}": value for key, value in effective(self.params.section(name)).items()}
         return params
 
     def setting(self, stage: Stage, key: str) -> Any:
@@ -228,8 +218,9 @@ class Project:
     def stages(self) -> dict[str, Stage]:
         """Its own stages by name, in the DAG's order: those with a section in its params file and with data,
         except those that do not apply to its base."""
-        imports = self.params.pretrain.imports
-        wanted = ((name, self.graph.stages[name]) for name in self.graph.stages.among(self.params.written))
+        imports = self.params.origin.imports
+        others = {"pretrain" if imports else "import"}
+        wanted = ((name, self.graph.stages[name]) for name in self.graph.stages.among(self.params.written - others))
         return {name: stage for name, stage in wanted if self._has_data(stage) and not (stage.minigpt_only and imports)}
 
     def _has_data(self, stage: Stage) -> bool:
@@ -247,7 +238,13 @@ class Project:
             return self.stages[name]
         if self.parent and name in self.parent.stages:
             raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
-        file = self.params.file
+        file, base = self.params.file, self.params.origin.base
+        if name in ("import", "pretrain"):
+            other = "pretrain" if name == "import" else "import"
+            raise UserError(
+                f"base is {base} in {file}: run `lora {other}` instead of `lora {name}`. For `dvc repro`, remove "
+                "dvc.yaml and run `lora new .`."
+            )
         if name not in self.params.written:
             raise UserError(
                 f"{name} is not a stage of this project: {file} has no such section. "
@@ -255,13 +252,22 @@ class Project:
             )
         if not self._has_data(self.graph.stages[name]):
             raise UserError(f"{name}.data names no file. Name one in {file}.")
-        raise UserError(f"{name} measures what the document says of MiniGPT; base is {self.params.pretrain.base}.")
+        raise UserError(f"{name} measures what the document says of MiniGPT; base is {base}.")
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:
-        """The graph's variants whose stages it can read."""
-        variants = self.graph.variants.items()
-        return {name: pair for name, pair in variants if all(one in self.readable for one in pair if one)}
+        """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter)."""
+        return {
+            stage.variant: (self.standing_for("expand_vocab"), name) if stage.kind == "adapter" else (name, None)
+            for name, stage in self.readable.items()
+            if stage.variant
+        }
+
+    def standing_for(self, name: str) -> str:
+        """The stage whose output is read as `name`'s: an imported base stands for the pretrained one, and for the
+        expanded one in a project that adds no tokens."""
+        imported = name == "pretrain" or (name == "expand_vocab" and name not in self.readable)
+        return "import" if imported and self.params.origin.imports else name
 
     def home(self, name: str) -> "Project":
         """The project that has a stage: itself, or its parent."""
@@ -269,6 +275,7 @@ class Project:
         return self.parent if self.parent and is_parents else self
 
     def artifact(self, stage: str) -> Path:
+        stage = self.standing_for(stage)
         return self.home(stage).root / self.graph.stages[stage].path
 
     def artifact_name(self, stage: str) -> str:
@@ -291,11 +298,9 @@ class Project:
         """Key of the stage's settings, such as data[0] or data[0].path, or section.key → name of each data file that it
         reads.
 
-        Each file once, under its first key; none for an imported base.
+        Each file once, under its first key.
         """
         files: dict[str, str] = {}
-        if stage.name == "pretrain" and self.params.pretrain.imports:
-            return files
         for key in stage.data:
             value = self.setting(stage, key)
             entries = {key: value} if isinstance(value, str) else {f"{key}[{i}]": part for i, part in enumerate(value)}
@@ -310,7 +315,9 @@ class Project:
 
     def needs(self, stage: Stage) -> list[str]:
         """The stages whose outputs it reads; for a stage that compares, only those that the project has."""
-        return [need for need in stage.needs if need in self.readable or not stage.compares]
+        if stage.compares:
+            return [need for need in stage.needs if need in self.readable]
+        return [self.standing_for(need) for need in stage.needs]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of everything that a stage reads: other stages' outputs, then data files."""

@@ -83,8 +83,8 @@ class Status:
         if not (folder / artifact.MANIFEST).is_file():
             missing = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
             reason = f"needs {', '.join(missing)}" if missing else ""
-            if stage.name == "pretrain":  # can the base be imported? Its weights are not read for that
-                reason = _error_of(lambda: base_model.resolve(project.params.pretrain.base, project.root))
+            if stage.name == "import":  # can the base be imported? Its weights are not read for that
+                reason = _error_of(lambda: base_model.resolve(project.params.origin.base, project.root))
             return "missing", (reason,) if reason else ()
         verify = partial(_error_of, partial(artifact.verify, folder))
         if problem := self._cached(("verified", folder), signature(folder), verify):
@@ -167,7 +167,7 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     data = {project.root / name for stage in project.readable.values() for name in project.data_files(stage)}
     runs = [project.run_folder(name) / run_state.JOURNAL for name in project.readable]
     artifacts = [project.artifact(name) for name in project.readable]
-    base = base_model.files_to_watch(project.params.pretrain.base, project.home("pretrain").root)
+    base = base_model.files_to_watch(project.params.origin.base, project.home("import").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))
 
 

@@ -1,6 +1,7 @@
 """evaluate: compares learning and forgetting of the project's variants (§9.3)."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,52 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import AnswerScore, EvalScores, agreement, completes_correctly, score, score_answers
+from pipeline.inference.score import (
+    AnswerScore,
+    EvalScores,
+    agreement,
+    completes_correctly,
+    prompt_and_answer,
+    score,
+    score_answers,
+)
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
-from pipeline.project.params.sections import Evaluate
+from pipeline.project.params.sections import Evaluate, Training
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
 from pipeline.stages.report import draw_comparison, write_report
+from pipeline.training.data import held_out_examples, training_examples
 
-METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
+METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
+REPORT, PICTURE = "report.md", "finetuning_comparison.png"
+SAMPLE_TOKENS = 64  # of a sample answer at most: it shows how a model answers, and is shown in a table
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Evaluate all variants on the same sentences and prompts → metrics, predictions, report.md and the picture.
+    """Evaluate all variants on the same sentences and prompts → metrics, predictions, samples, report.md and the
+    picture.
 
     The manifest's `variants` maps each variant to the artifact that was measured.
     """
     settings, project = job.project.params.evaluate, job.project
     for stage in project.needs(job.stage):
         job.artifact(stage)
-    prompts = read_prompts(job.path(settings.prompts), settings.prompts)
+    prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
+    new, max_length = new_examples(job)
     metrics: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
     before: EvalScores | None = None
     for done, loaded in enumerate(engine.variants(project), 1):
-        old = score(loaded, _old_examples(job, loaded, settings), before)
-        before = before or old
+        metrics[loaded.name] = numbers = dict[str, Any]()
+        if settings.old_data:
+            old = score(loaded, _old_examples(job, loaded, settings), before)
+            before = before or old
+            numbers |= _forgetting(old, before)
+        numbers |= _score_new(loaded, new, settings, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
-        metrics[loaded.name] = {
-            **_score_sentences(job, loaded, settings, old, before),
-            **_count_prompts(predictions[loaded.name]),
-            **_cost(project, loaded.name),
-        }
+        samples[loaded.name] = _samples(loaded, new, settings.sample_answers)
+        numbers |= {**_count_prompts(predictions[loaded.name]), **_cost(project, loaded.name)}
         yield Progress(done, len(project.variants), loaded.name)
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
     curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
@@ -49,8 +65,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         metrics[variant] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
     write_json(job.out / METRICS, metrics)
     write_json(job.out / PREDICTIONS, predictions)
+    write_json(job.out / SAMPLES, samples)
     draw_comparison(job.out / PICTURE, project, curves, metrics)
-    write_report(job.out / REPORT, project, metrics, predictions)
+    write_report(job.out / REPORT, project, metrics, predictions, samples)
     return {"variants": {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}}
 
 
@@ -67,11 +84,29 @@ def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Exa
     return examples
 
 
-def _score_sentences(
-    job: Job, loaded: LoadedModel, settings: Evaluate, old: EvalScores, before: EvalScores
-) -> dict[str, Any]:
-    """Scores on old and new sentences; forgetting is relative to the pretrained base (`before`)."""
-    scores: dict[str, Any] = {
+def new_examples(job: Job) -> tuple[list[Example], int]:
+    """The examples of evaluate.new_data, or without it those that training held out, or without these its first ones;
+    and the max_length to which training cuts them. Raises UserError.
+    """
+    settings, project = job.project.params.evaluate, job.project
+    if settings.new_data:
+        return read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns), 0
+    trained = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
+    own = [section for section in trained if isinstance(section, Training)]
+    splits = [(one.data_files, one.eval_data, one.eval_share, one.max_length) for one in own]
+    if not splits or any(split != splits[0] for split in splits):
+        raise UserError(
+            "evaluate.new_data is empty, so what training holds out is compared, but the methods of this project "
+            "differ in data, eval_data, eval_share or max_length. Name a file in evaluate.new_data."
+        )
+    held_out = own[0].eval_data or own[0].eval_share
+    examples = held_out_examples(job, own[0]) if held_out else training_examples(job, own[0])
+    return list(islice(examples, settings.max_examples or None)), own[0].max_length
+
+
+def _forgetting(old: EvalScores, before: EvalScores) -> dict[str, Any]:
+    """Scores on old sentences; forgetting is relative to the pretrained base (`before`)."""
+    return {
         "old_loss": old.loss,
         "old_perplexity": old.perplexity,
         "forgetting": {
@@ -80,21 +115,39 @@ def _score_sentences(
             "divergence": old.divergence,
         },
     }
-    examples = read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns)
+
+
+def _score_new(loaded: LoadedModel, examples: Sequence[Example], settings: Evaluate, max_length: int) -> dict[str, Any]:
+    """Scores on the new sentences. Those that were held out cannot be known word for word, so this is not counted."""
     if any(loaded.tokenizer.unknown_words(example.text) for example in examples):
         if loaded.name != "base":
             raise UserError(
-                f"{settings.new_data} has words that {loaded.name} does not know. Add the file to expand_vocab.data."
+                f"{examples[0].file} has words that {loaded.name} does not know. Add the file to expand_vocab.data."
             )
-        return scores  # the base has no embeddings for the new words
-    new = score(loaded, examples)
-    completed = sum(completes_correctly(loaded, example, settings.prompt_words) for example in examples)
-    return scores | {
-        "new_loss": new.loss,
-        "new_perplexity": new.perplexity,
-        "new_completed": completed,
-        "new_sentences": len(examples),
-    }
+        return {}  # the base has no embeddings for the new words
+    new = score(loaded, examples, max_length=max_length)
+    scores = {"new_loss": new.loss, "new_perplexity": new.perplexity, "new_sentences": len(examples)}
+    if settings.new_data:
+        scores["new_completed"] = sum(
+            completes_correctly(loaded, example, settings.prompt_words) for example in examples
+        )
+    return scores
+
+
+def _samples(loaded: LoadedModel, examples: Sequence[Example], count: int) -> list[dict[str, str]]:
+    """The model's greedy answers to the first prompts, beside the answers in the data."""
+    tokenizer, samples = loaded.tokenizer, list[dict[str, str]]()
+    for example in examples:
+        asked = prompt_and_answer(example, tokenizer) if len(samples) < count else None
+        if asked is None or tokenizer.unknown_words(asked[0]):
+            continue
+        prompt, answer = asked
+        if len(tokenizer.encode(prompt)) >= loaded.model.max_length:
+            continue
+        asking = [message["content"] or "" for message in example.messages if message["role"] == "user"]
+        said = {"question": asking[-1] if asking else prompt, "prompt": prompt, "reference": answer}
+        samples.append({**said, "answer": engine.complete(loaded, prompt, SAMPLE_TOKENS)})
+    return samples
 
 
 def _predictions(loaded: LoadedModel, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:
@@ -131,6 +184,8 @@ def _prediction(
 
 def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts over prompts: must_keep with the old answer first, and must_change with the corrected one first."""
+    if not predictions:
+        return {}
     keep, change = ([p for p in predictions if p["rule"] == rule] for rule in ("must_keep", "must_change"))
     return {
         "old_prompts_kept": sum(bool(p["first"]) for p in keep),

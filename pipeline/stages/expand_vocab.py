@@ -25,7 +25,7 @@ AUDIT = "audit.json"
 def run(job: Job) -> Generator[Event, None, Facts]:
     """Copy the old rows bit for bit; each new row is the mean of the old ones plus Gaussian noise. Raises UserError."""
     settings = job.project.params.expand_vocab
-    folder, trust = job.artifact("pretrain"), job.project.params.pretrain.trust_remote_code
+    folder, trust = job.artifact("pretrain"), job.project.params.origin.trust_remote_code
     old, new = load_base(folder, None, trust), load_base(folder, None, trust)
     tokenizer, words = _expand_tokenizer(job, settings, old.tokenizer)
     if words:

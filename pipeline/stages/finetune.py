@@ -16,7 +16,7 @@ from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
 from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
 if TYPE_CHECKING:
     from pipeline.training.retention import RetentionLoss
@@ -50,7 +50,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     """Load the expanded base and the data, and attach what the stage's method trains. Raises UserError."""
     settings = job.project.section(job.stage)
-    folder, trust = job.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
+    folder, trust = job.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
     quantization = settings.quantization if isinstance(settings, AdapterTraining) else "none"
     base = load_base(folder, settings.precision, trust, quantization)
     torch.manual_seed(settings.seed)  # after the base: first values depend on the seed, not on how it is loaded
@@ -63,7 +63,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
         sharded=job.sharded if attached.shardable else False,
     )
 
-    def save(optimizer: FlatAdam) -> Facts:
+    def save(optimizer: FlatOptimizer) -> Facts:
         if attached.save is None:
             # trained in another precision: what changed is added to the base as it is stored
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
@@ -82,6 +82,6 @@ def save_adapter_of(job: Job, base: Base, save: Callable[[Path], Facts], out: Pa
     folder = job.project.artifact("expand_vocab")
     facts = save(out)
     base.tokenizer.save(out, base.model.max_length)
-    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+    total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
     parameters = {"total": total, "trainable": trainable, **facts.pop("parameters", {})}
     return {"base": base_fingerprint(folder), "parameters": parameters, **facts}

@@ -1,4 +1,4 @@
-"""pretrain: trains a MiniGPT from scratch on the everyday sentences (the document's §9.1), or imports a base model."""
+"""pretrain: trains a MiniGPT from scratch on the everyday sentences (the document's §9.1)."""
 
 from collections.abc import Generator
 
@@ -6,39 +6,23 @@ import torch
 
 from pipeline.data.tokenizers.word import WordTokenizer, split
 from pipeline.errors import UserError
-from pipeline.files.base_model import resolve
-from pipeline.models.import_base import import_base
-from pipeline.models.load import Base, load_base
+from pipeline.models.load import Base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.models.transformers_model import TransformersModel, refuse_unlike
-from pipeline.project.params.sections import Pretrain
-from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.project.params.sections import Import, Pretrain
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.data import prepare_data, save_checkpoint, training_examples
 from pipeline.training.loop import TrainingTask, train
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Build a tokenizer from the data and train a MiniGPT, or import a checkpoint. Raises UserError."""
+    """Build a tokenizer from the data and train a MiniGPT. Raises UserError."""
     settings = job.project.params.pretrain
-    if settings.imports:
-        return (yield from _import(job, settings))
-    _check_import_only_keys(settings)
+    _check_import_only_keys(job.project.params.origin, settings)
     base = _new_model(job, settings)
     batches, evaluation = yield from prepare_data(job, settings, base)
     optimizer = yield from train(job, TrainingTask.of_one(base.model, batches, settings, FULL, evaluation))
     return save_checkpoint(job, base, optimizer)
-
-
-def _import(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
-    """Import the base, and check that the stages compute the same logits as transformers."""
-    trust = settings.trust_remote_code
-    facts = import_base(resolve(settings.base, job.project.root), job.out, settings.dtype, trust)
-    model = load_base(job.out, None, trust).model
-    if isinstance(model, TransformersModel):
-        refuse_unlike(model, settings.base)
-    yield Progress(1, 1, facts["architecture"])
-    return facts
 
 
 def _new_model(job: Job, settings: Pretrain) -> Base:
@@ -60,11 +44,16 @@ def _new_model(job: Job, settings: Pretrain) -> Base:
     return Base(MiniGPT(config), tokenizer)
 
 
-def _check_import_only_keys(settings: Pretrain) -> None:
+def _check_import_only_keys(origin: Import, settings: Pretrain) -> None:
     """Raises UserError for a setting that only imported bases use."""
-    for key, default in (("dtype", "auto"), ("trust_remote_code", False), ("precision", "fp32")):
-        if getattr(settings, key) != default:
+    for section, key, value in (
+        ("import", "dtype", origin.dtype),
+        ("import", "trust_remote_code", origin.trust_remote_code),
+        ("pretrain", "precision", settings.precision),
+    ):
+        default = getattr(Import() if section == "import" else Pretrain(), key)
+        if value != default:
             raise UserError(
-                f"pretrain.{key} applies only to an imported base; MiniGPT is trained in fp32, without remote code. "
+                f"{section}.{key} applies only to an imported base; MiniGPT is trained in fp32, without remote code. "
                 f"Set it to {str(default).lower()}, or set base to a model."
             )

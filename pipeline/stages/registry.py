@@ -13,7 +13,7 @@ from importlib import import_module
 
 from pipeline.adapters.config import OTHER_KINDS
 from pipeline.calc.method import FinetuningMethod
-from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain
+from pipeline.project.params.sections import Evaluate, ExpandVocab, Import, Merge, Pretrain
 from pipeline.project.stage_graph import Stage, StageGraph
 from pipeline.stages import methods
 
@@ -45,13 +45,24 @@ MERGE = Stage(
 )
 MODELS = (
     Stage(
+        "import",
+        "pipeline.stages.import_base",
+        output="base",
+        kind="checkpoint",
+        method="import",
+        settings=Import,
+        summary="Import the base model",
+        title="Base",
+        variant="base",
+    ),
+    Stage(
         "pretrain",
         "pipeline.stages.pretrain",
         output="base",
         kind="checkpoint",
         method="pretrain",
         settings=Pretrain,
-        data=("data",),
+        data=("data", "eval_data"),
         summary="Train MiniGPT from scratch",
         title="Base",
         variant="base",

@@ -1,6 +1,6 @@
 """report.md and the document's Figure 2, from the numbers that evaluate measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,20 @@ COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their un
     *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
     *("KL from\nbase", "answers\nkept"),
 )
-LEGEND = """\
-new: the sentences trained on. old: those that the base was trained on.
-loss: nats per token. completed: new sentences finished word for word.
-change: against the base. KL: of the next-token predictions, on old sentences.
-answers kept: old next-token first choices that are still the base's.
-size: weights to store; an adapter's beside one copy of the expanded base."""
+LEGEND = (  # a heading, and the line that explains it
+    ("new\nloss", "new: the sentences trained on, or held out from training. loss: nats per token."),
+    ("new\ncompleted", "completed: new sentences finished word for word."),
+    ("old\nloss", "old: texts that were not trained on now. change: against the base."),
+    ("KL from\nbase", "KL: of the next-token predictions, on old sentences."),
+    ("answers\nkept", "answers kept: old next-token first choices that are still the base's."),
+    ("", "size: weights to store; an adapter's beside one copy of its base."),
+)
 
 SCRATCH = (
     "*Training from scratch* starts from random weights and learns old and new sentences together. It never was the "
     "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such a model is.\n"
 )
+MISSING = "–"
 UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 
 
@@ -76,39 +79,56 @@ def compare(
     right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
 
 
-def write_report(path: Path, project: Project, metrics: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+def write_report(
+    path: Path,
+    project: Project,
+    metrics: Mapping[str, Any],
+    predictions: Mapping[str, Any],
+    samples: Mapping[str, Any],
+) -> None:
     """The comparison as a page to read."""
     titles = {variant: stage.title for variant, stage in stages_by_variant(project).items()}
     columns, rows = comparison(metrics)
     parts = [
         "# What was learned, what was forgotten\n",
         _table([column.replace("\n", " ") for column in columns], [[titles[name], *cells] for name, *cells in rows]),
-        _findings(metrics, project.params.evaluate, titles),
+        _findings(metrics, columns, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
         *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
+        *_sample_tables(samples, titles),
     ]
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each variant: what was learned, what was forgotten, for report and terminal."""
+    """Headings and a row of texts for each variant: what was learned, what was forgotten, for report and terminal.
+
+    A column that was measured of no variant is left out.
+    """
     largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
     unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
     rows = [[variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"] for variant, numbers in metrics.items()]
-    return ["model", *COLUMNS, f"size\n({name})"], rows
+    columns = ["model", *COLUMNS, f"size\n({name})"]
+    shown = [n for n in range(len(columns)) if any(row[n] != MISSING for row in rows)]
+    return [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+
+
+def legend(columns: Sequence[str]) -> str:
+    """What the columns of `comparison` mean, a line each."""
+    return "\n".join(line for heading, line in LEGEND if not heading or heading in columns)
 
 
 def _cells(numbers: Mapping[str, Any]) -> list[str]:
-    trained, completed, forgetting = numbers.get("trainable"), numbers.get("new_completed"), numbers["forgetting"]
+    trained, forgetting = numbers.get("trainable"), numbers.get("forgetting")
     return [
-        _count(trained) if trained else "–",
-        f"{numbers['trainable_percent']:.1f}%" if trained else "–",
-        f"{numbers['new_loss']:.3f}" if completed is not None else "–",
-        f"{completed}/{numbers['new_sentences']}" if completed is not None else "–",
-        f"{numbers['old_loss']:.3f}",
-        f"{forgetting['loss_rise']:+.3f}",
-        f"{forgetting['divergence']:.3f}",
-        f"{forgetting['answers_kept']:.0%}",
+        _count(trained) if trained else MISSING,
+        f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
+        f"{numbers['new_loss']:.3f}" if "new_loss" in numbers else MISSING,
+        f"{numbers['new_completed']}/{numbers['new_sentences']}" if "new_completed" in numbers else MISSING,
+        f"{numbers['old_loss']:.3f}" if forgetting else MISSING,
+        f"{forgetting['loss_rise']:+.3f}" if forgetting else MISSING,
+        f"{forgetting['divergence']:.3f}" if forgetting else MISSING,
+        f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
     ]
 
 
@@ -117,14 +137,30 @@ def _count(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"
 
 
-def _findings(metrics: Mapping[str, Any], settings: Evaluate, titles: Mapping[str, str]) -> str:
+def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Evaluate, titles: Mapping[str, str]) -> str:
+    new = f"`{settings.new_data}`, the sentences trained on" if settings.new_data else "what training held out"
+    old = f"; *old*: `{settings.old_data}`" if settings.old_data else ""
+    words = (
+        (
+            "new\ncompleted",
+            "*Completed*: new sentences completed word for word, and ended, from their first "
+            f"{settings.prompt_words} words.",
+        ),
+        (
+            "old\nloss",
+            "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the next-token "
+            "predictions on the old sentences, in nats. *Answers kept*: next-token first choices on the old sentences "
+            "that are still the base's.",
+        ),
+    )
     lines = [
-        f"*New*: `{settings.new_data}`, the sentences trained on; *old*: `{settings.old_data}`, those of the base. "
-        "*Loss*: mean cross-entropy over sentences, in nats per token. *Completed*: new sentences completed word for "
-        f"word, and ended, from their first {settings.prompt_words} words. *Change*: of the old loss from the base's. "
-        "*KL*: mean KL(base‖variant) of the next-token predictions on the old sentences, in nats. *Answers kept*: "
-        "next-token first choices on the old sentences that are still the base's. *Size*: weights to store for this "
-        "variant; an adapter's are stored beside one copy of the expanded base.\n",
+        " ".join(
+            [
+                f"*New*: {new}{old}. *Loss*: mean cross-entropy, in nats per token.",
+                *(text for heading, text in words if heading in columns),
+                "*Size*: weights to store for this variant; an adapter's are stored beside one copy of its base.\n",
+            ]
+        ),
         *([SCRATCH] if "scratch" in metrics else []),
         *(_curve_line(titles[name], numbers) for name, numbers in metrics.items() if "final_loss" in numbers),
         "",
@@ -135,14 +171,18 @@ def _findings(metrics: Mapping[str, Any], settings: Evaluate, titles: Mapping[st
 def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
     flat = numbers["flat_from_epoch"]
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
-    kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
-    corrected, wrong = numbers["prompts_corrected"], numbers["prompts_to_correct"]
-    return (
+    parts = [
         f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
-        f"with an epoch at {numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new "
-        f"sentences are completed; {kept} of {old} prompts that must keep their answer do; {corrected} of {wrong} "
-        "that a correction changes have the corrected one."
-    )
+        f"with an epoch at {numbers['final_loss']:.3f}"
+    ]
+    if "new_completed" in numbers:
+        parts.append(f"{numbers['new_completed']} of {numbers['new_sentences']} new sentences are completed")
+    if "old_prompts" in numbers:
+        kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
+        corrected, wrong = numbers["prompts_corrected"], numbers["prompts_to_correct"]
+        parts.append(f"{kept} of {old} prompts that must keep their answer do")
+        parts.append(f"{corrected} of {wrong} that a correction changes have the corrected one")
+    return "; ".join(parts) + "."
 
 
 def _groups(predictions: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -165,6 +205,15 @@ def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str, titles:
     )
     columns = ["prompt", "answer", *(["corrected"] if changes else []), *(titles[name] for name in chosen)]
     return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)
+
+
+def _sample_tables(samples: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
+    """A table of every variant's answer for each sample prompt."""
+    for number, entries in enumerate(zip(*(samples[name] for name in titles), strict=False), 1):
+        asked = f"Prompt: {_escaped(entries[0]['question'])}\n\n"
+        rows = [["in the data", _escaped(entries[0]["reference"])]]
+        rows += [[titles[name], _escaped(entry["answer"])] for name, entry in zip(titles, entries, strict=True)]
+        yield f"## Sample answer {number}\n\n{asked}" + _table(["model", "answer"], rows)
 
 
 def _first_choice(entry: Mapping[str, Any]) -> str:

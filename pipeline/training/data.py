@@ -1,6 +1,7 @@
 """What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from itertools import islice
 from shutil import copyfile
 
 import torch
@@ -17,27 +18,35 @@ from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatAdam, refuse_long_warmup
+from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
 from pipeline.training.step import Evaluation
 
 
 def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
-    return (
+    examples = (
         example
         for file in settings.data_files
         for example in iter_examples(job.path(file.path), file.path, columns=file.columns, on_note=on_note)
     )
+    return islice(examples, job.sample)
+
+
+def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
+    """What training evaluates on: the examples of eval_data, or those that eval_share selects; none without either."""
+    if settings.eval_data:
+        return iter_examples(job.path(settings.eval_data), settings.eval_data, columns=settings.columns)
+    return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
 
 
 def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
     batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
-    refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
+    refuse_long_warmup(settings, len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
+    return batches, Evaluation(held_out, settings.batch_size, settings.eval_steps or len(batches), settings.patience)
 
 
 def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
@@ -45,17 +54,26 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 
     Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
-    training = yield from _build_corpus(job, settings, base, held_out=False)
     files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
-    if not share:
+    if share and settings.eval_data:
+        raise UserError(f"{section} sets eval_share and eval_data, which exclude each other. Remove one of them.")
+    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
+    notes = list[str]()
+    examples = (e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share))
+    weights = {file.path: file.weight for file in settings.data_files}
+    training = yield from _build_corpus(job, settings, base, "training", examples, weights)
+    yield from (Note(f"{job.stage.name}: {note}") for note in notes)
+    if not share and not settings.eval_data:
         refuse_empty(training, files)
-        for key in ("eval_every", "patience"):
+        for key in ("eval_steps", "patience"):
             if value := getattr(settings, key):
                 raise UserError(
                     f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
                 )
         return dataset_from(training, settings.window), None
-    held_out = yield from _build_corpus(job, settings, base, held_out=True)
+    held_out = yield from _build_corpus(job, settings, base, "evaluation", held_out_examples(job, settings), {})
+    if settings.eval_data:
+        refuse_empty(held_out, settings.eval_data)
     selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
@@ -71,18 +89,14 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
 
 
-def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
-    folder = job.run / "tokens" / ("evaluation" if held_out else "training")
+def _build_corpus(
+    job: Job, settings: Training, base: Base, name: str, examples: Iterator[Example], weights: Mapping[str, float]
+) -> Generator[Event, None, Corpus]:
+    folder = job.run / "tokens" / name
     folder.mkdir(parents=True, exist_ok=True)
-    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
-    notes = list[str]()
-    read = training_examples(job, settings, None if held_out else notes.append)  # once is enough
-    examples = (e for e in read if in_evaluation(e, settings.eval_share) == held_out)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
     encoder = Encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
-    weights = {} if held_out else {file.path: file.weight for file in settings.data_files}
     corpus = Corpus(examples, encoder, folder, weights)
-    yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""
@@ -99,7 +113,7 @@ def save_curve(job: Job) -> None:
 
 
 @torch.no_grad()
-def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: CausalLM | None = None) -> Facts:
+def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None) -> Facts:
     """Write the trained model and its loss curve; returns their facts for the manifest.
 
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each

@@ -38,8 +38,13 @@ class ProcessLost(CollectiveError):
         return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
 
 
+def rank() -> int:
+    """This process's number, 0 in a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def shard_for_rank(items: Sequence[Item]) -> list[Item]:
@@ -144,7 +149,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
 
 
 def run_distributed(
-    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
+    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int | None = None
 ) -> Generator[Event, None, Facts]:
     """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
     with _process_group():
@@ -170,7 +175,7 @@ def run_distributed(
                 broadcast_object("")
 
 
-def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> None:
+def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int | None) -> None:
     """Do the same work as rank 0, in a folder that is deleted; nothing if rank 0 takes the result from the cache."""
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
@@ -52,8 +52,10 @@ from pipeline.training.distributed import (
     shard,
 )
 from pipeline.training.memory import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
-from pipeline.training.optimizer import FlatAdam, rate
+from pipeline.training.noise import training_noise
+from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
+from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.retention import RetentionLoss
@@ -107,7 +109,7 @@ class TrainingTask:
     @property
     def total(self) -> int:
         """Number of steps without early stopping."""
-        return self.settings.epochs * len(self.batches)
+        return self.settings.total_steps(len(self.batches))
 
     @property
     def live(self) -> list[int]:
@@ -120,7 +122,7 @@ class TrainingSetup(NamedTuple):
 
     base: Base
     task: TrainingTask
-    save: Callable[[FlatAdam], Facts]
+    save: Callable[[FlatOptimizer], Facts]
 
 
 class Diverged(Exception):
@@ -135,12 +137,19 @@ class NotFinite(CollectiveError):
     """Training stopped because the loss is not finite. A study may record this and continue with its next run."""
 
 
-def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0) -> Iterator[dict[int, Step]]:
+def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterator[dict[int, Step]]:
     """Train to the end of the last epoch, starting after step `done`; yields a record per learner that took the step.
 
     A learner whose loss or gradient is not finite is stopped before the step, one that no longer improves after it. The
     others continue as if it were not there. Raises Diverged if that leaves none, and all diverged.
     """
+    with training_noise(task.model, [learner.settings for learner in task.learners]) as noises:
+        for learner, noise in zip(task.learners, noises, strict=False):
+            learner.noise = noise
+        yield from _steps(task, optimizer, done)
+
+
+def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[dict[int, Step]]:
     learners, evaluation = task.learners, task.evaluation
     for number in range(done, task.total):
         for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
@@ -169,7 +178,7 @@ def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0) -> Iterator[di
         }
 
 
-def _finite_gradients(task: TrainingTask, optimizer: FlatAdam, number: int) -> dict[int, Gradient]:
+def _finite_gradients(task: TrainingTask, optimizer: FlatOptimizer, number: int) -> dict[int, Gradient]:
     """The gradients of step `number`, once the learners that make them non-finite are stopped; none if all are."""
     while live := task.live:
         results = gradients(task.path, task.learners, live, optimizer, number)
@@ -198,7 +207,7 @@ def _shorten(locations: Sequence[str], most: int) -> str:
     return ", ".join(locations[:most]) + (f" and {len(locations) - most} more" if len(locations) > most else "")
 
 
-def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
+def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     """Train the model's trainable parameters in place. If killed at any step, the next call resumes.
 
     Notes the predicted peak memory before the first step and the measured one after the last. Returns the optimizer,
@@ -217,7 +226,7 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
         raise _out_of_memory(job, task, error) from None
 
 
-def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
+def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     name, model, evaluation = job.stage.name, task.model, task.evaluation
     device = prepare_model(model, task.settings.gradient_checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
@@ -231,7 +240,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
-    predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter()
+    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter()
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     model.train()
@@ -257,7 +266,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
                     done = record.step
                 yield from _tell_stops(job, task)
                 stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
-                if stop or done % job.checkpoint_every == 0:
+                if stop or done % (job.checkpoint_every or task.settings.save_steps) == 0:
                     _save(job, task, logs, optimizer, done)
                 if stop:
                     raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
@@ -296,10 +305,11 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     return optimizer
 
 
-def build_optimizer(model: CausalLM, *settings: Training) -> FlatAdam:
+def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
     """The optimizer of a model's learners, given the settings of each."""
     ratios = [getattr(one, "loraplus_ratio", 1.0) for one in settings]
-    return FlatAdam(model, settings[0].precision == "fp16", ratios)
+    rule, decays = rule_of(settings[0].optimizer), [one.weight_decay for one in settings]
+    return FlatOptimizer(model, settings[0].precision == "fp16", ratios, rule, decays)
 
 
 def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
@@ -311,7 +321,7 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device
     return device
 
 
-def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Event, None, int]:
+def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator[Event, None, int]:
     """Restore the newest checkpoint; returns the number of steps done, 0 if there is none."""
     step, stored, reason = _load_checkpoint(job)
     done, reason = broadcast_object((step, reason))  # only rank 0 has checkpoints
@@ -354,7 +364,7 @@ def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
     return 0, {}, reason
 
 
-def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatAdam, done: int) -> None:
+def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int) -> None:
     """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and evaluation.
 
     It also holds each log's number of steps: a resumed run goes on in the logs, so without them it is unusable.
@@ -416,7 +426,7 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
         write_run_outcomes(job.run, states)
 
 
-def _predict_peak(task: TrainingTask, number: int) -> int:
+def predicted_peak(task: TrainingTask, number: int) -> int:
     """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method."""
     model, retain = task.model, task.learners[0].retain
     read = [(batch, False) for batch in to_model_device(model, task.batches[number])]
@@ -427,7 +437,7 @@ def _predict_peak(task: TrainingTask, number: int) -> int:
 
 
 def measure_memory(
-    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatAdam, records: Iterator[T]
+    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
 ) -> Iterator[T]:
     """The same records; `live` measures the step of record `number`, counted from 0.
 

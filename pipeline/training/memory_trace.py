@@ -29,7 +29,7 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training.batches import Batch
 from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory import TensorMemoryMeter
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
 
 
@@ -84,7 +84,7 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
         fuse_rms_norms(model, checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
-        flat = FlatAdam(model)
+        flat = FlatOptimizer(model)
         ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)

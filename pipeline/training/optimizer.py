@@ -1,40 +1,42 @@
-"""Adam over all trainable parameters as one row per learner, few kernel calls per step; and the learning rate.
-
-It calls torch's fused kernel directly: constructing torch.optim.Adam imports torch's compiler, which takes 1.4 seconds,
-longer than a short run trains.
-"""
+"""All trainable parameters as one row per learner, updated in few kernel calls per step; and the learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
 from pipeline.training.distributed import all_reduce, broadcast
+from pipeline.training.update_rules import AdamW, Span, State, UpdateRule
 
 # fp16 loss scale, and steps without an overflow until it doubles: the values of torch's GradScaler
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000
-NAMES = ("step", "exp_avg", "exp_avg_sq")
-Moments = dict[str, Tensor]
 
 
-class FlatAdam:
-    """Adam (Kingma & Ba 2015) on weights (N, P): row n holds the P trainable parameters of learner n, in fp32.
+class FlatOptimizer:
+    """An update rule on weights (N, P): row n holds the P trainable parameters of learner n, in fp32.
 
     Parameters are views of `weights`: with one learner each in its own shape, with more stacked, (N, ...). Small models
     spend a step on kernel launches, not on arithmetic: this way the update, the gradient norms and the checkpoint take
     one call each, whatever the number of parameters. 16-bit parameters are copies, since an update is often smaller
     than the distance to the next 16-bit number.
     LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the learning rate of its other
-    parameters. With `scaled` the loss is scaled before backward, so that small gradients do not underflow in fp16; an
-    overflow halves the scale and skips the step (Micikevicius et al. 2018, §3.2).
+    parameters. `rule`: AdamW if not given; `decays`: weight decay of all that a learner trains, 0 if not given. With
+    `scaled` the loss is scaled before backward, so that small gradients do not underflow in fp16; an overflow halves
+    the scale and skips the step (Micikevicius et al. 2018, §3.2).
     """
 
-    def __init__(self, model: nn.Module, scaled: bool = False, ratios: Sequence[float] = (1.0,)) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scaled: bool = False,
+        ratios: Sequence[float] = (1.0,),
+        rule: UpdateRule | None = None,
+        decays: Sequence[float] = (),
+    ) -> None:
         N = len(ratios)
         faster = {id(p) for name, p in model.named_parameters() if set(ratios) != {1.0} and name.endswith(".lora_B")}
         trainable = (p for p in model.parameters() if p.requires_grad)
@@ -65,7 +67,9 @@ class FlatAdam:
                 members = list(group)
                 start, stop = (n * ends[-1] + bound for bound in (members[0][1].start, members[-1][1].stop))
                 self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
-        self._moments = Moments()
+        self._decays = decays or [0.0] * N
+        self._rule: UpdateRule = rule or AdamW()
+        self._state = State()  # of the rule, from the first step on
         self._scaled = scaled
         # factor, and steps since it changed: a tensor, as it is part of a checkpoint
         self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])
@@ -78,7 +82,7 @@ class FlatAdam:
     @property
     def steps(self) -> int:
         """Steps taken, including those before a resume."""
-        return int(self._moments.get("step", 0))
+        return int(self._state.get("step", 0))
 
     def collect_gradients(self) -> Tensor:
         """Sum the gradients over all ranks, unscale them and return their norms (N,). Call it once before `step`."""
@@ -102,16 +106,12 @@ class FlatAdam:
 
     def step(self, *rates: float | None) -> None:
         """Update the weights from the collected gradients, each learner at its rate (None: not at all); clear them."""
-        self._moments = self._moments or zero_moments(self.weights)
-        steps: list[tuple[slice, float]] = []
-        for learner, start, stop, factor in self._rate_spans:
-            if (base := rates[learner]) is None:
-                continue
-            # neighbours at one rate share a call: it costs more than the arithmetic of a small adapter
-            if steps and (steps[-1][0].stop, steps[-1][1]) == (start, base * factor):
-                start = steps.pop()[0].start
-            steps.append((slice(start, stop), base * factor))
-        adam_step(self.weights, self.gradient, self._moments, steps)
+        self._state = self._state or self._empty_state()
+        spans = [
+            Span(start, stop, None if (base := rates[learner]) is None else base * factor, self._decays[learner])
+            for learner, start, stop, factor in self._rate_spans
+        ]
+        self._rule.update(self.weights, self.gradient, self._state, spans)
         self._update_copies()
         self.clear()
         if self._scaled:
@@ -138,20 +138,25 @@ class FlatAdam:
             grad.zero_()
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors: weights, gradient, 16-bit copies and, after the first step, both moments."""
+        """All its tensors: weights, gradient, 16-bit copies and, after the first step, the rule's state."""
         copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
-        return [self.weights, self.gradient, *copies, *self._moments.values()]
+        return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs for an exact resume."""
         scale = {"loss_scale": self._scale} if self._scaled else {}
-        return {"weights": self.weights, **scale, **self._moments}
+        return {"weights": self.weights, **scale, **self._state}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.set_weights(state["weights"])
         if "loss_scale" in state:
             self._scale.copy_(state["loss_scale"])
-        self._moments = {name: state[name].to(self.weights.device) for name in NAMES if name in state}
+        self._state = self._empty_state() if "step" in state else State()
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
+
+    def _empty_state(self) -> State:
+        return self._rule.zeros(self.weights, [stop - start for _, start, stop, _ in self._rate_spans])
 
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
@@ -172,43 +177,12 @@ class FlatAdam:
             yield p, self.weights[:, span].view(p.shape)
 
 
-def zero_moments(weights: Tensor) -> Moments:
-    """Adam's state before the first step: step count and both moments, all zero."""
-    zeros = torch.zeros_like(weights)
-    return dict(zip(NAMES, (torch.zeros((), device=weights.device), zeros, zeros.clone()), strict=True))
-
-
-@torch.no_grad()
-def adam_step(weights: Tensor, gradient: Tensor, moments: Moments, rates: Iterable[tuple[slice, float]]) -> None:
-    """One step of Adam (Kingma & Ba 2015), in place. `rates`: spans of the flattened `weights` and their rates."""
-    tensors = [tensor.view(-1) for tensor in (weights, gradient, moments["exp_avg"], moments["exp_avg_sq"])]
-    for span, lr in rates:
-        part, grad, mean, square = ([tensor[span]] for tensor in tensors)
-        adam(
-            part,
-            grad,
-            mean,
-            square,
-            [],
-            [moments["step"].clone()],  # every call counts it up
-            fused=True,
-            lr=lr,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0,
-            amsgrad=False,
-            maximize=False,
-        )
-    moments["step"] += 1
-
-
 def rate(settings: Training, step: int, total: int) -> float:
     """The learning rate at step `step` of `total`, from 1: linear warm-up, then constant, or decay to 0 after the last.
 
     Linear decay as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
     """
-    warmup = min(settings.warmup_steps, total)
+    warmup = min(settings.warmup(total), total)
     if step <= warmup:
         return settings.learning_rate * step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)  # fraction of the decay done, 0 at its first step
@@ -219,10 +193,15 @@ def rate(settings: Training, step: int, total: int) -> float:
     return settings.learning_rate
 
 
-def refuse_long_warmup(settings: Training, total: int, section: str) -> None:
-    """Raises UserError if all `total` steps are warm-up: no step would follow at the full learning rate."""
-    if settings.warmup_steps >= total:
+def refuse_long_warmup(settings: Training, per_epoch: int, section: str) -> None:
+    """Raises UserError if all steps are warm-up: no step would follow at the full learning rate."""
+    total = settings.total_steps(per_epoch)
+    if (warmup := settings.warmup(total)) >= total:
+        if settings.warmup_ratio:
+            raise UserError(
+                f"{section}.warmup_ratio {settings.warmup_ratio:g} of {total} steps, rounded up, leaves none after the "
+                "warm-up. Lower it, or train longer."
+            )
         raise UserError(
-            f"{section}.warmup_steps must be below {total}, the total number of training steps, "
-            f"got {settings.warmup_steps}. Lower it."
+            f"{section}.warmup_steps must be below {total}, the total number of training steps, got {warmup}. Lower it."
         )

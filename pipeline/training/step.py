@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,9 +15,10 @@ from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.distributed import all_reduce_numbers
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
-if TYPE_CHECKING:  # with generation, which few runs need
+if TYPE_CHECKING:  # what few runs need
+    from pipeline.training.noise import LearnerNoise
     from pipeline.training.retention import RetentionLoss
 
 
@@ -33,6 +34,7 @@ class Learner:
     batches: Batches
     retain: "RetentionLoss | None" = None
     name: str = ""
+    noise: "LearnerNoise | None" = None  # dropout and NEFTune
     tokens: int = 0  # labels seen
     stopped: int | None = None
     diverged: bool = False
@@ -56,6 +58,18 @@ class StepBatch:
     batch: Batch
     labels: Mapping[int, int]
     input_tokens: tuple[int, ...] = ()
+
+    def lengths(self) -> list[list[int]]:
+        """The lengths of each learner's sequences, in the order of the batch."""
+        rows, length = self.batch.ids.shape
+        lengths = iter((self.batch.segments or (length,)) * rows)
+        by_learner: list[list[int]] = []
+        for tokens in self.input_tokens or [rows * length]:
+            own: list[int] = []
+            while sum(own) < tokens:
+                own.append(next(lengths))
+            by_learner.append(own)
+        return by_learner
 
 
 class LossPath(Protocol):
@@ -133,7 +147,7 @@ class Gradient:
 
 
 def gradients(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
 ) -> dict[int, Gradient]:
     """Backward through step `number` of the learners `live`; their gradients are then collected in the optimizer.
 
@@ -147,10 +161,11 @@ def gradients(
 
 
 def _accumulate(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
 ) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
-    losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale)
+    noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
+    losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale, noises)
     retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
     divergences: dict[int, float] = {}
     if retains:  # a second backward, which adds to the same gradients: neither needs the other's activations
@@ -173,18 +188,25 @@ def _backward(
     losses_of: Callable[[StepBatch], Tensor],
     weights: Mapping[int, float],
     scale: float,
+    noises: Mapping[int, "LearnerNoise"] | None = None,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Backward through each learner's mean loss over its labels of the step, times its weight and the loss scale.
 
-    Every label has the same weight, whatever its batch. Returns the means over this rank's share, and the numbers of
-    labels on all ranks.
+    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns the means over this
+    rank's share, and the numbers of labels on all ranks.
     """
     batches = list(path.batches(orders, number))
     counts = (sum(batch.labels.get(n, 0) for batch in batches) for n in orders)
     totals = dict(zip(orders, all_reduce_numbers(*counts), strict=True))
     parts: list[tuple[Iterable[int], Tensor]] = []
+    for noise in (noises or {}).values():
+        noise.begin(number)
     for batch in batches:
-        with path.route(batch):
+        with ExitStack() as stack:
+            stack.enter_context(path.route(batch))
+            for n, lengths in enumerate(batch.lengths() if noises else ()):
+                if noises and n in noises and lengths:
+                    stack.enter_context(noises[n].during(lengths))
             # gradient accumulation: a batch's mean times its share of the step's labels, so that the parts add up to
             # the mean over all of them; the gradients of batches and ranks are then sums
             shares = [labels / totals[n] for n, labels in batch.labels.items()]
@@ -223,7 +245,7 @@ class Evaluation:
         return step % self._every == 0 or step == last
 
     @torch.no_grad()
-    def after_step(self, path: LossPath, optimizer: FlatAdam, live: Sequence[int]) -> dict[int, float]:
+    def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
         """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
         sums, labels = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
         for number in range(len(self._batches)):
@@ -249,7 +271,7 @@ class Evaluation:
         """Whether the last `patience` evaluations of this learner were no better than its best one."""
         return bool(self._patience) and int(self._waited[learner]) >= self._patience
 
-    def restore_best(self, optimizer: FlatAdam) -> None:
+    def restore_best(self, optimizer: FlatOptimizer) -> None:
         if self._weights is not None:
             optimizer.set_weights(self._weights)
 

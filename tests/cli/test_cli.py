@@ -20,12 +20,11 @@ from cli import console
 from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import escape_whitespace
-from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, STAGES, files_up_to, folder_bytes, refusal
 
-VARIANTS = [name for name, (base, adapter) in GRAPH.variants.items() if (adapter or base) in PIPELINE]
+VARIANTS = [STAGES[name].variant for name in PIPELINE if STAGES[name].variant]
 
 
 def sets(*values: str) -> list[str]:
@@ -145,8 +144,8 @@ def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Pat
     def made(folder: str, when: int) -> None:
         os.utime(project / "artifacts" / folder / "manifest.json", (when, when))
 
-    for number, (base, adapter) in enumerate(GRAPH.variants[name] for name in VARIANTS):
-        made(STAGES[adapter or base].output, number)
+    for number, stage in enumerate(stage for stage in map(STAGES.get, PIPELINE) if stage and stage.variant):
+        made(stage.output, number)
     made("expanded", 200)
     made("base", 300)
     assert asked() == "artifacts/prompt on artifacts/expanded"

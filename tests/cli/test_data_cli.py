@@ -1,4 +1,4 @@
-"""`lora data show` as a user types it."""
+"""`lora data` as a user types it."""
 
 import json
 import re
@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from tests.conftest import Lora
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import lora
@@ -49,17 +52,46 @@ def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, her
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
-def test_json_has_every_token_and_the_statistics(cli: Lora, here: Path) -> None:
-    code, out, _ = cli("data", "show", "d.jsonl", "--limit", "2", "--json", cwd=here)
-    answer = json.loads(out)
-    assert code == 0 and answer["base"] == "artifacts/base"
-    first, second = answer["examples"]
-    assert second["place"] == "d.jsonl:2" and second["labels"] == 2
-    assert [t["token"] for t in second["tokens"] if t["learned"]] == [" euro", "<|im_end|>"]
-    assert not first["tokens"][0]["learned"]
-    result = answer["statistics"]
-    assert (result["examples"], result["truncated"], result["unlabelled"]) == (4, 0, 0)
-    assert result["share"] == result["labels"] / result["tokens"]
+def test_json_is_a_line_a_row_with_labels_where_something_is_trained_on(cli: Lora, here: Path) -> None:
+    code, out, err = cli("data", "show", "d.jsonl", "--json", cwd=here)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and [line["row"] for line in lines] == [1, 2, 3, 4], "all, unless --limit says less"
+    tokenizer = SubwordTokenizer.load(here / "artifacts/base")
+    trained = [[id_ for id_ in line["labels"] if id_ != -100] for line in lines]
+    assert [tokenizer.word(id_) for id_ in trained[1]] == [" euro", "<|im_end|>"]
+    for line in lines:
+        assert line.keys() == {"row", "ids", "labels"} and line["labels"][0] == -100
+        assert all(label in (-100, id_) for label, id_ in zip(line["labels"], line["ids"], strict=True))
+    assert trained[0] == lines[0]["ids"][1:]
+    _, out, _ = cli("data", "show", "d.jsonl", "--json", "--limit", "2", "--max-length", "5", cwd=here)
+    assert [json.loads(line)["ids"] for line in out.splitlines()] == [line["ids"][:5] for line in lines[:2]]
+
+
+def test_one_row_is_shown_whatever_is_in_the_others(cli: Lora, here: Path) -> None:
+    (here / "d.jsonl").write_text("\n".join(["{", *map(json.dumps, LINES)]), encoding="utf-8")
+    code, out, _ = cli("data", "show", "d.jsonl", "--row", "5", cwd=here)
+    assert code == 0 and out.startswith("d.jsonl:5 ") and "·so" not in out and "S" in out
+    code, out, err = cli("data", "show", "d.jsonl", "--row", "1", cwd=here)
+    assert (code, out) == (1, "") and err.startswith("error: d.jsonl:1: not JSON")
+    code, out, err = cli("data", "show", "d.jsonl", "--row", "9", cwd=here)
+    assert (code, out, err) == (1, "", "error: d.jsonl has no example in row 9. Name another --row.\n")
+
+
+def test_statistics_are_of_the_first_thousand_rows(cli: Lora, here: Path) -> None:
+    (here / "d.jsonl").write_text("\n".join([json.dumps(LINES[3])] * 1001), encoding="utf-8")
+    code, out, _ = cli("data", "show", "d.jsonl", "--limit", "0", cwd=here)
+    assert code == 0 and re.search(r"the first 1,000 *\nexamples +1,000 ", out)
+    assert out.endswith("`lora data check d.jsonl` reads all.\n")
+
+
+def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(cli: Lora, here: Path) -> None:
+    rows = {"q": ["Hello"], "a": ["euro\x1b[31m"]}
+    pq.write_table(pa.table(rows), here / "d.parquet")
+    code, out, _ = cli("data", "show", "d.parquet", "--columns", "prompt=q,completion=a", cwd=here)
+    assert code == 0 and "\x1b" not in out
+    assert "⟦euro" in out.replace("│", "")
+    code, _, err = cli("data", "show", "d.parquet", "--columns", "prompt", cwd=here)
+    assert code == 2 and "must be KEY=COLUMN" in err
 
 
 def test_without_colour_brackets_remain_and_with_it_learned_tokens_are_green(here: Path) -> None:
@@ -104,3 +136,69 @@ def test_without_a_model_the_next_step_is_named(cli: Lora, tmp_path: Path) -> No
     assert code == 1
     assert err.startswith("error: There is no model in artifacts/expanded or artifacts/base")
     assert "--base, or run `lora pretrain`." in err
+
+
+FAULTS = [
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]},
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]},
+    {"conversations": [{"from": "human", "value": "Hello <|im_end|>"}, {"from": "gpt", "value": "Hi"}]},
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]},
+]
+
+
+def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: Path) -> None:
+    (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
+    code, out, err = cli("data", "check", "f.jsonl", cwd=here)
+    assert (code, err) == (1, "")
+    assert re.search(r"error +2 +conversations\[1\]: value is empty", out)
+    assert re.search(r"error +3 +messages\[0\] contains <\|im_end\|>", out)
+    assert re.search(r"warning +4 +the same as row 1\.", out)
+    assert out.endswith("2 errors, 1 warning\n")
+    assert all(len(line) <= 100 for line in out.splitlines())
+    code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
+    assert code == 1 and out.count("error  ") == 1 and "unreadable: 1, not tokenized: 1, duplicate: 1" in out
+
+
+def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> None:
+    (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
+    code, out, err = cli("data", "check", "f.jsonl", "d.jsonl", "--base", "artifacts/base", "--json", cwd=here)
+    report = json.loads(out)
+    assert (code, err) == (1, "") and report["rows"] == 8 and report["ok"] is False
+    first = report["problems"][0]
+    assert (first["row"], first["level"], first["file"]) == (2, "error", "f.jsonl")
+    _, out, _ = cli("data", "show", "d.jsonl", "--json", cwd=here)
+    shown = [label for line in out.splitlines() for label in json.loads(line)["labels"]]
+    code, out, _ = cli("data", "check", "d.jsonl", "--json", cwd=here)
+    report = json.loads(out)
+    assert code == 0 and report["problems"] == [] and report["tokens"] == len(shown)
+    assert report["trained_tokens"] == sum(label != -100 for label in shown)
+
+
+def test_check_compares_with_evaluation_files_and_works_without_a_model(cli: Lora, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "eval.txt").write_text("two\nthree\n", encoding="utf-8")
+    code, out, err = cli("data", "check", "train.txt", "--eval", "eval.txt", cwd=tmp_path)
+    assert code == 0 and re.search(r"warning +eval.txt:1 +also in the training set: train.txt:2\.", out)
+    assert err == "There is no model, so tokens were not counted. Name a model folder with --base.\n"
+
+
+def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(cli: Lora, here: Path) -> None:
+    (here / "f.jsonl").write_text(json.dumps({**FAULTS[0], "id": 7}), encoding="utf-8")
+    code, out, err = cli("data", "convert", "f.jsonl", "new/f.parquet", cwd=here)
+    assert (code, out) == (0, "new/f.parquet: 1 row (sharegpt)\n")
+    assert err == "f.jsonl: not used: id (1 row)\n"
+    code, out, _ = cli("data", "convert", "new/f.parquet", "f.csv", "--format", "alpaca", "--json", cwd=here)
+    assert json.loads(out) == {"out": "f.csv", "rows": 1, "format": "alpaca", "notes": []}
+    assert (here / "f.csv").read_bytes() == b"instruction,input,output\r\nHello,,Hello!\r\n"
+
+
+def test_what_cannot_be_converted_is_one_message(cli: Lora, here: Path) -> None:
+    for arguments, message in (
+        (("d.jsonl", "d.jsonl"), "d.jsonl is the input itself. Name another file."),
+        (("d.jsonl", "new.parquet"), "d.jsonl:2: rows of prompt_completion and text do not fit into one table."),
+        (("d.jsonl", "new.csv", "--format", "text"), "d.jsonl:2: cannot be written as text: "),
+        (("none.jsonl", "new.csv"), "none.jsonl: No such file or directory. Name a file that exists."),
+    ):
+        code, out, err = cli("data", "convert", *arguments, cwd=here)
+        assert (code, out) == (1, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert {path.name for path in here.iterdir() if path.is_file()} == {"d.jsonl"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import loraplus
 from bench.published import published, table
-from docs import params
+from docs import coming_from, params
 from pipeline.project.logs.run_log import RunLog, Step
 from pipeline.stages.methods.sweep import variants
 from tests.conftest import Lora
@@ -21,6 +21,7 @@ def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> No
 
 def test_the_reference_of_params_is_what_the_sections_declare() -> None:
     assert params.PAGE.read_text(encoding="utf-8") == params.page(), "run python -m docs.params"
+    assert coming_from.PAGE.read_text(encoding="utf-8") == coming_from.page(), "run python -m docs.coming_from"
 
 
 def test_every_error_above_15_percent_is_explained() -> None:

@@ -89,7 +89,7 @@ def test_a_key_is_explained_in_words(cli: Lora, tmp_path: Path) -> None:
         (("explain", "finetune_lora.r"), "Did you mean finetune_lora.rank?"),
         (("explain", "finetune_lora.lora_alpha"), "Did you mean finetune_lora.alpha?"),
         (("explain", "finetune_lora.nothing_like_it"), "There is no key finetune_lora.nothing_like_it"),
-        (("explain", "nothing_like_it"), "There is no section nothing_like_it. Known: training, pretrain, "),
+        (("explain", "nothing_like_it"), "There is no section nothing_like_it. Known: training, import, pretrain, "),
         (("explain", "finetune_lroa"), "There is no section finetune_lroa. Did you mean finetune_lora?"),
         (("show", "finetune_full"), "finetune_full is not a section of this project. It has"),
         (("show", "--set", "finetune_lora.rank=0"), "finetune_lora.rank must be at least 1, got 0. Change it"),

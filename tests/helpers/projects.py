@@ -29,6 +29,7 @@ LORA = str(Path(sys.executable).parent / "lora")
 
 WORK: dict[str, Work] = {name: stage.run for name, stage in STAGES.items()}
 COMMAND = {
+    "import": ["import"],
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
     **{stage.name: ["finetune", stage.method] for stage in registry.METHODS.values()},
@@ -86,8 +87,13 @@ def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **opt
 def make_one(
     root: Path, name: str, overrides: Sequence[str] = (), **options: Any
 ) -> tuple[dict[str, Any], list[Event]]:
-    """Run one stage in this process; returns its manifest and its events."""
-    return played(run(open_project(root / "params.yaml", overrides), STAGES[name], WORK[name], **options))
+    """Run one stage in this process; returns its manifest and its events.
+
+    `pretrain` is the stage that makes the base, whether it trains or imports it.
+    """
+    project = open_project(root / "params.yaml", overrides)
+    name = project.standing_for(name) if name == "pretrain" else name
+    return played(run(project, STAGES[name], WORK[name], **options))
 
 
 def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:

@@ -20,7 +20,7 @@ from pipeline.project.runner import Event
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Gradient, Learner, OneLearner, gradients
 from tests.helpers.families import FAMILIES
@@ -90,19 +90,21 @@ def with_lora(
     return model
 
 
-def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) -> tuple[list[Step], FlatAdam]:
+def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) -> tuple[list[Step], FlatOptimizer]:
     """Every step of the loop; the model is then as training leaves it."""
     optimizer = build_optimizer(model, settings)
     return list(steps_of(model, batches, settings, optimizer, **task)), optimizer
 
 
-def steps_of(model: CausalLM, batches: Batches, settings: Training, optimizer: FlatAdam, **task: Any) -> Iterator[Step]:
+def steps_of(
+    model: CausalLM, batches: Batches, settings: Training, optimizer: FlatOptimizer, **task: Any
+) -> Iterator[Step]:
     task_ = TrainingTask.of_one(model.train(), batches, settings, FULL, **task)
     return (record for by_learner in steps(task_, optimizer) for record in by_learner.values())
 
 
 def gradient_of(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None = None
+    model: CausalLM, batches: list[Batch], optimizer: FlatOptimizer, retain: RetentionLoss | None = None
 ) -> Gradient:
     """Backward through these batches as one step, collected in the optimizer."""
     learner = Learner(Training(), cast(Batches, [batches]), retain)

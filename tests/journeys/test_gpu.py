@@ -19,7 +19,7 @@ from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batch, collate
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 
@@ -68,7 +68,7 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     model.requires_grad_(False)
     add_lora(model, resolve(model, ("attention",)), AdapterSpec(8, 8, ()), torch.float32)
     model.train().checkpoint_blocks("full" if checkpointing == "full" else "none")
-    optimizer = FlatAdam(model)
+    optimizer = FlatOptimizer(model)
     ids = torch.randint(0, 1000, (1, 2049)).tolist()[0]
     labels = tuple(t if i % 5 < 2 else -100 for i, t in enumerate(ids[1:]))
     step = collate([Window(0, tuple(ids[:-1]), labels)]).to(torch.device("cuda"))

@@ -6,20 +6,21 @@ line or row.
 
 import json
 import pkgutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.containers import MAX_LINE_BYTES, Note, describe_type, read_rows
+from pipeline.data.containers import MAX_LINE_BYTES, Reading, describe_type, read_rows
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
 
+Note = Callable[[str], None]
 Record = Mapping[str, Any]  # the keys and values of a row
 SIMILAR = 0.85  # of a key to one that is missing: "compleation", but not "prompt_id"
 MAX_SHOWN = 8  # keys in a message
+MAX_UNUSED = 1000  # keys that are counted
 
 
 class Format(NamedTuple):
@@ -35,6 +36,11 @@ class Format(NamedTuple):
     detect: Callable[[Record], bool]
     read: Callable[[Record, str, int], Example]
     mixes: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of its file."""
+        return self.read.__module__.rpartition(".")[2]
 
 
 def read_examples(
@@ -54,43 +60,60 @@ def iter_examples(
     prompts: bool = False,
     columns: Mapping[str, str] | None = None,
     on_note: Note | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Example]:
     """The examples of a file or folder, in constant memory. `name` is the path as the user wrote it.
 
     With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`: key of a format →
-    the file's name for it. `on_note` gets, at the end, what was skipped or not used.
+    the file's name for it. `on_note` gets, at the end, what was skipped or not used; `reading` counts it.
     Raises UserError with the file, the line or row, and the reason.
     """
-    columns = columns or {}
-    unused: Counter[str] = Counter()
+    columns, reading = columns or {}, reading or Reading()
     first: tuple[Format, int] | None = None  # of the file's rows that are no text lines
-    for number, value in read_rows(path, name, on_note):
+    for number, value in read_rows(path, name, reading):
         if isinstance(value, str):
             if columns:
                 raise UserError(f"{name}: columns are set, but a .txt file has none. Remove them.")
+            reading.format = "text"
             yield Example(value, name, number)
             continue
-        record = _rename(value, columns, f"{name}:{number}", is_first=first is None)
-        each = _detect(record, columns, f"{name}:{number}")
-        if extra := record.keys() - each.keys:
-            _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
-            unused.update(extra)
-        first = first or (each, number)
-        if each is not first[0] and not (each.mixes and first[0].mixes):
-            raise UserError(
-                f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is {first[0].shape}. Put them into "
-                "two files."
-            )
-        example = each.read(record, name, number)
-        if example.prompt == example.text and not prompts:
-            raise UserError(
-                f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on the '
-                "whole line. Only finetune_lora.retention_data takes prompts alone: the base model completes them."
-            )
+        try:
+            record = _rename(value, columns, f"{name}:{number}", is_first=first is None)
+            each = _detect(record, columns, f"{name}:{number}")
+            if extra := record.keys() - each.keys:
+                _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
+                # A file in which every row has other keys is not worth the memory of them all.
+                reading.unused.update(extra if len(reading.unused) < MAX_UNUSED else extra & reading.unused.keys())
+            first = first or (each, number)
+            if each is not first[0] and not (each.mixes and first[0].mixes):
+                raise UserError(
+                    f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is {first[0].shape}. Put them "
+                    "into two files."
+                )
+            example = each.read(record, name, number)
+            if example.prompt == example.text and not prompts:
+                raise UserError(
+                    f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on '
+                    "the whole line. Only finetune_lora.retention_data takes prompts alone: the base model completes "
+                    "them."
+                )
+        except UserError as error:
+            reading.refuse(number, error)
+            continue
+        reading.format = each.name
         yield example
-    if unused and on_note:
-        counts = [f"{key} ({count:,} {'row' if count == 1 else 'rows'})" for key, count in unused.most_common()]
-        on_note(f"{name}: not used: {_some(counts)}")
+    if on_note:
+        for note in notes(name, reading):
+            on_note(note)
+
+
+def notes(name: str, reading: Reading) -> Iterator[str]:
+    """What was skipped or not used in a file."""
+    if reading.blank:
+        yield f"{name}: {reading.blank:,} blank {'line' if reading.blank == 1 else 'lines'} skipped"
+    if reading.unused:
+        counts = [f"{key} ({n:,} {'row' if n == 1 else 'rows'})" for key, n in reading.unused.most_common()]
+        yield f"{name}: not used: {_some(counts)}"
 
 
 def _rename(record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool) -> dict[str, Any]:

@@ -29,8 +29,7 @@ class Figures(Section, frozen=True, kw_only=True):
         for key in ("weight", "change"):
             if len(numbers := getattr(self, key)) != 4:
                 raise UserError(
-                    f"figures.{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got {len(numbers)}. "
-                    "Write four."
+                    f"{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got {len(numbers)}. Write four."
                 )
 
 

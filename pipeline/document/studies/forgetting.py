@@ -57,7 +57,7 @@ def measure(job: Job, settings: StudyForgetting) -> Generator[Event, None, Findi
     wanted = [(name, seed) for name in LINE_STYLES for seed in settings.seeds]
     for number, (name, seed) in enumerate(wanted, 1):
         # Without early stopping, so that the curves are complete.
-        run = METHODS[name].run(name, job.project.params, seed, eval_share=0.0, eval_every=0, patience=0)
+        run = METHODS[name].run(name, job.project.params, seed, max_steps=0, eval_share=0.0, eval_steps=0, patience=0)
         by_step = yield from checkpoints(job, run, steps_of, scorer.losses)
         per_epoch = max(by_step) // run.sections[run.stage].epochs
         curves[name].append({step // per_epoch: losses for step, losses in by_step.items()})

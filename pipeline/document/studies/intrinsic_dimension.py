@@ -63,7 +63,7 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
     from pipeline.models.base import CausalLM
     from pipeline.models.load import count, untrained
     from pipeline.training.loop import build_optimizer
-    from pipeline.training.optimizer import FlatAdam
+    from pipeline.training.optimizer import FlatOptimizer
 
     examples = read_examples(job.path(settings.data), settings.data)
     paper = document(job, settings.document, "intrinsic_dimension")[PAPER_MODEL]
@@ -71,7 +71,7 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
     base = engine.load(folder)
     large = count(base.model)["total"]
 
-    def optimizer_of(start: str, size: int, seed: int, model: CausalLM, section: Training) -> FlatAdam:
+    def optimizer_of(start: str, size: int, seed: int, model: CausalLM, section: Training) -> FlatOptimizer:
         """The run's optimizer, after loading random weights if it starts from them."""
         if start == RANDOM:
             torch.manual_seed(seed)

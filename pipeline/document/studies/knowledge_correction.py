@@ -81,7 +81,7 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
     from pipeline.inference.score import score, score_answers
     from pipeline.stages.evaluate import weight_bytes
 
-    trust = job.project.params.pretrain.trust_remote_code
+    trust = job.project.params.origin.trust_remote_code
     prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]
     if not prompts:
         raise UserError(
@@ -186,7 +186,7 @@ def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[
     from pipeline.inference.score import SameLogits
     from pipeline.weights.merge import Merging, merge_into
 
-    trust, adapter = job.project.params.pretrain.trust_remote_code, tuned.made.folder
+    trust, adapter = job.project.params.origin.trust_remote_code, tuned.made.folder
     out = job.run / PARTS / "merged" / adapter.name
     shutil.rmtree(out, ignore_errors=True)  # left over if the study was killed
     out.mkdir(parents=True)

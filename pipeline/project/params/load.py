@@ -5,7 +5,7 @@ Every problem is a UserError that names key, rule, value and next step.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Training, change_paths
+from pipeline.project.params.sections import Import, Training, change_paths
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
-TOP_LEVEL: Mapping[str, str] = {"base": "pretrain"}  # keys above the sections → the section that holds them in memory
+TOP_LEVEL: Mapping[str, str] = {"base": "import"}  # keys above the sections → the section that holds them in memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Params:
         name = next((name for name, known in self.kinds.items() if known is kind), None)
         return kind() if name is None else self.section(name)
 
+    @property
+    def origin(self) -> Import:
+        """The base model, and how it is imported."""
+        return self.of(Import)
+
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced."""
         return replace(self, sections={**self.sections, **sections})
@@ -104,7 +109,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
-    # `base` is a setting of pretrain, but stands above the sections: most users set it alone.
+    # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
@@ -116,8 +121,10 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         raise UserError(
             "training.data: each stage names its own data, which dvc.yaml watches. Move it to the stages' sections."
         )
-    for key, value in above.items():  # `base: …` alone makes pretrain one of the file's sections
+    for key, value in above.items():  # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
+        if value == Import().base and Import in kinds.values():
+            tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
     params = Params(kinds, {}, tree, training, sources, project, path.name)
@@ -160,7 +167,15 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
-    return kind(**values)
+    return _named(name, lambda: kind(**values))
+
+
+def _named(name: str, make: Callable[[], Section]) -> Section:
+    """What `make` returns; the message of a section whose keys contradict each other begins with its name."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from None
 
 
 def _prefix_path(path: str, prefix: str) -> str:
@@ -175,7 +190,7 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
+        raise UserError(f"{path} must hold sections such as `finetune_lora:`, got {tree!r}.")
     return tree
 
 
@@ -204,7 +219,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `value` is invalid for `key` of section `name`, given its other keys; `source`: its file."""
     checked = check_value(hints(type(section))[key], value, key_path(name, key), ValueSource(source))
-    structs.replace(section, **{key: checked})
+    _named(name, lambda: structs.replace(section, **{key: checked}))
 
 
 def key_path(section: str, key: str) -> str:

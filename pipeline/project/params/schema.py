@@ -39,6 +39,7 @@ class ReadBy(NamedTuple):
 
 
 ALLOW_EMPTY = object()  # a text, list or mapping that may be empty
+WITHOUT_EFFECT = object()  # a key that changes no result, so it makes no artifact out of date
 ALLOW_DUPLICATES = object()  # a list that may have a value twice, such as the numbers of a matrix
 LARGEST = 1e30  # of a float, so that products stay finite in fp32
 # No larger count could run, and some overflow inside a library; torch takes seeds of 63 bits.
@@ -74,6 +75,12 @@ def hints(kind: type[Section]) -> Mapping[str, Any]:
     return {name: types[name] for name in kind.__struct_fields__}
 
 
+def effective(section: Section) -> dict[str, Any]:
+    """The section's values, without keys that change no result."""
+    types = hints(type(section))
+    return {key: getattr(section, key) for key in types if WITHOUT_EFFECT not in _split(types[key])[1]}
+
+
 def value_type(kind: type[Section], key: str) -> Any:
     """The type of a field's value, without its rules: int, tuple[str, ...], Literal["a", "b"], …"""
     return _split(hints(kind)[key])[0]
@@ -92,8 +99,10 @@ def rule(kind: type[Section], key: str) -> str:
 def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
     for key in tree:
         if key not in known:
-            from pipeline.project.params.aliases import KEYS, suggest  # only for a message
+            from pipeline.project.params.aliases import KEYS, suggest, why_none  # only for a message
 
+            if why := why_none(str(key)):
+                raise UserError(f"{origin.of(f'{prefix}{key}')}: there is no key {prefix}{key}: {why}. Remove it.")
             meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
             hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")

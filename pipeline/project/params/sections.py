@@ -1,6 +1,7 @@
 """The sections that every project has, and what training stages share. A method's own section is in its file,
 `pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -9,8 +10,10 @@ from msgspec import Meta, field
 from pipeline.errors import UserError
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
+    WITHOUT_EFFECT,
     Because,
     Count,
+    File,
     Names,
     Rate,
     ReadBy,
@@ -30,6 +33,7 @@ Trained = Annotated[
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]  # see `training/update_rules.py`
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
@@ -100,13 +104,28 @@ class Training(Section, frozen=True, kw_only=True):
     )
     columns: Annotated[Columns, "names in the data files for the keys of a format"] = field(default_factory=dict)
     epochs: Annotated[Count, "times that every example is seen"] = 50
+    max_steps: Annotated[Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
     window: Annotated[Steps, "tokens per training window, at its position in the sentence; 0: whole examples"] = 4
-    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 1e-3
+    learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-3
+    optimizer: Annotated[
+        Optimizer,
+        "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the same); or SGD without "
+        "momentum. Leave it unless the optimizer's state is what does not fit",
+    ] = "adamw"
+    weight_decay: Annotated[
+        Weight, "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for few epochs"
+    ] = 0.0
+    neftune_alpha: Annotated[
+        Weight,
+        "uniform noise of ±alpha/√(tokens · width) on the embeddings in training (NEFTune), often 5; leave it at 0 "
+        "unless long answers are taught",
+    ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], "learning rate after warm-up: constant, or down to 0 at the last step"
     ] = "constant"
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
+    warmup_ratio: Annotated[Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"] = 0.0
     max_grad_norm: Annotated[Weight, "gradients are clipped to this norm; 0: never"] = 0.0
     gradient_accumulation_steps: Annotated[Count, "batches per optimizer step"] = 1
     max_length: Annotated[Steps, "examples are truncated to this many tokens; 0: never"] = 0
@@ -115,10 +134,28 @@ class Training(Section, frozen=True, kw_only=True):
         Literal["none", "selective", "full"], "recompute blocks in backward to save memory: none, every second, all"
     ] = "none"
     eval_share: Annotated[Share, "share of the examples held out for evaluation, selected by hash"] = 0.0
-    eval_every: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
+    eval_data: Annotated[File, "examples to evaluate on, in a file of their own, instead of eval_share"] = ""
+    eval_steps: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
     ] = 0
+    save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
+
+    def __post_init__(self) -> None:
+        """Raises UserError for keys that contradict each other."""
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but only one of them may "
+                "be set. Set the other to 0."
+            )
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Number of steps without early stopping."""
+        return self.max_steps or self.epochs * per_epoch
+
+    def warmup(self, total: int) -> int:
+        """Steps of warm-up, of `total`."""
+        return self.warmup_steps or math.ceil(total * self.warmup_ratio)
 
     @property
     def data_files(self) -> tuple[DataFile, ...]:
@@ -140,14 +177,24 @@ class AdapterTraining(Training, frozen=True, kw_only=True):
     ] = "none"
 
 
-class Pretrain(Training, frozen=True, kw_only=True):
-    """MiniGPT's shape (the document's Introduction and §9) and its training, or the base that stands in its place."""
+class Import(Section, frozen=True, kw_only=True):
+    """The base model, imported as a plain checkpoint: all that is fine-tuned starts from it."""
 
     base: Annotated[str, "minigpt, which is trained; or a checkpoint folder, GGUF file or hub id to import"] = "minigpt"
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], "of an imported base's weights; auto: as they are stored"
     ] = "auto"
     trust_remote_code: Annotated[bool, "run the code that comes with a base"] = False
+
+    @property
+    def imports(self) -> bool:
+        """Whether a base is taken from elsewhere."""
+        return self.base != "minigpt"
+
+
+class Pretrain(Training, frozen=True, kw_only=True):
+    """MiniGPT's shape (the document's Introduction and §9) and its training."""
+
     data: Annotated[Data, "the sentences to train on, whose words are the vocabulary"] = "data/pretrain.de.txt"
     epochs: Annotated[Count, "times that every sentence is seen"] = 60
     d_model: Annotated[Count, "MiniGPT's width"] = 64
@@ -158,16 +205,12 @@ class Pretrain(Training, frozen=True, kw_only=True):
     tie_embeddings: Annotated[bool, "one matrix for MiniGPT's embedding and head"] = False
 
     def __post_init__(self) -> None:
+        Training.__post_init__(self)
         if self.d_model % (2 * self.heads):
             raise UserError(
-                f"pretrain.d_model must be a multiple of 2 × pretrain.heads = {2 * self.heads} "
+                f"d_model must be a multiple of 2 × heads = {2 * self.heads} "
                 f"(an even head size), got {self.d_model}. Change d_model or heads."
             )
-
-    @property
-    def imports(self) -> bool:
-        """Whether a base is taken from elsewhere."""
-        return self.base != "minigpt"
 
 
 class ExpandVocab(Section, frozen=True, kw_only=True):
@@ -184,7 +227,9 @@ class ExpandVocab(Section, frozen=True, kw_only=True):
 class Merge(Section, frozen=True, kw_only=True):
     """The merged model's logits on these prompts must be those of base + adapter within this difference."""
 
-    prompts: Annotated[str, "prompts on which merged and unmerged model are compared"] = "data/prompts.yaml"
+    prompts: Annotated[
+        File, "prompts on which merged and unmerged model are compared; empty: examples of the evaluation"
+    ] = ""
     max_logit_difference: Annotated[Rate, "largest difference from base + adapter; above it the merge is rejected"] = (
         1e-5
     )
@@ -193,9 +238,13 @@ class Merge(Section, frozen=True, kw_only=True):
 class Evaluate(Section, frozen=True, kw_only=True):
     """The data and prompts on which every variant is compared."""
 
-    old_data: Annotated[str, "sentences of the base, on which forgetting is measured"] = "data/pretrain.de.txt"
-    new_data: Annotated[str, "the sentences trained on"] = "data/finetune.de.txt"
+    old_data: Annotated[File, "texts that are not trained on, on which forgetting is measured; empty: it is not"] = ""
+    new_data: Annotated[
+        File, "the sentences trained on; empty: what training holds out (eval_data, eval_share), else its data"
+    ] = ""
     columns: Annotated[Columns, "names in new_data for the keys of a format"] = field(default_factory=dict)
-    prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = "data/prompts.yaml"
+    prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
+    max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
+    sample_answers: Annotated[Steps, "prompts of new_data that every variant answers, for the report"] = 2
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2

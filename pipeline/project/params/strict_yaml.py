@@ -20,6 +20,11 @@ def load(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
+def has_alias(text: str) -> bool:
+    """Whether a valid text refers to a value by `*name`: a few lines of these can stand for billions of values."""
+    return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _UniqueKeysInC))
+
+
 class _Unique(yaml.constructor.SafeConstructor):
     """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 

@@ -12,7 +12,7 @@ def method(name: str, module: str, settings: type[Training], *, kind: str, **abo
     `kind`: adapter, or checkpoint where the whole model is the artifact. The method's module has
     `attach(job, settings, base)`, which makes of the base what trains and says how that is saved.
     """
-    about = {"needs": ("expand_vocab",), "data": ("data",), "variant": name, **about}
+    about = {"needs": ("expand_vocab",), "data": ("data", "eval_data"), "variant": name, **about}
     return Stage(f"finetune_{name}", module, kind=kind, method=name, settings=settings, work=FINETUNE, **about)
 
 

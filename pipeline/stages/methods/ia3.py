@@ -38,7 +38,7 @@ SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
     """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al. 2022)."""
 
-    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 1e-2
+    learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
     target_modules: Annotated[tuple[str, ...], "linears whose outputs are scaled, by the end of their names"] = (
         *("k_proj", "v_proj"),
     )

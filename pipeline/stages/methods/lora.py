@@ -24,7 +24,7 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Weight
+from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Share, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
@@ -45,7 +45,7 @@ Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
-    learning_rate: Annotated[Rate, "of Adam; of A's and all else's, where loraplus_ratio raises B's"] = 2e-3
+    learning_rate: Annotated[Rate, "of A and all else; loraplus_ratio multiplies that of B"] = 2e-3
     rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
     alpha: Annotated[Rate, "the update is scaled by alpha / rank"] = 1.0
     target_modules: Annotated[
@@ -61,6 +61,9 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     loraplus_ratio: Annotated[
         Rate, "learning rate of B divided by A's (LoRA+, Hayou et al. 2024, who suggest about 16)"
     ] = 1.0
+    lora_dropout: Annotated[
+        Share, "share of the inputs of A zeroed in training, as in PEFT; leave it at 0 unless a small data set overfits"
+    ] = 0.0
     train_embeddings: Annotated[
         Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
     ] = "all"
@@ -79,7 +82,7 @@ STAGE = method(
     FinetuneLora,
     output="lora_adapter",
     kind="adapter",
-    data=("data", "retention_data"),
+    data=("data", "eval_data", "retention_data"),
     summary="Train low-rank updates",
     title="LoRA",
     look=Look("#0072B2", "■", "-.", "xx"),
@@ -154,6 +157,7 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
         alphas=settings.alpha_pattern,
         rslora=settings.rslora,
         dora=settings.dora,
+        dropout=settings.lora_dropout,
         saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
     )
@@ -293,6 +297,15 @@ class Lora(FinetuningMethod):
     def params(self) -> Mapping[str, Any]:
         targets = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
         return {"rank": self.rank, "alpha": self.effective_alpha, **targets}
+
+    def with_params(self, settings: FinetuneLora) -> Lora:
+        """Without new rows: how many there are is known only once the vocabulary is expanded."""
+        return replace(
+            super().with_params(settings),
+            targets=settings.target_modules,
+            rank_pattern=tuple(settings.rank_pattern.items()),
+            embeddings="all" if settings.train_embeddings == "all" else "none",
+        )
 
     def check(self) -> None:
         super().check()

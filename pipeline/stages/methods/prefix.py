@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class FinetunePrefix(AdapterTraining, frozen=True, kw_only=True):
     """Keys and values of virtual tokens in every block train (Li & Liang 2021)."""
 
-    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 1e-2
+    learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class FinetunePrompt(AdapterTraining, frozen=True, kw_only=True):
     """The embeddings of virtual tokens train (Lester et al. 2021)."""
 
-    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 3e-2
+    learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 3e-2
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
 

@@ -36,7 +36,7 @@ STAGE = Stage(
     method="scratch",
     settings=TrainFromScratch,
     needs=("expand_vocab",),
-    data=("data",),
+    data=("data", "eval_data"),
     summary="Train a model of the base's shape from random weights, on old and new data",
     title="Training from scratch",
     variant="scratch",
@@ -73,7 +73,7 @@ def untrained_base(job: Job, precision: str | None) -> Base:
 
     from pipeline.models.load import load_base, untrained
 
-    folder, trust = job.project.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
+    folder, trust = job.project.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
     base = load_base(folder, precision, trust)
     torch.manual_seed(job.project.section(job.stage).seed)
     base.model.load_state_dict(untrained(folder, trust).state_dict())

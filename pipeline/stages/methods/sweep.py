@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import ALLOW_EMPTY, ReadBy, Section, ValueSource, check_value, hints
+from pipeline.project.params.schema import ALLOW_EMPTY, ReadBy, Section, ValueSource, check_value, effective, hints
 from pipeline.project.stage_graph import Look, Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
 
@@ -35,7 +35,8 @@ ABBREVIATIONS = {
     "loraplus_ratio": "plus",
 }
 SWEPT = (  # keys of finetune_lora in which adapters that train together can differ
-    *("seed", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "loraplus_ratio"),
+    *("seed", "learning_rate", "schedule", "warmup_steps", "warmup_ratio", "max_grad_norm", "loraplus_ratio"),
+    *("weight_decay", "lora_dropout", "neftune_alpha"),
     *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
     "retention_weight",
 )
@@ -87,7 +88,7 @@ STAGE = Stage(
     method="sweep",
     settings=FinetuneSweep,
     needs=("expand_vocab",),
-    data=("data", "retention_data"),
+    data=("data", "eval_data", "retention_data"),
     settings_from="finetune_lora",
     summary="Train one adapter per combination of a grid",
     title="LoRA sweep",
@@ -121,7 +122,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
         )
     folder = job.artifact("expand_vocab")
-    base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
+    base = load_base(folder, settings.precision, params.origin.trust_remote_code, settings.quantization)
     dataset, held_out = yield from build_datasets(job, settings, base)
     max_weight = max(lora.retention_weight for lora in grid.values())
     texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
@@ -143,10 +144,10 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     learners = [_learner(base, routing, name, lora, dataset, texts) for name, lora in grid.items()]
     for learner in learners:
         with _add_name_to_error(learner.name):
-            refuse_long_warmup(learner.settings, learner.settings.epochs * len(learner.batches), job.stage.section)
+            refuse_long_warmup(learner.settings, len(learner.batches), job.stage.section)
     evaluation = None
     if held_out is not None:
-        every = settings.eval_every or len(learners[0].batches)
+        every = settings.eval_steps or len(learners[0].batches)
         evaluation = Evaluation(held_out, settings.batch_size, every, settings.patience, len(learners))
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
@@ -230,7 +231,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
     from pipeline.stages.finetune import save_adapter_of
 
     folder = job.project.artifact("expand_vocab")
-    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+    total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
     for number, learner in enumerate(learners):
@@ -253,7 +254,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
             save = partial(save_files, base=base, spec=specs[name], folder=folder)
             facts = save_adapter_of(job, base, save, out, trained)
         copyfile(job.run / name / LOSS, out / LOSS)
-        facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": structs.asdict(lora)}
+        facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}
         artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     artifact.write_json(job.out / TABLE, rows)
     trained = sum(row["trainable"] for row in rows.values())

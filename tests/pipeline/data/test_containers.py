@@ -62,7 +62,9 @@ def test_a_json_list_is_read_as_json_reads_it_wherever_its_pieces_end(
         raw = json.dumps(records).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(containers, "CHUNK", piece)
-        rows = containers._json_rows(io.BytesIO(b"\xef\xbb\xbf" * (piece % 3 == 0) + raw), "d.json", print)
+        rows = containers._json_rows(
+            io.BytesIO(b"\xef\xbb\xbf" * (piece % 3 == 0) + raw), "d.json", containers.Reading()
+        )
         assert [(row.number, row.value) for row in rows] == list(enumerate(records, 1))
 
 

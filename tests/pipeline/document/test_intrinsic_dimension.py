@@ -22,7 +22,7 @@ from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from tests.conftest import Built, Lora
 from tests.helpers.projects import make, refusal
 
@@ -89,7 +89,7 @@ def task(of: MiniGPT) -> TrainingTask:
     return TrainingTask.of_one(of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
 
 
-def losses(of: MiniGPT, optimizer: FlatAdam) -> list[float]:
+def losses(of: MiniGPT, optimizer: FlatOptimizer) -> list[float]:
     return [by_learner[0].loss for by_learner in steps(task(of), optimizer)]
 
 

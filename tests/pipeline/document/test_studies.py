@@ -330,7 +330,7 @@ def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: P
 
 
 def test_a_curve_is_whole_whatever_stops_its_method_early(studied: Path, project: Path) -> None:
-    early = ("eval_share=0.3", "eval_every=1", "patience=1")
+    early = ("eval_share=0.3", "eval_steps=1", "patience=1")
     make(project, ["study_forgetting"], [*BRIEF, *(f"finetune_lora.{one}" for one in early)])
     ours, theirs = (folder_bytes(root / "artifacts/studies/forgetting") for root in (project, studied))
     assert ours["epochs.csv"] == theirs["epochs.csv"]

@@ -100,7 +100,7 @@ SETTINGS = {
     "PiSSA": ["init_lora_weights=pissa"],
     "DoRA": ["dora=true"],
     "new rows": ["train_embeddings=new_rows"],
-    "held out": ["eval_share=0.3", "patience=1", "eval_every=1"],
+    "held out": ["eval_share=0.3", "patience=1", "eval_steps=1"],
     "accumulated and clipped": ["gradient_accumulation_steps=2", "max_grad_norm=0.1"],
     "bf16": ["precision=bf16"],
     "fp16": ["precision=fp16"],

@@ -125,10 +125,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted(
     own: Path, tmp_path: Path, cli: Lora
 ) -> None:
-    with pytest.raises(UserError, match=r"code that comes with it.*set pretrain\.trust_remote_code: true"):
+    with pytest.raises(UserError, match=r"code that comes with it.*set import\.trust_remote_code: true"):
         make(own, ["pretrain"])
     assert not (tmp_path / "modules").exists() and not (own / "artifacts/base").exists()
-    make(own, PIPELINE, ["pretrain.trust_remote_code=true", "finetune_full.precision=bf16"])
+    make(own, PIPELINE, ["import.trust_remote_code=true", "finetune_full.precision=bf16"])
     for name in ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged"):
         assert (own / "artifacts" / name / "own.py").read_text(encoding="utf-8") == CODE
         model = AutoModelForCausalLM.from_pretrained(own / "artifacts" / name, trust_remote_code=True)
@@ -158,7 +158,7 @@ def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_ch
     (tmp_path / "one/b/texts.jsonl").write_text('{"text": "other"}\n', encoding="utf-8")
     for path in ("base", "expanded"):
         (root / "artifacts" / path).mkdir(parents=True)
-    project, stages = outside(tmp_path / "one"), [STAGES["pretrain"], STAGES["train_from_scratch"]]
+    project, stages = outside(tmp_path / "one"), [STAGES["import"], STAGES["train_from_scratch"]]
     before = [input_facts(project, stage) for stage in stages]
     assert str(tmp_path) not in json.dumps(before)
     assert before[0]["params"]["base"] == "base" and list(before[0]["inputs"]) == ["base"]

@@ -399,7 +399,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
         auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
     )
     said = refused("model", tmp_path)
-    assert "needs code that comes with it" in said and "set pretrain.trust_remote_code: true" in said
+    assert "needs code that comes with it" in said and "set import.trust_remote_code: true" in said
     assert not (tmp_path / "modules").exists()
     out, facts = imported("model", tmp_path, trust_remote_code=True)
     assert facts["architecture"] == "OwnModel"

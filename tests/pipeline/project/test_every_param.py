@@ -26,18 +26,25 @@ OTHER = {
     "window": "3",
     "learning_rate": "3e-3",
     "schedule": "cosine",
+    "max_steps": "3",
+    "optimizer": "sgd",
+    "weight_decay": "0.3",
+    "neftune_alpha": "5",
+    "finetune_lora.lora_dropout": "0.3",
     "warmup_steps": "5",
+    "warmup_ratio": "0.3",
     "max_grad_norm": "0.1",
     "gradient_accumulation_steps": "2",
     "max_length": "4",
     "precision": "bf16",
     "gradient_checkpointing": "full",
+    "save_steps": "1",
     "eval_share": "0.3",
-    "eval_every": "2",
+    "eval_steps": "2",
     "patience": "1",
     "base": "toy",
-    "pretrain.dtype": "bf16",
-    "pretrain.trust_remote_code": "true",
+    "import.dtype": "bf16",
+    "import.trust_remote_code": "true",
     "pretrain.data": "data/finetune.de.txt",
     "pretrain.d_model": "32",
     "pretrain.layers": "1",
@@ -126,25 +133,25 @@ def section_of(key: str) -> str:
 WITH = {
     "columns": ["data=both.jsonl"],
     "evaluate.columns": ["new_data=both.jsonl"],
-    "eval_every": ["eval_share=0.3"],
-    "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
-    "pretrain.dtype": ["base=toy"],
+    "eval_steps": ["eval_share=0.3"],
+    "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
+    "import.dtype": ["base=toy"],
     "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
     "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
 }
 REFUSED = {  # alone, or always: it would count for nothing
-    "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
-    "pretrain.dtype": "pretrain.dtype applies only to an imported base",
-    "pretrain.trust_remote_code": "pretrain.trust_remote_code applies only to an imported base",
+    "import.dtype": "import.dtype applies only to an imported base",
+    "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
     "pretrain.precision": "pretrain.precision applies only to an imported base",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
     "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
 }
 ONLY_REFUSED = {
-    "pretrain.trust_remote_code",
+    "import.trust_remote_code",
     "pretrain.precision",
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
@@ -160,9 +167,14 @@ CHANGING = [
     for key in KEYS
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
-    and not key.endswith(".gradient_checkpointing")
+    and not key.endswith((".gradient_checkpointing", ".save_steps"))
     and key != "merge.max_logit_difference"
 ]  # the others have tests of their own
+
+
+def stage_of(key: str) -> str:
+    """The stage that reads a key; `pretrain` makes the base, trained or imported."""
+    return {"import": "pretrain"}.get(section_of(key), section_of(key))
 
 
 def of(table: dict[str, Any], key: str) -> Any:
@@ -209,9 +221,9 @@ def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
 def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
 ) -> None:
-    stage = section_of(key)
+    stage = stage_of(key)
     beside = [one if one == "base=toy" else f"{stage}.{one}" for one in of(WITH, key) or []]
-    needs_toy = key in ("base", "pretrain.dtype", "expand_vocab.special_tokens")
+    needs_toy = key in ("base", "import.dtype", "expand_vocab.special_tokens")
     if needs_toy:
         toy_checkpoint(project / "toy")
     if key == "expand_vocab.special_tokens":
@@ -238,7 +250,7 @@ def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
 def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
-    stage = section_of(key)
+    stage = stage_of(key)
     without_file = ["finetune_lora.retention_data="] if key == "finetune_lora.retention_weight" else []
     with pytest.raises(UserError) as error:
         made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])

@@ -78,10 +78,10 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
     written = (tmp_path / "project/params.yaml").read_text(encoding="utf-8")
     assert "# mine\n" in written and "  seed: 3   # why\n" in written
     settings = load(tmp_path / "project/params.yaml")
-    assert settings.pretrain.base == "../models/toy.gguf"
+    assert settings.origin.base == "../models/toy.gguf"
     assert (tmp_path / "project/other.txt").read_text(encoding="utf-8") == "other.txt"
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert stages["pretrain"]["deps"] == ["${base}"]
+    assert stages["import"]["deps"] == ["${base}"]
     assert cli(*asked, cwd=tmp_path)[1:] == ("project: nothing to add\nNext: cd project; dvc repro; lora-tui\n", "")
     dvc(tmp_path / "project", "status")  # every key that dvc.yaml names is in the params file
     for given, reason in (("minigpt", "not minigpt. Edit it there"), ("models/no.gguf", "No such file")):
@@ -94,10 +94,10 @@ def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, 
     toy = families.new_project(tmp_path / "other", families.FAMILIES["llama"]) / "base"
     base = str(toy) if absolute else "other/base"
     assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
-    assert load(tmp_path / "deep/project/params.yaml").pretrain.base == "../../other/base"
+    assert load(tmp_path / "deep/project/params.yaml").origin.base == "../../other/base"
     stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert stages["pretrain"]["deps"] == ["${base}"]
-    code, _, err = cli("pretrain", cwd=tmp_path / "deep/project")
+    assert stages["import"]["deps"] == ["${base}"]
+    code, _, err = cli("import", cwd=tmp_path / "deep/project")
     assert code == 0, err
     assert (tmp_path / "deep/project/artifacts/base/model.safetensors").is_file()
 
@@ -106,9 +106,9 @@ def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, 
 def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Path) -> None:
     assert cli("new", "project", "--base", base, cwd=tmp_path)[0] == 0
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert "deps" not in stages["pretrain"]
+    assert "deps" not in stages["import"]
     settings = load(tmp_path / "project/params.yaml")
-    assert settings.pretrain.base == base
+    assert settings.origin.base == base
     assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
 
 
@@ -124,8 +124,6 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
     project = open_project(tmp_path / "project/params.yaml")
     assert list(project.stages) == ["pretrain", "expand_vocab", "finetune_lora", "merge"]
-    written = yaml.safe_load((tmp_path / "project/params.yaml").read_text(encoding="utf-8"))
-    assert written["base"] == "minigpt", "dvc.yaml refers to it"
     dvc(tmp_path / "project", "status")
     assert project.params == load(source).replaced(project.params.sections), "with their defaults"
 
@@ -136,13 +134,20 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | N
     assert cli("new", "one", "--methods", "prefix, sweep", *given, cwd=tmp_path)[0] == 0
     one = open_project(tmp_path / "one/params.yaml")
     assert list(one.stages) == [
-        *("pretrain", "expand_vocab", "finetune_lora", "finetune_prefix", "finetune_sweep", "evaluate")
+        *(
+            "import" if base else "pretrain",
+            "expand_vocab",
+            "finetune_lora",
+            "finetune_prefix",
+            "finetune_sweep",
+            "evaluate",
+        )
     ], "a sweep varies the section of LoRA"
     assert list(one.variants) == ["base", "expanded", "lora", "prefix"]
     assert one.params.finetune_prefix.window == (0 if base else 4)
     assert cli("new", "two", "--methods", "full,lora", *given, cwd=tmp_path)[0] == 0
     two = open_project(tmp_path / "two/params.yaml")
-    assert list(two.stages) == [*CARD[:3], *CARD[4:]]
+    assert list(two.stages) == [next(iter(one.stages)), *CARD[1:3], *CARD[4:]]
     dvc(tmp_path / "two", "status")
     for arguments, reason in (
         (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: scratch, full, freeze, lora"),

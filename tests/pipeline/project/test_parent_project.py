@@ -26,13 +26,19 @@ def copied(houses: Path, tmp_path: Path) -> Path:
 def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_its_parent_has_it(houses: Path) -> None:
     parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
     assert not set(child.stages) & set(parent.stages) - {"evaluate"}
-    assert set(child.readable) == set(GRAPH.stages) - {"finetune_ia3"} == set(child.stages) | set(parent.stages)
+    assert (
+        set(child.readable) == set(GRAPH.stages) - {"finetune_ia3", "import"} == set(child.stages) | set(parent.stages)
+    )
     assert child.artifact("finetune_lora") == parent.artifact("finetune_lora") == houses / "artifacts/lora_adapter"
     assert child.artifact_name("finetune_lora") == "../artifacts/lora_adapter"
     assert child.artifact("evaluate") == houses / "document/artifacts/evaluation" != parent.artifact("evaluate")
     assert child.cache == parent.cache, "one cache for both"
     assert list(parent.variants) == ["base", "expanded", "full", "freeze", "lora", "merged"]
-    assert list(child.variants) == [name for name in GRAPH.variants if name != "ia3"]
+    assert list(child.variants) == [
+        stage.variant
+        for name, stage in GRAPH.product.items()
+        if stage.variant and name not in ("finetune_ia3", "import")
+    ]
 
 
 def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:

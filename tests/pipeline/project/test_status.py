@@ -115,12 +115,12 @@ def test_a_base_that_cannot_be_used_is_the_reason_of_its_stage(project: Path) ->
     ):
         save(project / "params.yaml", {"base": base})
         found = Status().of(project_of(project))
-        assert found["pretrain"].state == "changed" and reason in found["pretrain"].reasons[0], base
-        assert "\n" not in found["pretrain"].reasons[0]
+        assert found["import"].state == "changed" and reason in found["import"].reasons[0], base
+        assert "\n" not in found["import"].reasons[0]
         assert found["expand_vocab"].state == "waits"
     shutil.rmtree(project / "artifacts")
     found = Status().of(project_of(project))
-    assert found["pretrain"].state == "missing" and "is not a GGUF file" in found["pretrain"].reasons[0]
+    assert found["import"].state == "missing" and "is not a GGUF file" in found["import"].reasons[0]
 
 
 @pytest.mark.parametrize("base", ["models/mine", "models/mine.gguf"])

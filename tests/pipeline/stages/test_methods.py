@@ -63,7 +63,7 @@ class Row:
         return self.stage in ("finetune_lora", "finetune_sweep")
 
 
-STEP = "pipeline.training.optimizer.FlatAdam.step"  # every step of every method calls it once, at its end
+STEP = "pipeline.training.optimizer.FlatOptimizer.step"  # every step of every method calls it once, at its end
 
 
 def whole(stage: str, *asked: str) -> Row:

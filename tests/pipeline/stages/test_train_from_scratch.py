@@ -77,7 +77,7 @@ def test_no_weight_of_the_base_leaves_a_trace(real: Path, stored: str, precision
         make(
             real,
             ["pretrain", "expand_vocab", "train_from_scratch"],
-            [f"pretrain.dtype={stored}", f"train_from_scratch.precision={precision}"],
+            [f"import.dtype={stored}", f"train_from_scratch.precision={precision}"],
         )
         made.append((real / FOLDER / "model.safetensors").read_bytes())
     assert made[0] == made[1]

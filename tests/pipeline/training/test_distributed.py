@@ -33,7 +33,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "max_grad_norm": 1,
     "eval_share": 0.3,
-    "eval_every": 2,
+    "eval_steps": 2,
     "retention_data": "data/old.jsonl",
     "retention_weight": 2,
     "retention_batch_size": 2,

@@ -15,7 +15,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.loop import build_optimizer
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from tests.helpers.real import stock, toy, with_lora
 
 SPEC = AdapterSpec(3, 6.0, ("q_proj", "v_proj"))
@@ -36,7 +36,7 @@ def grads_of(step: int, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.randn(p.shape, generator=generator) / 10 for name, p in sorted(names.items())}
 
 
-def stepped(flat: FlatAdam, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
+def stepped(flat: FlatOptimizer, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
     """Optimizer steps on random gradients."""
     for step in steps:
         places = by_peft_key(model, saved)
@@ -54,7 +54,7 @@ def stepped(flat: FlatAdam, model: TransformersModel, saved: bool, steps: range,
 @pytest.mark.parametrize("saved", [False, True], ids=["matrices", "and embeddings"])
 def test_steps_are_those_of_pefts_loraplus_optimizer(dtype: torch.dtype, clip: float, saved: bool) -> None:
     model = ours_of(dtype, saved)
-    flat = FlatAdam(model, ratios=[RATIO])
+    flat = FlatOptimizer(model, ratios=[RATIO])
     ends = list(model.embedding_and_head) if saved else None
     config = LoraConfig(r=3, lora_alpha=6, target_modules=list(SPEC.targets), modules_to_save=ends)
     peft = get_peft_model(stock(toy("llama", std=0.1, tie_word_embeddings=False)), config)
@@ -98,7 +98,7 @@ def test_the_first_step_moves_b_by_ratio_times_as_much_as_a() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_checkpoint_has_one_vector_of_each_kind_and_goes_on_to_the_same_bits(dtype: torch.dtype) -> None:
     unbroken, stopped, again = (ours_of(dtype, saved=True) for _ in range(3))
-    flat, first, second = (FlatAdam(model, ratios=[RATIO]) for model in (unbroken, stopped, again))
+    flat, first, second = (FlatOptimizer(model, ratios=[RATIO]) for model in (unbroken, stopped, again))
     assert first.state().keys() == {"weights"}
     stepped(flat, unbroken, True, range(5))
     stepped(first, stopped, True, range(2))
@@ -119,7 +119,7 @@ def test_a_checkpoint_has_one_vector_of_each_kind_and_goes_on_to_the_same_bits(d
 
 def test_a_ratio_of_one_is_plain_adam_to_the_bit() -> None:
     one, other = ours_of(saved=True), ours_of(saved=True)
-    plain, same = FlatAdam(one), FlatAdam(other, ratios=[1.0])
+    plain, same = FlatOptimizer(one), FlatOptimizer(other, ratios=[1.0])
     stepped(plain, one, True, range(4))
     stepped(same, other, True, range(4))
     assert same.tensors()[0] is same.weights and len(same.tensors()) == len(plain.tensors())

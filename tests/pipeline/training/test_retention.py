@@ -23,7 +23,7 @@ from pipeline.project.runner import Job, Note
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
@@ -79,7 +79,7 @@ def one_batch(found: InMemoryDataset) -> Batch:
 def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str, dtype: torch.dtype) -> None:
     model = adapted(dtype=dtype, **SPECS[spec])
     retain = RetentionLoss(model.train(), texts(), settings())
-    optimizer = FlatAdam(model)
+    optimizer = FlatOptimizer(model)
     divergence = retain.divergence(one_batch(texts()))
     rounding = 1e-9 if spec == "new rows" else 0  # a product of three rows instead of all
     assert abs(divergence.item()) <= rounding
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
                 if name.endswith("lora_B"):
                     p.normal_(std=0.3)
         retain = RetentionLoss(model.train(), texts(), settings())
-        results.append(gradient_of(model, [one_batch(texts((3, 5)))], FlatAdam(model), retain))
+        results.append(gradient_of(model, [one_batch(texts((3, 5)))], FlatOptimizer(model), retain))
     assert results[0].divergence == pytest.approx(results[1].divergence, rel=1e-4)
     assert results[0].norm == pytest.approx(results[1].norm, rel=1e-4)
     assert results[0].divergence and results[0].divergence > 1e-4

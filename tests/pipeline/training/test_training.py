@@ -22,7 +22,7 @@ from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from,
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Note, Progress
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
 from tests.helpers.real import steps_of
 
@@ -41,7 +41,7 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
     batches = Batches(listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0)
     adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate)
-    for record in steps_of(ours, batches, settings, FlatAdam(ours)):
+    for record in steps_of(ours, batches, settings, FlatOptimizer(ours)):
         (batch,) = batches[record.step - 1]
         assert batch.segments is None, "windows of one length stack"
         adam.zero_grad()
@@ -140,7 +140,7 @@ def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> 
     model.embeddings.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = Batches(listed([Window(0, (5, 6, 9), (6, 7, IGNORED)), Window(0, (5,), (6,))]), 2, 0)
-    for _ in steps_of(model, batches, Training(epochs=3), FlatAdam(model)):
+    for _ in steps_of(model, batches, Training(epochs=3), FlatOptimizer(model)):
         pass
     after = model.state_dict()
     name = "model.decoder.embed_tokens.weight"

@@ -16,7 +16,7 @@ from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.training import losses
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
 from tests.helpers.families import FAMILIES
 from tests.helpers.real import ROWS, gradient_of, listed, loss_alone, stock, toy, trained, windows_of
@@ -54,7 +54,7 @@ def fast_decoding(model: TransformersModel, lengths: Sequence[int]) -> tuple[flo
 
 def assert_same_gradient(model: TransformersModel, batches: list[Batch], lengths: Sequence[int]) -> None:
     loss, expected = fast_decoding(model, lengths)
-    found = gradient_of(model.train(), batches, FlatAdam(model))
+    found = gradient_of(model.train(), batches, FlatOptimizer(model))
     ours = gradients(model)
     assert found.loss == pytest.approx(loss, rel=1e-5)
     assert found.norm == pytest.approx(float(torch.cat([g.flatten() for g in expected.values()]).norm()), rel=1e-4)
@@ -128,7 +128,7 @@ def test_logits_are_made_at_labels_alone_and_a_chunk_at_a_time(name: str) -> Non
     model.config.max_position_embeddings = 64
     batch = collate(windows_of(lengths, half))
     assert batch.tokens > losses.CHUNK
-    optimizer = FlatAdam(model.train())
+    optimizer = FlatOptimizer(model.train())
     with rows_of(model.head) as rows:
         gradient_of(model, [batch], optimizer)
     assert sum(rows) == batch.tokens < batch.ids.numel()
@@ -199,7 +199,7 @@ def test_pitfall_17_accumulation_is_weighted_by_tokens() -> None:
 
 def test_pitfall_17_a_mean_of_means_would_be_another_number() -> None:
     model, batches = toy("llama"), Batches(listed(windows_of(UNLIKE)), 2, 0, 2)
-    optimizer = FlatAdam(model.train())
+    optimizer = FlatOptimizer(model.train())
     for step in range(len(batches)):
         with torch.no_grad():
             parts = [(float(loss_of(model, batch)), batch.tokens) for batch in batches[step]]

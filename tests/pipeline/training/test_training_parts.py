@@ -23,7 +23,7 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
 from pipeline.training.memory import TensorMemoryMeter
-from pipeline.training.optimizer import FlatAdam, rate
+from pipeline.training.optimizer import FlatOptimizer, rate
 from tests.helpers.families import FAMILIES, TEXTS, new_project, tokenizer
 from tests.helpers.projects import make
 from tests.helpers.real import gradient_of, listed, loss_alone, steps_of, stock, toy, trained, windows_of, with_lora
@@ -93,7 +93,7 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
     theirs, found = stock(model), windows_of(LENGTHS)
     adam = torch.optim.Adam(theirs.parameters(), lr=1.0)
     clipped = 0
-    for record in steps_of(model, order, settings, FlatAdam(model)):
+    for record in steps_of(model, order, settings, FlatOptimizer(model)):
         (batch,), (row,) = order[record.step - 1], order.rows(record.step - 1)
         adam.zero_grad()
         loss = torch.stack([loss_alone(theirs, found[n]) for n in row]).sum() / batch.tokens
@@ -113,7 +113,7 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
 def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: float, seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Linear(5, 3)
-    optimizer = FlatAdam(model)
+    optimizer = FlatOptimizer(model)
     torch.autograd.backward(model(torch.randn(4, 5)).square().sum())
     before = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
     norm = optimizer.collect_gradients().item()
@@ -129,7 +129,7 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: fl
 def step_of(model: TransformersModel, how: How) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and peak of live bytes of one step."""
     model.checkpoint_blocks(how)
-    optimizer = FlatAdam(model.train())
+    optimizer = FlatOptimizer(model.train())
     batch = collate(windows_of((40, 33, 28, 50, 47, 12)))
     live = TensorMemoryMeter()
     live.watch([*model.parameters(), *optimizer.tensors()])

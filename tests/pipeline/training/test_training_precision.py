@@ -15,7 +15,7 @@ from pipeline.project.params.sections import Quantization, Training
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam
+from pipeline.training.optimizer import LARGEST_SCALE, FlatOptimizer
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import load, make
 from tests.helpers.real import listed, steps_of, toy, trained, windows_of, with_lora
@@ -54,7 +54,7 @@ def test_pitfall_18_fp16_an_fp16_base_trains_fp32_adapters_on_the_cpu() -> None:
 def run_from(scale: float) -> tuple[list[Step], dict[str, Tensor], list[float], int]:
     """Train from an initial loss scale: records, adapters, the scale after each step, number of forward passes."""
     model = with_lora(toy("llama", torch.float16), torch.float32)
-    optimizer = FlatAdam(model.train(), scaled=True)
+    optimizer = FlatOptimizer(model.train(), scaled=True)
     optimizer.restore({**optimizer.state(), "loss_scale": torch.tensor([scale, 0.0])})
     reads: list[int] = []
     model.embeddings.register_forward_hook(lambda *_: reads.append(1))
@@ -82,7 +82,7 @@ def test_pitfall_18_fp16_small_gradients_survive_because_the_loss_is_scaled() ->
 
     def norm(scaled: bool) -> float:
         parameter = nn.Linear(4, 1, bias=False).half()
-        optimizer = FlatAdam(parameter, scaled=scaled)
+        optimizer = FlatOptimizer(parameter, scaled=scaled)
         loss = (parameter(torch.ones(1, 4).half()).float() * 2.0**-26).sum()
         torch.autograd.backward(loss * optimizer.scale)
         return optimizer.collect_gradients().item()
@@ -129,7 +129,7 @@ def test_updates_too_small_for_16_bits_add_up_behind_them(dtype: torch.dtype) ->
     model, plain = (nn.Linear(3, 2, bias=False).to(dtype) for _ in range(2))
     for module in (model, plain):
         nn.init.ones_(module.weight)
-    flat, adam = FlatAdam(model), torch.optim.Adam(plain.parameters(), lr=1e-4)
+    flat, adam = FlatOptimizer(model), torch.optim.Adam(plain.parameters(), lr=1e-4)
     for _ in range(100):
         for module in (model, plain):
             torch.autograd.backward(module(torch.ones(1, 3, dtype=dtype)).sum())
@@ -195,6 +195,6 @@ def test_a_base_whose_own_code_is_trusted_is_trusted_where_its_weights_are_writt
         return load_base(folder, precision, trust_remote_code, quantization)
 
     monkeypatch.setattr("pipeline.stages.finetune.load_base", spy)
-    trusted = ["pretrain.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
+    trusted = ["import.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
     make(expanded, ["finetune_freeze"], trusted)
     assert asked == [True, True]

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Progress, checkpoints, run
-from pipeline.training.optimizer import FlatAdam, rate
+from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, LossPath
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, TEXTS, new_project
@@ -37,7 +37,7 @@ SETTINGS = {
     "warmup_steps": 5,
     "max_grad_norm": 1,
     "eval_share": 0.3,
-    "eval_every": 2,
+    "eval_steps": 2,
     "patience": 2,
     "retention_data": "data/old.jsonl",
     "retention_weight": 2,
@@ -93,6 +93,8 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
     "changes",
     [
         {},
+        {"lora_dropout": 0.3, "neftune_alpha": 5, "gradient_checkpointing": "selective", "patience": 0, "epochs": 3},
+        {"optimizer": "adamw-8bit", "weight_decay": 0.1, "warmup_steps": 0, "warmup_ratio": 0.2, "max_steps": 30},
         {"adapter_precision": "bf16", "train_embeddings": "new_rows", "schedule": "linear", "patience": 0, "epochs": 4},
         {
             "precision": "fp16",
@@ -112,7 +114,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "epochs": 3,
         },
     ],
-    ids=["fp32 adapters", "bf16 adapters, new rows", "fp16", "refinements"],
+    ids=["fp32 adapters", "dropout and noise", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
 )
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]
@@ -168,7 +170,7 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
 
 def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(project: Path) -> None:
     """The best step ends an epoch, so a run of that many epochs without patience ends with the same weights."""
-    settings = {"schedule": "constant", "eval_every": 0, "retention_weight": 0}
+    settings = {"schedule": "constant", "eval_steps": 0, "retention_weight": 0}
     said = run_stage(project, STAGE, given(**settings, epochs=40, patience=2))
     found = read_steps(project / FOLDER / "loss.csv")
     losses = [step.eval_loss for step in found if step.eval_loss is not None]
@@ -205,7 +207,7 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
     (step,) = read_steps(project / FOLDER / "loss.csv")
     for part, expected in ((held, step.eval_loss), ([e for e in found if e not in held], step.loss)):
         data.write_text("".join(json.dumps({"text": e.text}) + "\n" for e in part), encoding="utf-8")
-        run_stage(project, STAGE, given(precision="fp32", **still, eval_share=0, eval_every=0))
+        run_stage(project, STAGE, given(precision="fp32", **still, eval_share=0, eval_steps=0))
         (alone,) = read_steps(project / FOLDER / "loss.csv")
         assert expected == pytest.approx(alone.loss, rel=1e-3)
 
@@ -247,7 +249,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     tmp_path: Path, precision: str
 ) -> None:
     root = with_a_nan(tmp_path / "p")
-    plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_every": 0}
+    plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_steps": 0}
     overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
     with pytest.raises(UserError) as error:
         run_stage(root, STAGE, overrides)
@@ -274,7 +276,7 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
     overrides = given(
-        epochs=9, patience=0, eval_share=0, eval_every=0, gradient_accumulation_steps=1, train_embeddings="none", **kept
+        epochs=9, patience=0, eval_share=0, eval_steps=0, gradient_accumulation_steps=1, train_embeddings="none", **kept
     )
     with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient norm nan at") as error:
         run_stage(root, STAGE, overrides)
@@ -287,7 +289,7 @@ def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_w
     """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it on resume."""
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
-    def going(self: Evaluation, path: LossPath, optimizer: FlatAdam, live: Sequence[int]) -> dict[int, float]:
+    def going(self: Evaluation, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
         seen.append(optimizer.steps)
         if len(seen) == 2:
             raise RuntimeError("gloo: Connection closed by peer")

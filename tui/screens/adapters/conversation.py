@@ -141,7 +141,7 @@ def trusts_remote_code(params: Path, base: Path) -> bool:
         project = open_project(params)
         folders = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
         is_own = any(base.resolve().is_relative_to(folder.resolve()) for folder in folders)
-        return is_own and project.params.pretrain.trust_remote_code
+        return is_own and project.params.origin.trust_remote_code
     except UserError:  # the pipeline screen reports it
         return False
 

@@ -27,7 +27,7 @@ from pipeline.project.stage_graph import ARTIFACTS, Project
 from tui.services.file_tail import file_stamp
 
 # Display order, from left to right.
-ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
+ORDER = ("import", "pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
 CHECKING = "checking…"
 MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
 SAVE_EVERY = 5.0  # seconds of hashing that are lost at most if the program ends

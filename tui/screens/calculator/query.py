@@ -177,7 +177,7 @@ def _field_in_message(message: str) -> str:
 
 def query_from_project(project: Project) -> Query:
     """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
-    lora, imports = project.params.finetune_lora, project.params.pretrain.imports
+    lora, imports = project.params.finetune_lora, project.params.origin.imports
     try:
         start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
         new_rows = max(int(stop) - int(start), 1)
@@ -205,18 +205,18 @@ def query_from_project(project: Project) -> Query:
 
 def trained_model(project: Project) -> tuple[str, Architecture]:
     """The model that this project trains: its name in messages, and its shapes. Reads files. Raises UserError."""
-    pretrain = project.params.pretrain
-    if not pretrain.imports:
+    origin = project.params.origin
+    if not origin.imports:
         return "MiniGPT", built_in("minigpt").shapes
-    return pretrain.base, open_model(_model_source(project)).shapes
+    return origin.base, open_model(_model_source(project)).shapes
 
 
 def _model_source(project: Project) -> str:
     """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
-    name = project.params.pretrain.base
-    if not project.params.pretrain.imports:
+    name = project.params.origin.base
+    if not project.params.origin.imports:
         return "minigpt"
-    base, expanded = map(project.artifact, ("pretrain", "expand_vocab"))
+    base, expanded = map(project.artifact, ("import", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
         if imported["params"]["base"] == base_model.shared_name(name):
@@ -225,7 +225,7 @@ def _model_source(project: Project) -> str:
             return str(expanded if is_current else base)
     except (UserError, KeyError, TypeError, AttributeError):
         pass  # not made yet, or another tool's folder
-    source = base_model.parse_source(name, project.home("pretrain").root)
+    source = base_model.parse_source(name, project.home("import").root)
     return str(source.path) if source.is_local else source.hub_id
 
 
@@ -246,9 +246,9 @@ def params_from_result(result: Result, params: Params, trained: tuple[str, Archi
     }
     if "last_blocks" in values:
         # MiniGPT has as many blocks as params.yaml says, which may not be trained yet.
-        blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
+        blocks = len(model.blocks) if params.origin.imports else params.pretrain.layers
         if values["last_blocks"] > blocks:
-            key = "" if params.pretrain.imports else " (pretrain.layers)"
+            key = "" if params.origin.imports else " (pretrain.layers)"
             raise UserError(
                 f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {values['last_blocks']}."
             )

@@ -473,7 +473,7 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
 @pytest.mark.parametrize("trusted", [False, True])
 async def test_code_of_the_projects_own_models_runs_where_params_trust_it(project: Path, trusted: bool) -> None:
     params = project / "params.yaml"
-    save(params, {"pretrain.trust_remote_code": trusted})
+    save(params, {"import.trust_remote_code": trusted})
     async with open_adapters(project) as s:
         await s.ask("die katze")
         await s.answered()

@@ -533,7 +533,7 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
     asked = query_from_project(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
     assert (asked["model"], asked["new_rows"]) == (str(toy / "artifacts/expanded"), "2")
     assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
-    make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # the expanded checkpoint belongs to the former base
+    make(toy, ["pretrain"], ["import.dtype=bf16"])  # the expanded checkpoint belongs to the former base
     assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
     assert query_from_project(open_project(path, ["base=some/model"]))["model"] == "some/model"
 

@@ -1,0 +1,150 @@
+"""`lora advise`: settings that published experiments advise against; and the same as notes before a training."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
+
+if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
+    from pipeline.data.tokenizers.word import Tokenizer
+    from pipeline.project.advice import Facts
+    from pipeline.project.runner import Note
+    from pipeline.project.stage_graph import Project, Stage
+
+app = group()
+
+ENCODED, COUNTED = 500, 20_000  # examples that are tokenized, and that are counted: more change no advice
+
+
+@app.command()
+def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Compare the settings with what experiments advise.
+
+    Nothing of it is required. Once artifacts/base is there, the data is counted in tokens.
+    """
+    from cli.console import print_json, print_line, print_note, print_table
+    from pipeline.errors import UserError
+    from pipeline.project.advice import advise as advice_of
+    from pipeline.project.params.edit import dump_inline
+
+    project = project_of(params, overrides)
+    stages = [stage for stage in project.stages.values() if is_advised(stage)]
+    if not stages:
+        raise UserError(f"{project.params.file} has no section that fine-tunes. Add `finetune_lora: {{}}` to it.")
+    facts = gather_facts(project, stages)
+    advice = [one for each in facts for one in advice_of(project, each)]
+    if as_json:
+        known = {each.section: {k: v for k, v in each._asdict().items() if k != "section"} for each in facts}
+        print_json({"facts": known, "advice": [one._asdict() for one in advice]})
+        return
+    for each in facts:
+        print_note(f"{each.section}: {_describe(each)}")
+    if not advice:
+        print_note("No rule disagrees with these settings.")
+        return
+    print_table(("setting", "yours", "advised"), [(one.key, dump_inline(one.yours), one.advised) for one in advice])
+    for one in advice:
+        print_line(f"\n{one.key}: {one.why} ({one.source})")
+
+
+def is_advised(stage: "Stage") -> bool:
+    """Whether it trains one thing by its own section; a sweep replaces settings on purpose."""
+    return stage.name.startswith("finetune_") and stage.kind != "adapters"
+
+
+def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
+    """A note for each rule that disagrees with the settings of a stage that is about to train."""
+    from pipeline.errors import UserError
+    from pipeline.project.advice import advise as advice_of
+    from pipeline.project.params.edit import dump_inline
+    from pipeline.project.runner import Note
+
+    try:
+        facts = gather_facts(project, [stage] if is_advised(stage) else [])
+    except UserError:  # of the data: training says it too, after its own notes
+        return
+    for one in (one for each in facts for one in advice_of(project, each)):
+        yield Note(f"{one.key} is {dump_inline(one.yours)}; advised: {one.advised}. {one.why} ({one.source})", True)
+
+
+def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
+    """What is known before they train: from headers and a part of their data. Raises UserError for invalid data."""
+    from pipeline.errors import UserError
+    from pipeline.project.advice import Facts
+
+    folder = next((made for name in ("expand_vocab", "pretrain") if (made := project.artifact(name)).is_dir()), None)
+    model, tokenizer = None, None
+    if stages and folder:
+        from pipeline.data.tokenizers.word import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+    with suppress(UserError, OSError):  # not there yet, or a family that the calculator does not know
+        model = _shapes(project, str(folder or project.params.origin.base))
+    return [
+        Facts(stage.name, **_count_parameters(project, stage, model), **_count_data(project, stage, tokenizer))
+        for stage in stages
+    ]
+
+
+def _shapes(project: "Project", base: str) -> "Architecture | None":
+    """The base's shapes from its headers, or if it is built in; None for another model of the hub. Raises UserError."""
+    from pipeline.calc.sources.open_model import built_in, from_path, hub_ids
+    from pipeline.files.base_model import MINIGPT, parse_source
+
+    source = parse_source(base, project.root)
+    if source.is_local:
+        return from_path(source.path).shapes
+    name = MINIGPT if source.kind == MINIGPT else {hub: name for name, hub in hub_ids().items()}.get(source.hub_id)
+    return built_in(name).shapes if name else None
+
+
+def _count_parameters(project: "Project", stage: "Stage", model: "Architecture | None") -> dict[str, Any]:
+    """Parameters of the base and of what trains, and the share of the blocks' weights that get LoRA."""
+    from pipeline.calc.method import ranks, trainable
+    from pipeline.errors import UserError
+    from pipeline.stages.registry import COUNTED as METHODS
+
+    if model is None or stage.method not in METHODS:
+        return {}
+    method = METHODS[stage.method].with_params(project.section(stage))
+    try:
+        names = ranks(model, method) if method.low_rank else {}
+        numbers = {"base": model.total, "trained": trainable(model, method)}
+    except UserError:  # a target that the model lacks: training says it
+        return {"base": model.total}
+    adapted = sum(linear.weights for name, linear in model.linears() if name in names)
+    return {**numbers, "adapted": adapted / model.quantizable if names else None}
+
+
+def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None") -> dict[str, Any]:
+    """Examples, and with a tokenizer trained tokens and the share that max_length cuts, from the first `ENCODED`."""
+    from itertools import chain, islice
+
+    from pipeline.data.formats import iter_examples
+
+    settings = project.section(stage)
+    files = ((project.root / file.path, file) for file in settings.data_files)
+    examples = chain.from_iterable(iter_examples(path, file.path, columns=file.columns) for path, file in files)
+    first = list(islice(examples, ENCODED))
+    count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
+    known = {"examples": count, "more": next(examples, None) is not None}
+    if tokenizer is None:
+        return known
+    from pipeline.data.masking import Encoder
+
+    encoded = [each for _, each in Encoder(tokenizer, settings.max_length).each(first)]
+    tokens = round(sum(each.labels for each in encoded) * count / len(first))
+    return {**known, "tokens": tokens, "cut": sum(bool(each.cut) for each in encoded) / len(first)}
+
+
+def _describe(facts: "Facts") -> str:
+    more = " and more" if facts.more else ""
+    parts = [
+        f"{facts.trained:,} of {facts.base:,} parameters train" if facts.base and facts.trained else "",
+        f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
+        f"{facts.tokens:,} trained tokens" if facts.tokens is not None else "tokens unknown until the base is there",
+        f"{facts.cut:.0%} truncated" if facts.cut else "",
+    ]
+    return ", ".join(filter(None, parts))

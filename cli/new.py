@@ -1,0 +1,316 @@
+"""`lora new` and `lora train`: a project for a base and a data file, chosen for both, and run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from cli.options import group
+
+if TYPE_CHECKING:
+    from pipeline.project.foreign import Foreign
+    from pipeline.project.stage_graph import Project
+    from pipeline.stages.quickstart import Request, Started
+
+app = group()
+
+BaseOption = Annotated[
+    str | None, Option("--base", help="Base model: a checkpoint folder, a .gguf file or a hub id; or minigpt.")
+]
+DataOption = Annotated[str | None, Option("--data", help="Data file or folder, or a hub data set's id.")]
+EvalOption = Annotated[
+    str | None, Option("--eval-data", help="Examples to evaluate on; default: a share of --data is held out.")
+]
+MethodsOption = Annotated[
+    str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
+]
+ColumnsOption = Annotated[
+    str | None, Option("--columns", metavar="KEY=COLUMN,…", help="The data's names: prompt=question,completion=answer.")
+]
+ValuesOption = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the project: rank=16, epochs=1.")
+]
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, Argument(help="New folder, or an existing project to complete.")],
+    base: BaseOption = None,
+    data: DataOption = None,
+    eval_data: EvalOption = None,
+    methods: MethodsOption = None,
+    columns: ColumnsOption = None,
+    values: ValuesOption = None,
+    params: Annotated[
+        Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        Option(
+            "--from", help="Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, mlx-lm."
+        ),
+    ] = None,
+) -> None:
+    """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten.
+
+    With --base and --data: settings are chosen for both, and a few steps are tried. Without: the document's MiniGPT.
+    """
+    from cli.console import print_line, print_note
+    from pipeline.errors import UserError
+    from pipeline.files.base_model import MINIGPT
+    from pipeline.project.new_project import create
+    from pipeline.workbench import GRAPH
+
+    chosen = methods and [name.strip() for name in methods.split(",")]
+    if config:
+        if params:
+            raise UserError("--from and --params both say what the new params file holds. Give one of them.")
+        start_project(_request_from(config, folder, base, data, eval_data, chosen, columns, values))
+    elif base and base != MINIGPT and not params and not (folder / "params.yaml").exists():
+        if data is None:
+            raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
+        start_project(_request(folder, base, data, eval_data, chosen, columns, values))
+    else:
+        given = {"--data": data, "--eval-data": eval_data, "--columns": columns, "--set": values}
+        if unused := [name for name, value in given.items() if value]:
+            raise UserError(f"{unused[0]} goes with a new project of --base and --data. Edit {folder}/params.yaml.")
+        added, notes = create(folder, GRAPH, params, base, chosen or None)
+        for note in notes:
+            print_note(note)
+        print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
+    print_line(f"Next: cd {folder}; dvc repro; lora-tui")
+
+
+@app.command()
+def train(
+    base: BaseOption = None,
+    data: DataOption = None,
+    out: Annotated[Path, Option("--out", help="Folder of the new project, or of one to go on with.")] = Path("run"),
+    eval_data: EvalOption = None,
+    methods: MethodsOption = None,
+    columns: ColumnsOption = None,
+    values: ValuesOption = None,
+) -> None:
+    """Fine-tune a base on a data file: make a project in --out and run it.
+
+    Settings are chosen for the base, the data and the memory here, each with a reason; --set replaces any of them. Run
+    the same command again to go on after a stop.
+    """
+    from cli.stages import run_stage
+    from pipeline.errors import UserError
+    from pipeline.workbench import open_project
+
+    params = out / "params.yaml"
+    if params.exists():
+        if values:
+            raise UserError(f"{out} is a project already. Edit {params}, or name another folder with --out.")
+        _refuse_other(open_project(params), base, data)
+    else:
+        if base is None or data is None:
+            raise UserError("lora train needs --base, a model, and --data, the examples to train it on.")
+        chosen = methods and [name.strip() for name in methods.split(",")]
+        start_project(_request(out, base, data, eval_data, chosen, columns, values))
+    for name in open_project(params).stages:
+        run_stage(name, params, None, False)
+    _print_results(open_project(params), out)
+
+
+def _request(
+    folder: Path,
+    base: str,
+    data: str,
+    eval_data: str | None,
+    methods: list[str] | str | None,
+    columns: str | None,
+    values: list[str] | None,
+    foreign: Mapping[str, Any] | None = None,
+) -> Request:
+    from cli.options import columns_of
+    from pipeline.stages.quickstart import Request
+
+    chosen = list(methods or ["lora"])
+    given = {**(foreign or {}), **_read_values(values or [], chosen)}
+    return Request(folder, base, data, eval_data or "", chosen, columns_of(columns), given)
+
+
+def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
+    """section.key → value of each `--set`; a key alone is the training block's, or a method's own. Raises UserError."""
+    from pipeline.errors import UserError
+    from pipeline.project.params import strict_yaml
+    from pipeline.project.params.load import TRAINING
+    from pipeline.project.params.schema import hints
+    from pipeline.project.params.sections import Training
+    from pipeline.stages.registry import METHODS
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        try:
+            value = strict_yaml.load(text)
+        except ValueError:
+            raise UserError(f"--set {key}: {text!r} is not a YAML value.") from None
+        if not equals or not key.strip():
+            raise UserError(f"--set takes KEY=VALUE, such as rank=16 or finetune_lora.rank=16, got {setting!r}.")
+        key = key.strip()
+        if "." not in key:
+            own = [METHODS[name] for name in methods if name in METHODS and key in hints(METHODS[name].settings)]
+            shared = key in hints(Training) and not any(key in stage.pretrained for stage in own)
+            key = f"{TRAINING if shared or not own else own[0].section}.{key}"
+        values[key] = value
+    return values
+
+
+def _request_from(
+    config: Path,
+    folder: Path,
+    base: str | None,
+    data: str | None,
+    eval_data: str | None,
+    methods: list[str] | str | None,
+    columns: str | None,
+    values: list[str] | None,
+) -> Request:
+    """The request that another tool's config makes, and the options."""
+    from pipeline.errors import UserError
+    from pipeline.project.foreign import read_config
+    from pipeline.workbench import GRAPH
+
+    foreign = read_config(config, GRAPH.sections)
+    _print_foreign(foreign)
+    if not (base := base or foreign.base):
+        raise UserError(f"{config} names no base model. Name one with --base.")
+    if data is None and len(foreign.data) != 1:
+        found = f"names {len(foreign.data)} data files" if foreign.data else "names no data file that is here"
+        raise UserError(f"{config} {found}. Name one with --data.")
+    chosen = list(dict.fromkeys([*(methods or ()), GRAPH.stages[foreign.section].method]))
+    return _request(folder, base, data or foreign.data[0], eval_data, chosen, columns, values, foreign.values)
+
+
+def _print_foreign(foreign: Foreign) -> None:
+    """What becomes of each key of another tool's config."""
+    from cli.console import print_line, print_table
+    from pipeline.project.params.edit import dump_inline
+
+    rows = [("base", "base", foreign.base)] * bool(foreign.base)
+    rows += [("data", f"{foreign.section}.data", name) for name in foreign.data]
+    rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
+    print_table((foreign.format, "here", "value"), rows)
+    reasons: dict[str, list[str]] = {}
+    for theirs, _, why in foreign.left:
+        reasons.setdefault(why, []).append(theirs)
+    for why, keys in reasons.items():
+        print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
+
+
+def _refuse_other(project: Project, base: str | None, data: str | None) -> None:
+    """Raises UserError if a project trains another base or other data than is asked for."""
+    from pipeline.errors import UserError
+    from pipeline.files.base_model import parse_source
+
+    origin = project.params.origin.base
+    if (
+        base is not None
+        and parse_source(base, Path.cwd()).path.resolve() != parse_source(origin, project.root).path.resolve()
+    ):
+        raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
+    files = {(project.root / name).resolve() for stage in project.stages.values() for name in project.data_files(stage)}
+    if data is not None and Path(data).resolve() not in files:
+        raise UserError(f"{project.params_path} does not train on {data}. Name another folder with --out.")
+
+
+def start_project(request: Request) -> None:
+    """Make the project, and say what was found, chosen and measured."""
+    from cli.console import follow
+    from pipeline.stages.quickstart import start
+    from pipeline.workbench import GRAPH
+
+    _print_started(follow(start(request, GRAPH), "trying a few steps"), request.folder)
+
+
+def _print_started(started: Started, folder: Path) -> None:
+    from cli.console import duration, print_line, print_note, print_table
+    from pipeline.project.logs.run_log import in_units
+    from pipeline.project.params.edit import dump_inline
+
+    report, machine = started.report, started.machine
+    print_line(f"base   {', '.join(_describe_base(started))}")
+    print_line(f"data   {', '.join(_describe_data(started))}")
+    for problem in report.problems[:3]:
+        print_note(f"note: {problem.file}{'' if problem.row is None else f':{problem.row}'}: {problem.problem}")
+    rows = [(key.rpartition(".")[2], dump_inline(value), why) for key, value, why in started.recipe.rows()]
+    print_line("")
+    print_table(("chosen", "value", "because"), rows)
+    print_line("")
+    parts = []
+    if trial := started.trial:
+        low, high = map(duration, trial.seconds)
+        spread = low if low == high else f"{low} to {high}"
+        parts.append(f"{trial.steps:,} steps, {trial.tokens:,} tokens, {spread} here ({trial.timed} steps were timed)")
+        parts += [f"{in_units(trial.predicted)} of {in_units(machine.memory)} of memory"] * bool(trial.predicted)
+    print_line(f"takes  {'; '.join(parts)}")
+    print_line(f"{folder}: added {', '.join(started.added)}")
+
+
+def _describe_base(started: Started) -> Iterator[str]:
+    model = started.model
+    yield started.base
+    if model is None:
+        yield "a family that the calculator does not know"
+        return
+    yield f"{model.total:,} parameters"
+    yield f"{len(model.blocks)} blocks of {model.family}"
+    if model.context:
+        yield f"context {model.context:,}"
+
+
+def _describe_data(started: Started) -> Iterator[str]:
+    report = started.report
+    formats = " and ".join(report.formats)
+    yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
+    yield f"{report.examples:,} examples"
+    if report.turns:
+        yield f"{report.turns:,} turns"
+    if report.tokens and report.trained_tokens is not None and report.quantiles:
+        share = report.trained_tokens / report.tokens
+        yield f"{report.tokens:,} tokens, {report.trained_tokens:,} ({share:.0%}) trained on"
+        yield f"longest {report.quantiles['max']:,}"
+    if report.evaluation:
+        yield f"{report.evaluation:,} to evaluate on"
+    if report.duplicates:
+        yield f"{report.duplicates:,} duplicates"
+
+
+def _print_results(project: Project, folder: Path) -> None:
+    """What was learned and forgotten, the memory, and two answers before and after."""
+    from cli.console import print_line
+    from pipeline.files.artifact import read_json
+
+    evaluation = project.artifact("evaluate")
+    metrics = read_json(evaluation / "metrics.json", "Run `lora evaluate`")
+    samples = read_json(evaluation / "samples.json", "Run `lora evaluate`")
+    names = [stage.variant for stage in project.stages.values() if stage.look and stage.variant in metrics]
+    base = metrics["base"]
+    print_line("")
+    for name in names:
+        numbers = metrics[name]
+        print_line(
+            f"{name}: loss on held-out examples {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token"
+        )
+        if forgetting := numbers.get("forgetting"):
+            print_line(
+                f"{' ' * len(name)}  other text: loss {forgetting['loss_rise']:+.3f}, "
+                f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
+            )
+    for number, before in enumerate(samples["base"]):
+        print_line(f"\n> {before['question']}")
+        print_line(f"  base: {before['answer']}")
+        for name in names:
+            print_line(f"  {name}: {samples[name][number]['answer']}")
+    adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
+    print_line(f"\nNext: cd {os.path.relpath(folder)}; lora-tui   or: lora prompt --chat TEXT; dvc repro after an edit")
+    if adapter:
+        print_line(f"      lora export {adapter} --format peft --out DIR   (or merged, vllm)")

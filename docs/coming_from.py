@@ -1,0 +1,45 @@
+"""`python -m docs.coming_from`: docs/coming-from.md, other tools' names by the table that the code reads them with.
+
+A test compares the page with the table.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from pipeline.project.foreign import FORMATS
+from pipeline.project.params.aliases import COMMANDS, KEYS, NO_COUNTERPART
+
+PAGE = Path(__file__).with_name("coming-from.md")
+HEAD = """# Coming from PEFT, transformers, TRL, Axolotl, LLaMA-Factory or mlx-lm
+
+Written by `python -m docs.coming_from` from the table by which the code answers other names ("Did you mean …?").
+
+    lora new my-project --from axolotl.yml     # or llamafactory.yaml, adapter_config.json, training_args.json, mlx.yaml
+
+makes a project with the settings of another tool's config. It prints what is taken, under which name, and what is not,
+and why; a value that breaks a rule is one message. Only what the file says is taken: defaults are those here, not the
+other tool's. Its data files are copied into data/, if they are there; data sets of the hub, or of a list of the tool's
+own, are not taken. Configs are read as text: JSON, or YAML without aliases, of at most 100 kB; nothing in them is run.
+"""
+
+
+def page() -> str:
+    files = [" ".join((import_module(each.read.__module__).__doc__ or "").split()) for each in FORMATS]
+    names = ("| here | elsewhere |", "|---|---|")
+    parts = [HEAD, "## Files\n", *(f"- {line}" for line in files)]
+    parts += ["", "## Names of settings\n", *names, *_rows(KEYS)]
+    parts += ["", "## Commands of `lora`\n", *names, *_rows(COMMANDS)]
+    parts += ["", "## Settings without a counterpart\n", "| why | settings |", "|---|---|"]
+    return "\n".join([*parts, *_rows(NO_COUNTERPART, code=False)]) + "\n"
+
+
+def _rows(table: dict[str, str], code: bool = True) -> list[str]:
+    """A row for each value of the table, with all its keys."""
+    grouped: dict[str, list[str]] = {}
+    for other, here in table.items():
+        grouped.setdefault(f"`{here}`" if code else here, []).append(f"`{other}`")
+    return [f"| {here} | {' '.join(others)} |" for here, others in grouped.items()]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,419 @@
+"""Data files in another format and container.
+
+Nothing is lost in silence: what the target cannot hold is refused, what is left out is counted, and the file is read
+again, example by example, before it gets its name.
+"""
+
+import csv
+import io
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.data.containers import COMPRESSED, Reading, suffix_of
+from pipeline.data.examples import Example, Message
+from pipeline.data.formats import iter_examples, notes
+from pipeline.data.formats.messages import text_of
+from pipeline.errors import UserError, first_line
+
+Record = dict[str, Any]
+GROUP_ROWS = 1024  # of a table: what a reader must hold at once
+PROGRESS_ROWS = 256
+OF_MESSAGES = ("messages", "alpaca", "sharegpt")
+CHOICES = (*OF_MESSAGES, "prompt_completion", "text")
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or changed in kind."""
+
+    rows: int
+    format: str
+    notes: tuple[str, ...]
+
+
+class _CannotHold(Exception):
+    """Why a format cannot hold an example."""
+
+
+def convert(
+    source: Path,
+    out: Path,
+    format_: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Conversion:
+    """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says the container.
+
+    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`. Raises UserError,
+    and then `out` is as before.
+    """
+    suffix, compression = suffix_of(out)
+    if suffix not in WRITERS or (compression and suffix in TABLES):
+        compressible = ", ".join(each for each in WRITERS if each not in TABLES)
+        raise UserError(
+            f"{out}: the name must end in {', '.join(WRITERS)}; {compressible} also with {' or '.join(COMPRESSED)}. "
+            "Rename it."
+        )
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UserError(f"{out} is the input itself. Name another file.")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder. Name a file.")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists. Name another file, or replace it with --force.")
+    rows = _Rows(source, format_, columns, suffix == ".txt", progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{os.getpid()}.{out.name}")  # beside it, as a rename is atomic only within one file system
+    try:
+        with _opened(new, compression) as file:
+            WRITERS[suffix](file, rows)
+        _verify(new, out, rows)
+        with new.open("rb") as written:
+            os.fsync(written.fileno())
+        with suppress(OSError):  # there is none yet, or the file system knows no permissions
+            new.chmod(out.stat().st_mode)
+        new.replace(out)
+    except OSError as error:  # what is wrong with the input is a UserError
+        raise OSError(error.errno, error.strerror or str(error), str(out)) from None
+    finally:
+        new.unlink(missing_ok=True)
+    return Conversion(len(rows.numbers), rows.formats.pop() if len(rows.formats) == 1 else "mixed", tuple(rows.notes()))
+
+
+class _Rows:
+    """The records to write. Iterated again, the file is read again."""
+
+    def __init__(
+        self,
+        source: Path,
+        format_: str | None,
+        columns: Mapping[str, str] | None,
+        texts_only: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.name = str(source)
+        self._source, self._format, self._columns, self._progress = source, format_, columns, progress
+        self._texts_only = texts_only
+        self._start()
+
+    def _start(self) -> None:
+        self.reading = Reading()
+        self.formats: set[str] = set()
+        self.numbers, self.digests = array("q"), bytearray()  # of each example: its row, and 16 bytes
+        self._changed: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Record]:
+        self._start()
+        for example in iter_examples(self._source, self.name, columns=self._columns, reading=self.reading):
+            own = self.reading.format
+            format_ = self._format or own
+            if self._texts_only and format_ != "text":
+                raise UserError(
+                    f"{example.location}: a .txt file holds texts alone, and this row is written as {format_}. Name "
+                    "another file, such as one that ends in .jsonl."
+                )
+            try:
+                kept = self._as_kind_of(example, format_)
+                record = FORMATS[format_](kept)
+            except _CannotHold as reason:
+                raise UserError(
+                    f"{example.location}: cannot be written as {format_}: {reason}. Name another --format."
+                ) from None
+            self.formats.add(format_)
+            self.numbers.append(example.line)
+            self.digests += digest(kept)
+            if self._progress and len(self.numbers) % PROGRESS_ROWS == 0:
+                self._progress(len(self.numbers))
+            yield record
+
+    def _as_kind_of(self, example: Example, format_: str) -> Example:
+        """The example without what `format_` is not for, and as a conversation or pair if it is of those."""
+        if example.rejected is not None and format_ != "preference":
+            self._changed["rejected answers left out"] += 1
+            example = replace(example, rejected=None)
+        if format_ in OF_MESSAGES and not example.messages:
+            if example.prompt is None:
+                raise _CannotHold("it has no prompt that an assistant could answer")
+            self._changed["prompts with completions written as turns, which get a chat template"] += 1
+            turns: tuple[Message, ...] = (
+                {"role": "user", "content": example.prompt},
+                {"role": "assistant", "content": example.completion},
+            )
+            return replace(example, text=text_of(turns), prompt=None, messages=turns)
+        if format_ == "prompt_completion" and example.messages:
+            if [message["role"] for message in example.messages] != ["user", "assistant"]:
+                raise _CannotHold("it is not one question of a user and one answer")
+            _refuse_more(example)
+            self._changed["conversations written as prompt and completion, which get no chat template"] += 1
+            question, answer = (str(message["content"]) for message in example.messages)
+            return replace(example, text=question + answer, prompt=question, messages=())
+        return example
+
+    def notes(self) -> Iterator[str]:
+        yield from notes(self.name, self.reading)
+        yield from (f"{self.name}: {change}: {count:,}" for change, count in self._changed.items())
+
+
+def digest(example: Example) -> bytes:
+    """16 bytes of all that an example is trained by. The order of keys counts, as templates write it."""
+    parts = [
+        *(example.text, example.prompt, example.messages),
+        *(sorted(example.untrained), example.tools, example.rejected),
+    ]
+    return sha256(json.dumps(parts).encode()).digest()[:16]
+
+
+def _verify(new: Path, out: Path, rows: _Rows) -> None:
+    """Raises UserError unless the written file holds the examples."""
+    number = 0
+    for number, example in enumerate(iter_examples(new, str(out)), 1):
+        if digest(example) != rows.digests[16 * (number - 1) : 16 * number]:
+            raise UserError(
+                f"{rows.name}:{rows.numbers[number - 1]}: {out.name} would not give the same example again. Name "
+                "another container, such as .jsonl, or another --format."
+            )
+    if number != len(rows.numbers):
+        raise UserError(f"{out}: {number:,} of {len(rows.numbers):,} rows can be read again. Name another container.")
+
+
+# Formats: an example as the record that reads as it.
+
+
+def _text(example: Example) -> Record:
+    if example.messages or example.prompt is not None:
+        raise _CannotHold("a text does not say which part of it is trained on")
+    return {"text": example.text}
+
+
+def _prompt_completion(example: Example) -> Record:
+    if example.prompt is None:
+        raise _CannotHold("it has no prompt")
+    return {"prompt": example.prompt, "completion": example.completion}
+
+
+def _messages(example: Example) -> Record:
+    return {"messages": _turns(example, 0), **_tools(example)}
+
+
+def _chat_prompt(example: Example) -> Record:
+    split = _first_trained(example)
+    return {"prompt": _turns(example, 0, split), "completion": _turns(example, split), **_tools(example)}
+
+
+def _preference(example: Example) -> Record:
+    if isinstance(example.rejected, str):
+        prompt = example.prompt or ""
+        texts = {"chosen": example.completion, "rejected": example.rejected}
+        return {"prompt": prompt, **texts} if prompt else texts
+    if not example.rejected:
+        raise _CannotHold("it has no rejected answer")
+    split = _first_trained(example)
+    if example.rejected[0]["role"] != "assistant":  # the prompts differ, and an example does not know where they begin
+        raise _CannotHold("its rejected answer does not begin with an assistant turn")
+    answers = {"chosen": _turns(example, split), "rejected": list(example.rejected)}
+    return {"prompt": _turns(example, 0, split), **answers, **_tools(example)}
+
+
+def _alpaca(example: Example) -> Record:
+    _refuse_more(example)
+    roles = [message["role"] for message in example.messages]
+    texts = [str(message["content"]) for message in example.messages]
+    system = texts.pop(0) if roles[0] == "system" else ""
+    if roles[bool(system) :] != ["user", "assistant"] * (len(texts) // 2):
+        raise _CannotHold("its turns are not questions of a user with one answer each")
+    *history, (instruction, output) = zip(texts[::2], texts[1::2], strict=True)
+    record: Record = {"instruction": instruction, "input": "", "output": output}
+    more = {"system": system, "history": [list(pair) for pair in history]}
+    return record | {key: value for key, value in more.items() if value}
+
+
+def _sharegpt(example: Example) -> Record:
+    return {"conversations": [_speech(example, n) for n in range(len(example.messages))], **_tools(example)}
+
+
+FORMATS: dict[str, Callable[[Example], Record]] = {
+    "messages": _messages,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _prompt_completion,
+    "text": _text,
+    "chat_prompt": _chat_prompt,
+    "preference": _preference,
+}
+
+
+def _refuse_more(example: Example) -> None:
+    """Raises _CannotHold if there is more than system, user and assistant turns of text."""
+    if example.tools or any("tool_calls" in message or message["role"] == "tool" for message in example.messages):
+        raise _CannotHold("it has tools or tool calls")
+    if example.untrained:
+        raise _CannotHold("it has assistant turns that are not trained on")
+    if more := sorted({key for message in example.messages for key in message} - {"role", "content"}):
+        raise _CannotHold(f"its turns have {', '.join(more)}")
+
+
+def _first_trained(example: Example) -> int:
+    """The index of the first turn that is trained on: where a prompt of turns ends."""
+    answers = (n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.untrained)
+    split = next(answers, 0)
+    if not split:
+        raise _CannotHold("it has no answer behind a prompt")
+    return split
+
+
+def _turns(example: Example, start: int, stop: int | None = None) -> list[Record]:
+    """Messages; an answer without a label says so, except in a prompt, whose turns carry none."""
+    messages = list(enumerate(example.messages))[start:stop]
+    return [{**m, **({"train": False} if n in example.untrained and stop is None else {})} for n, m in messages]
+
+
+def _speech(example: Example, number: int) -> Record:
+    message = example.messages[number]
+    role, more = message["role"], sorted(message.keys() - {"role", "content", "tool_calls"})
+    if role not in SPEAKERS or more:
+        raise _CannotHold(f"its turns have {', '.join(more)}" if more else f"it has a {role} turn")
+    untrained = {"train": False} if number in example.untrained else {}
+    calls = message.get("tool_calls")
+    if not calls:
+        return {"from": SPEAKERS[role], "value": message["content"], **untrained}
+    if message["content"] is not None or any(call.keys() != {"type", "function"} for call in calls):
+        raise _CannotHold("it has tool calls with an id or with text beside them")
+    functions = [call["function"] for call in calls]
+    value = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+    return {"from": "function_call", "value": value, **untrained}
+
+
+def _tools(example: Example) -> Record:
+    return {"tools": list(example.tools)} if example.tools else {}
+
+
+# Containers: how records become a file.
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
+    if not compression:
+        with path.open("wb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    with pa.output_stream(str(path), compression=compression) as stream, io.BufferedWriter(stream) as file:
+        yield file
+
+
+def _json_line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _write_jsonl(file: BinaryIO, rows: _Rows) -> None:
+    file.writelines(_json_line(record) + b"\n" for record in rows)
+
+
+def _write_json(file: BinaryIO, rows: _Rows) -> None:
+    for number, record in enumerate(rows):
+        file.write((b",\n" if number else b"[\n") + _json_line(record))
+    file.write(b"\n]\n")
+
+
+def _write_txt(file: BinaryIO, rows: _Rows) -> None:
+    for record in rows:
+        text = record["text"]
+        if "\n" in text or text.endswith("\r"):
+            location = f"{rows.name}:{rows.numbers[-1]}"
+            raise UserError(f"{location}: the text has several lines, and a line of .txt is a text. Use .jsonl.")
+        file.write(text.encode() + b"\n")
+
+
+def _write_csv(file: BinaryIO, rows: _Rows, delimiter: str = ",") -> None:
+    columns = list(_columns(rows))
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.writer(text, delimiter=delimiter)  # with \r\n, as RFC 4180
+    writer.writerow(columns)
+    for record in rows:
+        writer.writerow([_as_cell(record.get(key, "")) for key in columns])
+    text.flush()
+    text.detach()  # the file is closed by its owner
+
+
+def _as_cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _columns(rows: _Rows) -> dict[str, set[str]]:
+    """The keys of all records, and for a list of turns the keys in them. Raises UserError for rows of two formats."""
+    columns: dict[str, set[str]] = {}
+    for record in rows:
+        if len(rows.formats) > 1:
+            raise UserError(
+                f"{rows.name}:{rows.numbers[-1]}: rows of {' and '.join(sorted(rows.formats))} do not fit into one "
+                "table. Write a .jsonl file, or name one format with --format."
+            )
+        for key, value in record.items():
+            turns = columns.setdefault(key, set())
+            if isinstance(value, list) and key not in ("tools", "history"):
+                turns.update(key for turn in value for key in turn)
+    return columns
+
+
+def _write_table(file: BinaryIO, rows: _Rows, container: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema([(key, _arrow_type(key, turns)) for key, turns in _columns(rows).items()])
+    writers = {".parquet": parquet.ParquetWriter, ".arrow": pa.ipc.new_stream, ".feather": pa.ipc.new_file}
+    records = iter(rows)
+    try:
+        with writers[container](file, schema) as writer:
+            while group := list(islice(records, GROUP_ROWS)):
+                writer.write_batch(pa.RecordBatch.from_pylist([_as_cells(each) for each in group], schema))
+    except (pa.ArrowException, TypeError) as error:
+        raise UserError(
+            f"{rows.name}: its rows do not fit into one table: {first_line(error)}. Write a .jsonl file."
+        ) from None
+
+
+def _arrow_type(key: str, turns: Iterable[str]) -> Any:
+    import pyarrow as pa
+
+    if turns:
+        order = sorted(turns, key=lambda name: (name not in ("role", "from"), name))
+        return pa.list_(pa.struct([(name, pa.bool_() if name == "train" else pa.string()) for name in order]))
+    return pa.list_(pa.list_(pa.string())) if key == "history" else pa.string()
+
+
+def _as_cells(record: Record) -> Record:
+    """`tools` and tool calls as JSON: the arguments of two calls have different keys, and a table has one type."""
+    cells = {}
+    for key, value in record.items():
+        if key == "tools":
+            value = json.dumps(value, ensure_ascii=False)
+        elif isinstance(value, list) and key != "history":
+            value = [
+                {k: json.dumps(v, ensure_ascii=False) if k == "tool_calls" else v for k, v in turn.items()}
+                for turn in value
+            ]
+        cells[key] = value
+    return cells
+
+
+TABLES = (".parquet", ".arrow", ".feather")
+WRITERS: dict[str, Callable[[BinaryIO, _Rows], None]] = {
+    ".jsonl": _write_jsonl,
+    ".json": _write_json,
+    ".csv": _write_csv,
+    ".tsv": lambda file, rows: _write_csv(file, rows, "\t"),
+    ".txt": _write_txt,
+    **{name: lambda file, rows, name=name: _write_table(file, rows, name) for name in TABLES},  # type: ignore[misc]
+}

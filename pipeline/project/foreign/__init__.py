@@ -1,0 +1,196 @@
+"""Configs of other tools as settings of this one, for `lora new --from`.
+
+A tool is one file here with its `FORMAT`; they are asked in their order. Names are those of `params/aliases.py`, and a
+file holds only what its tool says otherwise than by a name. Every problem is a UserError with file and key.
+"""
+
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
+from pipeline.project.foreign.conversions import CONVERSIONS, DOUBLE, NAMES, SAME, Why, by_name
+from pipeline.project.params.aliases import KEYS, why_none
+from pipeline.project.params.load import Kinds
+from pipeline.project.params.schema import ValueSource, check_value, hints
+
+LARGEST = 100_000  # bytes of a config; published ones have a few thousand
+LONGEST = 1_000  # characters of a value that is taken
+
+
+class Foreign(NamedTuple):
+    """Another tool's config, read. `base`: as it names it, or empty; `data`: the files that there are of its data.
+
+    `values`: section.key → value. `taken`: (their key, ours, value). `left`: (their key, value, why it is not taken).
+    `section`: the method's, to which all values belong.
+    """
+
+    format: str
+    base: str
+    data: tuple[str, ...]
+    values: Mapping[str, Any]
+    taken: tuple[tuple[str, str, Any], ...]
+    left: tuple[tuple[str, Any, str], ...]
+    section: str
+
+
+class Format(NamedTuple):
+    """`marks`: keys of which one says that a config is the tool's. `read`: takes from a Config what is not a name."""
+
+    order: int
+    name: str
+    marks: frozenset[str]
+    read: Callable[["Config"], None]
+
+
+class Config:
+    """A config while it is read. `read` pops what its tool has by its own rules; `take_rest` goes by names."""
+
+    def __init__(self, tree: Mapping[str, Any], path: Path, kinds: Kinds) -> None:
+        self.rest, self.path, self._kinds = dict(tree), path, kinds
+        self.section, self.base = "finetune_lora", ""
+        self.data: list[str] = []
+        self.taken: dict[str, tuple[str, Any]] = {}  # our key → theirs, value
+        self.left: list[tuple[str, Any, str]] = []
+
+    def choose(self, key: str, sections: Mapping[Any, str], default: str = "finetune_lora") -> None:
+        """The section by the value of `key`. Raises UserError for a value that is not among `sections`."""
+        value = self.rest.pop(key, None)
+        if value is not None and (not isinstance(value, str | bool) or value not in sections):
+            known = ", ".join(map(str, sections))
+            raise UserError(f"{self.path}: {key} must be one of {known}, got {abbreviate_repr(value)}. Edit the file.")
+        self.section = default if value is None else sections[value]
+
+    def take(self, theirs: str, ours: str, value: Any) -> None:
+        """A value of the section, if it has such a key. Raises UserError if it breaks the key's rule."""
+        if ours == "base":
+            if not isinstance(value, str):
+                raise UserError(f"{self.path}: {theirs} must be a text, got {abbreviate_repr(value)}. Edit the file.")
+            self.base = value
+            return
+        types = hints(self._kinds[self.section])
+        if ours not in types:
+            unknown = f"{self.section} has no {ours}" if theirs in KEYS else "there is no such setting here"
+            self.leave(theirs, value, why_none(theirs) or unknown)
+            return
+        if len(repr(value)) > LONGEST:
+            raise UserError(f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file.")
+        typed = check_value(types[ours], value, f"{self.path}: {theirs}", ValueSource(self.path.name))
+        self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
+
+    def leave(self, theirs: str, value: Any, why: str) -> None:
+        """A key without a counterpart."""
+        self.left.append((theirs, value, why))
+
+    def take_files(self, theirs: str, names: Any) -> None:
+        """The data files among `names`, seen from the config's folder or the current one; of folders train.jsonl."""
+        for name in names if isinstance(names, list) else [names]:
+            paths = [
+                root / str(name)[:LONGEST] / last for root in (Path(), self.path.parent) for last in ("", "train.jsonl")
+            ]
+            file = None
+            with suppress(OSError):  # too long for a name
+                file = next((path for path in paths if path.is_file()), None)
+            if file:
+                self.data.append(str(file))
+            else:
+                self.leave(theirs, name, "no such file; `lora data convert` makes one of a data set of the hub")
+
+    def take_rest(self) -> None:
+        """What no rule of the tool took, by its name."""
+        double = True in [self.rest.pop(key, None) for key in DOUBLE]
+        for theirs, value in self.rest.items():
+            ours = KEYS.get(theirs, theirs)
+            off = value is False and ours != "gradient_checkpointing"
+            if off or value in (None, "", "none", "no", [], {}) or SAME.get(theirs) == value:
+                continue  # not set, or as it always is here
+            convert = partial(by_name, ours) if ours in NAMES else CONVERSIONS.get(ours)
+            converted = convert(theirs, value) if convert else value
+            if isinstance(converted, Why):
+                self.leave(theirs, value, converted)
+            elif ours == "data":
+                self.take_files(theirs, value)
+            elif converted is not None:
+                self.take(theirs, ours, converted)
+        theirs, quantization = self.taken.get("quantization", ("", ""))
+        if double and quantization == "nf4":
+            self.taken["quantization"] = (theirs, "nf4-dq")
+
+    def drop(self, ours: str, why: str) -> None:
+        """Leave what was taken."""
+        if ours in self.taken:
+            theirs, value = self.taken.pop(ours)
+            self.leave(theirs, value, why)
+
+    def done(self, format_name: str) -> Foreign:
+        """All that was read, without what cannot stand together."""
+        if not self.taken.get("eval_share", ("", 0))[1]:
+            for key in ("eval_steps", "patience"):
+                self.drop(key, "nothing is held out: set eval_share")
+        if self.taken.get("warmup_steps", ("", 0))[1]:
+            self.drop("warmup_ratio", "warmup_steps is set too")
+        values = {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
+        taken = tuple((theirs, f"{self.section}.{ours}", value) for ours, (theirs, value) in self.taken.items())
+        return Foreign(format_name, self.base, tuple(self.data), values, taken, tuple(self.left), self.section)
+
+
+def read_config(path: Path, kinds: Kinds) -> Foreign:
+    """Another tool's config as settings; `kinds` as in `params.load.parse`. Raises UserError."""
+    try:
+        tree = _read_tree(path)
+        tool = next((each for each in FORMATS if each.marks & tree.keys()), None)
+        if tool is None:
+            raise UserError(
+                f"{path} is no config that is read here ({', '.join(each.name for each in FORMATS)}). "
+                "A params file of this project is given with --params."
+            )
+        config = Config(tree, path, kinds)
+        tool.read(config)
+        config.take_rest()
+        return config.done(tool.name)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply. Name another file.") from None
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    from pipeline.project.params import strict_yaml
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Name a config with --from.") from None
+    if len(raw) > LARGEST:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes, which no config has. Name another file.")
+    language = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        text = raw.decode("utf-8-sig")
+        tree = json.loads(text) if language == "JSON" else strict_yaml.load(text)
+        if language == "YAML" and strict_yaml.has_alias(text):
+            raise ValueError("it has aliases (*name). Write their values out")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text: a config is YAML or JSON. Pickles are not read.") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not {language} that is read: {reason}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold key: value lines, got {abbreviate_repr(tree)}. Name another file.")
+    return {str(key)[:LONGEST]: value for key, value in tree.items()}
+
+
+FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
+    sorted(
+        (
+            module.FORMAT
+            for module in (import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
+            if hasattr(module, "FORMAT")
+        ),
+        key=lambda each: each.order,
+    )
+)

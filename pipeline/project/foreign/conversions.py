@@ -1,0 +1,98 @@
+"""Values that other tools write in another way: by our key, (their key, value) → ours.
+
+Or a `Why` that says why not; or None where the value says nothing, such as `max_steps: -1`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
+BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
+DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")  # quantize the scales too
+NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value → ours
+    "schedule": {
+        **{name: name for name in ("constant", "linear", "cosine")},
+        **{"constant_with_warmup": "constant", "cosine_decay": "cosine", "linear_schedule": "linear"},
+    },
+    "optimizer": {
+        **dict.fromkeys(("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+        **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw-8bit"),
+        **{"paged_adamw_8bit": "paged-adamw-8bit", "sgd": "sgd"},
+    },
+    "precision": {
+        **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+        **{name: name for name in ("bf16", "fp16", "fp32")},
+    },
+    "init_lora_weights": {"True": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"},
+}
+SAME: Mapping[str, Any] = {  # as it always is here
+    **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "label_smoothing_factor": 0.0},
+    **{"bias": "none", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "megatron_core": "megatron.core"},
+    **{"train": True, "do_train": True, "stage": "sft", "training_mode": "normal", "inference_mode": True},
+    **{"mask_prompt": True, "completion_only_loss": True, "average_tokens_across_devices": True},
+    **{"num_layers": -1, "lora_layers": -1, "local_rank": -1, "skip_memory_metrics": True, "qalora_group_size": 16},
+    **{"quantization_method": "bnb", "quantization_type": "nf4", "bnb_4bit_quant_type": "nf4"},
+}
+
+
+class Why(str):
+    """Why a value has no counterpart here."""
+
+
+def by_name(ours: str, theirs: str, value: Any) -> Any:
+    """A value of the keys in `NAMES`; bf16 and fp16 are also keys, and pissa_init another."""
+    if theirs in ("bf16", "fp16") and value in (True, "auto", "full"):
+        return theirs
+    name = "pissa" if theirs == "pissa_init" else str(value).partition("_niter")[0]
+    return NAMES[ours].get(name) or Why(f"values here are {', '.join(dict.fromkeys(NAMES[ours].values()))}")
+
+
+def _quantization(theirs: str, value: Any) -> Any:
+    bits = theirs if theirs in BITS and value is True else str(value)
+    return BITS.get(bits) or Why("a base is quantized to int8, nf4 or nf4-dq")
+
+
+def _target_modules(_: str, value: Any) -> Any:
+    if value in ("all", "all-linear", True):
+        return ["all-linear"]
+    if isinstance(value, str) and not re.fullmatch(r"[\w., -]+", value):
+        return Why("a regular expression: name the linears in a list")
+    return _split(value)
+
+
+def _train_embeddings(theirs: str, value: Any) -> Any:
+    if theirs == "trainable_token_indices":
+        return Why("new tokens are named in expand_vocab, and train with train_embeddings=new_rows")
+    only_ends = isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value)))
+    return "all" if only_ends else Why("beside LoRA only embedding and head train: train_embeddings=all")
+
+
+def _split(value: Any) -> Any:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _eval_share(_: str, value: Any) -> Any:
+    is_count = isinstance(value, int | float) and value >= 1
+    return Why("it is a number of examples; eval_share is a share, such as 0.1") if is_count else value
+
+
+def _epochs(_: str, value: Any) -> Any:
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else Why("epochs are whole numbers here")
+    return value
+
+
+def _if_positive(_: str, value: Any) -> Any:
+    return None if isinstance(value, int | float) and value <= 0 else value
+
+
+CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
+    "quantization": _quantization,
+    "target_modules": _target_modules,
+    "train_embeddings": _train_embeddings,
+    "gradient_checkpointing": lambda _, value: "none" if value is False else "full",
+    "eval_share": _eval_share,
+    "epochs": _epochs,
+    **dict.fromkeys(("max_steps", "warmup_steps", "patience"), _if_positive),
+}

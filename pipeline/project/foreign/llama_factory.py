@@ -1,0 +1,19 @@
+"""LLaMA-Factory (.yaml): `lora_target: all` is all-linear; `lora_alpha` is 2 × `lora_rank` where it is not written."""
+
+from pipeline.project.foreign import Config, Format
+
+METHODS = {"lora": "finetune_lora", "full": "finetune_full", "freeze": "finetune_freeze"}
+
+
+def read(config: Config) -> None:
+    config.choose("finetuning_type", METHODS)
+    if names := config.rest.pop("dataset", None):
+        config.leave("dataset", names, "names of dataset_info.json: name its files in the section's `data`")
+    if config.rest.pop("disable_gradient_checkpointing", None) is True:
+        config.take("disable_gradient_checkpointing", "gradient_checkpointing", "none")
+    rank = config.rest.get("lora_rank")
+    if isinstance(rank, int) and config.section == "finetune_lora" and config.rest.get("lora_alpha") is None:
+        config.take("lora_rank", "alpha", 2 * rank)
+
+
+FORMAT = Format(3, "LLaMA-Factory", frozenset(("finetuning_type", "cutoff_len", "lora_target", "template")), read)

@@ -1,0 +1,190 @@
+"""From a base and a data file to a project: look at both, choose settings with reasons, try a few steps, write it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pipeline.calc.sources.open_model import from_path
+from pipeline.data.check import DataReport, check
+from pipeline.data.containers import is_hub_id, suffix_of
+from pipeline.data.convert import convert
+from pipeline.data.tokenizers.word import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.files.base_model import MINIGPT, resolve
+from pipeline.models.device import available_memory, best_device, device_info, multiplies_bf16
+from pipeline.project.new_project import DEFAULTS, PARAMS, refuse_folder, write_project
+from pipeline.project.params import edit
+from pipeline.project.params.load import TRAINING, parse
+from pipeline.project.params.schema import Section
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Event, Job, Note, run
+from pipeline.project.stage_graph import Project, Stage, StageGraph
+from pipeline.stages.recipe import Machine, Recipe, choose
+from pipeline.training.probe import Probe, probe
+
+if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
+
+GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
+SAMPLE = 5_000  # examples that the trial reads
+SHOWN = 3  # problems of the data in an error
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for. Paths are relative to the current folder; `given`: section.key → value."""
+
+    folder: Path
+    base: str
+    data: str
+    eval_data: str = ""
+    methods: Sequence[str] = ("lora",)
+    columns: Mapping[str, str] | None = None
+    given: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """A new project, and what was found, chosen and measured for it. `model`: None if its family is not known."""
+
+    base: str
+    model: Architecture | None
+    report: DataReport
+    recipe: Recipe
+    machine: Machine
+    trial: Probe | None
+    added: Sequence[str]
+
+
+def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started]:
+    """Make the project; its params file is written last. Raises UserError."""
+    folder, given = request.folder, dict(request.given or {})
+    refuse_folder(folder)
+    source = resolve(request.base, Path.cwd())
+    if source.kind == MINIGPT:
+        raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
+    base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
+    stages = _stages_of(graph, request.methods)
+    data = yield from _fetched(request.data, folder)
+    eval_data = yield from _fetched(request.eval_data, folder)
+    files, eval_files = [data], [eval_data] * bool(eval_data)
+    _refuse_data(check(files, eval_files=eval_files, columns=request.columns))  # before a large base is imported
+    draft = edit.set_values(
+        f"base: {edit.dump_inline(base)}\n", {k: v for k, v in given.items() if k.startswith("import.")}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    yield Note(f"importing {request.base}")
+    yield from run(_project(folder, draft, graph), graph.stages["import"])
+    made = folder / graph.stages["import"].path
+    device = best_device()
+    machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
+    model = None
+    try:
+        model = from_path(made).shapes
+    except UserError as error:
+        yield Note(f"memory is not predicted: {error}")
+    context = model.context if model else 0
+    report = check(
+        files,
+        load_tokenizer(made),
+        eval_files=eval_files,
+        columns=request.columns,
+        max_length=int(given.get(f"{TRAINING}.max_length") or context),
+        positions=context or None,
+    )
+    _refuse_data(report)
+    recipe = choose(model, report, machine, stages, given)
+    text = params_text(base, request, data, eval_data, recipe, stages)
+    project = _project(folder, text, graph)
+    if "expand_vocab" in project.stages:
+        yield from run(project, graph.stages["expand_vocab"])
+    yield Note("trying a few steps")
+    trial = yield from try_stage(project, stages[0], SAMPLE)
+    added = write_project(project, text, {GENERAL: DEFAULTS / GENERAL})
+    return Started(request.base, model, report, recipe, machine, trial, added)
+
+
+def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
+    """A data set of the hub as a file of the project, which DVC tracks; another name as it is."""
+    if not name or Path(name).exists() or suffix_of(Path(name))[0] or not is_hub_id(name):
+        return name
+    file = folder / "data" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}.jsonl"
+    if not file.exists():  # of an earlier, unfinished call
+        yield Note(f"fetching {name}")
+        yield from (Note(note) for note in convert(Path(name), file).notes)
+    return str(file)
+
+
+def _project(folder: Path, text: str, graph: StageGraph) -> Project:
+    path = folder / PARAMS
+    return Project.of(path, parse(text, path, graph.sections), graph)
+
+
+def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
+    known = {stage.method: stage for stage in graph.product.values() if stage.name.startswith("finetune_")}
+    if unknown := [name for name in methods if name not in known]:
+        raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(known)}.")
+    return [stage for name, stage in known.items() if name in methods]
+
+
+def _refuse_data(report: DataReport) -> None:
+    if report.ok:
+        return
+    errors = [each for each in report.problems if each.level == "error"][:SHOWN]
+    shown = " ".join(f"{each.file}{'' if each.row is None else f':{each.row}'}: {each.problem}" for each in errors)
+    more = f" {report.errors - len(errors):,} more." if report.errors > len(errors) else ""
+    raise UserError(f"{shown}{more} `lora data check {report.files[0]}` lists all.")
+
+
+def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Generator[Event, None, Probe]:
+    """Train a few steps of a stage, with all of its data or the first `sample` examples; nothing is kept."""
+    with TemporaryDirectory() as folder:
+        job = Job(project, stage, Path(folder) / "out", Path(folder) / "run", "", None, sample=sample)
+        setup = yield from import_module(stage.work or stage.module).prepare(job)
+        return probe(setup.task)
+
+
+def params_text(base: str, request: Request, data: str, eval_data: str, recipe: Recipe, stages: Sequence[Stage]) -> str:
+    """params.yaml of a new project: what was chosen or given and is not a default, section by section."""
+    folder = request.folder.resolve()
+
+    def inside(name: str) -> str:
+        return os.path.relpath(Path(name).resolve(), folder)
+
+    values: dict[str, Any] = {}
+    for stage in stages:
+        values[f"{stage.section}.data"] = inside(data)
+        if eval_data:
+            values[f"{stage.section}.eval_data"] = inside(eval_data)
+        if request.columns:
+            values[f"{stage.section}.columns"] = dict(request.columns)
+    values |= recipe.values
+    if any(stage.method == "lora" for stage in stages):
+        values["merge.max_logit_difference"] = 1.0  # a 16-bit base rounds; the certificate has the difference
+    values["evaluate.old_data"] = GENERAL
+    if any(key.startswith("expand_vocab.") for key in recipe.given):
+        values |= {"expand_vocab.data": [], "expand_vocab.audit_data": GENERAL}
+    values |= recipe.given
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
+    sections: dict[str, list[str]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        default = getattr(kinds[section](), name, None) if section in kinds else None
+        plain = tuple(value) if isinstance(value, list) else value
+        if plain != default or key in recipe.given:
+            sections.setdefault(section, []).append(f"  {name}: {edit.dump_inline(value)}\n")
+    order = ["import", "expand_vocab", TRAINING, *(stage.section for stage in stages), "merge", "evaluate"]
+    body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order if name in sections)
+    return f"{HEADER}\nbase: {edit.dump_inline(base)}\n\n{body}"
+
+
+HEADER = (
+    "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` what others measured.\n"
+)

@@ -1,0 +1,182 @@
+"""Settings of a fine-tuning for a base, its data and the memory that is here, each with the reason for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from pipeline.calc.memory import predict
+from pipeline.calc.method import trainable
+from pipeline.calc.settings import TrainingConfig
+from pipeline.errors import UserError
+from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
+from pipeline.project.logs.run_log import in_units
+from pipeline.project.params.load import TRAINING
+from pipeline.project.params.sections import AdapterTraining
+from pipeline.stages.registry import COUNTED
+
+if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
+    from pipeline.data.check import DataReport
+    from pipeline.project.stage_graph import Stage
+
+ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
+MULTIPLE = 64  # tokens: max_length is a multiple of it
+RANKS = (8, 16, 32, 64, 128)
+LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
+EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))  # examples at least → epochs
+HELD_OUT, MOST_HELD_OUT = 0.1, 200  # share of the examples, and their number
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory`: bytes that training can use on the device. `bf16`: whether it multiplies in bf16."""
+
+    device: str
+    memory: int
+    bf16: bool
+
+
+@dataclass
+class Recipe:
+    """The chosen settings: section.key → value, and why; and the predicted peak of a step in bytes."""
+
+    given: Mapping[str, Any]  # what the user said, which no choice replaces
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    peak: int | None = None
+
+    def set(self, key: str, value: Any, why: str = "") -> Any:
+        """Choose a value, unless the user did; returns the one that counts."""
+        self.values[key] = self.given.get(key, value)
+        self.reasons[key] = "as you set it" if key in self.given else why
+        return self.values[key]
+
+    def rows(self) -> Iterator[tuple[str, Any, str]]:
+        """Key, value and reason of what was chosen for a reason."""
+        return ((key, value, self.reasons[key]) for key, value in self.values.items() if self.reasons[key])
+
+
+def choose(
+    model: Architecture | None, data: DataReport, machine: Machine, stages: Sequence[Stage], given: Mapping[str, Any]
+) -> Recipe:
+    """Settings with which `stages` train `model` on `data`. `given`: section.key → value, set by the user.
+
+    None is a model that the calculator does not know: nothing is then said of memory.
+
+    Raises UserError if nothing fits into the machine's memory.
+    """
+    recipe = Recipe(given)
+    examples = data.examples
+    recipe.set(f"{TRAINING}.window", 0)
+    epochs = next(epochs for least, epochs in EPOCHS if examples >= least)
+    recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
+    recipe.set(f"{TRAINING}.schedule", "linear")
+    if f"{TRAINING}.warmup_steps" not in given:
+        recipe.set(f"{TRAINING}.warmup_ratio", 0.03)
+    recipe.set(f"{TRAINING}.max_grad_norm", 1.0)
+    why = (
+        "half the memory, and the device multiplies it" if machine.bf16 else "this device has no instructions for bf16"
+    )
+    recipe.set(f"{TRAINING}.precision", "bf16" if machine.bf16 else "fp32", why)
+    if not data.evaluation and f"{TRAINING}.eval_data" not in given:
+        share = round(min(HELD_OUT, MOST_HELD_OUT / max(examples, 1)), 3)
+        recipe.set(f"{TRAINING}.eval_share", share, "held out, for the loss on what is not trained on")
+    for stage in stages:
+        _choose_method(recipe, model, data, stage)
+    _fit(recipe, model, machine, stages, data)
+    return recipe
+
+
+def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
+    """The settings of a method's section: those that its file has for pretrained bases, LoRA's rank by the data."""
+    name = stage.section
+    for key, value in stage.pretrained.items():
+        if key != "precision":  # of all methods alike
+            recipe.set(f"{name}.{key}", value)
+    if "rank" not in stage.pretrained:
+        return
+    keys = {key: f"{name}.{key}" for key in ("rank", "alpha", "target_modules", "learning_rate", "train_embeddings")}
+    recipe.set(keys["train_embeddings"], "none")
+    recipe.set(keys["target_modules"], ["all-linear"], "learns more than attention alone (LoRA Without Regret)")
+    recipe.set(keys["learning_rate"], stage.pretrained["learning_rate"], "10 × full fine-tuning's, at any rank")
+    tokens, trained = data.trained_tokens or 0, 0
+    for rank in RANKS:
+        recipe.set(keys["rank"], rank)
+        trained = trainable(model, COUNTED[stage.method].with_params(_settings(recipe, stage))) if model else 0
+        if trained * BITS_PER_PARAMETER >= tokens * BITS_PER_TOKEN:
+            break
+    bits = f"{trained:,} parameters hold more than {tokens:,} trained tokens" if trained else ""
+    recipe.set(keys["rank"], recipe.values[keys["rank"]], bits)
+    recipe.set(keys["alpha"], 2.0 * recipe.values[keys["rank"]], "2 × rank")
+
+
+def _settings(recipe: Recipe, stage: Stage) -> Any:
+    """The stage's section as the recipe has it."""
+    sections = (TRAINING, stage.section)
+    values = {key.partition(".")[2]: v for key, v in recipe.values.items() if key.partition(".")[0] in sections}
+    default = stage.settings()
+    known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if hasattr(default, key)}
+    return structs.replace(default, **known)
+
+
+def _fit(
+    recipe: Recipe, model: Architecture | None, machine: Machine, stages: Sequence[Stage], data: DataReport
+) -> None:
+    """Length, batch, checkpointing and quantization: the first that fit, in the order of what they cost."""
+    batch = 1
+    while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
+        batch *= 2
+    why = f"{batch} examples a step: an epoch has {ceil(data.examples / batch):,} steps"
+    longest = (data.quantiles or {}).get("max", 0)
+    whole, most = ceil(longest / MULTIPLE) * MULTIPLE, data.suggested_max_length or 0
+    lengths = {whole: "no example is cut", most: f"the longest has {longest:,} tokens, which do not fit; 1% is cut"}
+    if model and 0 < model.context < whole:
+        lengths = {
+            model.context: f"the model's positions; the longest example has {longest:,} tokens",
+            most: lengths[most],
+        }
+    adapters = [f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)]
+    quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []
+    room = round(ROOM * machine.memory)
+    ways = product(lengths, ("none", *quantized), ("none", "selective", "full"), range(batch.bit_length()))
+    for length, quantization, checkpointing, halved in ways:
+        recipe.set(f"{TRAINING}.max_length", length, lengths[length])
+        recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
+        recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
+        recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, "saves memory" * (checkpointing != "none"))
+        for name in adapters:
+            recipe.set(name, quantization, "the base in 16 bits does not fit" * (quantization != "none"))
+        if model is None:
+            return
+        tokens = min(longest, recipe.values[f"{TRAINING}.max_length"] or longest)
+        recipe.peak = max((_peak(recipe, model, stage, tokens) for stage in stages), default=0)
+        if recipe.peak <= room:
+            return
+    raise UserError(
+        f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and the least precision, "
+        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a lower max_length."
+    )
+
+
+def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int:
+    """The predicted peak of a step whose examples all have `length` tokens."""
+    settings = _settings(recipe, stage)
+    method = COUNTED[stage.method].with_params(settings)
+    quantization = getattr(settings, "quantization", "none")
+    run = TrainingConfig(
+        sequence=settings.batch_size * length,
+        span=length,
+        sequences=settings.batch_size,
+        precision=str(settings.precision) if quantization == "none" else quantization,
+        adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
+        optimizer="adam-flat",
+        checkpointing=settings.gradient_checkpointing,
+        loss="chunked",
+    )
+    return predict(model, method, run).peak

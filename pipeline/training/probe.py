@@ -1,0 +1,58 @@
+"""The speed of training, measured on a few steps of the real run."""
+
+import time
+from typing import NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.training.loop import Diverged, TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
+
+LEAST, MOST = 3, 8  # steps that are timed
+SECONDS = 10.0  # after them no further step is begun
+
+
+class Probe(NamedTuple):
+    """`slowest` and `fastest`: tokens per second of one of the `timed` steps. `predicted`: peak memory of the largest
+    step of an epoch in bytes of tensors, 0 if it is not known. `epoch_tokens`: of all examples in an epoch.
+    """
+
+    slowest: float
+    fastest: float
+    timed: int
+    steps_per_epoch: int
+    steps: int  # of the whole run
+    epoch_tokens: int
+    tokens: int  # of the whole run
+    predicted: int
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """The least and the most time that the whole run takes."""
+        return self.tokens / self.fastest, self.tokens / self.slowest
+
+
+def probe(task: TrainingTask) -> Probe:
+    """Train a few steps and time them, which changes the model. Raises UserError if their loss is not finite."""
+    model, batches, total = task.model, task.batches, task.total
+    step_tokens = [
+        sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
+        for number in range(len(batches))
+    ]
+    model.to(prepare_model(model, task.settings.gradient_checkpointing))
+    optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
+    predicted = predicted_peak(task, batches.largest_step(range(min(len(batches), total))))
+    model.train()
+    speeds, began = list[float](), time.monotonic()
+    before = began
+    try:
+        for number, _ in enumerate(steps(task, optimizer)):
+            now = time.monotonic()
+            if number or total == 1:  # the first step allocates
+                speeds.append(step_tokens[number % len(batches)] / max(now - before, 1e-9))
+            if len(speeds) >= MOST or (len(speeds) >= LEAST and now - began > SECONDS):
+                break
+            before = now
+    except Diverged:
+        raise UserError("the loss is not finite within a few steps. Lower learning_rate, or check the data.") from None
+    epoch, rest = divmod(total, len(batches))
+    tokens = epoch * sum(step_tokens) + sum(step_tokens[:rest])
+    return Probe(min(speeds), max(speeds), len(speeds), len(batches), total, sum(step_tokens), tokens, predicted)

@@ -1,0 +1,257 @@
+"""What `lora data check` reports about a file, against training's own reading and plain counting."""
+
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.check import KEPT, NEAR, STEP, DataReport, check, suggest_max_length
+from pipeline.data.examples import in_evaluation
+from pipeline.data.formats import iter_examples
+from pipeline.data.masking import encode
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.windows import Corpus
+from pipeline.errors import UserError
+from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
+
+Rows = list[Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
+    return tokenizer_with(tmp_path_factory.mktemp("model"), SMOLLM2)
+
+
+def jsonl(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def turns(*contents: str, roles: str = "ua") -> dict[str, Any]:
+    """A conversation; `roles` by their first letters, again and again."""
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return {"messages": [{"role": names[roles[n % len(roles)]], "content": c} for n, c in enumerate(contents)]}
+
+
+def calling(arguments: Any, tools: list[str] | None = None) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Which currency?"},
+        {"role": "assistant", "content": "Hello", "tool_calls": [call]},
+        {"role": "tool", "content": "euro"},
+        {"role": "assistant", "content": "The euro."},
+    ]
+    return {"messages": messages, "tools": [{"type": "function", "function": {"name": name}} for name in tools or []]}
+
+
+def found(report: DataReport) -> list[tuple[int | None, str]]:
+    return [(problem.row, problem.level) for problem in report.problems]
+
+
+GOOD = turns("Which currency has Bulgaria?", "The euro.")
+ERRORS: dict[str, tuple[Any, str]] = {
+    "broken JSON": ('{"messages": [', "not JSON"),
+    "no object": ([1], "must be a JSON object, such as"),
+    "an unknown key": ({"mesages": []}, "unknown key 'mesages'. Did you mean 'messages'?"),
+    "an empty answer": (turns("Hello", ""), "messages[1]: content is empty"),
+    "an answer first": (turns("Hello", roles="a"), 'must not start with an "assistant" turn'),
+    "an unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0]: role must be one of"),
+    "no answer": (turns("Hello", roles="u"), "nothing to train on"),
+    "another format": ({"instruction": "a", "output": "b"}, "Put them into two files"),
+    "a special token in a turn": (turns("<|im_end|>", "Hello"), "messages[0] contains <|im_end|>"),
+    "arguments that are no JSON": (calling("euro"), "turn 2: the arguments of 'look_up' are no JSON object"),
+    "arguments that are a list": (calling([1]), "turn 2: the arguments of 'look_up' are no JSON object"),
+    "a call without a name": (
+        {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        "messages[1]: tool_calls[0] must be",
+    ),
+    "too many tokens": (turns("Hello", "euro " * 300), "more than the model's 256 positions"),
+}
+
+
+@pytest.mark.parametrize("fault", ERRORS)
+def test_an_error_is_reported_with_its_row_and_the_rows_behind_it_are_read(
+    tmp_path: Path, tokenizer: SubwordTokenizer, fault: str
+) -> None:
+    row, message = ERRORS[fault]
+    file = jsonl(tmp_path / "d.jsonl", [GOOD, row, turns("And Japan?", "The yen.")])
+    report = check([file], tokenizer, positions=256)
+    assert not report.ok and report.rows == 3
+    (problem,) = (each for each in report.problems if each.level == "error")
+    assert problem.row == 2 and problem.file == str(file) and message in problem.problem
+    assert not problem.problem.startswith(str(file))
+    good = check([jsonl(tmp_path / "d.jsonl", [GOOD, turns("And Japan?", "The yen.")])], tokenizer)
+    if fault not in ("too many tokens", "arguments that are no JSON", "arguments that are a list"):
+        assert (report.tokens, report.trained_tokens) == (good.tokens, good.trained_tokens)
+
+
+WARNINGS: dict[str, tuple[Any, str]] = {
+    "a duplicate": (GOOD, "the same as row 1."),
+    "two questions in a row": (turns("Hello", "Hello", "Hello!", roles="uua"), "turn 2: two user turns in a row."),
+    "two answers in a row": (turns("Hello", "a", "b", roles="uaa"), "turn 3: two assistant turns in a row."),
+    "a system turn behind": (
+        turns("Hello", "a", "b", "c", roles="uasa"),
+        "turn 3: a system turn that is not the first",
+    ),
+    "no answer at the end": (turns("Hello", "a", "b", roles="ua"), "ends with a user turn, which is not trained on."),
+    "a tool without a call": (turns("Hello", "a", "b", roles="uta"), "turn 2: a tool turn without a tool call"),
+    "a call of another tool": (calling({}, ["answer"]), "turn 2: a call of 'look_up', which is not in tools."),
+    "broken characters": (turns("Hell\ufffd", "a"), "\ufffd stands for bytes that were no text"),
+    "an extra key": ({**turns("Hello", "a"), "source": "x"}, "not used: source (1 row)"),
+    "a blank line": ("", "1 blank line skipped"),
+}
+
+
+@pytest.mark.parametrize("fault", WARNINGS)
+def test_what_trains_but_should_not_be_there_is_a_warning(
+    tmp_path: Path, tokenizer: SubwordTokenizer, fault: str
+) -> None:
+    row, message = WARNINGS[fault]
+    report = check([jsonl(tmp_path / "d.jsonl", [GOOD, row, turns("And Japan?", "The yen.")])], tokenizer)
+    (problem,) = report.problems
+    assert report.ok and problem.level == "warning" and message in problem.problem
+    assert problem.row == (None if fault in ("an extra key", "a blank line") else 2)
+    assert list(iter_examples(tmp_path / "d.jsonl", "d"))  # and training reads it
+
+
+@pytest.mark.parametrize("row", [GOOD, calling({"country": "Bulgaria"}), calling('{"country": 1}', ["look_up"])])
+def test_a_file_in_order_has_no_problem(tmp_path: Path, tokenizer: SubwordTokenizer, row: Any) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", [row, turns("Be kind", "Hello", "Hi", roles="sua")])], tokenizer)
+    assert report.ok and report.problems == () and report.counts == {}
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_and_the_others_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(f"[{json.dumps(GOOD)}, {{]", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    names = [str(tmp_path / name) for name in ("none.jsonl", "list.json", "empty.txt", "good.jsonl")]
+    jsonl(tmp_path / "good.jsonl", [turns("Hello", "Hi")])
+    report = check(names)
+    assert report.files == tuple(names) and report.examples == 2
+    assert [(each.file, each.row) for each in report.problems] == [(names[0], None), (names[1], 2), (names[2], None)]
+    assert report.problems[1].problem.endswith("Nothing behind it was read.")
+
+
+LENGTHS = [turns("Hello", "euro " * n) for n in (1, 3, 9, 40, 2, 7)] + [turns("Hello " * 60, "Hi")]
+
+
+@pytest.mark.parametrize("max_length", [0, 50])
+def test_counts_are_those_of_the_corpus_that_training_builds(
+    tmp_path: Path, tokenizer: SubwordTokenizer, max_length: int
+) -> None:
+    file = jsonl(tmp_path / "d.jsonl", LENGTHS)
+    report = check([file], tokenizer, max_length=max_length)
+    encoded = [encode(example, tokenizer, max_length) for example in iter_examples(file, "d")]
+    statistics = Corpus(iter_examples(file, "d"), lambda example: encode(example, tokenizer, max_length), tmp_path)
+    expected = statistics.statistics
+    assert (report.rows, report.examples, report.turns) == (7, 7, 14)
+    assert report.trained_tokens == expected.labels and report.truncated == expected.truncated
+    assert report.tokens == sum(len(each.ids) for each in encoded)
+    assert report.counts.get("nothing to train on", 0) == expected.unlabelled
+    lengths = [len(each.ids) + each.cut for each in encoded]
+    assert report.shortest == min(lengths) and report.quantiles is not None
+    for key, share in {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1}.items():
+        assert report.quantiles[key] == np.quantile(lengths, share, method="inverted_cdf")
+
+
+def test_labels_behind_the_cut_are_an_error_and_a_shorter_answer_is_a_warning(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", [LENGTHS[3], LENGTHS[6]])], tokenizer, max_length=50)
+    assert found(report) == [(2, "error"), (1, "warning")]
+    assert "all labels are behind the cut at 50 of " in report.problems[0].problem
+    assert "labels are lost." in report.problems[1].problem
+
+
+def test_one_example_much_longer_than_the_others_is_named(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    rows = [*(turns(f"Hello {n}", "Hi") for n in range(199)), turns("Hello", "euro " * 400)]
+    report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
+    assert report.ok and "d.jsonl:200, has 4" in report.problems[0].problem
+
+
+def test_without_a_tokenizer_rows_are_checked_and_nothing_is_said_of_tokens(tmp_path: Path) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", [GOOD, turns("Hello", ""), GOOD])])
+    assert found(report) == [(2, "error"), (3, "warning")]
+    of_tokens = (report.tokens, report.trained_tokens, report.shortest, report.quantiles, report.truncated)
+    assert of_tokens == (None,) * 5 and report.suggested_max_length is None
+
+
+TEXTS = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=8)
+
+
+@given(TEXTS, TEXTS)
+def test_repeated_examples_are_counted_within_and_between_the_sets(
+    tmp_path_factory: pytest.TempPathFactory, training: list[str], evaluation: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("d")
+    files = [
+        jsonl(folder / f"{n}.jsonl", [{"text": t} for t in texts]) for n, texts in enumerate((training, evaluation))
+    ]
+    report = check(files[:1], eval_files=files[1:])
+    both = set(training) & set(evaluation)
+    assert (report.examples, report.evaluation) == (len(training), len(evaluation))
+    assert report.overlap == sum(text in both for text in evaluation)
+    extra = sum(count - 1 for text, count in Counter(evaluation).items() if text not in both)
+    assert report.duplicates == len(training) - len(set(training)) + extra
+    assert sum(report.counts.values()) == report.overlap + report.duplicates == len(report.problems)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_the_evaluation_set_is_the_one_that_training_holds_out(tmp_path: Path, share: float) -> None:
+    file = jsonl(tmp_path / "d.jsonl", [turns(f"{n}?", f"{n}.") for n in range(30)])
+    report = check([file], eval_share=share)
+    held_out = sum(in_evaluation(example, share) for example in iter_examples(file, "d"))
+    assert (report.evaluation, report.examples) == (held_out, 30 - held_out) and 0 < held_out < 30
+    assert report.ok and report.turns == 2 * report.examples
+
+
+def test_an_empty_evaluation_set_is_an_error(tmp_path: Path) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", [GOOD])], eval_share=1e-9)
+    assert not report.ok and "selects 0 of 1 examples" in report.problems[0].problem
+
+
+def test_many_problems_of_a_kind_are_counted_and_the_first_are_kept(tmp_path: Path) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", ["{"] * (KEPT + 9) + [GOOD] * (KEPT + 5))])
+    assert (report.errors, report.warnings) == (KEPT + 9, KEPT + 4)
+    assert report.counts == {"unreadable": KEPT + 9, "duplicate": KEPT + 4}
+    assert found(report) == [(n, "error") for n in range(1, KEPT + 1)] + [
+        (n, "warning") for n in range(KEPT + 11, 2 * KEPT + 11)
+    ]
+
+
+@given(st.integers(1, 9000), st.integers(0, 9000), st.none() | st.integers(1, 9000))
+def test_the_suggested_length_holds_99_percent_unless_the_model_is_shorter(
+    p99: int, more: int, positions: int | None
+) -> None:
+    length = suggest_max_length(p99, p99 + more, positions)
+    if length != positions:
+        assert length % STEP == 0 and length >= p99 and (length >= p99 + more or p99 + more > NEAR * p99)
+        assert length < NEAR * p99 + STEP
+    assert positions is None or length <= positions
+
+
+def test_memory_holds_no_texts(tmp_path: Path) -> None:
+    text = "x" * 4000
+    file = jsonl(tmp_path / "d.jsonl", [{"text": f"{n} {text}"} for n in range(2500)])
+    check([file])  # what is imported on the way
+    tracemalloc.start()
+    seen = list[int]()
+    report = check([file], progress=seen.append)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.ok and seen == list(range(256, 2501, 256))
+    assert peak < 1_500_000 < file.stat().st_size / 6
+
+
+def test_the_columns_of_the_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("q,a\nHello,Hi\n", encoding="utf-8")
+    assert not check([tmp_path / "d.csv"]).ok
+    report = check([tmp_path / "d.csv"], columns={"prompt": "q", "completion": "a"})
+    assert report.ok and report.formats == {"prompt_completion": 1}
+    with pytest.raises(UserError):
+        next(iter_examples(tmp_path / "d.csv", "d.csv"))

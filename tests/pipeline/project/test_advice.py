@@ -1,0 +1,104 @@
+"""What is advised: each rule at its boundary, and a project that follows the advice is left alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.project.advice import RULES, Advice, Facts, advise
+from pipeline.project.params.load import parse
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import GRAPH
+
+GOOD: dict[str, Any] = {
+    **{"rank": 8, "alpha": 16, "learning_rate": 2e-4, "target_modules": ["all-linear"]},
+    **{"epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 8},
+}
+
+
+def advised(base: str = "org/model", facts: Facts | None = None, **settings: Any) -> list[Advice]:
+    """What is advised for a LoRA that agrees with every rule except for these settings."""
+    lines = "".join(f"  {key}: {value}\n" for key, value in {**GOOD, **settings}.items())
+    params = parse(f"base: {base}\n\nfinetune_lora:\n{lines}", Path("params.yaml"), GRAPH.sections)
+    return advise(Project(Path(), params, GRAPH), facts or Facts("finetune_lora"))
+
+
+def keys(advice: list[Advice]) -> list[str]:
+    return [one.key.removeprefix("finetune_lora.") for one in advice]
+
+
+@pytest.mark.parametrize(
+    ("settings", "known", "broken"),
+    [
+        ({}, {}, []),
+        ({"learning_rate": 4e-5}, {}, []),
+        ({"learning_rate": 1e-5}, {}, ["learning_rate"]),
+        ({"learning_rate": 2e-3}, {}, ["learning_rate"]),
+        ({"learning_rate": 2e-3, "rank": 64, "alpha": 128}, {}, ["learning_rate"]),
+        ({"learning_rate": 0.1, "optimizer": "sgd"}, {}, []),
+        ({"target_modules": ["attention"]}, {}, ["target_modules"]),
+        ({"target_modules": ["attention", "feed_forward"]}, {"adapted": 1.0}, []),
+        ({"target_modules": ["q_proj", "v_proj"]}, {}, []),
+        ({"target_modules": ["q_proj", "v_proj"]}, {"adapted": 0.1}, ["target_modules"]),
+        ({"target_modules": ["q_proj", "up_proj"]}, {"adapted": 0.6}, []),
+        ({"target_modules": ["all-linear"]}, {"adapted": 0.1}, []),  # experts have none
+        ({"batch_size": 5}, {}, ["batch_size"]),
+        ({"rank": 4, "alpha": 1}, {}, ["alpha"]),
+        ({"rank": 32, "alpha": 16}, {}, ["alpha"]),
+        ({"rank": 256, "alpha": 32}, {}, []),
+        ({"rank": 256, "alpha": 16, "rslora": "true"}, {}, []),
+        ({"epochs": 15}, {"examples": 999}, []),
+        ({"epochs": 16}, {"examples": 5}, ["epochs"]),
+        ({"epochs": 4}, {"examples": 1000}, []),
+        ({"epochs": 5}, {"examples": 1000}, ["epochs"]),
+        ({"epochs": 500}, {}, []),
+        ({"epochs": 500, "max_steps": 100}, {"examples": 800}, []),  # 32 a step: each 4 times
+        ({"epochs": 1, "max_steps": 101}, {"examples": 200}, ["epochs"]),
+        ({"max_steps": 9999}, {"examples": 20_000, "more": True}, []),
+        ({"epochs": 9}, {"examples": 20_000, "more": True}, ["epochs"]),
+        ({}, {"cut": 0.05}, []),
+        ({}, {"cut": 0.06}, ["max_length"]),
+        ({"quantization": "nf4-dq"}, {"base": 135_000_000}, ["quantization"]),
+        ({"quantization": "nf4"}, {"base": 8_000_000_000}, []),
+        ({"quantization": "int8"}, {"base": 135_000_000}, []),
+        ({"quantization": "nf4"}, {}, []),
+    ],
+)
+def test_a_rule_speaks_where_its_setting_breaks_it_and_a_fact_that_it_needs_is_known(
+    settings: dict[str, Any], known: dict[str, Any], broken: list[str]
+) -> None:
+    assert keys(advised(facts=Facts("finetune_lora", **known), **settings)) == broken
+
+
+@given(st.integers(1, 512), st.integers(1, 10**6), st.integers(0, 10**9))
+def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_parameter_and_the_advised_rank_holds_it(
+    rank: int, per_rank: int, tokens: int
+) -> None:
+    def capacity(rank: int) -> list[Advice]:
+        facts = Facts("finetune_lora", trained=rank * per_rank, tokens=tokens)
+        return [one for one in advised(facts=facts, rank=rank, alpha=32) if one.key == "finetune_lora.rank"]
+
+    said = capacity(rank)
+    assert bool(said) == (tokens > 2 * rank * per_rank)
+    if said:
+        least = int(said[0].advised.removeprefix("at least "))
+        assert not capacity(least) and capacity(least - 1)
+
+
+def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
+    broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["attention"], "batch_size": 64, "alpha": 1}
+    facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5)
+    assert keys(advised("minigpt", facts, **broken, epochs=90)) == ["rank", "max_length"]
+    assert len(advised("org/model", facts, **broken, epochs=90, quantization="nf4")) == len(RULES)
+
+
+def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
+    facts = Facts("finetune_lora", base=10, trained=1, adapted=0.2, examples=3, tokens=100, cut=0.5)
+    broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["q_proj"], "batch_size": 64, "alpha": 1}
+    for one in advised(facts=facts, **broken, epochs=90, quantization="nf4"):
+        assert all((one.advised, one.why, one.source)) and not one.why.endswith(".")
+    page = " ".join((Path(__file__).parents[3] / "docs/advice.md").read_text(encoding="utf-8").split())
+    for keys_, _, source, function in RULES:
+        assert f"`{keys_[0]}`" in page and source in page and " ".join((function.__doc__ or "-").split()) in page

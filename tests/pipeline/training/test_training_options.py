@@ -1,0 +1,110 @@
+"""How many steps, how the rate rises, and how often a checkpoint is written."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from pipeline.errors import UserError
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Progress, checkpoints, discard_checkpoints, input_facts, run
+from pipeline.project.status import Status
+from pipeline.training.batches import Batches
+from pipeline.training.optimizer import rate
+from pipeline.workbench import open_project
+from tests.helpers.projects import BRIEF, STAGES, make, new_project
+from tests.helpers.real import listed, toy, trained, windows_of
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 200))
+def test_max_steps_overrides_epochs_as_in_transformers(epochs: int, per_epoch: int, steps: int) -> None:
+    assert Training(epochs=epochs).total_steps(per_epoch) == epochs * per_epoch
+    assert Training(epochs=epochs, max_steps=steps).total_steps(per_epoch) == steps
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_training_takes_max_steps_steps_whether_epochs_have_fewer_or_more(steps: int) -> None:
+    """Three an epoch; the third epoch is shuffled as it would be if `epochs` had asked for it."""
+    records, longer = (
+        trained(toy("llama"), Batches(listed(windows_of((4, 4, 5, 6, 3))), 2, 0), given)[0]
+        for given in (Training(epochs=2, max_steps=steps), Training(epochs=3))
+    )
+    assert [record.step for record in records] == list(range(1, steps + 1))
+    assert [record.epoch for record in records] == [1 + n // 3 for n in range(steps)]
+    assert records == longer[:steps]
+
+
+@given(st.floats(0.001, 0.99), st.integers(2, 5000))
+def test_a_warmup_ratio_is_the_steps_that_transformers_makes_of_it(ratio: float, total: int) -> None:
+    theirs = TrainingArguments("unused", warmup_steps=ratio, report_to=[], use_cpu=True).get_warmup_steps(total)
+    settings = Training(warmup_ratio=ratio, schedule="linear")
+    assert settings.warmup(total) == theirs
+    same = Training(warmup_steps=theirs, schedule="linear")
+    for step in {1, theirs, min(theirs + 1, total), total}:
+        assert math.isclose(rate(settings, step, total), rate(same, step, total))
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = new_project(tmp_path_factory.mktemp("options") / "p")
+    make(root, ["pretrain", "expand_vocab"], BRIEF)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["warmup_steps=3", "warmup_ratio=0.1"], "finetune_lora.warmup_steps is 3 and warmup_ratio 0.1, but only one"),
+        (["warmup_ratio=1"], "finetune_lora.warmup_ratio must be below 1, got 1"),
+        (["max_steps=-1"], "finetune_lora.max_steps must be at least 0, got -1"),
+        (["max_steps=4", "warmup_steps=4"], "finetune_lora.warmup_steps must be below 4, the total number of training"),
+        (["max_steps=1", "warmup_ratio=0.1"], "warmup_ratio 0.1 of 1 steps, rounded up, leaves none after the warm-up"),
+        (["save_steps=0"], "finetune_lora.save_steps must be at least 1, got 0"),
+        (["optimizer=adam"], "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got"),
+        (["weight_decay=-0.1"], "finetune_lora.weight_decay must be at least 0, got -0.1"),
+        (["eval_every=3"], "unknown key finetune_lora.eval_every. Did you mean eval_steps?"),
+        (["optim=adamw"], "unknown key finetune_lora.optim. Did you mean optimizer?"),
+        (["lora_dropout=1"], "finetune_lora.lora_dropout must be below 1, got 1"),
+        (["neftune_alpha=-5"], "finetune_lora.neftune_alpha must be at least 0, got -5"),
+        (["neftune_noise_alpha=5"], "unknown key finetune_lora.neftune_noise_alpha. Did you mean neftune_alpha?"),
+        (["num_train_steps=9"], "unknown key finetune_lora.num_train_steps. Did you mean max_steps?"),
+    ],
+)
+def test_a_bad_value_is_one_message(mini: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(mini, ["finetune_lora"], [f"finetune_lora.{override}" for override in overrides])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def abandoned(root: Path, overrides: list[str], last: int, **options: Any) -> None:
+    """Run finetune_lora, and leave it after step `last` as if killed."""
+    project = open_project(root / "params.yaml", overrides)
+    events: Iterator[Any] = run(project, STAGES["finetune_lora"], force=True, **options)
+    next(event for event in events if isinstance(event, Progress) and event.done == last)
+    events.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, 6), ({"checkpoint_every": 4}, 4)], ids=["params", "command line"])
+def test_a_checkpoint_is_written_every_save_steps_unless_the_command_line_says_otherwise(
+    mini: Path, options: dict[str, int], kept: int
+) -> None:
+    discard_checkpoints(mini / "runs/finetune_lora")
+    abandoned(mini, ["finetune_lora.save_steps=3"], 7, **options)
+    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [f"checkpoint-{kept:09d}"]
+
+
+@pytest.mark.parametrize("stage", ["finetune_lora", "finetune_sweep"])
+def test_save_steps_makes_nothing_out_of_date(mini: Path, stage: str) -> None:
+    make(mini, [stage], BRIEF)
+    often = open_project(mini / "params.yaml", [*BRIEF, "finetune_lora.save_steps=1"])
+    plain = open_project(mini / "params.yaml", BRIEF)
+    assert input_facts(often, STAGES[stage]) == input_facts(plain, STAGES[stage])
+    assert "save_steps" not in input_facts(often, STAGES[stage])["params"]
+    assert Status().of(often)[stage].state == "current"
+    manifests = [path.read_text(encoding="utf-8") for path in (mini / STAGES[stage].path).rglob("manifest.json")]
+    assert manifests and not any("save_steps" in text for text in manifests)
