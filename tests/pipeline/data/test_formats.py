@@ -145,6 +145,14 @@ def test_columns_say_which_key_of_a_file_is_which(tmp_path: Path, tokenizer: Sub
         read_examples(tmp_path / "d.parquet", "d.parquet", columns={"prompt": "question", "completion": "id"})
 
 
+def test_a_column_that_is_nearly_one_of_the_file_is_answered_with_it(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"d.csv:2: no column questoin, which columns names. Did you mean question\? It has"
+    ):
+        read_examples(tmp_path / "d.csv", "d.csv", columns={"prompt": "questoin", "completion": "answer"})
+
+
 def read(tmp_path: Path, *rows: object, **options: Any) -> list[Example]:
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
