@@ -231,6 +231,7 @@ def test_other_keys_are_noted_once_with_the_number_of_rows(tmp_path: Path) -> No
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 ASKED = {"role": "user", "content": "a"}
+DEEP = {"name": "f", "x": json.loads("[" * 299 + "]" * 299)}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +277,7 @@ ASKED = {"role": "user", "content": "a"}
         ([{"messages": question("a", "b", ""), "tools": [1]}], r"d:1: tools\[0\] must be .*, got a number"),
         ([{"messages": question("a", "b", ""), "tools": {"a": 1}}], r"d:1: tools must be a list, got an object"),
         ([{"messages": question("a", "b", ""), "tool": []}], r"d:1: unknown key 'tool'. Did you mean 'tools'"),
+        ([{"messages": question("a", "b", ""), "tools": [DEEP]}], "d:1: tools: nested 301 deep, more than 100"),
         ([{"prompt": [ASKED], "completion": [ASKED]}], 'd:1: prompt \\+ completion has no "assistant" turn'),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
