@@ -315,14 +315,14 @@ def _print_results(project: Project, folder: Path) -> None:
     evaluation = project.artifact("evaluate")
     metrics = read_json(evaluation / "metrics.json", "Run `lora evaluate`")
     samples = read_json(evaluation / "samples.json", "Run `lora evaluate`")
-    names = [stage.variant for stage in project.stages.values() if stage.look and stage.variant in metrics]
-    base = metrics["base"]
+    base, stages = metrics["base"], [stage for stage in project.stages.values() if stage.look and stage.variant]
+    names = [stage.variant for stage in stages if stage.variant in metrics]
+    held_out = any(section.eval_share or section.eval_data for section in map(project.section, stages))
+    where = "held-out examples" if held_out else "the examples trained on"
     print_line("")
     for name in names:
         numbers = metrics[name]
-        print_line(
-            f"{name}: loss on held-out examples {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token"
-        )
+        print_line(f"{name}: loss on {where} {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token")
         if forgetting := numbers.get("forgetting"):
             print_line(
                 f"{' ' * len(name)}  other text: loss {forgetting['loss_rise']:+.3f}, "

@@ -399,12 +399,10 @@ def _table_rows(path: Path, name: str, batches: Callable[[Path], Iterator["pa.Re
                 for value in batch.slice(start, TABLE_ROWS).to_pylist():
                     number += 1
                     yield Row(number, _row_of_table(value))
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         where = f" after row {number}" if number else ""
-        kind = path.suffix.lower().removeprefix(".")
-        raise UserError(
-            f"{name}: not a readable {kind} file{where}: {first_line(error)}. Download or write it again."
-        ) from None
+        kind, reason = path.suffix.lower().removeprefix("."), first_line(error).rstrip(".")
+        raise UserError(f"{name}: not a readable {kind} file{where}: {reason}. Download or write it again.") from None
 
 
 def _row_of_table(value: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from os.path import commonprefix
 
 import numpy as np
@@ -19,6 +19,7 @@ RENDERED_TOGETHER = 16  # prompts per request: those of a long conversation toge
 GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18  # per request: enough to hide the round trip, little to hold in memory
 
 Mask = npt.NDArray[np.bool_]  # (T,)
+WithRenderings = tuple[Example, Renderings | UserError | None]  # None of what is no conversation
 
 
 @dataclass(frozen=True)
@@ -56,37 +57,30 @@ class Encoder:
 
         With `on_error`, which gets what `encode` raises, examples that are wrong are left out.
         """
-        previous: Callable[[], list[tuple[Example, Renderings | UserError | None]]] = list
+        previous: Iterator[WithRenderings] = iter(())
         for group, failure in _groups(examples):
             # Sent before the examples of the previous group are tokenized, so that both processes work.
             following = self._render(group)
-            yield from self._finish(previous(), on_error)
+            yield from self._finish(previous, on_error)
             previous = following
             if failure is not None:
-                yield from self._finish(previous(), on_error)
+                yield from self._finish(previous, on_error)
                 raise failure
-        yield from self._finish(previous(), on_error)
+        yield from self._finish(previous, on_error)
 
-    def _render(self, group: list[Example]) -> Callable[[], list[tuple[Example, Renderings | UserError | None]]]:
-        """Begin to render the conversations of a group. The result waits for them."""
+    def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
+        """Begin to render the conversations of a group. The first that is read waits for all of them."""
         conversations = [_conversation(example) for example in group if example.messages]
-        if not conversations:
-            return lambda: [(example, None) for example in group]
+        renderings: Iterator[Renderings | UserError]
         try:
-            answers = self.tokenizer.render_each(conversations)
-        except UserError as error:  # no template: the first conversation reports it
-            failed: list[Renderings | UserError] = [error] * len(conversations)
-            answers = lambda: failed  # noqa: E731
-
-        def renderings() -> list[tuple[Example, Renderings | UserError | None]]:
-            rendered = iter(answers())
-            return [(example, next(rendered) if example.messages else None) for example in group]
-
-        return renderings
+            renderings = self.tokenizer.render_each(conversations) if conversations else iter(())
+        except UserError as error:  # no template: each conversation reports it
+            renderings = repeat(error)
+        return ((example, next(renderings) if example.messages else None) for example in group)
 
     def _finish(
         self,
-        rendered: Iterable[tuple[Example, Renderings | UserError | None]],
+        rendered: Iterator[WithRenderings],
         on_error: Callable[[Example, UserError], None] | None,
     ) -> Iterator[tuple[Example, Encoded]]:
         for example, renderings in rendered:

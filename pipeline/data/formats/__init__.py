@@ -122,8 +122,11 @@ def _rename(record: dict[str, Any], columns: Mapping[str, str], location: str, i
         return record
     absent = [column for column in columns.values() if column not in record]
     if absent and is_first:
+        close = get_close_matches(absent[0], [*record], 1)
+        hint = f"Did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{location}: no column {', '.join(absent)}, which columns names. It has: {_some(record)}. Edit columns."
+            f"{location}: no column {', '.join(absent)}, which columns names. {hint}It has: {_some(record)}. "
+            "Edit columns."
         )
     used = set(columns.values())
     named = {key: record[column] for key, column in columns.items() if column in record}

@@ -15,6 +15,7 @@ from pipeline.errors import UserError, first_line
 
 SWITCHES = ("train", "training", "weight")
 TEXTS = ("reasoning_content", "tool_call_id", "name")
+MAX_DEPTH = 100  # of tools and tool calls: Python's own limit would be met anywhere
 KEYS = ("role", "content", "tool_calls", *TEXTS, *SWITCHES)
 ROLES = get_args(Role)
 
@@ -109,6 +110,13 @@ def _read_function(call: Any, location: str) -> dict[str, Any]:
 
 def _refuse_other_than_json(value: Any, location: str) -> None:
     """Raises UserError for what the template's process cannot take: a date of a table, half a character, too much."""
+    level, depth = [value], 0
+    while level:
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        depth += 1
+    if depth > MAX_DEPTH:
+        raise UserError(f"{location}: nested {depth} deep, more than {MAX_DEPTH}. Change it.")
     try:
         size = len(json.dumps(value, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError) as error:

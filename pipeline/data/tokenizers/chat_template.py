@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ TURN = "messages[{}]"
 Messages = Sequence[Mapping[str, object]]  # each with role and content
 Tools = Sequence[Mapping[str, object]]
 Renderings = Sequence[Rendered | UserError]  # one for each prefix of a conversation
-Answers = Callable[[], list[Renderings | UserError]]  # one for each conversation
+Answers = Iterator[Renderings | UserError]  # one for each conversation
 
 
 def has_template(folder: Path) -> bool:
@@ -40,7 +40,7 @@ def render(folder: Path, text: str) -> Rendered:
 
 def single_rendering(answers: Answers) -> Rendered:
     """The only rendering of the only conversation. Raises it if it is a UserError."""
-    (renderings,) = answers()
+    (renderings,) = answers
     if isinstance(renderings, UserError):
         raise renderings
     return checked(renderings[0])
@@ -72,8 +72,7 @@ def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # o
 
 
 def render_with(hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN) -> Answers:
-    """Begin to render conversations in a transformers tokenizer's chat template. The function that is returned waits
-    for the renderings.
+    """Begin to render conversations in a transformers tokenizer's chat template. The first answer waits for all.
 
     A conversation's answer is a UserError if the rendering process had to be stopped, or if one of its messages or
     tools contains a special token: among those that the template writes, it would begin or end a turn. `turn` formats a
@@ -88,17 +87,19 @@ def render_with(hf_tokenizer: Any, conversations: Sequence[Conversation], name: 
     tokens = hf_tokenizer.special_tokens_map
     request = RENDERER.render(template, safe, tokens)
 
-    def answers() -> list[Renderings | UserError]:
-        results: list[list[Rendered | TemplateError] | TemplateError]
+    def answers() -> Answers:
+        rendered: Iterator[list[Rendered | TemplateError] | TemplateError]
         try:
-            results = [*request.answer()]
+            rendered = iter(request.answer())
         except TemplateError as error:
-            # Which one had to be stopped? Each is allowed the time and memory that all of them had.
-            results = [error] if len(safe) == 1 else [_render_alone(template, each, tokens) for each in safe]
-        rendered = iter(results)
-        return [_as_user_errors(next(rendered), name) if error is None else error for error in refused]
+            # Which one had to be stopped? Each is allowed the time and memory that all of them had. One by one as they
+            # are read: a reader that ends with the first error waits for no other.
+            alone = (_render_alone(template, each, tokens) for each in safe)
+            rendered = iter([error]) if len(safe) == 1 else alone
+        for refusal in refused:
+            yield _as_user_errors(next(rendered), name) if refusal is None else refusal
 
-    return answers
+    return answers()
 
 
 def _render_alone(

@@ -215,10 +215,10 @@ class WordTokenizer:
             raise chat_template.no_template("the tokenizer")
         answers = chat_template.render_in(self._folder, conversations)
         # Without the marks: label masking then compares prefixes.
-        return lambda: [
+        return (
             each if isinstance(each, UserError) else [r if isinstance(r, UserError) else Rendered(r) for r in each]
-            for each in answers()
-        ]
+            for each in answers
+        )
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
         """A new tokenizer with every unknown word of the texts `tokens` appended, and those words."""

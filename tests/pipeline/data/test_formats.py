@@ -145,6 +145,14 @@ def test_columns_say_which_key_of_a_file_is_which(tmp_path: Path, tokenizer: Sub
         read_examples(tmp_path / "d.parquet", "d.parquet", columns={"prompt": "question", "completion": "id"})
 
 
+def test_a_column_that_is_nearly_one_of_the_file_is_answered_with_it(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"d.csv:2: no column questoin, which columns names. Did you mean question\? It has"
+    ):
+        read_examples(tmp_path / "d.csv", "d.csv", columns={"prompt": "questoin", "completion": "answer"})
+
+
 def read(tmp_path: Path, *rows: object, **options: Any) -> list[Example]:
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -223,6 +231,7 @@ def test_other_keys_are_noted_once_with_the_number_of_rows(tmp_path: Path) -> No
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 ASKED = {"role": "user", "content": "a"}
+DEEP = {"name": "f", "x": json.loads("[" * 299 + "]" * 299)}
 
 
 @pytest.mark.parametrize(
@@ -268,6 +277,7 @@ ASKED = {"role": "user", "content": "a"}
         ([{"messages": question("a", "b", ""), "tools": [1]}], r"d:1: tools\[0\] must be .*, got a number"),
         ([{"messages": question("a", "b", ""), "tools": {"a": 1}}], r"d:1: tools must be a list, got an object"),
         ([{"messages": question("a", "b", ""), "tool": []}], r"d:1: unknown key 'tool'. Did you mean 'tools'"),
+        ([{"messages": question("a", "b", ""), "tools": [DEEP]}], "d:1: tools: nested 301 deep, more than 100"),
         ([{"prompt": [ASKED], "completion": [ASKED]}], 'd:1: prompt \\+ completion has no "assistant" turn'),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",

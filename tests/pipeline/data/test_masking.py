@@ -1,5 +1,6 @@
 """Label masks: against transformers' masks, and decoded as text."""
 
+import re
 from collections.abc import Callable
 from typing import get_args
 
@@ -141,7 +142,9 @@ def test_a_conversation_of_many_turns_is_rendered_as_one_of_few(made: Maker) -> 
     assert learned(encoded, tokenizer) == ["The lev.<|im_end|>"] * 40
 
 
-CONTENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6)
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=9)
+SPECIAL = re.compile(r"<unk>|</?s>|<\|(?:endoftext|im_start|im_end)\|>")  # refused, see above
+CONTENTS = st.lists(TEXTS.filter(lambda text: not SPECIAL.search(text)), min_size=2, max_size=6)
 
 
 @given(CONTENTS)

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.data.examples import Example
+from pipeline.data.masking import Encoder
 from pipeline.data.tokenizers import template_process
 from pipeline.data.tokenizers.chat_template import render
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Conversation, Rendered, Renderer, TemplateError
 from pipeline.errors import UserError
 from tests.conftest import Lora
@@ -116,6 +119,24 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     monkeypatch.undo()
     with pytest.raises(UserError, match="model: its chat template was stopped: it takes more than 512 MiB"):
         render(model, "Hello")
+
+
+def test_the_conversation_of_a_group_that_hangs_is_found_without_waiting_for_those_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = "{% if messages[0].content == 'hang' %}" + ENDLESS + "{% endif %}" + SMOLLM2
+    tokenizer = SubwordTokenizer.load(folder_with(tmp_path / "model", hangs))
+    examples = [
+        Example("", "d", n, messages=({"role": "user", "content": text}, {"role": "assistant", "content": "b"}))
+        for n, text in enumerate(["a", "b", *["hang"] * 60], 1)
+    ]
+    tokenizer.end_ids  # noqa: B018  # renders: starts the process
+    monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.3)
+    began, encoded = time.monotonic(), Encoder(tokenizer).each(examples)
+    assert [next(encoded)[0].line for _ in range(2)] == [1, 2]
+    with pytest.raises(UserError, match=r"d:3: .* its chat template was stopped"):
+        next(encoded)
+    assert time.monotonic() - began < 30  # the process starts twice
 
 
 def running(pid: int) -> bool:
