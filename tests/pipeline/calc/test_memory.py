@@ -442,6 +442,16 @@ def test_training_quantized_weights_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("name, kind", [
+    ("qwen3.5-4b", "block 0 of this model has a gated delta net"),
+    ("deepseek-v3", "block 0 of this model has latent attention"),
+    ("gemma-4-31b", "block 5 of this model has heads of its own size"),
+])  # fmt: skip
+def test_prefixes_are_refused_where_blocks_have_keys_of_different_sizes(name: str, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"{kind}. Use --method lora or prompt"):
+        predict(built_in(name).shapes, Prefix(), TrainingConfig())
+
+
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized, so their gradients and optimizer state are the same."""
     method = Lora(embeddings="all")
