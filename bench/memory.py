@@ -32,7 +32,13 @@ class Corner:
     def settings(self) -> tuple[dict[str, Any], FinetuningMethod, TrainingConfig]:
         """(config, method, run); models have their real widths and vocabularies, but 8 blocks to keep tracing fast."""
         run = TrainingConfig(
-            self.batch, self.sequence, self.precision, checkpointing=self.checkpointing, loss=self.loss, chunk=512
+            self.batch,
+            self.sequence,
+            self.precision,
+            checkpointing=self.checkpointing,
+            loss=self.loss,
+            chunk=512,
+            trainer="torch",
         )
         targets = ("all-linear",) if self.model.startswith("smollm") else ("attention",)
         return shortened(self.model, 8), with_options(COUNTED, targets=targets)[self.method], run
@@ -77,8 +83,8 @@ def memory() -> Iterator[Row]:
     """Time of the formula and of a trace, and the largest error over the grid."""
     model, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
     for run in (
-        lambda: predict(model, Lora(), TrainingConfig()),
-        lambda: traced_peak(config, Lora(), TrainingConfig()),
+        lambda: predict(model, Lora(), TrainingConfig(trainer="torch")),
+        lambda: traced_peak(config, Lora(), TrainingConfig(trainer="torch")),
     ):
         start = time.perf_counter()
         run()
@@ -104,4 +110,9 @@ def shortened(name: str, blocks: int) -> dict[str, Any]:
     """A built-in model's config with fewer blocks."""
     config: dict[str, Any] = entry(name)["config"]
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    return {**config, key: min(blocks, config[key])}
+    short = {**config, key: min(blocks, config[key])}
+    if dense := config.get("first_k_dense_replace"):  # those before the experts: keep some of both
+        short["first_k_dense_replace"] = min(dense, blocks // 2)
+    if kinds := config.get("layer_types"):
+        short["layer_types"] = kinds[:blocks]
+    return short

@@ -52,7 +52,7 @@ def _fms() -> list[Published]:
     mistral, lora = built_in("mistral-7b-v0.1").shapes, Lora(rank=16)
     cases = []
     for batch, full, plain, quantized in ((4, 67.46, 23.89, 14.27), (8, 67.46, 34.13, 24.51)):
-        run = TrainingConfig(batch, 4096, casts="inputs", optimizer="adamw-foreach")
+        run = TrainingConfig(batch, 4096, casts="inputs", trainer="torch-foreach")
         four_bit = replace(run, precision="nf4-dq")
         name = f"fms-acceleration, Mistral 7B, {batch} × 4,096:"
         cases += [
@@ -66,7 +66,7 @@ def _fms() -> list[Published]:
 def _peft() -> list[Published]:
     """PEFT's MetaMathQA benchmark on an L40S: peak reserved, including fragmentation and evaluation."""
     llama, run = built_in("llama-3.2-3b").shapes, TrainingConfig(4, 768, checkpointing="none", casts="inputs")
-    run = replace(run, optimizer="adamw-foreach")
+    run = replace(run, trainer="torch-foreach")
     name = "PEFT's MetaMathQA, Llama 3.2 3B, 4 × 768:"
     return [
         Published(f"{name} LoRA r32 q,v", llama, Lora(rank=32, targets=QV), run, 20.76),
@@ -78,9 +78,9 @@ def _peft() -> list[Published]:
 def _torchtune() -> list[Published]:
     """torchtune's README: packed, compiled, checkpointing, bf16 throughout, chunked cross-entropy (8 chunks)."""
     big, small = built_in("llama-3.1-8b").shapes, built_in("llama-3.2-3b").shapes
-    run = TrainingConfig(2, 2048, adapter_precision="bf16", loss="chunked", chunk=512)
+    run = TrainingConfig(2, 2048, adapter_precision="bf16", loss="chunked", chunk=512, trainer="torch")
     paged, four_bit = replace(run, optimizer="paged-adamw-8bit"), replace(run, precision="nf4-dq")
-    plain = TrainingConfig(2, 4096, checkpointing="none")
+    plain = TrainingConfig(2, 4096, checkpointing="none", trainer="torch")
     chunked = replace(plain, loss="chunked", chunk=1024)
     name, ablation = "torchtune, Llama 3.1 8B, 2 × 2,048:", "torchtune, Llama 3.2 3B full, 2 × 4,096:"
     return [
@@ -105,7 +105,7 @@ def _litgpt() -> list[Published]:
     """litgpt on an A100-40: peak allocated in GB; no checkpointing, bf16 throughout, chunks of 128."""
     seven, thirteen = built_in("llama-2-7b").shapes, built_in("llama-2-13b").shapes
     run = TrainingConfig(1, 1304, checkpointing="none", adapter_precision="bf16", loss="chunked", chunk=128)
-    run = replace(run, optimizer="adamw-foreach")
+    run = replace(run, trainer="torch-foreach")
     lora, name = Lora(targets=QV), "litgpt, Llama 2"
     inputs = (
         "1.9 GB are the inputs of every 4-bit linear, which bitsandbytes 0.41 saved for backward and today's does not; "
@@ -144,7 +144,7 @@ def _qwen() -> list[Published]:
     cases = []
     for name, precision, peaks in (("LoRA", "bf16", plain), ("Q-LoRA (GPTQ)", "gptq", quantized)):
         for length, peak in zip(lengths, peaks, strict=True):
-            run = TrainingConfig(1, length, precision, casts="inputs", optimizer="adamw-foreach", context=512 * 2**20)
+            run = TrainingConfig(1, length, precision, casts="inputs", trainer="torch-foreach", context=512 * 2**20)
             case = f"Qwen-7B, 1 × {length:,}: {name} r64"
             cases.append(Published(case, model, method, run, peak, GB, why=kept if precision == "gptq" else ""))
     return cases

@@ -79,6 +79,10 @@ def calc(
         float | None, Option(metavar="GIB", help="Show what fits into this memory, and what to change.")
     ] = None,
     gpu: Annotated[str | None, Option(help="The same for a GPU: rtx4090, a100-80, h100 ...")] = None,
+    tokens: Annotated[
+        str | None, Option(metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B.")
+    ] = None,
+    price: Annotated[float | None, Option(help="Dollars per GPU-hour, with --tokens.")] = None,
     sweep: Annotated[str | None, Option(metavar="KEY=A,B", help="Table over rank, sequence, precision ...")] = None,
     trace: Annotated[
         bool, Option("--trace", help="Run the real step under fake tensors and compare the peaks.")
@@ -105,6 +109,10 @@ def calc(
         "--explain": explain,
     }
     asked = [name for name, is_given in questions.items() if is_given]
+    if tokens is not None and gpu is None:
+        asked.append("--tokens")
+    if price is not None and tokens is None:
+        raise UserError("--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.")
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} exclude each other. Use one of them.")
     if list_:
@@ -119,8 +127,11 @@ def calc(
     refuse_impossible(loaded.shapes, given.method, given.run)
     if sweep is not None:
         return _print_sweep(out, loaded, given, sweep)
+    time = None if tokens is None else _time(loaded, given, gpu, tokens, price)
+    if time and (gpu is None or out.csv):
+        return _print_time(out, loaded, given, time)
     if fit is not None or gpu is not None:
-        return _print_fit(out, loaded, given, fit, gpu)
+        return _print_fit(out, loaded, given, fit, gpu, time)
     if trace:
         return _print_trace(out, loaded, given)
     return (_print_explain if explain else _print_overview)(out, loaded, given)
@@ -264,7 +275,51 @@ def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) ->
     stdout.print(f"{shapes.name}, {given.method.title}; --csv has every part", style="dim", markup=False)
 
 
-def _print_fit(out: _Output, model: Model, given: Configuration, budget: float | None, name: str | None) -> None:
+def _time(model: Model, given: Configuration, gpu: str | None, tokens: str, price: float | None) -> dict[str, Any]:
+    """Hours and cost on this GPU, or on one of each size."""
+    from pipeline.calc.time import estimate, parse_tokens  # the overview starts without
+
+    devices = [gpus()[card] for card in CLASSES.values()] if gpu is None else [find_gpu(gpu)]
+    return estimate(model.shapes, given.method, given.run, parse_tokens(tokens), devices, price)
+
+
+def _print_time(out: _Output, model: Model, given: Configuration, time: dict[str, Any]) -> None:
+    """`--tokens`; with --json added to the answer without it."""
+    from pipeline.calc.time import format_hours
+
+    shapes, method, run = model.shapes, given.method, given.run
+    if out.json:
+        return print_json({**report.answer(shapes, method, run), "time": time})
+    none = (None, None)
+    header = ("gpu", "hours_low", "hours_high", "cost_low", "cost_high", "fits")
+    if out.rows(header, [(t["gpu"], *t["hours"], *(t["cost"] or none), t["fits"]) for t in time["gpus"]]):
+        return None
+    title = f"{time['tokens']:,} tokens take {time['flops']:.3g} FLOPs"
+    _headline(title, f"{shapes.name}, {method.title}, {run.precision}; ● memory suffices")
+    rows = [
+        (
+            gpus()[t["gpu"]].label,
+            "●" if t["fits"] else "·",
+            format_hours(*t["hours"]),
+            *([f"${t['cost'][0]:,.2f}–{t['cost'][1]:,.2f}"] if t["cost"] else []),
+        )
+        for t in time["gpus"]
+    ]
+    columns = ("gpu", "fits", "time", "cost")[: len(rows[0])]
+    stdout.print(table(columns, rows, right=columns[2:]))
+    for line in time["assumptions"]:
+        stdout.print(line, style="dim", markup=False)
+    return None
+
+
+def _print_fit(
+    out: _Output,
+    model: Model,
+    given: Configuration,
+    budget: float | None,
+    name: str | None,
+    time: dict[str, Any] | None,
+) -> None:
     """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration does not."""
     from pipeline.project.logs.run_log import in_units
 
@@ -275,7 +330,8 @@ def _print_fit(out: _Output, model: Model, given: Configuration, budget: float |
     fixes = [] if fits else [(w, size) for w, _, _, size in changes(shapes, method, run, device.bytes, methods)]
     if out.json:
         summary = {"model": shapes.name, **most, "peak": peak, "budget": device.bytes, "fits": fits}
-        return print_json({**summary, "changes": [{"change": words, "peak": size} for words, size in fixes]})
+        summary |= {"changes": [{"change": words, "peak": size} for words, size in fixes]}
+        return print_json(summary | ({"time": time} if time else {}))
     change_rows = [(f"change: {words}", size) for words, size in fixes]
     if out.rows(("what", "value"), [*most.items(), ("peak", peak), ("fits", fits), *change_rows]):
         return None
@@ -286,13 +342,16 @@ def _print_fit(out: _Output, model: Model, given: Configuration, budget: float |
     if fits:
         rows = [(key, capped(value, LARGEST.get(key))) for key, value in most.items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")
-        return stdout.print(table(("setting", "largest"), rows, right=("largest",)))
-    stdout.print("\nchange this" if fixes else "\nno setting makes it fit")
-    for words, size in fixes:
-        stdout.print(f"  {words}  → {in_units(size)}{'  fits' if size <= device.bytes else ''}", markup=False)
-    needed = fixes[-1][1] if fixes else peak
-    if needed > device.bytes:
-        stdout.print(f"a larger device is needed: {smallest(needed)}")
+        stdout.print(table(("setting", "largest"), rows, right=("largest",)))
+    else:
+        stdout.print("\nchange this" if fixes else "\nno setting makes it fit")
+        for words, size in fixes:
+            stdout.print(f"  {words}  → {in_units(size)}{'  fits' if size <= device.bytes else ''}", markup=False)
+        needed = fixes[-1][1] if fixes else peak
+        if needed > device.bytes:
+            stdout.print(f"a larger device is needed: {smallest(needed)}")
+    if time:
+        _print_time(out, model, given, time)
     return None
 
 

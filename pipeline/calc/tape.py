@@ -248,7 +248,7 @@ class Ops:
         self.n, self.w = run.tokens + virtual * run.virtual_places, run.width
         self.adapter = precision(run.adapter_precision).compute
         self.quantized = precision(run.precision).quantized
-        self.flat = model.style.ours or run.trainer
+        self.flat = model.style.ours or run.ours
         self.trains = False
         self._shared: dict[str, Weight] = {}
 
@@ -293,12 +293,13 @@ class Ops:
             back=scratch,
         )
 
-    def norm(self, x: Value, size: int) -> Value:
+    def norm(self, x: Value, size: int, weight: bool = True) -> Value:
         """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width of a row."""
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":  # saves mean and 1/σ of each row
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))
-        if self.run.trainer:  # our kernel saves the input and one number per row, and computes in fp32 beside it
+        if self.run.ours and self.run.cpu:
+            # our kernel saves the input and one number per row, and computes in fp32 beside it
             fp32 = 4 * x.elements
             saved = [x, t.leaf(rows, 4)]
             return t.op(x, saves=saved, weights=self.trained_weights(size), temp=fp32, back=2 * fp32)
@@ -309,6 +310,8 @@ class Ops:
         root = t.op(mean, saves_out=True)
         y = t.op(wide, root, saves=[wide, root], back=wide.elements * 4)
         del wide
+        if not weight:
+            return self.cast(y, self.w)
         y = self.cast(y, self.w) if kind == "rms" else y
         return self.cast(t.op(y, saves=[y] if self.trains else [], weights=self.trained_weights(size)), self.w)
 

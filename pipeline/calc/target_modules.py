@@ -9,11 +9,13 @@ ALL_LINEAR = "all-linear"
 GROUPS = {
     "attention": (
         *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+        *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
         *("c_attn", "attn.c_proj", "query_key_value", "attention.dense"),
         *("query", "key", "value", "attention.output.dense"),
     ),
     "feed_forward": (
-        *("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+        *("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "input_linear", "output_linear"),
         *("c_fc", "mlp.c_proj", "dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"),
     ),
 }
@@ -29,7 +31,9 @@ def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEA
     linears = list(names)
     selected: set[str] = set()
     for target in targets:
-        matches = [name for name in linears if matches_target(target, name, head)]
+        # an alias only where the model lacks the name itself: Qwen3.5 has an o_proj and an out_proj
+        exact = target in ALIASES and any(matches_suffix(name, target) for name in linears)
+        matches = [n for n in linears if (matches_suffix(n, target) if exact else matches_target(target, n, head))]
         if not matches:
             last_names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(

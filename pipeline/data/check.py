@@ -97,9 +97,9 @@ def check(
 ) -> DataReport:
     """The report of data files in `root`, which never raises for what is in them.
 
-    `columns`, as for `iter_examples`, count for files that have none of their own.
-    `max_length` above 0 truncates. Longer than the model's `positions` is an error, so pass them as `max_length` where
-    examples are to be cut. `progress` gets the number of rows read so far.
+    `columns`, as for `iter_examples`, count for files that have none of their own. `max_length` above 0 truncates.
+    Longer than the model's `positions` is an error, so pass them as `max_length` where examples are to be cut.
+    `progress` gets the number of rows read so far.
     """
     checked = _Check(tokenizer, max_length, positions, progress)
     for several, share in ((files, eval_share), (eval_files, 1.0)):
@@ -155,6 +155,7 @@ class _Check:
     def read(self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float) -> None:
         """Read a file; the share `held_out` of its examples is for the evaluation."""
         self._names.append(name)
+        self._encoded = len(self._rows)
         reading = Reading(self._refuse)
         examples = self._add_each(iter_examples(root / name, name, columns=columns, reading=reading), reading, held_out)
         try:

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest
-from pipeline.files.base_model import MINIGPT, parse_source, resolve
+from pipeline.files.base_model import parse_source, resolve
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params import edit
@@ -41,12 +41,6 @@ DVC_CONFIG = """\
 [cache]
     type = "reflink,hardlink,copy"
 """
-# Defaults on a pretrained model, unlike MiniGPT's: whole examples, few epochs. Rates and sizes are the methods' own.
-PRETRAINED: Mapping[str, Any] = {
-    **{"training.epochs": 3, "training.window": 0, "training.schedule": "linear", "training.max_grad_norm": 1.0},
-    "study_knowledge_correction.data": "",  # none by default: the user has to state a fact
-    "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
-}
 CODE_FILE = "code.yaml"
 PARTS = (
     "finetuning_comparison.png",
@@ -70,34 +64,28 @@ def create(
     params: Path | None = None,
     base: str | None = None,
     methods: Sequence[str] | None = None,
-    values: Mapping[str, Any] | None = None,
-    data_files: Mapping[str, Path] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Make `folder` a project, or add missing files. Existing files are not overwritten.
 
     Returns the files that it wrote, and notes on existing ones that it would have written differently.
 
-    `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base`: the model to
-    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's.
-    `values`: section.key → value, set last. `data_files`: name of a data file → the file to copy it from. Raises
-    UserError before anything is written.
+    `params`: the file to start from; the default is the program's. `base`: the model to write into it, a path relative
+    to the current folder. `methods`: fine-tuning methods instead of the file's. Raises UserError before anything is
+    written.
     """
     refuse_folder(folder)
     exists = (folder / PARAMS).is_file()
-    if values and exists:
-        raise UserError(f"{folder} is a project already. Set the values in its {PARAMS}, or name a new folder.")
     if methods is not None and (params or exists):
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
     # All that can be wrong is found before the first file is written.
     source = (params or DEFAULTS / PARAMS).resolve()
     if base and (model := resolve(base, Path.cwd())).is_local:  # given relative to where we are, not to the project
         base = os.path.relpath(model.path.resolve(), folder.resolve())
-    new_text = "" if exists and not params else _new_params(folder, graph, source, base, params is None, methods)
-    new_text = edit.set_values(new_text, values or {})
+    new_text = "" if exists and not params else _new_params(folder, graph, source, base, methods)
     text = _existing_params(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
-    data = _data_sources(project, source.parent, data_files or {})
-    added = write_project(project, text, data)
+    data = _data_sources(project, source.parent)
+    added = copy_data(folder, data) + write_project(project, text)
     # What was there may be the user's own work: where it differs, it is named and not replaced.
     kept = {}
     if params:
@@ -130,12 +118,9 @@ def refuse_folder(folder: Path) -> None:
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
 
 
-def write_project(project: Project, text: str, data: Mapping[str, Path]) -> list[str]:
-    """Write what the project's folder lacks: `text`, the params file's, the `data` files (name → the file to copy) and
-    DVC's files. Returns what was written.
-    """
-    folder, added = project.root, list[str]()
-    folder.mkdir(parents=True, exist_ok=True)
+def copy_data(folder: Path, data: Mapping[str, Path]) -> list[str]:
+    """Copy the data files (name → the file to copy) that the folder lacks. Returns their names."""
+    added = []
     for name, path in data.items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +129,13 @@ def write_project(project: Project, text: str, data: Mapping[str, Path]) -> list
             else:
                 shutil.copyfile(path, folder / name)
             added.append(name)
+    return added
+
+
+def write_project(project: Project, text: str) -> list[str]:
+    """Write what the project's folder lacks: `text`, the params file's, and DVC's files. Returns what was written."""
+    folder, added = project.root, list[str]()
+    folder.mkdir(parents=True, exist_ok=True)
     rendered = HEADER + render_dvc_yaml(project)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
     for name, content in {**files, CODE_FILE: render_code_yaml(project)}.items():
@@ -163,25 +155,15 @@ def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
     return Project.of(folder / PARAMS, parse(text, path, graph.sections), graph)
 
 
-def _new_params(
-    folder: Path, graph: StageGraph, source: Path, base: str | None, adapt: bool, methods: Sequence[str] | None
-) -> str:
+def _new_params(folder: Path, graph: StageGraph, source: Path, base: str | None, methods: Sequence[str] | None) -> str:
     """The text of the new params file: `source` with the base and the methods, the sections that its stages need, and
-    every key that dvc.yaml refers to.
-
-    `adapt`: whether its values become those for a pretrained base. Raises UserError.
+    every key that dvc.yaml refers to. Raises UserError.
     """
     text = read_text(source)
     parse(text, source, graph.sections)
     if methods is not None:
         text = _select_methods(text, graph, methods)
-    text = _add_needed_sections(text, graph)
-    values: dict[str, Any] = {"base": base} if base else {}
-    if adapt and base and base != MINIGPT:
-        own = {f"{s.name}.{key}": value for s in graph.stages.values() for key, value in s.pretrained.items()}
-        sections = {TRAINING, *parse(text, source, graph.sections).written}
-        values |= {key: value for key, value in {**PRETRAINED, **own}.items() if key.partition(".")[0] in sections}
-    text = edit.set_values(text, values)
+    text = edit.set_values(_add_needed_sections(text, graph), {"base": base} if base else {})
     return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
 
 
@@ -242,19 +224,14 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
     return missing
 
 
-def _data_sources(project: Project, source_folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
-    """Name of each data file → the file to copy it from: given, beside the source params, or packaged.
-
-    Raises UserError.
-    """
+def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
+    """Name of each data file → the file to copy it from: beside the source params, or packaged. Raises UserError."""
     sources: dict[str, Path] = {}
     for stage in project.stages.values():
         packages = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
         for key, name in _files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if name in given:
-                sources[name] = given[name]
-            elif key != "base" and inside and (source_folder / name).exists():
+            if key != "base" and inside and (source_folder / name).exists():
                 sources[name] = source_folder / name
             elif (project.root / name).exists() or key == "base":
                 continue

@@ -19,10 +19,10 @@ from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.models.device import available_memory, best_device, device_info, multiplies_bf16
-from pipeline.project.new_project import DEFAULTS, PARAMS, refuse_folder, write_project
+from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
-from pipeline.project.params.schema import Section
+from pipeline.project.params.schema import Section, hints
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
@@ -43,7 +43,7 @@ class Request:
 
     folder: Path
     base: str
-    data: str
+    data: Sequence[str]
     eval_data: str = ""
     methods: Sequence[str] = ("lora",)
     columns: Mapping[str, str] | None = None
@@ -65,23 +65,26 @@ class Started:
 
 def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started]:
     """Make the project; its params file is written last. Raises UserError."""
-    folder, given = request.folder, dict(request.given or {})
+    folder = request.folder
     refuse_folder(folder)
     source = resolve(request.base, Path.cwd())
     if source.kind == MINIGPT:
         raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
     base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
     stages = _stages_of(graph, request.methods)
-    data = yield from _fetched(request.data, folder)
+    given = _shared(request.given or {}, stages)
+    files = []
+    for name in request.data:
+        files.append((yield from _fetched(name, folder)))
     eval_data = yield from _fetched(request.eval_data, folder)
-    files, eval_files = [data], [eval_data] * bool(eval_data)
+    eval_files = [eval_data] * bool(eval_data)
     _refuse_data(check(files, eval_files=eval_files, columns=request.columns))  # before a large base is imported
-    draft = edit.set_values(
-        f"base: {edit.dump_inline(base)}\n", {k: v for k, v in given.items() if k.startswith("import.")}
-    )
+    draft = "\n".join([f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)])
+    said = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
+    drafted = _project(folder, draft, graph, said)  # what is wrong with a given value is said before the import too
     folder.mkdir(parents=True, exist_ok=True)
     yield Note(f"importing {request.base}")
-    yield from run(_project(folder, draft, graph), graph.stages["import"])
+    yield from run(drafted, graph.stages["import"])
     made = folder / graph.stages["import"].path
     device = best_device()
     machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
@@ -101,14 +104,14 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     )
     _refuse_data(report)
     recipe = choose(model, report, machine, stages, given)
-    text = params_text(base, request, data, eval_data, recipe, stages)
+    text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
+    copied = copy_data(folder, {GENERAL: DEFAULTS / GENERAL})
     if "expand_vocab" in project.stages:
         yield from run(project, graph.stages["expand_vocab"])
     yield Note("trying a few steps")
     trial = yield from try_stage(project, stages[0], SAMPLE)
-    added = write_project(project, text, {GENERAL: DEFAULTS / GENERAL})
-    return Started(request.base, model, report, recipe, machine, trial, added)
+    return Started(request.base, model, report, recipe, machine, trial, copied + write_project(project, text))
 
 
 def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
@@ -122,9 +125,9 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
     return str(file)
 
 
-def _project(folder: Path, text: str, graph: StageGraph) -> Project:
+def _project(folder: Path, text: str, graph: StageGraph, overrides: Sequence[str] = ()) -> Project:
     path = folder / PARAMS
-    return Project.of(path, parse(text, path, graph.sections), graph)
+    return Project.of(path, parse(text, path, graph.sections, overrides), graph)
 
 
 def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
@@ -132,6 +135,16 @@ def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
     if unknown := [name for name in methods if name not in known]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(known)}.")
     return [stage for name, stage in known.items() if name in methods]
+
+
+def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+    """The given values with those of the only method in the training block, where the others are chosen."""
+    if len(stages) > 1:
+        return dict(given)
+    (stage,) = stages
+    keys = {f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in stage.pretrained}
+    keys = {old: new for old, new in keys.items() if new not in (f"{TRAINING}.data", f"{TRAINING}.columns")}
+    return {keys.get(key, key): value for key, value in given.items()}
 
 
 def _refuse_data(report: DataReport) -> None:
@@ -151,7 +164,9 @@ def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Gene
         return probe(setup.task)
 
 
-def params_text(base: str, request: Request, data: str, eval_data: str, recipe: Recipe, stages: Sequence[Stage]) -> str:
+def params_text(
+    base: str, request: Request, files: Sequence[str], eval_data: str, recipe: Recipe, stages: Sequence[Stage]
+) -> str:
     """params.yaml of a new project: what was chosen or given and is not a default, section by section."""
     folder = request.folder.resolve()
 
@@ -160,7 +175,7 @@ def params_text(base: str, request: Request, data: str, eval_data: str, recipe: 
 
     values: dict[str, Any] = {}
     for stage in stages:
-        values[f"{stage.section}.data"] = inside(data)
+        values[f"{stage.section}.data"] = [*map(inside, files)] if len(files) > 1 else inside(files[0])
         if eval_data:
             values[f"{stage.section}.eval_data"] = inside(eval_data)
         if request.columns:

@@ -75,7 +75,8 @@ def choose(
     examples = data.examples
     recipe.set(f"{TRAINING}.window", 0)
     epochs = next(epochs for least, epochs in EPOCHS if examples >= least)
-    recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
+    if f"{TRAINING}.max_steps" not in given:
+        recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
     recipe.set(f"{TRAINING}.schedule", "linear")
     if f"{TRAINING}.warmup_steps" not in given:
         recipe.set(f"{TRAINING}.warmup_ratio", 0.03)
@@ -118,8 +119,10 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
 
 def _settings(recipe: Recipe, stage: Stage) -> Any:
     """The stage's section as the recipe has it."""
-    sections = (TRAINING, stage.section)
-    values = {key.partition(".")[2]: v for key, v in recipe.values.items() if key.partition(".")[0] in sections}
+    every = {**recipe.values, **recipe.given}
+    values: dict[str, Any] = {}
+    for section in (TRAINING, stage.section):
+        values |= {key.partition(".")[2]: value for key, value in every.items() if key.partition(".")[0] == section}
     default = stage.settings()
     known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if hasattr(default, key)}
     return structs.replace(default, **known)
@@ -175,7 +178,8 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
         sequences=settings.batch_size,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
-        optimizer="adam-flat",
+        trainer="ours",
+        optimizer=settings.optimizer,
         checkpointing=settings.gradient_checkpointing,
         loss="chunked",
     )

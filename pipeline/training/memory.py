@@ -1,5 +1,6 @@
 """Memory of a training step: the calculator's prediction, settings that would lower it, and a meter of live tensors."""
 
+import dataclasses
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -92,12 +93,17 @@ def predict_peak_memory(
         attention="sdpa" if kept_weights is None else "short",
         precision=precision,
         adapter_precision=adapter,
-        optimizer="adam-flat",
+        # on a CPU paged state is where all else is
+        optimizer=settings.optimizer.removeprefix("paged-") if model.device.type == "cpu" else settings.optimizer,
+        cpu=model.device.type == "cpu",
+        neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,
         loss="divergence" if retained else "full" if all_logits else "chunked",
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
         chunk=CHUNK,
     )
+    if retained and hasattr(method, "lora_dropout"):  # without noise
+        method = dataclasses.replace(method, lora_dropout=0.0)  # type: ignore[call-arg]
     try:
         return predict(architecture(model.describe(), "the model"), method, run).peak
     except UserError:

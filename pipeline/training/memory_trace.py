@@ -5,6 +5,7 @@ place where autograd could do it in place, and there is no fragmentation.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.method import FinetuningMethod, projections
 from pipeline.calc.settings import TrainingConfig
@@ -26,11 +28,18 @@ from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
+from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory import TensorMemoryMeter
+from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
+from pipeline.training.update_rules import rule_of
+
+
+class _Noisy(Training, frozen=True, kw_only=True):
+    lora_dropout: float = 0.0
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
@@ -55,22 +64,37 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
 
 
 def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
-    adapted = projections(architecture(config, "the config"), method)
+    model = architecture(config, "the config")
+    adapted = projections(model, method)
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
-    project_lora = run.trainer or architecture(config, "the config").style.ours
-    if getattr(method, "dora", False) and not project_lora:
-        raise UserError("--trace supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat.")
+    _refuse_other_kernels(model, run)
+    project_lora = run.ours or model.style.ours
+    if (getattr(method, "dora", False) or getattr(method, "lora_dropout", 0)) and not project_lora:
+        raise UserError("--trace supports DoRA and dropout only as implemented here, not in PEFT. Use --trainer ours.")
     if method.name not in ("full", "freeze", "lora") or getattr(method, "new_rows", False):
         raise UserError("--trace supports full, freeze, LoRA and DoRA, without trainable token rows.")
     if method.name == "lora" and config.get("model_type") == "gpt2":
         raise UserError("--trace does not support LoRA on GPT-2's Conv1D layers. Use --method full or freeze.")
     if config.get("model_type") == "gpt3":
         raise UserError("--trace does not support GPT-3: no library implements it. Run without --trace.")
-    if run.optimizer not in ("adamw", "sgd", "adam-flat") or run.casts != "weights":
-        raise UserError("--trace supports the optimizers adamw, adam-flat and sgd, with adapters that cast weights.")
+    if run.casts != "weights" or run.trainer not in ("ours", "torch"):
+        raise UserError("--trace supports the trainers ours and torch, with adapters that cast weights.")
+    if run.optimizer.startswith("paged") or (not run.ours and "8bit" in run.optimizer):
+        raise UserError("--trace supports the optimizers adamw and sgd, and adamw-8bit with --trainer ours.")
+
+
+def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
+    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a slow fallback."""
+    if any(block.kind == "delta" for block in model.blocks):
+        raise UserError(
+            "--trace has no kernel for gated delta nets, whose fallback needs far more. Run without --trace."
+        )
+    sizes = {(heads.size, heads.value_size) for heads in map(model.heads_of, model.blocks)}
+    if run.attention == "sdpa" and any(size != value for size, value in sizes):
+        raise UserError("--trace needs values as wide as keys for fused attention on a CPU. Add --attention eager.")
 
 
 def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
@@ -78,19 +102,25 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
 
     Neither reads a value, which fake tensors do not have.
     """
-    ours = isinstance(model, MiniGPT) or run.trainer
+    ours = isinstance(model, MiniGPT) or run.ours
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    if ours and isinstance(model, TransformersModel):  # as `prepare_cpu_training` does with real tensors
+    # as `prepare_cpu_training` does with real tensors
+    if run.ours and run.cpu and isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
-        flat = FlatOptimizer(model)
+        flat = FlatOptimizer(model, rule=rule_of(run.optimizer))
         ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
 
+        settings = _Noisy(neftune_alpha=run.neftune_alpha, lora_dropout=getattr(method, "lora_dropout", 0.0))
+
         def our_step() -> None:
-            torch.autograd.backward(loss_of(model, batch, run.chunk))
+            with training_noise(model, [settings]) as noises, ExitStack() as stack:
+                for noise in noises:
+                    stack.enter_context(noise.during([run.sequence] * run.batch))
+                torch.autograd.backward(loss_of(model, batch, run.chunk))
             flat.collect_gradients()
             flat.step(1e-3)
 
@@ -159,7 +189,13 @@ def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     if method.name == "lora":
         ranks = dict(method.rank_pattern)
-        spec = AdapterSpec(method.rank, method.effective_alpha, (), ranks=ranks, rslora=method.rslora, dora=method.dora)
+        spec = AdapterSpec(
+            *(method.rank, method.effective_alpha, ()),
+            ranks=ranks,
+            rslora=method.rslora,
+            dora=method.dora,
+            dropout=method.lora_dropout,
+        )
         add_lora(model, resolve(model, method.targets), spec, dtype, "pissa" if method.pissa else "document")
         train_embeddings = method.embeddings == "all"
     else:

@@ -56,7 +56,7 @@ class LearnerNoise:
         noise = torch.empty_like(x, requires_grad=False)
         noise.uniform_(-1, 1, generator=self._generator("embeddings", x.device))
         lengths = torch.tensor(self.lengths, device=x.device)
-        size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(lengths)  # (N,)
+        size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(lengths, output_size=len(x))  # (N,)
         return torch.addcmul(x, noise, size[:, None].to(x.dtype))
 
     def _generator(self, layer: str, device: torch.device) -> torch.Generator:

@@ -57,7 +57,7 @@ def test_a_key_above_the_sections_is_answered_too(cli: Lora, tmp_path: Path) -> 
         (("scratch",), "No such command 'scratch'. Did you mean 'train-from-scratch'?"),
         (("finetune", "qlora"), "No such command 'qlora'. Did you mean 'lora'?"),
         (("generate", "hi"), "No such command 'generate'. Did you mean 'prompt'?"),
-        (("pretrian",), "Did you mean 'pretrain'?"),
+        (("pretrian",), "Did you mean 'pretrain', 'train'?"),
         (("export", "a", "--out", "b", "--as", "peft"), "No such option: --as. Did you mean --format?"),
         (("adapters", "combine", "a", "b", "--output", "c"), "No such option: --output. Did you mean --out?"),
         (("calc", "--lora-r", "8"), "No such option: --lora-r. Did you mean --rank?"),

@@ -26,7 +26,16 @@ QWEN = ("--model", "qwen3-8b", "--r", "8")
 
 def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> None:
     code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
-    for more in ([], ["--json"], ["--fit", "24"], ["--sweep", "rank=1,2"], ["--explain"], ["--document"], ["--list"]):
+    for more in (
+        [],
+        ["--json"],
+        ["--fit", "24"],
+        ["--sweep", "rank=1,2"],
+        ["--explain"],
+        ["--document"],
+        ["--list"],
+        ["--tokens", "5M"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code, "calc", *QWEN, *more], cwd=tmp_path, capture_output=True, text=True, check=True
         )
@@ -229,7 +238,7 @@ BAD = [
         "--trace cannot build or run",
     ),
     (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
-    (["--trace", "--dora"], "supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat"),
+    (["--trace", "--dora", "--trainer", "torch"], "supports DoRA and dropout only as implemented here, not in PEFT"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "supports fp32, bf16, fp16, got nf4"),
 ]
@@ -318,3 +327,57 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
         TrainingConfig(context=2**29),
     )
     assert kept["changes"][0] == {"change": "--method lora", "peak": lora.peak}
+
+
+# time and cost
+
+
+def test_tokens_give_hours_and_cost_as_a_range_with_what_was_assumed(tmp_path: Path) -> None:
+    done = lora("calc", *QWEN, "--tokens", "5M", "--price", "2.49", cwd=tmp_path, COLUMNS="80", TERMINAL_WIDTH="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for text in (
+        "5,000,000 tokens take 2.33e+17 FLOPs",
+        "GFLOPs per token: 15.8 forward, 14.5 recomputed, 16.4 backward",
+    ):
+        assert text in done.stdout
+    assert re.search(r"RTX 4060 +· .*\$", done.stdout) and re.search(
+        r"H100 80 GB +● +[\d.]+–[\d.]+ min +\$", done.stdout
+    )
+    for text in ("25–65% of the peak is reached", "the optimizer's update"):
+        assert text in " ".join(done.stdout.split())
+
+
+def test_one_gpu_adds_its_hours_to_what_fits(tmp_path: Path) -> None:
+    asked = ("calc", *QWEN, "--gpu", "rtx4090", "--precision", "nf4", "--tokens", "200k")
+    shown = lora(*asked, cwd=tmp_path).stdout
+    assert "the most that fits" in shown and "RTX 4090: 165.2 TFLOP/s" in shown and "nf4: dequantizing takes" in shown
+    rows = list(csv.DictReader(io.StringIO(lora(*asked, "--csv", cwd=tmp_path).stdout)))
+    (time,) = (found := json.loads(lora(*asked, "--json", "--price", "2", cwd=tmp_path).stdout))["time"]["gpus"]
+    assert found["fits"] and time["fits"] and found["time"]["tokens"] == 200_000
+    assert time["cost"] == [2 * hours for hours in time["hours"]]
+    assert [float(rows[0][key]) for key in ("hours_low", "hours_high")] == time["hours"]
+    assert rows[0]["cost_low"] == ""
+
+
+def test_json_has_a_time_only_with_tokens(tmp_path: Path) -> None:
+    plain, timed = (
+        json.loads(lora("calc", *QWEN, "--json", *more, cwd=tmp_path).stdout) for more in ([], ["--tokens", "1.2B"])
+    )
+    time = timed.pop("time")
+    assert timed == plain
+    assert (time["tokens"], time["price"], len(time["gpus"])) == (1_200_000_000, None, 9)
+
+
+def test_bad_tokens_prices_and_mixtures_are_one_message_each(tmp_path: Path) -> None:
+    for more, message in (
+        (["--tokens", "many"], "tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got 'many'."),
+        (["--tokens", "5M", "--price", "0"], "price must be dollars per GPU-hour"),
+        (["--price", "2"], "--price needs --tokens"),
+        (["--tokens", "5M", "--fit", "24"], "--fit and --tokens exclude each other"),
+        (["--tokens", "5M", "--gpu", "mac-16"], "--tokens needs a GPU whose 16-bit peak is published"),
+        (["--tokens", "5M", "--precision", "fp32"], "Use --precision bf16 or tf32"),
+    ):
+        done = lora("calc", *more, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr

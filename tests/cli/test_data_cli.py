@@ -135,7 +135,7 @@ def test_without_a_model_the_next_step_is_named(cli: Lora, tmp_path: Path) -> No
     code, _, err = cli("data", "show", "d.txt", cwd=tmp_path)
     assert code == 1
     assert err.startswith("error: There is no model in artifacts/expanded or artifacts/base")
-    assert "--base, or run `lora pretrain`." in err
+    assert "--base, or run `lora import` or `lora pretrain`." in err
 
 
 FAULTS = [

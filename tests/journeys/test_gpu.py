@@ -62,7 +62,7 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     if torch.cuda.mem_get_info()[1] < 40 * 2**30:
         pytest.skip("a GPU of 40 GB is needed")
     config = entry("qwen3-8b")["config"]
-    run = TrainingConfig(optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4, checkpointing=checkpointing)
+    run = TrainingConfig(loss="chunked", chunk=256, label_share=0.4, checkpointing=checkpointing)
     with torch.device("cuda"):
         model: TransformersModel = from_config(config, torch.bfloat16)
     model.requires_grad_(False)

@@ -5,7 +5,7 @@ folder; the modules are found, not listed. Defaults are those of transformers, w
 """
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,6 +18,13 @@ from pipeline.files.text import abbreviate_repr
 
 MAX_SIZE = 2**31 - 1  # larger than any dimension of a tensor on a GPU
 MOST_LAYERS = 10_000
+
+
+class UnsupportedLayer(UserError):
+    """An architecture or a layer that no family builds; the headers of safetensors files still give every shape."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why} Give the folder of its .safetensors files instead: their headers contain every shape.")
 
 
 class Config:
@@ -40,6 +47,11 @@ class Config:
         if default is None:
             raise UserError(f"{self.source}: {keys[0]} is missing, and the shapes depend on it. Add it.")
         return default
+
+    def count(self, key: str, default: int, most: int = MAX_SIZE) -> int:
+        """As `size`, but 0 is valid."""
+        value = self.get(key, default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.size(key, default=default or 1, most=most)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)
@@ -64,6 +76,28 @@ class Config:
             )
         return set(value)
 
+    def layer_types(self, key: str, count: int, supported: Sequence[str]) -> list[str]:
+        """The kinds of the `count` layers; [] if `key` is missing. Raises UnsupportedLayer for one not `supported`."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or any(not isinstance(kind, str) for kind in value):
+            raise UserError(f"{self.source}: {key} must list a type for each layer, got {abbreviate_repr(value)}.")
+        if value and len(value) < count:
+            raise UserError(f"{self.source}: {key} must list {count} layers, as many as there are, got {len(value)}.")
+        for index, kind in enumerate(value[:count]):
+            if kind not in supported:
+                raise UnsupportedLayer(
+                    f"{self.source}: layer {index} is {abbreviate_repr(kind)}, which is not supported; {key} may have "
+                    f"{', '.join(supported)}."
+                )
+        return value[:count]
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """A mapping; empty if `key` is missing."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.source}: {key} must map names to values, got {abbreviate_repr(value)}.")
+        return value
+
     def is_null(self, key: str) -> bool:
         """Whether `key` is explicitly null, which switches it off; a missing key means the default."""
         return key in self._values and self._values[key] is None
@@ -71,6 +105,28 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         value = self._values.get(key)
         return default if value is None else value
+
+
+_PLAIN = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+_MARKS = {  # key of a config → what its layers have
+    "index_topk": "sparse attention with an indexer",
+    "hidden_size_per_layer_input": "per-layer embeddings",
+    "kv_lora_rank": "multi-head latent attention",
+    "linear_num_value_heads": "a gated delta net",
+    "hybrid_override_pattern": "a Mamba layer by its pattern",
+    "mamba_d_state": "a Mamba layer",
+    "ssm_state_size": "a Mamba layer",
+}
+
+
+def _unknown_layer(values: Mapping[str, Any]) -> str:
+    """The first layer of a config that is no plain attention, and its type; empty if the config names none."""
+    kinds = values.get("layer_types") or values.get("layers_block_type")
+    if isinstance(kinds, list):
+        for index, kind in enumerate(kinds):
+            if kind not in _PLAIN:
+                return f"layer {index} is {abbreviate_repr(kind)}"
+    return next((f"layer 0 has {what} ({key})" for key, what in _MARKS.items() if values.get(key)), "")
 
 
 @cache
@@ -83,16 +139,20 @@ def families() -> dict[str, Callable[[Config], Architecture]]:
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:
     """The shapes of a config. Raises UserError, with the known families if this one is not supported."""
     if isinstance(values.get("text_config"), Mapping):  # a vision-language model: only its language model
-        text = architecture({"model_type": f"{values.get('model_type')}_text", **values["text_config"]}, source)
+        text_config = values["text_config"]
+        # whether the head is the embedding may be said for the model as a whole
+        above = {"tie_word_embeddings": values["tie_word_embeddings"]} if "tie_word_embeddings" in values else {}
+        text = architecture({"model_type": f"{values.get('model_type')}_text", **above, **text_config}, source)
         return replace(text, notes=(*text.notes, "text model only: the image encoder is not counted"))
     family = values.get("model_type")
     markers = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
     if family == "opt" and all(key in values and values[key] == value for key, value in markers.items()):
         family = "minigpt"  # this project wrote the config: OPT with GELU, without dropout and BOS token
     if not isinstance(family, str) or family not in families():
-        raise UserError(
-            f"{source}: the architecture {family!r} is not known. Known: {', '.join(sorted(families()))}. "
-            "Give the folder of its .safetensors files instead: their headers contain every shape."
+        layer = _unknown_layer(values)
+        raise UnsupportedLayer(
+            f"{source}: the architecture {abbreviate_repr(family)} is not known{f': {layer}' if layer else ''}. "
+            f"Known: {', '.join(sorted(families()))}."
         )
     built = replace(families()[family](Config(values, source)), family=family, source=source)
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:

@@ -22,6 +22,7 @@ class Defaults(Struct, frozen=True):
     fused: bool = False  # one linear for q, k and v, one for gate and up
     reads_bias: bool = False  # the model class reads attention_bias
     reads_mlp_bias: bool = False
+    inner: int | None = None  # of the feed-forward; None: intermediate_size must be there
 
 
 def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architecture:
@@ -39,7 +40,8 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
     bias = config.flag("attention_bias", default.bias) if default.reads_bias else default.bias
     out_bias = bias and default.out_bias
     q, kv = heads * head_size, kv_heads * head_size
-    inner, mlp_bias = config.size("intermediate_size"), default.reads_mlp_bias and config.flag("mlp_bias", False)
+    inner = config.size("intermediate_size", default=default.inner)
+    mlp_bias = default.reads_mlp_bias and config.flag("mlp_bias", False)
     attention: tuple[Linear, ...] = (
         Linear("self_attn.q_proj", hidden, q, bias),
         Linear("self_attn.k_proj", hidden, kv, bias),
@@ -54,7 +56,7 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
     if default.fused:
         attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
         feed_forward = (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
-    qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv}[style.qk_norm]
+    qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv, "rotated": 0}[style.qk_norm]
     norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
     dense = Block(attention, feed_forward, norms)
     return Architecture(
@@ -98,21 +100,19 @@ def phi3(config: Config) -> Architecture:
 def mixtral(config: Config) -> Architecture:
     style = BlockStyle(top_k=config.size("num_experts_per_tok", default=2), split_experts=True)
     built = decoder(config, style, Defaults())
-    return _with_experts(
-        built, config.size("num_local_experts", "num_experts", default=8), config.size("intermediate_size")
-    )
+    experts = config.size("num_local_experts", "num_experts", default=8)
+    block = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"))
+    return replace(built, blocks=(block,) * len(built.blocks))
 
 
 def qwen3_moe(config: Config) -> Architecture:
     style = BlockStyle(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
     built = decoder(config, style, Defaults(kv_heads=4, reads_bias=True))
     experts = config.size("num_experts", "num_local_experts", default=128)
-    sparse = _with_experts(built, experts, config.size("moe_intermediate_size", default=768))
+    inner = config.size("moe_intermediate_size", default=768)
+    sparse = with_experts(built.blocks[0], built.hidden, experts, inner)
     step, dense = config.size("decoder_sparse_step", default=1), config.layers("mlp_only_layers", len(built.blocks))
-    chosen = (
-        sparse.blocks[i] if i not in dense and (i + 1) % step == 0 else built.blocks[i]
-        for i in range(len(built.blocks))
-    )
+    chosen = (sparse if i not in dense and (i + 1) % step == 0 else built.blocks[i] for i in range(len(built.blocks)))
     return replace(built, blocks=tuple(chosen))
 
 
@@ -120,20 +120,26 @@ def gpt_oss(config: Config) -> Architecture:
     style = BlockStyle(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
     built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8, reads_bias=True))
     experts = config.size("num_local_experts", "num_experts", default=128)
-    sparse = _with_experts(built, experts, config.size("intermediate_size"), bias=True)
-    block = replace(sparse.blocks[0], other=built.heads)
-    return replace(sparse, blocks=(block,) * len(built.blocks))
+    sparse = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"), bias=True)
+    return replace(built, blocks=(replace(sparse, other=built.heads),) * len(built.blocks))
 
 
-def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = False) -> Architecture:
-    """`built` with a router and experts, stacked in two tensors per layer, as every feed-forward."""
+def with_experts(block: Block, hidden: int, experts: int, inner: int, bias: bool = False) -> Block:
+    """The block with a router and experts, stacked in two tensors, as its feed-forward."""
     linears = (
-        Linear("mlp.experts.gate_up_proj", built.hidden, 2 * inner, bias, experts),
-        Linear("mlp.experts.down_proj", inner, built.hidden, bias, experts),
+        Linear("mlp.experts.gate_up_proj", hidden, 2 * inner, bias, experts),
+        Linear("mlp.experts.down_proj", inner, hidden, bias, experts),
     )
-    router = Linear("mlp.gate", built.hidden, experts, bias)
-    block = replace(built.blocks[0], feed_forward=linears, router=router)
-    return replace(built, blocks=(block,) * len(built.blocks))
+    return replace(block, feed_forward=linears, router=Linear("mlp.gate", hidden, experts, bias))
+
+
+def gated(prefix: str, hidden: int, inner: int) -> tuple[Linear, ...]:
+    """gate, up and down of a feed-forward."""
+    return (
+        Linear(f"{prefix}.gate_proj", hidden, inner),
+        Linear(f"{prefix}.up_proj", hidden, inner),
+        Linear(f"{prefix}.down_proj", inner, hidden),
+    )
 
 
 def _family(default: Defaults, **style: Any) -> Callable[[Config], Architecture]:
@@ -144,11 +150,14 @@ def _family(default: Defaults, **style: Any) -> Callable[[Config], Architecture]
 _LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
 FAMILIES = {
     "llama": _family(_LLAMA),
+    "granite": _family(_LLAMA, scaled_embeddings=True, scaled_branches=True),
     "smollm3": _family(replace(_LLAMA, tie=True)),
     "mistral": _family(Defaults(kv_heads=8)),
     "qwen2": _family(Defaults(bias=True, out_bias=False)),
     "qwen3": _family(Defaults(head_size=128, reads_bias=True), qk_norm="head"),
-    "olmo2": _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width"),
+    **dict.fromkeys(
+        ("olmo2", "olmo3"), _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width")
+    ),
     "gemma2": gemma2,
     "gemma3_text": _family(
         GEMMA, norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True

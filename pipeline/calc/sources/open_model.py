@@ -9,7 +9,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from pipeline.calc.architecture import Model
-from pipeline.calc.families import architecture, families
+from pipeline.calc.families import UnsupportedLayer, architecture
 from pipeline.errors import UserError
 
 BUILT_IN = Path(__file__).parents[1] / "presets" / "models"
@@ -110,11 +110,12 @@ def _from_folder(folder: Path) -> Model:
         if missing := sorted(listed - {path.name for path in weights}):
             raise UserError(f"{folder}: {missing[0]} is missing, but {index.name} lists it. Copy it there.")
     # a family that is not supported is an error only where no weights tell the shapes
-    family = config.get("model_type")
-    text = isinstance(config.get("text_config"), dict)
-    supported = isinstance(family, str) and (f"{family}_text" if text else family) in families()
-    if "model_type" in config and (not weights or supported):
-        return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
+    if "model_type" in config:
+        try:
+            return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
+        except UnsupportedLayer:
+            if not weights:
+                raise
     if weights:
         return Model(replace(from_safetensors(weights, config, str(folder)), name=str(folder)))
     files = sorted(folder.glob("*.gguf"))

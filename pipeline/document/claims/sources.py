@@ -133,10 +133,15 @@ class Sources:
 
 
 @lru_cache(maxsize=256)  # the claims ask some forty questions, most of them several times
-def calc(model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, **options: Any) -> Any:
-    """The Record of `lora calc --json`; options as on the command line, with _ for -."""
+def calc(
+    model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, trainer: str = "torch", **options: Any
+) -> Any:
+    """The Record of `lora calc --json`; options as on the command line, with _ for -.
+
+    The step is that of the libraries, unless a claim is about another: the document speaks of no trainer.
+    """
     shapes = built_in(model).shapes
-    _, finetuning, run = configure(shapes, COUNTED, method, rank=rank, **options)
+    _, finetuning, run = configure(shapes, COUNTED, method, rank=rank, trainer=trainer, **options)
     return _as_record(answer(shapes, finetuning, run))
 
 

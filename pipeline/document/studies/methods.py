@@ -118,7 +118,7 @@ def _large() -> Table:
 
     model, rows = built_in(LARGE).shapes, list[Row]()
     for name, (kind, rank, options) in LARGE_METHODS.items():
-        _, method, run = configure(model, COUNTED, kind, rank=rank, **options)
+        _, method, run = configure(model, COUNTED, kind, rank=rank, trainer="torch", **options)
         numbers = answer(model, method, run)
         trainable, total = numbers["parameters"]["trainable"], numbers["parameters"]["total"]
         peak = numbers["memory"]["peak"] / 1e9

@@ -133,6 +133,7 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
         tuple(spec.ranks.items()),
         spec.rslora,
         spec.dora,
+        spec.dropout,
         embeddings="all" if spec.saved else "new_rows" if rows else "none",
         new_rows=rows,
         pissa=pissa,
@@ -267,6 +268,7 @@ class Lora(FinetuningMethod):
     )
     rslora: bool = option(False, "Scale by alpha / √rank.")
     dora: bool = option(False, "DoRA: train magnitudes too.")
+    lora_dropout: float = option(0.0, "LoRA dropout; memory depends on whether there is any.")
     embeddings: str = option(
         "none", "Train embedding and head with LoRA: none, all or new_rows.", choices=("none", "all", "new_rows")
     )
@@ -296,7 +298,7 @@ class Lora(FinetuningMethod):
 
     def params(self) -> Mapping[str, Any]:
         targets = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
-        return {"rank": self.rank, "alpha": self.effective_alpha, **targets}
+        return {"rank": self.rank, "alpha": self.effective_alpha, "lora_dropout": self.lora_dropout, **targets}
 
     def with_params(self, settings: FinetuneLora) -> Lora:
         """Without new rows: how many there are is known only once the vocabulary is expanded."""
@@ -313,6 +315,8 @@ class Lora(FinetuningMethod):
             raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UserError(f"alpha must be more than 0, got {self.alpha:g}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
 
     def without_base(self) -> Lora:
         return replace(self, embeddings="none", new_rows=0) if self.embeddings == "all" else self
@@ -400,6 +404,8 @@ class Lora(FinetuningMethod):
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """(W + s·BA)x, as our layers compute small linears: the matrix costs less than another (N, O)."""
+        if self.lora_dropout:
+            return self._dropped_in_part(ops, x, linear, rank) if ops.flat and (self.dora or self.pissa) else None
         if linear.weights >= FOLD_BELOW or (self.dora and not ops.flat):
             return None
         t, sizes = ops.tape, (rank * linear.inputs, rank * linear.outputs)
@@ -413,16 +419,36 @@ class Lora(FinetuningMethod):
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """y + s·BAx, with A and B of every expert in one tensor."""
         t = ops.tape
+        x = self._drop(ops, x) if self.lora_dropout else x
         if self.dora and ops.flat:
             return self._scale_rows(ops, self._add_in_place(ops, y, x, linear, rank, rows), linear)
-        if ops.run.trainer and not self.dora:
+        if ops.run.ours and not self.dora:
             return self._add_in_place(ops, y, x, linear, rank, rows)
         b = self._low_rank(ops, x, linear, rank, rows)
-        if self.dora:
-            b = self._scale_as_peft(ops, y, b, linear)
+        if self.dora:  # with dropout the base computes its input too
+            b = self._scale_as_peft(ops, ops.matmul(x, linear, rows) if self.lora_dropout else y, b, linear)
         if b.width != y.width:  # 16-bit y + 32-bit update is 32-bit
             return ops.cast(t.op(y, b, width=b.width), y.width)
         return t.op(y, b, alias=True)
+
+    def _drop(self, ops: Ops, x: Value) -> Value:
+        """dropout(x), which saves its mask of bools; ours scales it in place."""
+        x = ops.tape.op(x, saves=[ops.tape.leaf(x.elements, 1)])
+        return ops.tape.op(x, view=True) if ops.flat else x
+
+    def _dropped_in_part(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value:
+        """The update of dropout(x), and what does not train of x − dropout(x): our DoRA and PiSSA."""
+        t, plain, size = ops.tape, replace(self, lora_dropout=0.0), ops.n * linear.outputs
+        dropped = self._drop(ops, x)
+        y = plain.fold(ops, dropped, linear, rank)
+        if y is None:
+            y = plain.adapt(ops, ops.matmul(dropped, linear, ops.n), dropped, linear, rank, ops.n)
+        rest = t.op(x, dropped)
+        frozen = ops.matmul(rest, linear, ops.n)
+        if self.pissa:
+            low = t.op(t.op(rest, elements=ops.n * rank), elements=size)
+            frozen = t.op(frozen, t.op(low), alias=True)
+        return t.op(y, frozen, alias=True)
 
     # Functions of their own, though called once: what they do not save is freed when they return.
 

@@ -71,6 +71,17 @@ class Prefix(FinetuningMethod):
     def title(self) -> str:
         return f"prefix tuning, {self.virtual_tokens} virtual tokens"
 
+    def refuse(self, model: Architecture) -> None:
+        for index, block in enumerate(model.blocks):
+            if block.kind != "attention" or block.heads is not None:
+                kind = {"latent": "latent attention", "delta": "a gated delta net"}.get(
+                    block.kind, "heads of its own size"
+                )
+                raise UserError(
+                    f"prefix tuning needs the same keys and values in every block, but block {index} of this model has "
+                    f"{kind}. Use --method lora or prompt."
+                )
+
     def trained_parts(self, model: Architecture) -> TrainedParts:
         return TrainedParts({"prefix": len(model.blocks) * self.block_parameters(model)})
 

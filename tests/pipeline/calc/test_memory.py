@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -13,10 +14,10 @@ from bench.memory import CORNERS, shortened, worst
 from pipeline.calc.architecture import Architecture, Block
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
-from pipeline.calc.memory import inference, predict, weight_bytes
+from pipeline.calc.memory import inference, possible, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
 from pipeline.calc.report import answer, explain, side_by_side, swept
-from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TrainingConfig, precision
+from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TRAINERS, TrainingConfig, precision
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.calc.step import run_step
 from pipeline.calc.tape import ROUNDING, Tape
@@ -29,6 +30,7 @@ from pipeline.stages.methods.lora import Lora
 from pipeline.stages.methods.prefix import Prefix
 from pipeline.stages.methods.prompt import Prompt
 from pipeline.stages.registry import COUNTED
+from pipeline.training import memory_trace
 from pipeline.training.memory_trace import traced_peak
 
 QWEN = built_in("qwen3-8b").shapes
@@ -57,7 +59,9 @@ runs = st.builds(
     sequence=st.integers(1, 900),
     precision=st.sampled_from(["bf16", "fp32", "fp16"]),
     adapter_precision=st.sampled_from(["fp32", "bf16"]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    trainer=st.sampled_from(TRAINERS),
+    neftune_alpha=st.sampled_from([0.0, 5.0]),
     checkpointing=st.sampled_from(["none", "selective", "full"]),
     attention=st.sampled_from(["sdpa", "eager"]),
     loss=st.sampled_from(["full", "labels", "chunked"]),
@@ -68,10 +72,13 @@ runs = st.builds(
 )
 
 
-def shapes_of(name: str, run: TrainingConfig) -> tuple[Architecture, TrainingConfig]:
-    """The model, and the run with a sequence that fits into its positions."""
+def shapes_of(name: str, run: TrainingConfig, method: FinetuningMethod = LORA) -> tuple[Architecture, TrainingConfig]:
+    """The model, which has the method, and the run with a sequence that fits into its positions."""
     shapes = built_in(name).shapes
-    return shapes, replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
+    run = replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
+    if isinstance(method, Prefix):
+        assume(possible(shapes, method, run))
+    return shapes, run
 
 
 def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
@@ -124,6 +131,7 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], FinetuningMethod, 
         label_share=draw(st.sampled_from([0.2, 1.0])),
         chunk=256,
         optimizer=draw(st.sampled_from(["adamw", "sgd"])),
+        trainer="torch",
     )
     return config, method, run
 
@@ -139,13 +147,86 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
 
 
+NEW = {  # blocks: some of each kind
+    **{"olmo-3-7b": 2, "glm-4.5-air": 2, "glm-4.7-flash": 2, "deepseek-v3": 2, "granite-4.0-micro": 2},
+    **{"qwen3.5-4b": 4, "qwen3.5-35b-a3b": 4, "gemma-4-31b": 6, "gemma-4-26b-a4b": 6, "llama-4-scout": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NEW)
+def test_models_of_2026_are_within_three_percent_of_their_traced_step(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gated delta nets run with stand-ins that allocate what the kernels of flash-linear-attention do."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
+    delta, convolution = kernel(GatedDeltaRule), kernel(Convolution)
+    for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
+        monkeypatch.setattr(
+            module, "torch_chunk_gated_delta_rule", lambda *qkv, g, beta, **_: (delta(*qkv, g, beta), None)
+        )
+        monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: convolution(x))
+    monkeypatch.setattr(memory_trace, "_refuse_other_kernels", lambda *_: None)
+    config = shortened(name, NEW[name])
+    attention = "eager" if name == "deepseek-v3" else "sdpa"  # no fused kernel on a CPU has values of another size
+    run = TrainingConfig(1, 1024, checkpointing="none", attention=attention, loss="chunked", chunk=256)
+    run = run if kind == "lora" else replace(run, checkpointing="full")
+    formula = predict(architecture(config, name), COUNTED[kind], run).peak
+    assert formula == pytest.approx(traced_peak(config, COUNTED[kind], run), rel=0.03)
+
+
+def kernel(function: Any) -> Any:
+    return function.apply
+
+
+class GatedDeltaRule(torch.autograd.Function):
+    """fla-core 0.6.0's chunk_gated_delta_rule by size alone: what it saves, and what lives beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+        q, k, v = (torch.empty_like(x.contiguous()) for x in (q, k, v))
+        (batch, length, _, size), (heads, width) = k.shape, v.shape[2:]
+        chunks = v.new_empty(batch, length, heads, 64)
+        w, u, new = v.new_empty(batch, length, heads, size), torch.empty_like(v), torch.empty_like(v)
+        states = v.new_empty(batch, -(-length // 64), heads, size, width)
+        ctx.save_for_backward(q, k, v, torch.empty_like(g), beta, chunks)
+        out = torch.empty_like(v)
+        del w, u, new, states
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        q, _k, v, g, beta, _chunks = ctx.saved_tensors
+        (batch, length, keys, size), (heads, width) = q.shape, v.shape[2:]
+        alive = [v.new_empty(batch, -(-length // 64), heads, size, width) for _ in range(2)]
+        alive += [torch.empty_like(v) for _ in range(4)]
+        alive += [v.new_empty(batch, length, heads, size) for _ in range(5)]
+        dq, dk = (x[:, :, :keys].contiguous() for x in alive[-2:])
+        return dq, dk, torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
+
+
+class Convolution(torch.autograd.Function):
+    """causal-conv1d by size alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
 @pytest.mark.parametrize("name, kind, checkpointing, gib", [
     ("qwen3-8b", "lora", "none", 29.55),
     ("qwen3-8b", "lora", "full", 19.42),
 ])  # fmt: skip
 def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
     """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
-    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(checkpointing=checkpointing))
+    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(trainer="torch", checkpointing=checkpointing))
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
@@ -154,7 +235,7 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
+    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
     method = with_options(COUNTED, rank=4)[kind]
     traced = traced_peak(config, method, run)
     formula = predict(architecture(config, "minigpt"), method, run).peak
@@ -172,7 +253,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
     formula = predict(architecture(config, "minigpt"), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.015)
 
@@ -187,7 +268,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
     """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
-    run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
+    run = TrainingConfig(2, 256, trainer="torch", checkpointing=checkpointing, loss="labels", label_share=0.01)
     if not getattr(method, "rank_pattern", ()):
         traced = traced_peak(config, method, run)
         assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
@@ -204,7 +285,7 @@ def distinct(shapes: Architecture) -> tuple[Block, ...]:
 @given(models, methods, runs)
 def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     long = structs.replace(shapes, blocks=shapes.blocks[:1] * 12)
     apart = structs.replace(long, blocks=distinct(long))
     one, other = predict(long, method, run), predict(apart, method, run)
@@ -214,18 +295,18 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningM
 def test_what_cannot_be_traced_is_said() -> None:
     config = entry("qwen3-0.6b")["config"]
     for method, run in (
-        (LORA, TrainingConfig(precision="nf4-dq")),
-        (Prefix(), TrainingConfig()),
-        (Lora(dora=True), TrainingConfig()),
-        (LORA, TrainingConfig(optimizer="adamw-8bit")),
-        (LORA, TrainingConfig(casts="inputs")),
+        (LORA, TrainingConfig(trainer="torch", precision="nf4-dq")),
+        (Prefix(), TrainingConfig(trainer="torch")),
+        (Lora(dora=True), TrainingConfig(trainer="torch")),
+        (LORA, TrainingConfig(trainer="torch", optimizer="adamw-8bit")),
+        (LORA, TrainingConfig(trainer="torch", casts="inputs")),
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
     with pytest.raises(UserError, match="does not support LoRA on experts"):
-        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig())
+        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig(trainer="torch"))
     with pytest.raises(UserError, match="supports MiniGPT only with --precision fp32"):
-        traced_peak(entry("minigpt")["config"], LORA, TrainingConfig())
+        traced_peak(entry("minigpt")["config"], LORA, TrainingConfig(trainer="torch"))
 
 
 def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
@@ -239,7 +320,7 @@ def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
 
 @given(models, methods, runs)
 def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     assert memory.peak == sum(memory.parts().values())
     assert all(size >= 0 for size in memory.parts().values())
@@ -251,7 +332,7 @@ def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: Tra
 def test_more_batch_or_sequence_never_needs_less(
     name: str, method: FinetuningMethod, run: TrainingConfig, one: int, other: int, key: str
 ) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     low, high = sorted((one, other))
     if key == "sequence":
         low, high = min(low, shapes.context - VIRTUAL), min(high, shapes.context - VIRTUAL)
@@ -276,7 +357,7 @@ def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: i
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     method = Lora(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
-    if OPTIMIZERS[run.optimizer](2):
+    if run.state_bytes(2):
         assert lora.peak <= full.peak
         return
     # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as wide as
@@ -299,7 +380,7 @@ def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int
 @given(models, methods, runs)
 def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
-    shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)))  # short, scores are less than outputs
+    shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)), method)
     for lean, plain in (
         ({"checkpointing": "full"}, {"checkpointing": "none"}),
         ({"attention": "sdpa"}, {"attention": "eager"}),
@@ -338,20 +419,26 @@ def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) 
 
 def test_training_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="freeze leaves nothing to train"):
-        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig())
+        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig(trainer="torch"))
 
 
 def test_training_quantized_weights_is_refused() -> None:
     for method in (FULL, FREEZE):
         with pytest.raises(UserError, match="nf4 weights cannot be trained"):
             predict(QWEN, method, TrainingConfig(precision="nf4"))
-    assert predict(QWEN, LORA, TrainingConfig(precision=QLORA)).weights < predict(QWEN, LORA, TrainingConfig()).weights
+    assert (
+        predict(QWEN, LORA, TrainingConfig(precision=QLORA)).weights
+        < predict(QWEN, LORA, TrainingConfig(trainer="torch")).weights
+    )
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized, so their gradients and optimizer state are the same."""
     method = Lora(embeddings="all")
-    few, plain = predict(QWEN, method, TrainingConfig(precision=QLORA)), predict(QWEN, method, TrainingConfig())
+    few, plain = (
+        predict(QWEN, method, TrainingConfig(precision=QLORA)),
+        predict(QWEN, method, TrainingConfig()),
+    )
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
 
@@ -359,7 +446,7 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 
 def test_the_answer_has_the_contracts_keys() -> None:
-    result = answer(QWEN, LORA, TrainingConfig())
+    result = answer(QWEN, LORA, TrainingConfig(trainer="torch"))
     assert (result["model"], result["method"], result["rank"], result["alpha"]) == ("qwen3-8b", "lora", 8, 8)
     assert result["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert result["parameters"] | {"components": 0, "trained": 0} == {
@@ -386,12 +473,12 @@ def test_the_answer_has_the_contracts_keys() -> None:
 
 
 def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
-    columns = side_by_side(QWEN, LORA, TrainingConfig(), COUNTED)
+    columns = side_by_side(QWEN, LORA, TrainingConfig(trainer="torch"), COUNTED)
     assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
     peaks = [memory.peak for _, _, memory in columns.values()]
     assert peaks == sorted(peaks, reverse=True)
     assert columns["QLoRA"][2] == predict(QWEN, LORA, TrainingConfig(precision=QLORA))
-    assert list(side_by_side(QWEN, Prompt(), TrainingConfig(), COUNTED)) == [
+    assert list(side_by_side(QWEN, Prompt(), TrainingConfig(trainer="torch"), COUNTED)) == [
         "full",
         "freeze",
         "prompt",
@@ -403,7 +490,7 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
 def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes
-    run = TrainingConfig(sequence=min(256, shapes.context))
+    run = TrainingConfig(trainer="torch", sequence=min(256, shapes.context))
     most = largest(shapes, method, run, budget)
     for key, limit in (("batch", 4096), ("sequence", shapes.context)):
         value = getattr(most, key)
@@ -415,14 +502,14 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
 
 
 def test_what_does_not_fit_is_told_what_to_change_first() -> None:
-    fits = list(changes(QWEN, FULL, TrainingConfig(), 24 * GIB, COUNTED))
+    fits = list(changes(QWEN, FULL, TrainingConfig(trainer="torch"), 24 * GIB, COUNTED))
     assert [words for words, *_ in fits] == ["--method lora"]
     _, method, run, peak = fits[0]
     assert predict(QWEN, method, run).peak == peak <= 24 * GIB
-    stacked = list(changes(QWEN, LORA, TrainingConfig(), 8 * GIB, COUNTED))
+    stacked = list(changes(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB, COUNTED))
     assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
     assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
-    assert largest(QWEN, LORA, TrainingConfig(), 8 * GIB).batch == 0
+    assert largest(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB).batch == 0
 
 
 def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
@@ -435,14 +522,14 @@ def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
 
 
 def test_a_sweep_changes_one_thing() -> None:
-    ranks = swept(LORA, TrainingConfig(), "rank", ["1", "16"], COUNTED)
+    ranks = swept(LORA, TrainingConfig(trainer="torch"), "rank", ["1", "16"], COUNTED)
     assert [(value, m) for value, m, _ in ranks] == [("1", Lora(rank=1)), ("16", Lora(rank=16))]
     assert {Lora(rank=rank).scale for rank in (1, 16)} == {1}, "alpha follows the rank"
-    precisions = swept(LORA, TrainingConfig(), "precision", ["bf16", "nf4"], COUNTED)
+    precisions = swept(LORA, TrainingConfig(trainer="torch"), "precision", ["bf16", "nf4"], COUNTED)
     assert [r.precision for _, _, r in precisions] == ["bf16", "nf4"]
     for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
         with pytest.raises(UserError, match=message):
-            swept(LORA, TrainingConfig(), key, values, COUNTED)
+            swept(LORA, TrainingConfig(trainer="torch"), key, values, COUNTED)
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
@@ -452,7 +539,7 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 
 @given(models, methods, runs)
 def test_explanations_end_in_the_numbers_they_explain(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    shapes, run = shapes_of(name, run)
+    shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     lines = dict(explain(shapes, method, run, memory))
     for part, size in memory.parts().items():

@@ -26,7 +26,10 @@ from pipeline.stages.methods.prompt import Prompt
 
 NOT_IN_TRANSFORMERS = ("gpt-3-175b", "minigpt")
 STOCK = [name for name in names() if name not in NOT_IN_TRANSFORMERS]
+PERIODS = {"qwen3_5_text": 4, "qwen3_5_moe_text": 4, "gemma4_text": 6, "llama4_text": 4}  # blocks of all kinds
 CHOICES: dict[str, list[tuple[str, ...]]] = {  # by the attention linears that a model has
+    "q_a_proj": [("q_a_proj", "kv_b_proj"), ("attention",), ("kv_a_proj_with_mqa",), ("q_b_proj", "o_proj")],
+    "in_proj_qkv": [("in_proj_qkv", "q_proj"), ("attention",), ("out_proj",), ("q_proj", "k_proj", "v_proj", "o_proj")],
     "q_proj": [("q_proj", "v_proj"), ("attention",), ("v_proj",), ("q_proj", "k_proj", "v_proj", "o_proj")],
     "c_attn": [("c_attn",), ("attention",), ("c_proj",), ("attn.c_proj",)],
     "query_key_value": [("query_key_value",), ("attention",), ("dense",), ("attention.dense",)],
@@ -57,17 +60,16 @@ def peft_targets(shapes: Architecture, wanted: tuple[str, ...], model: Any) -> l
         return "all-linear"
     if not set(wanted) & {"attention", "feed_forward"}:
         return [re.sub("^o_proj$", "out_proj", w) if shapes.family == "opt" else w for w in wanted]
-    block = shapes.blocks[0]
-    groups = {"attention": block.attention, "feed_forward": block.feed_forward}
-    suffixes = {linear.name for group in wanted for linear in groups[group]}
+    suffixes = {linear.name for block in shapes.blocks for group in wanted for linear in getattr(block, group)}
     return [n for n in linears(model) if any(re.search(rf"\.\d+\.{suffix}$", n) for suffix in suffixes)]
 
 
 def targets_of(shapes: Architecture) -> list[tuple[str, ...]]:
     last = {linear.name.rsplit(".", 1)[-1] for linear in shapes.blocks[0].attention}
     first = next(choices for key, choices in CHOICES.items() if key in last)
-    dense = all(linear.experts == 1 for linear in shapes.blocks[0].feed_forward)
-    feed_forward = [("feed_forward",), ("attention", "feed_forward")] if dense else [("k_proj",), ("k_proj", "o_proj")]
+    dense = all(linear.experts == 1 for block in shapes.blocks for linear in block.feed_forward)
+    single = [(name,) for name in ("k_proj", "o_proj") if name in last or "in_proj_qkv" in last] or [("o_proj",)]
+    feed_forward = [("feed_forward",), ("attention", "feed_forward")] if dense else [*single, (*last,)]
     return [*first, ("all-linear",), *feed_forward]
 
 
@@ -83,10 +85,12 @@ def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
 
 @pytest.mark.parametrize("name", STOCK)
 def test_counts_of_two_blocks_are_those_of_transformers_and_peft(name: str) -> None:
-    """The same for two blocks of each built-in model: PEFT's time grows with the number of blocks."""
-    shapes = architecture(shortened(name, 2), name)
-    assert len(shapes.blocks) == 2
-    assert_counts_are_theirs(shapes, meta_model(name, 2))
+    """The same for a few blocks of each built-in model, one of each kind: PEFT's time grows with their number."""
+    blocks = PERIODS.get(entry(name)["config"]["model_type"], 2)
+    shapes = architecture(shortened(name, blocks), name)
+    assert len(shapes.blocks) == blocks
+    assert set(shapes.blocks) == set(built_in(name).shapes.blocks)
+    assert_counts_are_theirs(shapes, meta_model(name, blocks))
 
 
 def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
@@ -184,7 +188,8 @@ def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_totals_are_the_published_ones_to_the_digits_published(name: str) -> None:
-    known, total = entry(name), built_in(name).shapes.total
+    known = entry(name)
+    total = built_in(name).shapes.total + known.get("image_encoder", 0)
     assert known["source"] and known["published_source"]
     match = re.fullmatch(r"([\d.,]+)\s*([KMB]?)", known["published"])
     assert match, known["published"]

@@ -33,6 +33,35 @@ SMALL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt_oss": {"num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 16},
     "olmo2": {"num_key_value_heads": 2},
+    "olmo3": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2},
+    "granitemoehybrid": {
+        **{"num_key_value_heads": 2, "num_local_experts": 0, "shared_intermediate_size": 80, "pad_token_id": 0},
+        **{"layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"},
+    },
+    "glm4_moe": {
+        **{"num_key_value_heads": 2, "head_dim": 24, "n_routed_experts": 4, "moe_intermediate_size": 48},
+        **{"n_shared_experts": 2, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0},
+    },
+    "glm4_moe_lite": {"mlp_layer_types": ["dense", "dense", "sparse"], "n_routed_experts": 4, "pad_token_id": 0},
+    "deepseek_v3": {
+        **{"num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 24},
+        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "pad_token_id": 0},
+    },
+    "llama4_text": {
+        **{"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 80},
+        **{"moe_layers": [2], "pad_token_id": 0},
+    },
+    "qwen3_5_text": {
+        **{"num_key_value_heads": 2, "head_dim": 32, "linear_num_value_heads": 8, "linear_num_key_heads": 4},
+        **{"layer_types": ["full_attention", "linear_attention", "linear_attention"], "linear_value_head_dim": 24},
+    },
+    "qwen3_5_moe_text": {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 48},
+    "gemma4_text": {
+        **{"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0},
+        **{"attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4},
+        **{"top_k_experts": 2, "moe_intermediate_size": 48},
+    },
     "gpt_neox": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96},
@@ -68,7 +97,9 @@ def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path
     assert predict(opened.shapes, LORA, TrainingConfig(sequence=16)).peak > 0
 
 
-@pytest.mark.parametrize("family", sorted(set(families()) - {"minigpt", "gpt3", "roberta"}))
+@pytest.mark.parametrize(
+    "family", sorted(set(families()) - {"minigpt", "gpt3", "roberta", "gemma4_text", "granitemoehybrid"})
+)
 def test_a_config_of_sizes_alone_has_the_librarys_defaults(family: str) -> None:
     sizes: dict[str, Any] = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
     config = AutoConfig.for_model(family, **sizes)
@@ -399,6 +430,62 @@ def test_an_opt_with_gelu_is_an_opt_and_softcaps_can_be_off() -> None:
     gemma = entry("gemma-2-2b")["config"]
     assert architecture(gemma, "g").style.softcap
     assert not architecture({**gemma, "attn_logit_softcapping": None}, "g").style.softcap
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"model_type": "granitemoehybrid", "layer_types": ["attention", "mamba"]}, "layer 1 is 'mamba', which is not"),
+    ({"model_type": "granitemoehybrid"}, "layer 0 is a Mamba layer, the default"),
+    ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2}, "layer 0 has Granite's experts"),
+    ({"model_type": "gemma4_text"}, "layer 0 has per-layer embeddings of 256"),
+    ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 1},
+     "the last 1 layers use keys and values of others"),
+    ({"model_type": "gemma3n", "text_config": {"hidden_size_per_layer_input": 256}},
+     r"'gemma3n_text' is not known: layer 0 has per-layer embeddings \(hidden_size_per_layer_input\)"),
+    ({"model_type": "glm_moe_dsa", "kv_lora_rank": 512, "index_topk": 2048}, "layer 0 has sparse attention with"),
+    ({"model_type": "nemotron_h", "hybrid_override_pattern": "MEM*"}, "layer 0 has a Mamba layer by its pattern"),
+    ({"model_type": "lfm2", "layer_types": ["full_attention", "conv"]}, "'lfm2' is not known: layer 1 is 'conv'"),
+    ({"model_type": "qwen3_next", "linear_num_value_heads": 32}, "layer 0 has a gated delta net"),
+    ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "sparse"]}, "layer 1 is 'sparse', which"),
+])  # fmt: skip
+def test_a_layer_that_is_not_supported_is_named_with_its_type_and_what_still_works(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**SIZES, "num_hidden_layers": 2, **config}), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        open_model(str(path))
+    assert "\n" not in str(caught.value) and "Give the folder of its .safetensors files" in str(caught.value)
+
+
+def test_the_headers_of_a_hybrid_give_its_counts(tmp_path: Path) -> None:
+    """Granite 4's Mamba layers, whose memory is not predicted operation by operation."""
+    sizes = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_state": 16, "num_key_value_heads": 2}
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    config = AutoConfig.for_model("granitemoehybrid", **SIZES, **sizes, layer_types=kinds, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    shapes = open_model(str(tmp_path)).shapes
+    assert (shapes.family, shapes.total) == ("unknown", total(model))
+    assert "estimated" in shapes.notes[0]
+    with pytest.raises(UserError, match="layer 0 is 'linear_attention'"):
+        open_model(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("value, message", [
+    ("full_attention", "layer_types must list a type for each layer, got 'full_attention'"),
+    ([1] * 48, "layer_types must list a type for each layer"),
+    (["full_attention"], "layer_types must list 32 layers, as many as there are, got 1"),
+])  # fmt: skip
+def test_bad_layer_types_are_one_message(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        architecture({**entry("qwen3.5-4b")["config"], "layer_types": value}, "config.json")
+
+
+def test_a_tied_head_may_be_said_for_text_and_images_together(tmp_path: Path) -> None:
+    text = {k: v for k, v in entry("qwen3.5-4b")["config"].items() if k not in ("model_type", "tie_word_embeddings")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text}), "utf-8")
+    assert open_model(str(path)).shapes.total == built_in("qwen3.5-4b").shapes.total
 
 
 def test_unknown_names_get_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

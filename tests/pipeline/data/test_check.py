@@ -21,11 +21,16 @@ from pipeline.errors import UserError
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 Rows = list[Any]
+# A template that writes tool calls too: one that does not is refused.
+CALLS = SMOLLM2.replace(
+    "message['content']",
+    "(message['content'] or '') + (message['tool_calls'] | tojson if message['tool_calls'] else '')",
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
-    return tokenizer_with(tmp_path_factory.mktemp("model"), SMOLLM2)
+    return tokenizer_with(tmp_path_factory.mktemp("model"), CALLS)
 
 
 def jsonl(path: Path, rows: Rows) -> Path:

@@ -40,6 +40,7 @@ OTHER = {
     "gradient_checkpointing": "full",
     "save_steps": "1",
     "eval_share": "0.3",
+    "eval_data": "data/pretrain.de.txt",
     "eval_steps": "2",
     "patience": "1",
     "base": "toy",
@@ -89,6 +90,8 @@ OTHER = {
     "evaluate.new_data": "data/fact_correction.de.txt",
     "evaluate.prompts": "other.yaml",
     "evaluate.top_k": "2",
+    "evaluate.max_examples": "3",
+    "evaluate.sample_answers": "1",
     "evaluate.prompt_words": "1",
     "study_fact_correction.data": "data/knowledge_correction.de.txt",
     **{f"study_{name}_correction.retention_data": "other.txt" for name in ("fact", "knowledge")},
@@ -168,7 +171,7 @@ CHANGING = [
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
     and not key.endswith((".gradient_checkpointing", ".save_steps"))
-    and key != "merge.max_logit_difference"
+    and key not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
 ]  # the others have tests of their own
 
 

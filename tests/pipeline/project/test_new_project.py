@@ -91,9 +91,9 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, cli: Lora, tmp_path: Path) -> None:
-    toy = families.new_project(tmp_path / "other", families.FAMILIES["llama"]) / "base"
-    base = str(toy) if absolute else "other/base"
-    assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
+    other = families.new_project(tmp_path / "other", families.FAMILIES["llama"])
+    base = str(other / "base") if absolute else "other/base"
+    assert cli("new", "deep/project", "--base", base, "--data", "other/data/texts.jsonl", cwd=tmp_path)[0] == 0
     assert load(tmp_path / "deep/project/params.yaml").origin.base == "../../other/base"
     stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert stages["import"]["deps"] == ["${base}"]
@@ -104,12 +104,11 @@ def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, 
 
 @pytest.mark.parametrize("base", ["org/model", "org/model@v1"])
 def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Path) -> None:
-    assert cli("new", "project", "--base", base, cwd=tmp_path)[0] == 0
+    source = params_of(tmp_path / "from", "finetune_lora:\n  data: other.txt\n", "other.txt")
+    assert cli("new", "project", "--params", str(source), "--base", base, cwd=tmp_path)[0] == 0
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert "deps" not in stages["import"]
-    settings = load(tmp_path / "project/params.yaml")
-    assert settings.origin.base == base
-    assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
+    assert load(tmp_path / "project/params.yaml").origin.base == base
 
 
 def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
@@ -128,14 +127,12 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
     assert project.params == load(source).replaced(project.params.sections), "with their defaults"
 
 
-@pytest.mark.parametrize("base", [None, "org/model"])
-def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | None, cli: Lora, tmp_path: Path) -> None:
-    given = ["--base", base] if base else []
-    assert cli("new", "one", "--methods", "prefix, sweep", *given, cwd=tmp_path)[0] == 0
+def test_a_project_has_the_methods_that_are_asked_for_and_no_other(cli: Lora, tmp_path: Path) -> None:
+    assert cli("new", "one", "--methods", "prefix, sweep", cwd=tmp_path)[0] == 0
     one = open_project(tmp_path / "one/params.yaml")
     assert list(one.stages) == [
         *(
-            "import" if base else "pretrain",
+            "pretrain",
             "expand_vocab",
             "finetune_lora",
             "finetune_prefix",
@@ -144,10 +141,9 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | N
         )
     ], "a sweep varies the section of LoRA"
     assert list(one.variants) == ["base", "expanded", "lora", "prefix"]
-    assert one.params.finetune_prefix.window == (0 if base else 4)
-    assert cli("new", "two", "--methods", "full,lora", *given, cwd=tmp_path)[0] == 0
+    assert cli("new", "two", "--methods", "full,lora", cwd=tmp_path)[0] == 0
     two = open_project(tmp_path / "two/params.yaml")
-    assert list(two.stages) == [next(iter(one.stages)), *CARD[1:3], *CARD[4:]]
+    assert list(two.stages) == [*CARD[:3], *CARD[4:]]
     dvc(tmp_path / "two", "status")
     for arguments, reason in (
         (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: scratch, full, freeze, lora"),
@@ -158,10 +154,11 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | N
 
 
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
-    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\nmerge: {}\n", "a.txt", "b.txt")
+    merge = "merge:\n  prompts: data/prompts.yaml\n"
+    source = params_of(tmp_path / "from", f"finetune_lora:\n  data: a.txt\n{merge}", "a.txt", "b.txt")
     asked = ("new", "project", "--params", str(source))
     assert cli(*asked, cwd=tmp_path)[2] == ""
-    source.write_text("finetune_lora:\n  data: b.txt\nmerge: {}\n", encoding="utf-8")
+    source.write_text(f"finetune_lora:\n  data: b.txt\n{merge}", encoding="utf-8")
     (source.parent / "data/prompts.yaml").write_text("changed", encoding="utf-8")
     (tmp_path / "project/dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     code, _, err = cli(*asked, cwd=tmp_path)
@@ -186,7 +183,7 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
         (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),
         (["p", "--params", str(wrong)], "unknown key merge.prompt"),
         (["p", "--params", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["p", "--base", "nowhere"], "base must be minigpt"),
+        (["p", "--base", "nowhere", "--data", "file"], "base must be minigpt"),
         ([str(ROOT)], "the program's own repository"),
     ):
         code, _, err = cli("new", *arguments, cwd=tmp_path)
@@ -226,7 +223,7 @@ def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: 
     params = params_of(tmp_path, text, "a.txt")
     stages = yaml.safe_load(new_project.render_dvc_yaml(open_project(params)))["stages"]
     places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
-    assert places == ["${evaluate.old_data}", "${evaluate.prompts}"]
+    assert places == ["${evaluate.old_data}"]
 
 
 @pytest.mark.slow

@@ -199,6 +199,15 @@ def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage
     assert measured == pytest.approx(predicted, rel=0.03)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw-8bit", "sgd"])
+def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(project: Path, optimizer: str) -> None:
+    options = {"optimizer": optimizer, "lora_dropout": 0.1, "neftune_alpha": 5, "batch_size": 16, "window": 0}
+    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{key}={value}" for key, value in options.items())])
+    last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    assert measured == pytest.approx(predicted, rel=0.02)
+
+
 @given(st.integers(0, 200))
 def test_a_log_is_read_up_to_its_last_whole_line(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.getbasetemp() / "loss.csv"

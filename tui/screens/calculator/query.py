@@ -54,6 +54,8 @@ FIELDS = {
         FormField("sequence", step=doubling),
         FormField("checkpointing", "choice", choices=("", *_OPTIONS["checkpointing"].choices), names={"": "auto"}),
         _choice("optimizer"),
+        FormField("lora_dropout", default="0", label="dropout", step=cycling(("0", "0.05", "0.1"))),
+        FormField("neftune_alpha", default="0", label="NEFTune", step=cycling(("0", "5", "10"))),
         _choice("loss"),
         FormField("gpu", "choice", "rtx4090", label="GPU", choices=list(_GPUS), names=_GPUS),
         FormField("gib", default="24", label="GPU's GiB", step=doubling),
@@ -131,6 +133,7 @@ def calculate(query: Query, model: Architecture) -> Result:
     values = {
         **{key: _parse(query, key, int) for key in ("rank", "last_blocks", "virtual_tokens", "batch")},
         "alpha": _parse(query, "alpha", float) if query["alpha"].strip() else None,
+        **{key: _parse(query, key, float) for key in ("lora_dropout", "neftune_alpha")},
         "sequence": _parse(query, "sequence", int) if query["sequence"].strip() else None,
         "new_rows": _parse(query, "new_rows", int) if query["embeddings"] == "new_rows" else 0,
         "train_embeddings": query["train_embeddings"] == "train",
@@ -198,7 +201,9 @@ def query_from_project(project: Project) -> Query:
         "batch": str(lora.batch_size),
         "sequence": str(min(longest)) if longest else "",
         "checkpointing": lora.gradient_checkpointing,
-        "optimizer": "adam-flat",
+        "optimizer": lora.optimizer,
+        "lora_dropout": f"{lora.lora_dropout:g}",
+        "neftune_alpha": f"{lora.neftune_alpha:g}",
         "loss": "chunked" if imports else "full",
     }
 
@@ -242,6 +247,8 @@ def params_from_result(result: Result, params: Params, trained: tuple[str, Archi
         "batch_size": run.batch,
         "precision": precision,
         "gradient_checkpointing": run.checkpointing,
+        "optimizer": run.optimizer,
+        "neftune_alpha": run.neftune_alpha,
         **method.params(),
     }
     if "last_blocks" in values:

@@ -86,15 +86,16 @@ with chapter.section("1") as claim:
         step = calc(method="full", precision="fp32", optimizer="adamw").memory
         return step.optimizer / step.weights, "the optimizer's state in FP32, to the weights in FP32"
 
-    def full_step(optimizer: str) -> tuple[Any, int]:
+    def full_step(trainer: str, optimizer: str = "adamw") -> tuple[Any, int]:
         """The memory of a step of full fine-tuning in BF16, and what weights, gradients and averages take together."""
-        step = calc(method="full", precision="bf16", optimizer=optimizer).memory
+        step = calc(method="full", precision="bf16", trainer=trainer, optimizer=optimizer).memory
         return step, step.weights + step.gradients + step.optimizer
 
     @claim("together with the weights and gradients, this amounts to roughly 3× the model size", about("3 ×", "10%"))
     def adam_3_times() -> Result:
         bf16, fp32, eight = (
-            held / step.weights for step, held in map(full_step, ("adamw", "adamw-fp32", "adamw-8bit"))
+            held / step.weights
+            for step, held in (full_step("torch"), full_step("torch-fp32"), full_step("torch", "adamw-8bit"))
         )
         return {"averages in BF16": bf16, "averages in FP32": fp32}, (
             "weight, gradient and two averages are four numbers a parameter; "
@@ -103,7 +104,7 @@ with chapter.section("1") as claim:
 
     @claim("3 × 16 GB ≈ 48 GB", about("48 GB", "10%"))
     def adam_48_gb() -> Result:
-        (step, bf16), (exact, fp32) = full_step("adamw"), full_step("adamw-fp32")
+        (step, bf16), (exact, fp32) = full_step("torch"), full_step("torch-fp32")
         return {"averages in BF16": bf16, "averages in FP32": fp32}, (
             f"weights {GB(step.weights)}, gradients {GB(step.gradients)}, averages {GB(step.optimizer)}, "
             f"in FP32 {GB(exact.optimizer)}"

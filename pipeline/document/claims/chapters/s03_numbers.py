@@ -133,7 +133,7 @@ with chapter.section("3") as claim:
 
     @claim("MiniGPT, VRAM for optimizer (Adam, FP32): ≈ 48 KB", about("48 KB", "5%"))
     def minigpt_adam() -> Result:
-        step = calc("minigpt", rank=4, optimizer="adamw-fp32").memory
+        step = calc("minigpt", rank=4, trainer="torch-fp32").memory
         return (
             step.adapter + step.optimizer,
             f"A and B, {KB(step.adapter)}, and their two averages, {KB(step.optimizer)}",
@@ -141,7 +141,7 @@ with chapter.section("3") as claim:
 
     @claim("Qwen3-8B, VRAM for optimizer (Adam, FP32): ≈ 112 MB", about("112 MB", "5%"))
     def qwen_adam() -> Result:
-        step, lora = calc(rank=8, optimizer="adamw-fp32").memory, calc(rank=8).parameters
+        step, lora = calc(rank=8, trainer="torch-fp32").memory, calc(rank=8).parameters
         return step.adapter + step.optimizer, (
             f"A and B, {MB(step.adapter)}, and their averages, {MB(step.optimizer)}, "
             f"of {n(lora.trainable)} parameters, not {n(lora.document)}"
@@ -149,7 +149,7 @@ with chapter.section("3") as claim:
 
     @claim("Full Fine-Tuning of Qwen3-8B consumes ≈ 48 GB VRAM for Adam alone", about("48 GB", "10%"))
     def full_adam_48_gb() -> Result:
-        same, exact = (calc(method="full", optimizer=optimizer).memory for optimizer in ("adamw", "adamw-fp32"))
+        same, exact = (calc(method="full", trainer=trainer).memory for trainer in ("torch", "torch-fp32"))
         return {
             "averages in FP32": exact.optimizer,
             "averages in BF16": same.optimizer,
@@ -161,8 +161,8 @@ with chapter.section("3") as claim:
 
     @claim("roughly 430× more than the LoRA variant", about("430 ×", "10%"))
     def full_against_lora_430() -> Result:
-        full = calc(method="full", optimizer="adamw-fp32").memory.optimizer
-        lora = calc(rank=8, optimizer="adamw-fp32").memory.optimizer
+        full = calc(method="full", trainer="torch-fp32").memory.optimizer
+        lora = calc(rank=8, trainer="torch-fp32").memory.optimizer
         return full / lora, (
             f"{GB(full)} to {MB(lora)}: with the same bytes a parameter it is the ratio of the parameters; "
             "48 GB are 6 bytes a parameter, 112 MB are 12"

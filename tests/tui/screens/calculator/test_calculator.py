@@ -336,7 +336,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
         method = Lora(4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
-        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
+        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none")
         assert screen.result.model is built_in("minigpt").shapes
         await pilot.press("2", "3")
         assert pilot.app.screen is screen and screen.form.values["model"] == "minigpt"
@@ -462,7 +462,7 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
         assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
         assert screen.result.run == TrainingConfig(
-            *(4, 48, "bf16", "bf16", "adam-flat"), checkpointing="selective", loss="chunked", context=CONTEXT
+            *(4, 48, "bf16", "bf16"), checkpointing="selective", loss="chunked", context=CONTEXT
         )
         assert screen.result.method.rank == 4 and not screen.problem
         await pilot.press("u")

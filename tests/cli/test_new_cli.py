@@ -1,0 +1,153 @@
+"""`lora new --base --data` and `lora train`: a project for a model and a data file, with reasons, and its results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.workbench import open_project
+from tests.conftest import Lora
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.projects import dvc, folder_bytes, load, lora, refusal
+
+pytestmark = pytest.mark.xdist_group("new")  # one project for all of them
+
+CHATS = [
+    [("human", f"What is {n} and {n}?"), ("gpt", f"It is {2 * n}."), *([("human", "Sure?"), ("gpt", "Yes.")] * (n % 2))]
+    for n in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("front")
+    toy_checkpoint(folder / "toy", max_position_embeddings=256)
+    rows = [{"id": n, "conversations": [{"from": who, "value": said} for who, said in c]} for n, c in enumerate(CHATS)]
+    (folder / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    lines = [{"question": c[0][1], "answer": c[1][1]} for c in CHATS]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(here: Path) -> tuple[Path, str]:
+    done = lora("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2", cwd=here)
+    assert done.returncode == 0, done.stderr
+    return here / "run", done.stdout
+
+
+def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained: tuple[Path, str]) -> None:
+    folder, out = trained
+    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    before, after = (metrics[name]["new_loss"] for name in ("base", "lora"))
+    assert f"lora: loss on held-out examples {before:.3f} → {after:.3f} nats per token" in out
+    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    assert list(samples) == ["base", "lora", "merged"] and [len(answers) for answers in samples.values()] == [2, 2, 2]
+    for name in ("base", "lora"):
+        assert f"> {samples[name][0]['question']}\n" in out
+    for said in ("40 examples", "trained on", "epochs", "as you set it", "predicted", "measured", "steps were timed"):
+        assert said in out, said
+
+
+def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_training(trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    last = (folder / "artifacts/lora_adapter/loss.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")
+    assert metrics["lora"]["new_loss"] == pytest.approx(float(last[-1]), rel=0.02)  # bf16 in training
+
+
+def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 30
+    assert not any(word in text for word in ("pretrain:", "d_model", "minigpt", ".de."))
+    project = open_project(folder / "params.yaml")
+    assert list(project.stages) == ["import", "finetune_lora", "merge", "evaluate"]
+    assert project.params.finetune_lora.epochs == 2 and project.params.finetune_lora.target_modules == ("all-linear",)
+    assert [path.name for path in (folder / "data").iterdir()] == ["heldout.en.txt"]
+
+
+def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_do(
+    trained: tuple[Path, str], here: Path, cli: Lora
+) -> None:
+    folder, first = trained
+    before = folder_bytes(folder / "artifacts")
+    assert dvc(folder, "stage list --name-only")[0].split() == ["import", "finetune_lora", "merge", "evaluate"]
+    code, out, err = cli("train", "--base", "toy", "--data", "chats.json", "--out", "run", cwd=here)
+    assert code == 0 and "nothing to do, taken from the cache" in err
+    assert first.endswith(out[out.index("\nlora: loss") :])
+    assert folder_bytes(folder / "artifacts") == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_project_of_another_base_or_other_data_is_refused(here: Path, cli: Lora) -> None:
+    toy_checkpoint(here / "other", max_position_embeddings=256)
+    again = ("train", "--out", "run", "--base")
+    assert "has base ../toy, not other" in refusal(cli(*again, "other", "--data", "chats.json", cwd=here))
+    assert "does not train on pairs.jsonl" in refusal(cli(*again, "toy", "--data", "pairs.jsonl", cwd=here))
+    assert "is a project already" in refusal(cli(*again, "toy", "--data", "chats.json", "--set", "rank=4", cwd=here))
+
+
+def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
+    trained: tuple[Path, str], cli: Lora
+) -> None:
+    folder, _ = trained
+    before = folder_bytes(folder)
+    asked = ("finetune", "lora", "--dry-run", "--set", "finetune_lora.epochs=3")
+    code, out, err = cli(*asked, cwd=folder)
+    assert code == 0, err
+    steps = len((folder / "artifacts/lora_adapter/loss.csv").read_text(encoding="utf-8").splitlines()) - 1
+    assert f"steps   {steps // 2 * 3}, {steps // 2} per epoch" in out
+    assert "dvc repro would run: lora finetune lora, lora merge, lora evaluate" in out
+    assert folder_bytes(folder) == before
+
+
+def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: Path, cli: Lora) -> None:
+    given = ("--columns", "prompt=question,completion=answer", "--eval-data", "pairs.jsonl")
+    asked = ("new", "two", "--base", "toy", "--data", "pairs.jsonl", *given, "--methods", "lora,full")
+    code, out, err = cli(*asked, "--set", "rank=4", "--set", "finetune_full.epochs=1", cwd=here)
+    assert code == 0, err
+    params = load(here / "two/params.yaml")
+    assert list(open_project(here / "two/params.yaml").stages) == [
+        *("import", "finetune_full", "finetune_lora", "merge", "evaluate")
+    ]
+    for section in (params.finetune_lora, params.finetune_full):
+        assert section.columns == {"prompt": "question", "completion": "answer"}
+        assert (section.data, section.eval_data, section.eval_share) == ("../pairs.jsonl", "../pairs.jsonl", 0)
+    assert (params.finetune_lora.rank, params.finetune_full.epochs) == (4, 1)
+    assert params.finetune_lora.learning_rate == 10 * params.finetune_full.learning_rate
+    assert "40 to evaluate on" in out and "Next: cd two; dvc repro; lora-tui" in out
+    dvc(here / "two", "status")  # every key that dvc.yaml names is in the params file
+
+
+def test_tokens_that_are_added_need_the_stage_that_adds_them(here: Path, cli: Lora) -> None:
+    asked = ("new", "tools", "--base", "toy", "--data", "chats.json", "--set", "expand_vocab.special_tokens=[<tool>]")
+    code, _, err = cli(*asked, cwd=here)
+    assert code == 0, err
+    assert list(open_project(here / "tools/params.yaml").stages)[:2] == ["import", "expand_vocab"]
+    assert (here / "tools/artifacts/expanded/model.safetensors").is_file()
+
+
+def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lora) -> None:
+    (here / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n', encoding="utf-8")
+    (here / "near.jsonl").write_text('{"prompt": "a", "compleation": "b"}\n', encoding="utf-8")
+    for arguments, reason in (
+        (("--base", "toy"), "--base needs --data"),
+        (("--data", "chats.json"), "--data goes with a new project of --base and --data"),
+        (("--base", "toy", "--data", "gone.jsonl"), "gone.jsonl: No such file or directory"),
+        (("--base", "nowhere", "--data", "chats.json"), "base must be minigpt, a checkpoint folder"),
+        (("--base", "toy", "--data", "broken.jsonl"), 'broken.jsonl:1: messages has no "assistant" turn'),
+        (("--base", "toy", "--data", "near.jsonl"), "Did you mean 'completion'?"),
+        (("--base", "toy", "--data", "chats.json", "--methods", "qlora"), "unknown method qlora"),
+        (("--base", "toy", "--data", "chats.json", "--set", "rank=0"), "finetune_lora.rank must be at least 1, got 0"),
+        (("--base", "toy", "--data", "chats.json", "--set", "lora_alpha=8"), "Did you mean alpha?"),
+        (("--base", "toy", "--data", "chats.json", "--set", "rank"), "--set takes KEY=VALUE"),
+        (("--base", "toy", "--data", "chats.json", "--set", "target_modules=[nope]"), "matches no linear layer"),
+    ):
+        code, _, err = cli("new", "wrong", *arguments, cwd=here)
+        assert code == 1 and reason in err and "Traceback" not in err, (arguments, err)
+        assert not (here / "wrong/params.yaml").exists() and not (here / "wrong/dvc.yaml").exists()
+    assert yaml.safe_load((here / "run/dvc.yaml").read_text(encoding="utf-8"))["stages"]["import"]["deps"] == [
+        "${base}"
+    ]
