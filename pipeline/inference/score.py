@@ -135,18 +135,10 @@ def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str]
     """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
     if example.messages:
         last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
-<<<<<<< HEAD
         prompt, answer = tokenizer.render(example.messages[:last], True, example.tools), example.messages[last]
         if "tool_calls" not in answer:
             return prompt, answer["content"] or ""
-        # As the template writes them, without special tokens.
-=======
-        *turns, answer = example.messages[: last + 1]
-        prompt = tokenizer.render(turns, True, example.tools)
-        if "tool_calls" not in answer:
-            return prompt, answer["content"] or ""
-        # as the template writes them, without special tokens
->>>>>>> i21-data
+        # as the template writes them, without special tokens.
         whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
         return prompt, tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
     return None if example.prompt is None else (example.prompt, example.completion)
