@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -202,11 +202,7 @@ def _backward(
     for noise in (noises or {}).values():
         noise.begin(number)
     for batch in batches:
-        with ExitStack() as stack:
-            stack.enter_context(path.route(batch))
-            for n, lengths in enumerate(batch.lengths() if noises else ()):
-                if noises and n in noises and lengths:
-                    stack.enter_context(noises[n].during(lengths))
+        with path.route(batch), _during(batch, noises) if noises else nullcontext():
             # gradient accumulation: a batch's mean times its share of the step's labels, so that the parts add up to
             # the mean over all of them; the gradients of batches and ranks are then sums
             shares = [labels / totals[n] for n, labels in batch.labels.items()]
@@ -220,6 +216,16 @@ def _backward(
         for n, loss in zip(present, losses.tolist(), strict=True):
             means[n] += loss
     return means, totals
+
+
+@contextmanager
+def _during(batch: StepBatch, noises: Mapping[int, "LearnerNoise"]) -> Iterator[None]:
+    """Inside the block the noise of each learner with sequences in the batch is in force."""
+    with ExitStack() as stack:
+        for n, lengths in enumerate(batch.lengths()):
+            if n in noises and lengths:
+                stack.enter_context(noises[n].during(lengths))
+        yield
 
 
 def _times(values: Tensor, factors: Sequence[float]) -> Tensor:

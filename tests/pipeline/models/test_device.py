@@ -105,6 +105,9 @@ SETTINGS = {
     "bf16": ["precision=bf16"],
     "fp16": ["precision=fp16"],
     "nf4": ["quantization=nf4-dq"],
+    "8-bit moments": ["optimizer=adamw-8bit", "weight_decay=0.1"],
+    "8-bit moments of the host": ["optimizer=paged-adamw-8bit", "weight_decay=0.1"],
+    "SGD": ["optimizer=sgd", "learning_rate=0.1"],
 }
 
 

@@ -240,3 +240,11 @@ def test_the_forecast_is_of_the_largest_batch_of_the_step_that_has_it(tmp_path: 
         last = (root / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
         predicted, measured = map(int, last.split(",")[-2:])
         assert measured == pytest.approx(predicted, rel=0.03)
+
+
+def test_the_meter_counts_the_tensors_of_its_device_alone() -> None:
+    """A paged optimizer's state is in the memory of the host."""
+    device, all_ = TensorMemoryMeter(torch.device("meta")), TensorMemoryMeter()
+    with device, all_:
+        kept = torch.zeros(1024, device="meta"), torch.zeros(2048)
+    assert (device.peak, all_.peak) == (4 * 1024, 4 * 3072) and kept

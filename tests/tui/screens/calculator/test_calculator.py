@@ -289,7 +289,7 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: 
 
 async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
-        await fill(pilot, screen, batch="2")
+        await fill(pilot, screen, rank="16")
         await fill(pilot, screen, batch="x")
         await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
         assert screen.problem.startswith("batch must be")
