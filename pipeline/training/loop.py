@@ -240,11 +240,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
-<<<<<<< HEAD
-    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter()
-=======
-    predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter(device)
->>>>>>> i21-options
+    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter(device)
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     model.train()
