@@ -171,7 +171,11 @@ def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora
     if twice is not None:
         raise UserError(f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them.")
     names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations])
-    return dict(zip(names, (structs.replace(base, **values) for values in combinations), strict=True))
+    adapters: dict[str, FinetuneLora] = {}
+    for name, values in zip(names, combinations, strict=True):
+        with _add_name_to_error(name):
+            adapters[name] = structs.replace(base, **values)
+    return adapters
 
 
 def _adapter_name(values: Mapping[str, Any]) -> str:

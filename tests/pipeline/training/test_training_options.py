@@ -108,3 +108,9 @@ def test_save_steps_makes_nothing_out_of_date(mini: Path, stage: str) -> None:
     assert Status().of(often)[stage].state == "current"
     manifests = [path.read_text(encoding="utf-8") for path in (mini / STAGES[stage].path).rglob("manifest.json")]
     assert manifests and not any("save_steps" in text for text in manifests)
+
+
+def test_a_grid_that_contradicts_what_is_set_names_its_adapter(mini: Path) -> None:
+    given = ["finetune_lora.warmup_steps=3", "finetune_sweep.grid={warmup_ratio: [0.1]}"]
+    with pytest.raises(UserError, match=r"finetune_sweep, warmup_ratio-0.1: warmup_steps is 3 and warmup_ratio 0.1"):
+        make(mini, ["finetune_sweep"], given)
