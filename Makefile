@@ -19,7 +19,7 @@ repro: install          ## run the pipeline and show the comparison
 	@lora report
 	@echo
 	@echo 'Next:  source .venv/bin/activate; lora-tui   watch, ask the models, edit params'
-	@echo '       lora new mine --base MODEL            a project for a model of yours'
+	@echo '       lora train --base MODEL --data FILE   a model of yours, on data of yours'
 	@echo '       make document                         all that the document claims'
 
 document: repro         ## all that the document says, run and measured; it prints where its report is
@@ -42,7 +42,7 @@ check: install-dev      ## lint, format, types, import contracts
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench
 
-pictures: install-dev   ## the README's pictures, from the real program
+pictures: install-dev   ## the pictures of README.md and docs/tui.md, from the real program
 	@dvc repro --quiet
 	@python -m docs.pictures
 

@@ -106,17 +106,23 @@ def train(
     """
     from cli.stages import run_stage
     from pipeline.errors import UserError
+    from pipeline.project.params.edit import dump_inline
     from pipeline.workbench import open_project
 
     params = out / "params.yaml"
+    chosen = methods and [name.strip() for name in methods.split(",")]
     if params.exists():
-        if values:
-            raise UserError(f"{out} is a project already. Edit {params}, or name another folder with --out.")
-        _refuse_other(open_project(params), base, data)
+        project, given = open_project(params), _read_values(values or [], list(chosen or ["lora"]))
+        _refuse_other(project, base, data)
+        for key, value in given.items():
+            if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
+                raise UserError(
+                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. Edit {params}, or name "
+                    "another folder with --out."
+                )
     else:
         if base is None or not data:
             raise UserError("lora train needs --base, a model, and --data, the examples to train it on.")
-        chosen = methods and [name.strip() for name in methods.split(",")]
         start_project(_request(out, base, data, eval_data, chosen, columns, values))
     for name in open_project(params).stages:
         run_stage(name, params, None, False)
@@ -272,6 +278,8 @@ def _describe_base(started: Started) -> Iterator[str]:
 
 
 def _describe_data(started: Started) -> Iterator[str]:
+    from pipeline.data.formats import FORMATS
+
     report = started.report
     formats = " and ".join(report.formats)
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
@@ -280,7 +288,8 @@ def _describe_data(started: Started) -> Iterator[str]:
         yield f"{report.turns:,} turns"
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
-        yield f"{report.tokens:,} tokens, {report.trained_tokens:,} ({share:.0%}) trained on"
+        trained = " and ".join(dict.fromkeys(each.trained for each in FORMATS if each.name in report.formats))
+        yield f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are trained on: {trained}"
         yield f"longest {report.quantiles['max']:,}"
     if report.evaluation:
         yield f"{report.evaluation:,} to evaluate on"

@@ -17,9 +17,10 @@ Written by `python -m docs.coming_from` from the table by which the code answers
     lora new my-project --from axolotl.yml     # or llamafactory.yaml, adapter_config.json, training_args.json, mlx.yaml
 
 makes a project with the settings of another tool's config. It prints what is taken, under which name, and what is not,
-and why; a value that breaks a rule is one message. Only what the file says is taken: defaults are those here, not the
-other tool's. Its data files are copied into data/, if they are there; data sets of the hub, or of a list of the tool's
-own, are not taken. Configs are read as text: JSON, or YAML without aliases, of at most 100 kB; nothing in them is run.
+and why; a value that breaks a rule is one message. Only what the file says is taken: what it leaves open is chosen as
+by `lora new --base --data` ([new-project.md](new-project.md)), not by the other tool's defaults. Data files that are
+there are named where they lie; data sets of the hub, or of a list of the tool's own, are not taken: name yours with
+`--data`. Configs are read as text: JSON, or YAML without aliases, of at most 100 kB; nothing in them is run.
 """
 
 

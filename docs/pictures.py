@@ -1,4 +1,4 @@
-"""`make pictures`: the README's pictures, from the real program on this project, its real runs and models."""
+"""`make pictures`: those of README.md and docs/tui.md, from the real program on this project, its runs and models."""
 
 import asyncio
 import time

@@ -122,16 +122,16 @@ def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
 def _evaluation(adapter: Path, metrics: Mapping[str, Any]) -> Iterator[str]:
     if (adapter / LOSS).exists():
         yield f"final training loss: {final_loss(read_steps(adapter / LOSS)):.4f} nats per token"
-    if "forgetting" not in metrics:
+    if not metrics:
         yield "not evaluated: run `lora evaluate` where it was trained"
-        return
-    forgetting = metrics["forgetting"]
     if "new_loss" in metrics:
-        yield f"loss on the fine-tuning data: {metrics['new_loss']:.4f} nats per token"
+        yield f"loss on the new data: {metrics['new_loss']:.4f} nats per token"
+    if "new_completed" in metrics:
         yield f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}"
-    yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats per token"
-    yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats per token"
-    yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
+    if forgetting := metrics.get("forgetting"):
+        yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats per token"
+        yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats per token"
+        yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:

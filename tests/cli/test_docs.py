@@ -6,13 +6,18 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from bench import loraplus
 from bench.published import published, table
+from cli import console
 from docs import coming_from, params
+from docs.tour import typed
 from pipeline.project.logs.run_log import RunLog, Step
 from pipeline.stages.methods.sweep import variants
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, load
+from tests.journeys.command_lines import commands
 
 
 def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> None:
@@ -38,6 +43,39 @@ def test_no_link_of_the_documentation_is_dead() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_readme_is_short_and_links_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\(docs/([^)]+\.md)\)", text))
+
+
+def test_every_command_that_a_page_names_exists_with_its_options() -> None:
+    options = {path: {name for each in parameters for name in each.opts} for path, parameters in commands()}
+    options[("finetune", "METHOD")] = options[("finetune", "lora")]
+    named = 0
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for line in re.findall(r"(?:^    |^\$ |`)(lora [^`\n]*)", text, re.MULTILINE):
+            for command in re.findall(r"(?:^|; +)lora ([^;#|]*)", line):
+                words = [word for word in command.split() if word != "…"]
+                length = max(n for n in range(3) if any(path[:n] == tuple(words[:n]) for path in options))
+                path, rest = tuple(words[:length]), [word.partition("=")[0] for word in words[length:]]
+                known = options.get(path, {"--install-completion"}) | {"--help"}
+                assert path in options or not rest or rest[0] in known, f"{page.name}: lora {command}"
+                assert {word for word in rest if re.match("--[a-z]", word)} <= known, f"{page.name}: lora {command}"
+                named += 1
+    assert named > 150
+
+
+def test_the_readme_shows_what_the_calculator_prints(cli: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.stdout, "width", 100)
+    calculated = [one for one in typed((ROOT / "README.md").read_text(encoding="utf-8")) if "lora calc" in one.command]
+    for command, shown in calculated:
+        printed = cli(*shlex.split(command)[1:], cwd=ROOT)[1].splitlines()
+        assert set(shown.splitlines()) - {"…"} <= {line.rstrip() for line in printed}, command
+    assert calculated
+
+
 def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     text = (ROOT / "docs/loraplus.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
@@ -55,12 +93,11 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
 
 
-def test_the_commands_of_ship_it_run_in_a_project_as_the_pipeline_leaves_it(cli: Lora, project: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^## Ship it\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", section, re.MULTILINE)]
-    assert len(commands) > 8
-    for _, *command in commands:
+def test_the_commands_of_the_shipping_page_run_in_a_project_as_the_pipeline_leaves_it(cli: Lora, project: Path) -> None:
+    text = (ROOT / "docs/shipping.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", text, re.MULTILINE)]
+    assert len(lines) > 8
+    for _, *command in lines:
         code, output, errors = cli(*command, cwd=project)
         assert (code, bool(output)) == (0, True), f"{command}: {errors}"
 

@@ -74,10 +74,25 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
     folder, first = trained
     before = folder_bytes(folder / "artifacts")
     assert dvc(folder, "stage list --name-only")[0].split() == ["import", "finetune_lora", "merge", "evaluate"]
-    code, out, err = cli("train", "--base", "toy", "--data", "chats.json", "--out", "run", cwd=here)
+    same = ("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2")
+    code, out, err = cli(*same, cwd=here)
     assert code == 0 and "nothing to do, taken from the cache" in err
     assert first.endswith(out[out.index("\nlora: loss") :])
     assert folder_bytes(folder / "artifacts") == before
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "vllm"])
+def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
+    trained: tuple[Path, str], cli: Lora, tmp_path: Path, form: str
+) -> None:
+    folder, out = trained
+    assert "lora export artifacts/lora_adapter --format peft --out DIR   (or merged, vllm)" in out
+    code, _, err = cli("export", "artifacts/lora_adapter", "--format", form, "--out", str(tmp_path / "out"), cwd=folder)
+    assert code == 0, err
+    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert f"loss on the new data: {metrics['lora']['new_loss']:.4f} nats per token" in card
+    assert "forgetting: loss on the old data" in card and "completed" not in card
 
 
 @pytest.mark.usefixtures("trained")

@@ -217,7 +217,7 @@ def facts(adapter: Path, evaluation: Path) -> list[str]:
         f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
         *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
         *(f"`{name}`, sha256 `{digest}`" for name, digest in data.items()),
-        f"loss on the fine-tuning data: {metrics['new_loss']:.4f}",
+        f"loss on the new data: {metrics['new_loss']:.4f}",
         f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}",
         f"loss on the old data {forgetting['loss_rise']:+.4f}",
         f"divergence from the base {forgetting['divergence']:.4f}",
