@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Exit, Option
 
-from cli.options import ColumnsOption, JsonOption, columns_of, group
+from cli.options import ColumnsOption, JsonOption, base_folder, columns_of, group
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -31,7 +31,11 @@ FILE_HELP = "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a sav
 
 BaseOption = Annotated[
     Path | None,
-    Option("--base", help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base."),
+    Option(
+        "--base",
+        callback=base_folder,
+        help="Model with the tokenizer: folder, .gguf file or hub id; default: artifacts/expanded, or artifacts/base.",
+    ),
 ]
 MaxLengthOption = Annotated[int, Option("--max-length", min=0, help="Truncate examples to this many tokens; 0: never.")]
 

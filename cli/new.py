@@ -278,6 +278,8 @@ def _describe_base(started: Started) -> Iterator[str]:
 
 
 def _describe_data(started: Started) -> Iterator[str]:
+    from pipeline.data.formats import FORMATS
+
     report = started.report
     formats = " and ".join(report.formats)
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
@@ -286,7 +288,8 @@ def _describe_data(started: Started) -> Iterator[str]:
         yield f"{report.turns:,} turns"
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
-        yield f"{report.tokens:,} tokens, {report.trained_tokens:,} ({share:.0%}) trained on"
+        trained = " and ".join(dict.fromkeys(each.trained for each in FORMATS if each.name in report.formats))
+        yield f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are trained on: {trained}"
         yield f"longest {report.quantiles['max']:,}"
     if report.evaluation:
         yield f"{report.evaluation:,} to evaluate on"

@@ -12,6 +12,17 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
 
+
+def base_folder(base: Path | None) -> Path | None:
+    """Callback for --base: the folder of a base that is named as `base` in params.yaml names one. Raises UserError."""
+    if base is None or base.is_dir() or (base.suffix != ".gguf" and (base.parent == Path() or base.parent.is_dir())):
+        return base  # a folder, which the command says it misses if it is not there
+    from cli.console import print_note
+    from pipeline.models.import_base import import_to_cache
+
+    return import_to_cache(base, lambda: print_note(f"importing {base}, once"))
+
+
 ParamsOption = Annotated[Path, Option("--params", help="Params file; paths in it are relative to its folder.")]
 SetOption = Annotated[
     list[str] | None,
@@ -25,7 +36,11 @@ CheckpointOption = Annotated[
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
 BaseOption = Annotated[
     Path | None,
-    Option("--base", help="Base model folder; default: the base named by the adapter, or artifacts/expanded."),
+    Option(
+        "--base",
+        callback=base_folder,
+        help="Base: folder, .gguf file or hub id; default: the base named by the adapter, or artifacts/expanded.",
+    ),
 ]
 BaseNameOption = Annotated[
     str | None, Option("--base-name", help="Name of the base to write; default: the hub id it was imported from.")

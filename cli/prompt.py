@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, group, project_of
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, base_folder, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
@@ -27,8 +27,9 @@ PromptBase = Annotated[
     Path | None,
     Option(
         "--base",
-        help="Model folder to prompt, or to load --adapter on; default: the adapter's base, or without --adapter the "
-        "model trained last, artifacts/expanded if there is none.",
+        callback=base_folder,
+        help="Model to prompt, or to load --adapter on: a folder, .gguf file or hub id; default: the adapter's base, "
+        "or without --adapter the model trained last, artifacts/expanded if there is none.",
     ),
 ]
 Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]

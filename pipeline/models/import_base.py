@@ -6,6 +6,7 @@ imports of one base write the same bytes, whatever its path.
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.errors import UserError, first_line
-from pipeline.files import base_model
+from pipeline.files import artifact, base_model, digest_cache
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.safetensors_file import as_os_error
@@ -55,6 +56,26 @@ def import_base(
         "parameters": {"total": model.num_parameters(), "trainable": 0},
         "fingerprint": base_fingerprint(out),
     }
+
+
+def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
+    """The folder of a GGUF file or a model of the hub, imported into the user's cache; `on_start` is called before an
+    import. Raises UserError.
+    """
+    source, digests = base_model.resolve(str(base), Path.cwd()), digest_cache.DigestStore()
+    if source.kind == base_model.HUB:
+        downloaded = _download(source, False)  # named after its commit
+        name = f"{source.hub_id.replace('/', '--')}@{downloaded.name}"
+        source = base_model.parse_source(str(downloaded), Path.cwd())
+    else:
+        name = digests.digest(source.path)
+        digests.save()
+    folder = digest_cache.cache_home() / "lora-workbench" / "bases" / name
+    if not folder.is_dir():
+        on_start()
+        with artifact.writing(folder) as out:
+            import_base(source, out)
+    return folder
 
 
 def _download(source: base_model.Source, trust_remote_code: bool) -> Path:

@@ -131,7 +131,7 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
 
 
 def _share(files: Sequence[str], columns: Mapping[str, str] | None, count: int) -> float:
-    """The share of `count` examples to hold out: of few, the first that selects some, not all; 0 if none does."""
+    """The share of `count` examples to hold out. Of few the first that selects some and leaves some; 0 if none does."""
     if count > MANY:
         return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
     examples = [example for name in files for example in iter_examples(Path(name), name, columns=columns)]

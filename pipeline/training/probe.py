@@ -12,7 +12,7 @@ SECONDS = 10.0  # after them no further step is begun
 
 
 class Probe(NamedTuple):
-    """`slow` and `fast`: tokens per second, of which half of the `timed` steps lie between. `predicted`: peak memory of
+    """`slow` and `fast`: tokens per second, between which half of the `timed` steps lie. `predicted`: peak memory of
     the largest step of an epoch in bytes of tensors, 0 if it is not known. `epoch_tokens`: of all examples in an epoch.
     """
 

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from tests.conftest import Lora
+from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import lora
+from tests.helpers.projects import lora, refusal
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
 LINES = [
@@ -202,3 +203,19 @@ def test_what_cannot_be_converted_is_one_message(cli: Lora, here: Path) -> None:
         code, out, err = cli("data", "convert", *arguments, cwd=here)
         assert (code, out) == (1, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
     assert {path.name for path in here.iterdir() if path.is_file()} == {"d.jsonl"}
+
+
+def test_a_base_is_named_as_in_params_yaml_and_imported_once(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder as it is; a model of the hub, here from its local cache, as a folder in the user's."""
+    toy_checkpoint(tmp_path / "0123abc")
+    monkeypatch.setattr("pipeline.models.import_base._download", lambda _source, _trust: tmp_path / "0123abc")
+    (tmp_path / "texts.jsonl").write_text('{"text": "The euro."}\n', encoding="utf-8")
+    asked = ("data", "show", "texts.jsonl", "--json", "--base")
+    of_folder = cli(*asked, "0123abc", cwd=tmp_path)
+    first, second = (cli(*asked, "org/model", cwd=tmp_path) for _ in range(2))
+    assert of_folder[:2] == first[:2] == second[:2] and of_folder[0] == 0
+    assert "importing org/model, once" in first[2] and "importing" not in second[2]
+    assert (tmp_path / ".cache/lora-workbench/bases/org--model@0123abc/model.safetensors").is_file()
+    assert "gone.gguf: No such file" in refusal(cli(*asked, "gone.gguf", cwd=tmp_path))

@@ -27,7 +27,7 @@ class Format(NamedTuple):
     """`shape`: its keys, for messages. `keys`: all that it reads. `detect`: whether a record is of this format.
 
     `read(record, file, line)`: the example. Raises UserError with the line and the reason. `mixes`: a file may have
-    this format in some of its rows and another in others.
+    this format in some of its rows and another in others. `trained`: what of it is trained on.
     """
 
     order: int
@@ -36,6 +36,7 @@ class Format(NamedTuple):
     detect: Callable[[Record], bool]
     read: Callable[[Record, str, int], Example]
     mixes: bool = False
+    trained: str = "the assistant's turns"
 
     @property
     def name(self) -> str:

@@ -37,4 +37,5 @@ FORMAT = Format(
     frozenset({"instruction", "input", "output", "system", "history"}),
     lambda record: "instruction" in record and "output" in record,
     read,
+    trained="the outputs",
 )

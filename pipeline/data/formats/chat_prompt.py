@@ -32,4 +32,11 @@ def detect(record: Record) -> bool:
     return isinstance(record.get("prompt"), list) and "completion" in record
 
 
-FORMAT = Format(5, '{"prompt": [messages], "completion"}', frozenset({"prompt", "completion", "tools"}), detect, read)
+FORMAT = Format(
+    5,
+    '{"prompt": [messages], "completion"}',
+    frozenset({"prompt", "completion", "tools"}),
+    detect,
+    read,
+    trained="the completions",
+)

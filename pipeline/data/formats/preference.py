@@ -65,4 +65,5 @@ FORMAT = Format(
     frozenset({"prompt", "chosen", "rejected", "tools"}),
     lambda record: "chosen" in record and "rejected" in record,
     read,
+    trained="the chosen answers",
 )

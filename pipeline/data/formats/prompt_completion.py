@@ -15,4 +15,12 @@ def read(record: Record, file: str, line: int) -> Example:
     return Example("".join([prompt, *completion]), file, line, prompt)
 
 
-FORMAT = Format(6, '{"prompt", "completion"}', frozenset({"prompt", "completion"}), detect, read, mixes=True)
+FORMAT = Format(
+    6,
+    '{"prompt", "completion"}',
+    frozenset({"prompt", "completion"}),
+    detect,
+    read,
+    mixes=True,
+    trained="the completions",
+)

@@ -13,4 +13,4 @@ def read(record: Record, file: str, line: int) -> Example:
     return Example(read_string(record, "text", f"{file}:{line}"), file, line)
 
 
-FORMAT = Format(7, '{"text"}', frozenset({"text"}), detect, read, mixes=True)
+FORMAT = Format(7, '{"text"}', frozenset({"text"}), detect, read, mixes=True, trained="all of it")
