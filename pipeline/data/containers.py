@@ -157,33 +157,27 @@ def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def _text_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:  # noqa: ARG001
-    """One text per line. Only a newline ends a line; all other white space belongs to the text.
-
-    Blank lines are allowed only at the end: elsewhere they may separate texts of several lines.
-    """
-    blank = 0
-    for number, line in _numbered_lines(file, name):
-        # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
-        text = line.removesuffix("\r\n" if line.endswith("\r\n") else "\n")
-        if not text.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise UserError(
-                f"{name}:{blank}: blank line. Write one example per line, with no blank lines between them."
-            )
-        yield Row(number, text)
-
-
-def _jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
-    """One JSON object per line. Blank lines are skipped."""
+def _filled_lines(file: BinaryIO, name: str, reading: Reading) -> Iterator[tuple[int, str]]:
+    """The numbered lines that are not blank; the blank ones before them are counted."""
     waiting = 0  # blank lines at the end of the file are of no interest
     for number, line in _numbered_lines(file, name):
         if not line.strip():
             waiting += 1
             continue
         reading.blank, waiting = reading.blank + waiting, 0
+        yield number, line
+
+
+def _text_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
+    """One text per line. Only a newline ends a line; all other white space belongs to the text."""
+    for number, line in _filled_lines(file, name, reading):
+        # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
+        yield Row(number, line.removesuffix("\r\n" if line.endswith("\r\n") else "\n"))
+
+
+def _jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
+    """One JSON object per line."""
+    for number, line in _filled_lines(file, name, reading):
         try:
             row = _row_of_line(number, line, name)
         except UserError as error:

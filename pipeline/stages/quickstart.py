@@ -147,7 +147,13 @@ def _project(folder: Path, text: str, graph: StageGraph, overrides: Sequence[str
 
 
 def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
-    known = {stage.method: stage for stage in graph.product.values() if stage.name.startswith("finetune_")}
+    trained = (stage for stage in graph.product.values() if stage.name.startswith("finetune_"))
+    known = {stage.method: stage for stage in trained if stage.kind != "adapters"}
+    if "sweep" in methods:
+        raise UserError(
+            "--methods: a sweep varies the settings of lora. Make the project without it, then add "
+            "`finetune_sweep: {grid: {rank: [8, 16]}}` to its params.yaml."
+        )
     if unknown := [name for name in methods if name not in known]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(known)}.")
     return [stage for name, stage in known.items() if name in methods]

@@ -1,5 +1,6 @@
 """What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs this."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,28 @@ def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
     alone = certificate["quantization_alone"]
     assert alone["same_first_choices"] < certificate["prompts_checked"], "four bits alone change answers"
+
+
+def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path: Path) -> None:
+    """48 conversations for one epoch: held-out loss falls, the peak is within 5% of the prediction."""
+    said = [
+        (f"Which number follows {n}?", f"The number {n + 1} follows {n}, and {n + 2} follows that one.")
+        for n in range(48)
+    ]
+    rows = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in said]
+    (tmp_path / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    base = str(PROJECT / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    done = lora("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "run/artifacts"
+    metrics = read("evaluation/metrics.json", made)
+    assert metrics["lora"]["new_loss"] < metrics["base"]["new_loss"] - 0.3
+    assert all(metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept"))
+    samples = read("evaluation/samples.json", made)
+    assert {len(answers) for answers in samples.values()} == {
+        2
+    } and f"> {samples['base'][0]['question']}" in done.stdout
+    with (tmp_path / "run/runs/finetune_lora/telemetry.csv").open(encoding="utf-8", newline="") as file:
+        *_, last = csv.DictReader(file)
+    assert int(last["measured_tensor_bytes"]) == pytest.approx(int(last["predicted_tensor_bytes"]), rel=0.05)
+    assert len((tmp_path / "run/params.yaml").read_text(encoding="utf-8").splitlines()) <= 30

@@ -76,7 +76,11 @@ def test_white_space_of_a_text_file_is_kept_also_compressed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "raw", "count"),
-    [("d.jsonl", b'\n{"text": "a"}\n \n\n{"text": "b"}\n\n', 3), ("d.csv", b"text\n\na\n\nb\n", 2)],
+    [
+        ("d.txt", b"\na\n \t\n\nb\n\n", 3),
+        ("d.jsonl", b'\n{"text": "a"}\n \n\n{"text": "b"}\n\n', 3),
+        ("d.csv", b"text\n\na\n\nb\n", 2),
+    ],
 )
 def test_blank_lines_are_skipped_and_counted_once(tmp_path: Path, name: str, raw: bytes, count: int) -> None:
     (tmp_path / name).write_bytes(raw)

@@ -19,9 +19,6 @@ from tests.helpers.projects import ROOT
     [
         (b"", "d.txt: the file is empty"),
         (b" \n\n", "d.txt: the file is empty"),
-        (b"eins\n\nzwei\n", "d.txt:2: blank line"),
-        (b"eins\n  \nzwei\n", "d.txt:2: blank line"),
-        (b"\neins\n", "d.txt:1: blank line"),
         (b"eins\nzw\xffei\n", "d.txt:2: not UTF-8"),
         ("größe".encode("latin-1"), "d.txt:1: not UTF-8"),
     ],
