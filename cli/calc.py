@@ -10,7 +10,7 @@ from rich.text import Text
 from typer import Option
 
 from cli.console import print_json, stdout, table
-from cli.options import JsonOption, group
+from cli.options import JsonOption, finite, group
 from pipeline.calc import report
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size
@@ -82,7 +82,7 @@ def calc(
     tokens: Annotated[
         str | None, Option(metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B.")
     ] = None,
-    price: Annotated[float | None, Option(help="Dollars per GPU-hour, with --tokens.")] = None,
+    price: Annotated[float | None, Option(callback=finite, help="Dollars per GPU-hour, with --tokens.")] = None,
     sweep: Annotated[str | None, Option(metavar="KEY=A,B", help="Table over rank, sequence, precision ...")] = None,
     trace: Annotated[
         bool, Option("--trace", help="Run the real step under fake tensors and compare the peaks.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Exit, Option
 
-from cli.options import ColumnsOption, JsonOption, base_folder, columns_of, group
+from cli.options import ColumnsOption, JsonOption, base_folder, columns_of, finite, group
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -47,7 +47,7 @@ def check(
     eval_files: Annotated[
         list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, to compare with; repeatable.")
     ] = None,
-    eval_share: Annotated[float, Option(min=0, max=1, help="Share of the examples that is held out.")] = 0.0,
+    eval_share: Annotated[float, Option(min=0, max=1, callback=finite, help="Share that is held out.")] = 0.0,
     columns: ColumnsOption = None,
     max_length: MaxLengthOption = 0,
     limit: Annotated[int, Option(min=0, help="Number of problems to print.")] = 20,

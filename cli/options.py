@@ -63,9 +63,9 @@ WIDEST = len("finetune_freeze")  # of the names of the design card's stages
 UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many stages: it prints one line
 
 
-def finite(value: float) -> float:
+def finite(value: float | None) -> float | None:
     """Callback for float options: min and max do not reject nan, nor inf if only one is given."""
-    if not isfinite(value):
+    if value is not None and not isfinite(value):
         raise BadParameter(f"{value} is not a finite number.")
     return value
 

@@ -114,7 +114,8 @@ class Sources:
     def _file(self, path: str) -> Path:
         """A file below artifacts/ that a stage made. Raises MissingArtifact with the command that makes it."""
         pure, project = PurePosixPath(path), self._minigpt()
-        made_by = next((s for s in project.graph.stages.values() if pure.is_relative_to(s.output)), None)
+        stages = (stage for name, stage in project.graph.stages.items() if name != "import")  # MiniGPT is trained
+        made_by = next((stage for stage in stages if pure.is_relative_to(stage.output)), None)
         if made_by is None or ".." in pure.parts:
             raise UserError(f"{path} is not an artifact of a stage")
         file = project.home(made_by.name).root / ARTIFACTS / pure
@@ -124,7 +125,7 @@ class Sources:
 
     def _minigpt(self) -> Project:
         """The project. Raises MissingArtifact if its base is not MiniGPT, of which the document speaks."""
-        base = self.project.params.pretrain
+        base = self.project.params.origin
         if base.imports:
             raise MissingArtifact(
                 f"this claim is about MiniGPT, but the project's base is {base.base}: create a project with `lora new`"

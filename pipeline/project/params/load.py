@@ -67,7 +67,8 @@ class Params:
     @property
     def origin(self) -> Import:
         """The base model, and how it is imported."""
-        return self.of(Import)
+        origin: Import = self.section("import") if "import" in self.kinds else Import()
+        return origin
 
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced."""
@@ -123,7 +124,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         )
     for key, value in above.items():  # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
-        if value == Import().base and Import in kinds.values():
+        if value == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})

@@ -185,7 +185,7 @@ def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
         make(project, ["train_from_scratch"], BRIEF)
     with pytest.raises(
-        UserError, match=r"train_from_scratch.data must be a name or a list of names, got \[\]. Change it"
+        UserError, match=r"train_from_scratch.data must be a file or folder, or a list of them, .* got \[\]. Change it"
     ):
         make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.data=[]"])
 

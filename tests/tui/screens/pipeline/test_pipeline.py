@@ -178,8 +178,6 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
     ("finetune_lora", "data", "data/saved", "data/saved"),
     ("finetune_lora", "columns", "prompt: question", {"prompt": "question"}),
     ("pretrain", "tie_embeddings", "true", True),
-    ("pretrain", "base", "org/model@main", "org/model@main"),
-    ("pretrain", "trust_remote_code", "true", True),
 )
 
 
@@ -314,7 +312,7 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
             assert isinstance(screen, PipelineScreen)
             await until(pilot, lambda: "expand_vocab  up to date" in line(screen, "expand_vocab"))
             assert line(screen, "finetune_full") == "· finetune_full  …" and not screen.states
-            assert field(screen, "base").value == "minigpt"
+            assert field(screen, "d_model").value == "64"
             await choose(pilot, screen, "finetune_lora")
             assert field(screen, "rank").value == "4"
             hold.set()
@@ -326,14 +324,23 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
 async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
     save(empty / "params.yaml", {"base": "./models/mine"})
     async with open_screen(empty) as (pilot, screen):
-        await until(pilot, lambda: "not made yet: base must be minigpt" in line(screen, "pretrain"))
+        await until(pilot, lambda: "not made yet: base must be minigpt" in line(screen, "import"))
         (empty / "models/mine").mkdir(parents=True)
         (empty / "models/mine/notes.txt").touch()
-        await until(pilot, lambda: "it has no config.json" in line(screen, "pretrain"))
+        await until(pilot, lambda: "it has no config.json" in line(screen, "import"))
         (empty / "models/mine/config.json").write_text("{}", encoding="utf-8")
-        await until(pilot, lambda: "has no model.safetensors" in line(screen, "pretrain"))
+        await until(pilot, lambda: "has no model.safetensors" in line(screen, "import"))
         (empty / "models/mine/model.safetensors").touch()
-        await until(pilot, lambda: line(screen, "pretrain") == "○ pretrain  not made yet")
+        await until(pilot, lambda: line(screen, "import") == "○ import  not made yet")
+
+
+async def test_the_base_is_a_field_of_the_stage_that_imports_it(empty: Path) -> None:
+    save(empty / "params.yaml", {"base": "./models/mine"})
+    async with open_screen(empty) as (pilot, screen):
+        for key, text, value in (("base", "org/model@main", "org/model@main"), ("trust_remote_code", "true", True)):
+            await typed(pilot, screen, key, text)
+            await pilot.press("enter")
+            await until(pilot, lambda k=key, v=value: getattr(load(empty / "params.yaml").origin, k) == v)  # type: ignore[misc]
 
 
 async def test_garbage_in_a_field_is_one_line(empty: Path) -> None:
