@@ -143,12 +143,10 @@ def _fit(
     why = f"{batch} examples a step: an epoch has {ceil(data.examples / batch):,} steps"
     longest = (data.quantiles or {}).get("max", 0)
     whole, most = ceil(longest / MULTIPLE) * MULTIPLE, data.suggested_max_length or 0
-    lengths = {whole: "no example is cut", most: f"the longest has {longest:,} tokens, which do not fit; 1% is cut"}
+    lengths = {whole: "no example is cut"}
     if model and 0 < model.context < whole:
-        lengths = {
-            model.context: f"the model's positions; the longest example has {longest:,} tokens",
-            most: lengths[most],
-        }
+        lengths = {model.context: f"the model's positions; the longest example has {longest:,} tokens"}
+    lengths.setdefault(most, f"the longest has {longest:,} tokens, which do not fit; 1% is cut")
     adapters = [f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)]
     quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []
     room = round(ROOM * machine.memory)

@@ -46,7 +46,16 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained
     assert list(samples) == ["base", "lora", "merged"] and [len(answers) for answers in samples.values()] == [2, 2, 2]
     for name in ("base", "lora"):
         assert f"> {samples[name][0]['question']}\n" in out
-    for said in ("40 examples", "trained on", "epochs", "as you set it", "predicted", "measured", "steps were timed"):
+    for said in (
+        "40 examples",
+        "no example is cut",
+        "trained on",
+        "epochs",
+        "as you set it",
+        "predicted",
+        "measured",
+        "steps were timed",
+    ):
         assert said in out, said
 
 

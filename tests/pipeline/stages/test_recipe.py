@@ -1,0 +1,81 @@
+"""What `lora new` chooses: the settings that fit, in the order of what they cost, and never one that the user set."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.calc.sources.open_model import built_in
+from pipeline.data.check import DataReport, check
+from pipeline.errors import UserError
+from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
+from pipeline.stages.registry import METHODS
+
+QWEN = built_in("qwen3-0.6b").shapes
+DATA = replace(
+    check([]),
+    examples=1_000,
+    tokens=200_000,
+    trained_tokens=80_000,
+    quantiles={"p50": 150, "p90": 300, "p95": 400, "p99": 500, "max": 900},
+    suggested_max_length=512,
+)
+STAGES = [METHODS["lora"]]
+GIB = 2**30
+
+
+def chosen(memory: float, data: DataReport = DATA, bf16: bool = True, **given: object) -> Recipe:
+    said = {f"training.{key}": value for key, value in given.items()}
+    return choose(QWEN, data, 0.1, Machine("a device", round(memory * GIB), bf16), STAGES, said)
+
+
+def test_less_memory_costs_accumulation_then_recomputation_then_bits_then_length() -> None:
+    order = [
+        ("training.gradient_accumulation_steps", 1),
+        ("training.gradient_checkpointing", "none"),
+        ("finetune_lora.quantization", "none"),
+        ("training.max_length", 960),
+    ]
+    changed = list[str]()
+    for gib in (64, 8, 4, 3, 2.5, 2, 1.75, 1.5, 1.4, 1.3, 1.2):
+        try:
+            recipe = chosen(gib)
+        except UserError:
+            break
+        assert recipe.peak is not None and recipe.peak <= ROOM * gib * GIB
+        micro, accumulated = (recipe.values[f"training.{k}"] for k in ("batch_size", "gradient_accumulation_steps"))
+        assert micro * accumulated == 16, "the step has the same examples"
+        changed += [key for key, plain in order if recipe.values[key] != plain and key not in changed]
+    assert changed == [key for key, _ in order][: len(changed)] and len(changed) >= 3
+
+
+def test_where_nothing_fits_is_one_message() -> None:
+    with pytest.raises(UserError, match=r"a device has 256\.00 MiB free\. Use a smaller model"):
+        chosen(0.25)
+
+
+def test_what_the_user_set_is_never_replaced() -> None:
+    recipe = chosen(64, batch_size=3, epochs=7, max_length=100)
+    assert [recipe.values[f"training.{key}"] for key in ("batch_size", "epochs", "max_length")] == [3, 7, 100]
+    assert recipe.reasons["training.epochs"] == "as you set it"
+
+
+def test_the_rank_grows_with_the_data_and_alpha_with_the_rank() -> None:
+    ranks = [
+        chosen(64, replace(DATA, trained_tokens=tokens)).values["finetune_lora.rank"]
+        for tokens in (10**4, 2 * 10**7, 4 * 10**7, 10**9)
+    ]
+    assert ranks == sorted(ranks) and ranks[0] == 8 < ranks[1] < ranks[2] and ranks[3] == 128
+    assert chosen(64).values["finetune_lora.alpha"] == 16
+
+
+def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
+    recipe = chosen(64, bf16=False)
+    assert recipe.values["training.precision"] == "fp32"
+    with pytest.raises(UserError, match="a step takes"):
+        chosen(1.5, bf16=False)
+
+
+def test_few_examples_are_seen_more_often_and_in_smaller_steps() -> None:
+    small, large = chosen(64, replace(DATA, examples=60)), chosen(64, replace(DATA, examples=50_000))
+    keys = ("training.epochs", "training.batch_size")
+    assert [small.values[key] for key in keys] == [3, 2] and [large.values[key] for key in keys] == [1, 16]
