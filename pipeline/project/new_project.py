@@ -300,7 +300,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
         "cmd": stage.command,
         "params": [
             *above,
-            *(name for name in sections if name in written),
+            *(name for name in sections if name in project.params.named),
             *([{project.params.project: inherited}] if inherited and project.parent else []),
             *([] if code else [{CODE_FILE: [stage.name]}]),
         ],

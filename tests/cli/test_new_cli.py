@@ -82,7 +82,9 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
 ) -> None:
     folder, first = trained
     before = folder_bytes(folder / "artifacts")
-    assert dvc(folder, "stage list --name-only")[0].split() == ["import", "finetune_lora", "merge", "evaluate"]
+    listed, ran, again = dvc(folder, "stage list --name-only", "repro", "status")
+    assert listed.split() == ["import", "finetune_lora", "merge", "evaluate"]
+    assert ran.count("Running stage") == 4 and "up to date" in again
     same = ("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2")
     code, out, err = cli(*same, cwd=here)
     assert code == 0 and "nothing to do, taken from the cache" in err

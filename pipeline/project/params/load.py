@@ -31,7 +31,8 @@ class Params:
     `kinds`: every section that a file may have. `tree`: what the file says, section → key → value as YAML loads it.
     `training`: the block of defaults for what trains, the file's own on that of the file that it builds on. `sources`:
     section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
-    builds on, relative to its folder; empty where it stands alone. `file`: its name.
+    builds on, relative to its folder; empty where it stands alone. `file`: its name. `named`: the sections that it
+    names; `base` alone gives a project the stage that makes it.
     """
 
     kinds: Kinds = field(compare=False)
@@ -41,6 +42,7 @@ class Params:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     project: str = ""
     file: str = field(default="params.yaml", compare=False)
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def written(self) -> frozenset[str]:
@@ -122,13 +124,14 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         raise UserError(
             "training.data: each stage names its own data, which dvc.yaml watches. Move it to the stages' sections."
         )
+    named = frozenset(tree)
     for key, value in above.items():  # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
         if value == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
-    params = Params(kinds, {}, tree, training, sources, project, path.name)
+    params = Params(kinds, {}, tree, training, sources, project, path.name, named)
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
