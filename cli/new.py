@@ -222,11 +222,10 @@ def _refuse_other(project: Project, base: str | None, data: list[str] | None) ->
     from pipeline.files.base_model import parse_source
 
     origin = project.params.origin.base
-    if (
-        base is not None
-        and parse_source(base, Path.cwd()).path.resolve() != parse_source(origin, project.root).path.resolve()
-    ):
-        raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
+    if base is not None:
+        asked, there = parse_source(base, Path.cwd()), parse_source(origin, project.root)
+        if (asked.hub_id, asked.path.resolve()) != (there.hub_id, there.path.resolve()):
+            raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
     files = {(project.root / name).resolve() for stage in project.stages.values() for name in project.data_files(stage)}
     if other := [name for name in data or () if Path(name).exists() and Path(name).resolve() not in files]:
         raise UserError(f"{project.params_path} does not train on {other[0]}. Name another folder with --out.")
