@@ -87,7 +87,7 @@ def test_before_anything_is_made_parameters_and_examples_are_known(cli: Lora, tm
 def test_a_broken_line_of_data_and_a_project_without_fine_tuning_are_one_message(cli: Lora, tmp_path: Path) -> None:
     new_houses(tmp_path)
     data = tmp_path / yaml.safe_load((tmp_path / "params.yaml").read_text())["finetune_lora"]["data"]
-    data.write_text("\n\nx", encoding="utf-8")
+    data.write_bytes(b"eins\n\xff\n")
     assert data.name in refusal(cli("advise", cwd=tmp_path))
     (tmp_path / "params.yaml").write_text("pretrain: {}\n", encoding="utf-8")
     assert "no section that fine-tunes" in refusal(cli("advise", cwd=tmp_path))

@@ -96,20 +96,20 @@ def test_a_prompt_gets_the_positions_that_are_left(cli: Lora, brief: Path, kind:
 @pytest.mark.parametrize(
     "command",
     [
-        ("merge", "--adapter", "artifacts/{kind}", "--out", "out"),
-        ("export", "artifacts/{kind}", "--format", "merged", "--out", "out"),
-        ("export", "artifacts/{kind}", "--format", "vllm", "--out", "out"),
-        ("adapters", "combine", "artifacts/lora_adapter", "artifacts/{kind}", "--out", "out"),
+        ("merge", "--adapter", "artifacts/{kind}", "--out", "{out}"),
+        ("export", "artifacts/{kind}", "--format", "merged", "--out", "{out}"),
+        ("export", "artifacts/{kind}", "--format", "vllm", "--out", "{out}"),
+        ("adapters", "combine", "artifacts/lora_adapter", "artifacts/{kind}", "--out", "{out}"),
         ("adapters", "diff", "artifacts/lora_adapter", "artifacts/{kind}"),
     ],
 )
 @each_kind
 def test_what_needs_changed_weights_is_refused_in_one_message(
-    cli: Lora, brief: Path, kind: str, command: tuple[str, ...]
+    cli: Lora, brief: Path, tmp_path: Path, kind: str, command: tuple[str, ...]
 ) -> None:
-    said = refusal(cli(*(word.format(kind=kind) for word in command), cwd=brief))
+    said = refusal(cli(*(word.format(kind=kind, out=tmp_path / "out") for word in command), cwd=brief))
     assert f"artifacts/{kind} is a {kind} of 8 virtual tokens: it changes no weights, so there is nothing" in said
-    assert not (brief / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @each_kind

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -272,14 +273,22 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
         assert asked == ["some/model"] and screen.result.model.name == "gpt2"
 
 
-async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: Path) -> None:
+async def test_advice_is_the_librarys_and_never_of_another_configuration(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    free.set()
+    held = "tui.screens.calculator.screen.largest"
+    monkeypatch.setattr(held, lambda *configuration: free.wait(30) and largest(*configuration))
     async with calculator(empty, (200, 60)) as (pilot, screen):
         await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
         result = screen.result
         most = largest(result.model, result.method, result.run, result.device.bytes)
         assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in text_of(screen, "#verdict")
+        free.clear()
         await fill(pilot, screen, batch="16")
         assert "looking for" in text_of(screen, "#verdict") and "does not fit" in text_of(screen, "#verdict")
+        free.set()
         await until(pilot, lambda: "change this" in text_of(screen, "#verdict"))
         result = screen.result
         configuration = (result.model, result.method, result.run, result.device.bytes, result.methods)
