@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.workbench import open_project
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import LORA, SHIPPED, git, load, new_project
 from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
+from tui.screens.pipeline.panels import fields_of
 
 pytestmark = needs_tmux
 
@@ -77,7 +79,8 @@ def lengthen(terminal: Terminal, clone: Path) -> None:
     terminal.see("Params of finetune_lora", "target_modules")
     terminal.keys("Enter")
     terminal.see("rank: a whole number")
-    terminal.keys(*["Down"] * 13, *["Tab"] * 4)
+    names = [field.key for field in fields_of("finetune_lora", FinetuneLora(), "params.yaml")]
+    terminal.keys(*["Down"] * 13, *["Tab"] * (names.index("epochs") - names.index("rank") - 13))
     terminal.see("epochs: a whole number")
     terminal.keys("End", "BSpace", "BSpace")
     terminal.see("epochs must be a whole number")
