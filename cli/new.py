@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from cli.options import group
+from cli.options import ColumnsOption, columns_of, group
 
 if TYPE_CHECKING:
     from pipeline.project.foreign import Foreign
@@ -29,9 +29,6 @@ EvalOption = Annotated[
 ]
 MethodsOption = Annotated[
     str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
-]
-ColumnsOption = Annotated[
-    str | None, Option("--columns", metavar="KEY=COLUMN,…", help="The data's names: prompt=question,completion=answer.")
 ]
 ValuesOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the project: rank=16, epochs=1.")
@@ -67,7 +64,7 @@ def new(
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    chosen = methods and [name.strip() for name in methods.split(",")]
+    chosen = _names(methods)
     if config:
         if (folder / "params.yaml").exists():
             raise UserError(f"{folder} is a project already. Set the values in its params.yaml, or name a new folder.")
@@ -77,7 +74,7 @@ def new(
     elif base and base != MINIGPT and not params and not (folder / "params.yaml").exists():
         if not data:
             raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
-        start_project(_request(folder, base, data, eval_data, chosen, columns, values))
+        start_project(_request(folder, base, data, eval_data, chosen or ["lora"], columns, values))
     else:
         given = {"--data": data, "--eval-data": eval_data, "--columns": columns, "--set": values}
         if unused := [name for name, value in given.items() if value]:
@@ -110,9 +107,9 @@ def train(
     from pipeline.workbench import open_project
 
     params = out / "params.yaml"
-    chosen = methods and [name.strip() for name in methods.split(",")]
+    chosen = _names(methods) or ["lora"]
     if params.exists():
-        project, given = open_project(params), _read_values(values or [], list(chosen or ["lora"]))
+        project, given = open_project(params), _read_values(values or [], chosen)
         _refuse_other(project, base, data)
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
@@ -134,17 +131,19 @@ def _request(
     base: str,
     data: list[str],
     eval_data: str | None,
-    methods: list[str] | str | None,
+    methods: list[str],
     columns: str | None,
     values: list[str] | None,
     foreign: Mapping[str, Any] | None = None,
 ) -> Request:
-    from cli.options import columns_of
     from pipeline.stages.quickstart import Request
 
-    chosen = list(methods or ["lora"])
-    given = {**(foreign or {}), **_read_values(values or [], chosen)}
-    return Request(folder, base, data, eval_data or "", chosen, columns_of(columns), given)
+    given = {**(foreign or {}), **_read_values(values or [], methods)}
+    return Request(folder, base, data, eval_data or "", methods, columns_of(columns), given)
+
+
+def _names(methods: str | None) -> list[str]:
+    return [name.strip() for name in methods.split(",")] if methods else []
 
 
 def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def _request_from(
     base: str | None,
     data: list[str] | None,
     eval_data: str | None,
-    methods: list[str] | str | None,
+    methods: list[str],
     columns: str | None,
     values: list[str] | None,
 ) -> Request:
@@ -196,7 +195,7 @@ def _request_from(
         raise UserError(f"{config} names no base model. Name one with --base.")
     if not (data := data or list(foreign.data)):
         raise UserError(f"{config} names no data file that is here. Name one with --data.")
-    chosen = list(dict.fromkeys([*(methods or ()), GRAPH.stages[foreign.section].method]))
+    chosen = list(dict.fromkeys([*methods, GRAPH.stages[foreign.section].method]))
     return _request(folder, base, data, eval_data, chosen, columns, values, foreign.values)
 
 
@@ -254,13 +253,12 @@ def _print_started(started: Started, folder: Path) -> None:
     print_line("")
     print_table(("chosen", "value", "because"), rows)
     print_line("")
-    parts = []
-    if trial := started.trial:
-        low, high = map(duration, trial.seconds)
-        spread = low if low == high else f"{low} to {high}"
-        parts.append(f"{trial.steps:,} steps, {trial.tokens:,} tokens, {spread} here ({trial.timed} steps were timed)")
-        parts += [f"{in_units(trial.predicted)} of {in_units(machine.memory)} of memory"] * bool(trial.predicted)
-    print_line(f"takes  {'; '.join(parts)}")
+    trial = started.trial
+    low, high = map(duration, trial.seconds)
+    spread = low if low == high else f"{low} to {high}"
+    memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory" * bool(trial.predicted)
+    steps = f"{trial.steps:,} steps, {trial.tokens:,} tokens"
+    print_line(f"takes  {steps}, {spread} here ({trial.timed} steps were timed){memory}")
     print_line(f"{folder}: added {', '.join(started.added)}")
 
 

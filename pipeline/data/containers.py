@@ -198,9 +198,13 @@ def _row_of_line(number: int, line: str, name: str) -> Row:
 
 def _not_json(location: str, error: Exception, text: str, advice: str) -> UserError:
     if HTML.match(text):
-        return UserError(f"{location}: this is an HTML page, not data. Download the file itself.")
+        return _html(location)
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
     return UserError(f"{location}: not JSON: {reason}. {advice}")
+
+
+def _html(location: str) -> UserError:
+    return UserError(f"{location}: this is an HTML page, not data. Download the file itself.")
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -362,7 +366,7 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
 def _read_header(cells: list[str], name: str, number: int) -> list[str]:
     header = [cell.strip() for cell in cells]
     if HTML.match("".join(header)):
-        raise UserError(f"{name}:{number}: this is an HTML page, not data. Download the file itself.")
+        raise _html(f"{name}:{number}")
     if not all(header) or len(set(header)) < len(header):
         raise UserError(
             f"{name}:{number}: the first line must name every column, each name once, got "
@@ -385,7 +389,7 @@ def _table_rows(path: Path, name: str, batches: Callable[[Path], Iterator["pa.Re
     with path.open("rb") as file:  # for its error, which is shorter than pyarrow's
         head = file.read(CHUNK)
     if HTML.match(head.decode("latin-1")):
-        raise UserError(f"{name}: this is an HTML page, not data. Download the file itself.")
+        raise _html(name)
     number = 0
     try:
         for batch in batches(path):

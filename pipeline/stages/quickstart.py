@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.check import DataReport, check
@@ -50,8 +52,8 @@ class Request:
     data: Sequence[str]
     eval_data: str = ""
     methods: Sequence[str] = ("lora",)
-    columns: Mapping[str, str] | None = None
-    given: Mapping[str, Any] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Started:
     report: DataReport
     recipe: Recipe
     machine: Machine
-    trial: Probe | None
+    trial: Probe
     added: Sequence[str]
 
 
@@ -76,7 +78,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
     base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
     stages = _stages_of(graph, request.methods)
-    given = _shared(request.given or {}, stages)
+    given = _shared(request.given, stages)
     files = []
     for name in request.data:
         files.append((yield from _fetched(name, folder)))
@@ -107,15 +109,15 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         positions=context or None,
     )
     _refuse_data(report)
-    share = 0.0 if eval_files else _share(files, request.columns, report.examples)
-    recipe = choose(model, report, share, machine, stages, given)
+    held_out = 0.0 if eval_files else _share(files, request.columns, report.examples)
+    recipe = choose(model, report, held_out, machine, stages, given)
     text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
     copied = copy_data(folder, {GENERAL: DEFAULTS / GENERAL})
     if "expand_vocab" in project.stages:
         yield from run(project, graph.stages["expand_vocab"])
     yield Note("trying a few steps")
-    trial = yield from try_stage(project, stages[0], SAMPLE)
+    trial = yield from _trial(project, stages[0], report.examples, recipe)
     return Started(request.base, model, report, recipe, machine, trial, copied + write_project(project, text))
 
 
@@ -130,7 +132,7 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
     return str(file)
 
 
-def _share(files: Sequence[str], columns: Mapping[str, str] | None, count: int) -> float:
+def _share(files: Sequence[str], columns: Mapping[str, str], count: int) -> float:
     """The share of `count` examples to hold out. Of few the first that selects some and leaves some; 0 if none does."""
     if count > MANY:
         return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
@@ -176,6 +178,21 @@ def _refuse_data(report: DataReport) -> None:
     shown = " ".join(f"{each.file}{'' if each.row is None else f':{each.row}'}: {each.problem}" for each in errors)
     more = f" {report.errors - len(errors):,} more." if report.errors > len(errors) else ""
     raise UserError(f"{shown}{more} `lora data check {report.files[0]}` lists all.")
+
+
+def _trial(project: Project, stage: Stage, examples: int, recipe: Recipe) -> Generator[Event, None, Probe]:
+    """The trial of a stage with so many examples to train on and to hold out. Of many it reads a part."""
+    if examples <= SAMPLE:
+        return (yield from try_stage(project, stage))
+    settings = project.params.section(stage.section)
+    # of a part, none may be held out
+    alone = structs.replace(settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0)
+    part = replace(project, params=project.params.replaced({stage.section: alone}))
+    trial = (yield from try_stage(part, stage, SAMPLE)).of_all(
+        SAMPLE / (examples * (1 - settings.eval_share)), settings.max_steps
+    )
+    # the largest step may lie in what was not read
+    return trial._replace(predicted=recipe.peak) if recipe.peak else trial
 
 
 def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Generator[Event, None, Probe]:

@@ -25,6 +25,17 @@ class Probe(NamedTuple):
     tokens: int  # of the whole run
     predicted: int
 
+    def of_all(self, share: float, max_steps: int) -> "Probe":
+        """The probe of a whole run of which `share` of the examples were read, in about so many steps."""
+        per_epoch, epoch_tokens = round(self.steps_per_epoch / share), round(self.epoch_tokens / share)
+        steps = max_steps or per_epoch * (self.steps // self.steps_per_epoch)
+        return self._replace(
+            steps_per_epoch=per_epoch,
+            steps=steps,
+            epoch_tokens=epoch_tokens,
+            tokens=round(epoch_tokens * steps / per_epoch),
+        )
+
     @property
     def seconds(self) -> tuple[float, float]:
         """The least and the most time that the whole run takes."""

@@ -1,6 +1,7 @@
 """`lora new --base --data` and `lora train`: a project for a model and a data file, with reasons, and its results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,21 @@ def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
     assert f"steps   {steps // 2 * 3}, {steps // 2} per epoch" in out
     assert "dvc repro would run: lora finetune lora, lora merge, lora evaluate" in out
     assert folder_bytes(folder) == before
+
+
+def test_what_it_takes_is_said_of_all_data_where_a_part_was_tried(
+    here: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps and tokens are those of a dry run, which reads all, within what the split by hash leaves open."""
+    monkeypatch.setattr("pipeline.stages.quickstart.SAMPLE", 10)
+    asked = ("new", "part", "--base", "toy", "--data", "chats.json", "--set", "batch_size=2", "--set", "epochs=2")
+    code, out, err = cli(*asked, cwd=here)
+    assert code == 0, err
+    steps, tokens = (int(number.replace(",", "")) for number in re.findall(r"takes  ([\d,]+) steps, ([\d,]+)", out)[0])
+    code, out, err = cli("finetune", "lora", "--dry-run", cwd=here / "part")
+    assert code == 0, err
+    assert steps == pytest.approx(int(re.findall(r"steps   ([\d,]+)", out)[0].replace(",", "")), rel=0.25)
+    assert tokens == pytest.approx(int(re.findall(r"tokens  ([\d,]+)", out)[0].replace(",", "")), rel=0.25)
 
 
 def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: Path, cli: Lora) -> None:
