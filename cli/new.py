@@ -296,21 +296,15 @@ def _describe_data(started: Started) -> Iterator[str]:
 
 def _describe_run(project: Project, variant: str) -> str:
     """The time and memory of a variant's last training here."""
-    import csv
-
     from cli.console import duration
-    from pipeline.project.logs.run_log import TELEMETRY, in_units
+    from pipeline.project.logs.run_log import in_units, last_telemetry
 
     stage = next(stage for stage in project.stages.values() if stage.variant == variant)
-    try:
-        with (project.run_folder(stage.name) / TELEMETRY).open(encoding="utf-8", newline="") as file:
-            *_, last = csv.DictReader(file)
-        seconds, measured = float(last["seconds"]), int(last["measured_tensor_bytes"])
-        predicted = int(last["predicted_tensor_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    last = last_telemetry(project.run_folder(stage.name))
+    if last is None:
         return "trained elsewhere"
-    memory = f", memory: {in_units(measured)} measured, {in_units(predicted)} predicted" if measured else ""
-    return f"{last['step']} steps in {duration(seconds)}{memory}"
+    memory = f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted" * bool(last.measured)
+    return f"{last.step} steps in {duration(last.seconds)}{memory}"
 
 
 def _print_results(project: Project, folder: Path) -> None:

@@ -13,6 +13,7 @@ from msgspec import structs
 from pipeline.calc.memory import predict
 from pipeline.calc.method import trainable
 from pipeline.calc.settings import TrainingConfig
+from pipeline.data.check import DataReport, suggest_max_length
 from pipeline.errors import UserError
 from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
@@ -22,11 +23,9 @@ from pipeline.stages.registry import COUNTED
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
-    from pipeline.data.check import DataReport
     from pipeline.project.stage_graph import Stage
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
-MULTIPLE = 64  # tokens: max_length is a multiple of it
 RANKS = (8, 16, 32, 64, 128)
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))  # examples at least → epochs
@@ -69,12 +68,10 @@ def choose(
     stages: Sequence[Stage],
     given: Mapping[str, Any],
 ) -> Recipe:
-    """Settings with which `stages` train `model` on `data`. `given`: section.key → value, set by the user. `held_out`:
-    the share of the examples that can be held out.
+    """Settings with which `stages` train `model` on `data`. Raises UserError if nothing fits into the machine's memory.
 
-    None is a model that the calculator does not know: nothing is then said of memory.
-
-    Raises UserError if nothing fits into the machine's memory.
+    `model`: None if the calculator does not know it; then nothing is said of memory. `held_out`: the share of the
+    examples that can be held out. `given`: section.key → value, set by the user.
     """
     recipe = Recipe(given)
     examples = data.examples
@@ -142,10 +139,10 @@ def _fit(
         batch *= 2
     why = f"{batch} examples a step: an epoch has {ceil(data.examples / batch):,} steps"
     longest = (data.quantiles or {}).get("max", 0)
-    whole, most = ceil(longest / MULTIPLE) * MULTIPLE, data.suggested_max_length or 0
-    lengths = {whole: "no example is cut"}
-    if model and 0 < model.context < whole:
-        lengths = {model.context: f"the model's positions; the longest example has {longest:,} tokens"}
+    whole = suggest_max_length(longest, longest, model.context if model else None)
+    most = data.suggested_max_length or 0
+    cut = f"the model's positions; the longest example has {longest:,} tokens"
+    lengths = {whole: "no example is cut" if whole >= longest else cut}
     lengths.setdefault(most, f"the longest has {longest:,} tokens, which do not fit; 1% is cut")
     adapters = [f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)]
     quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []

@@ -1,6 +1,5 @@
 """study_methods: cost, learning and forgetting of every method on the same data (§7, §9.3)."""
 
-import csv
 from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from pipeline.document.runner import METHODS, Trained, train
 from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown, spreads, times
 from pipeline.files.artifact import read_manifest
-from pipeline.project.logs.run_log import TELEMETRY
+from pipeline.project.logs.run_log import Telemetry, last_telemetry
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.registry import COLORS
@@ -88,23 +87,24 @@ def _cost(name: str, made: Trained) -> Row:
         "method": name,
         "trained": trainable,
         "share": trainable / total,
-        "predicted_kB": int(telemetry["predicted_tensor_bytes"]) / 1000 or None,
-        "measured_kB": int(telemetry["measured_tensor_bytes"]) / 1000,
+        "predicted_kB": telemetry.predicted / 1000 or None,
+        "measured_kB": telemetry.measured / 1000,
         "stored_kB": weight_bytes(made.folder) / 1000,
         "several_tasks": manifest["kind"] == "adapter",
     }
 
 
-def _telemetry(made: Trained) -> dict[str, str]:
-    """The last line of a run's telemetry: predicted and measured bytes of the largest step, and seconds."""
-    with (made.folder.parent / TELEMETRY).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))[-1]
+def _telemetry(made: Trained) -> Telemetry:
+    """Predicted and measured bytes of a run's largest step, and its seconds."""
+    last = last_telemetry(made.folder.parent)
+    assert last is not None, made.folder
+    return last
 
 
 def time_of(name: str, by_seed: Sequence[Trained]) -> Row:
     """The seconds of a method's training loop. They depend on the machine, so they are not in the artifact."""
     last = [_telemetry(made) for made in by_seed]
-    steps, seconds = [int(line["step"]) for line in last], [float(line["seconds"]) for line in last]
+    steps, seconds = [line.step for line in last], [line.seconds for line in last]
     fastest = min(time / count for time, count in zip(seconds, steps, strict=True))
     return {"method": name, "steps": Spread.of(steps), "seconds": Spread.of(seconds), "ms_a_step": 1000 * fastest}
 

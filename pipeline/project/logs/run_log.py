@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from pipeline.files.artifact import write_file
 
@@ -50,6 +50,32 @@ class Peak:
 
     predicted: int = 0
     measured: int = 0
+
+
+class Telemetry(NamedTuple):
+    """A line of telemetry.csv: seconds since the start of its process; sizes in bytes (0: not measured)."""
+
+    step: int
+    seconds: float
+    tokens_per_second: float
+    resident: int
+    predicted: int
+    measured: int
+
+
+def parse_telemetry(line: str) -> Telemetry:
+    """A line of telemetry.csv. Raises ValueError."""
+    step, seconds, speed, resident, _, predicted, measured = line.split(",")[: len(TELEMETRY_COLUMNS)]
+    return Telemetry(int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured))
+
+
+def last_telemetry(run: Path) -> Telemetry | None:
+    """The last line of a run folder's telemetry; None if it has none."""
+    try:
+        *_, last = (run / TELEMETRY).read_text(encoding="utf-8").splitlines()
+        return parse_telemetry(last)
+    except (OSError, ValueError):
+        return None
 
 
 def in_units(size: int) -> str:

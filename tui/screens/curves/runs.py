@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
@@ -14,8 +13,9 @@ from pipeline.project.logs.run_log import (
     DIVERGED,
     STOPPED,
     TABLE,
-    TELEMETRY_COLUMNS,
+    Telemetry,
     in_units,
+    parse_telemetry,
     read_run_outcomes,
     step_parser,
 )
@@ -33,23 +33,6 @@ STATE_TEXT = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 DIED = "the process died (no error recorded). Run again to resume from the last checkpoint"
 MAX_NAMES = 2  # adapters named in a list of those that ended
 POINTED = Look("#FFFFFF", "☆")  # look of the highlighted adapter; drawn black on a light background
-
-
-class Telemetry(NamedTuple):
-    """A line of telemetry.csv: seconds since the start of its process; sizes in bytes (0: not measured)."""
-
-    step: int
-    seconds: float
-    tokens_per_second: float
-    resident: int
-    predicted: int
-    measured: int
-
-
-def parse_telemetry(line: str) -> Telemetry:
-    """A line of telemetry.csv. Raises ValueError."""
-    step, seconds, speed, resident, _, predicted, measured = line.split(",")[: len(TELEMETRY_COLUMNS)]
-    return Telemetry(int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured))
 
 
 class CurveLog:
