@@ -126,12 +126,12 @@ def _score_new(loaded: LoadedModel, examples: Sequence[Example], settings: Evalu
             )
         return {}  # the base has no embeddings for the new words
     new = score(loaded, examples, max_length=max_length)
-    scores = {"new_loss": new.loss, "new_perplexity": new.perplexity, "new_sentences": len(examples)}
+    scores = {"new_loss": new.loss, "new_perplexity": new.perplexity}
     if settings.new_data:
         scores["new_completed"] = sum(
             completes_correctly(loaded, example, settings.prompt_words) for example in examples
         )
-    return scores
+    return {**scores, "new_sentences": len(examples)}
 
 
 def _samples(loaded: LoadedModel, examples: Sequence[Example], count: int) -> list[dict[str, str]]:
