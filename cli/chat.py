@@ -254,17 +254,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "/adapter": Command(
-        "NAME", f"Answer with another adapter: a name of `lora adapters`, a path, or {BASE}.", Session.choose
-    ),
-    "/compare": Command(
-        "NAME", "Show its answer below each as well; without a name, no longer.", Session.compare, True
-    ),
-    "/strength": Command("X", "Strength of the adapter: 0 the base, 1 as trained, up to 2.", Session.set_strength),
+    "/adapter": Command("NAME", f"Answer with an adapter: a listed name, a path, or {BASE}.", Session.choose),
+    "/compare": Command("NAME", "Show its answers too; without a name, no longer.", Session.compare, True),
+    "/strength": Command("X", "Strength of adapters: 0 the base, 1 as trained, up to 2.", Session.set_strength),
     "/system": Command("TEXT", "Another system prompt; without a text, none.", Session.set_system, True),
-    "/retry": Command("", "Answer the last question again; with --temperature, by another seed.", Session.retry),
+    "/retry": Command("", "Answer the last question again, with the next seed.", Session.retry),
     "/undo": Command("", "Take back the last question and its answer.", Session.undo),
     "/reset": Command("", "Forget the turns; the system prompt stays.", Session.reset),
-    "/save": Command("FILE", "Add the conversation to a .jsonl file that `lora train` reads.", Session.save),
+    "/save": Command("FILE", "Add the conversation to a .jsonl file, for `lora train`.", Session.save),
     "/help": Command("", "Show this.", Session.help),
 }
