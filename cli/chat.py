@@ -35,9 +35,10 @@ def chat(
     sample_top_p: Annotated[float, Option("--top-p", help="Smallest set of tokens with this probability.")] = 1.0,
     seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
 ) -> None:
-    """Talk with a model over several turns; /help lists what it takes.
+    """Talk with a model over several turns.
 
     By default the model trained last in this project, not merged. A base without a chat template completes texts.
+    In it, /help lists the commands.
     """
     from cli.console import print_note
     from pipeline.adapters.folder import base_of
