@@ -33,6 +33,7 @@ COMMANDS = {
     "spectrum": ("cli.spectrum", "Singular values of a fine-tuning; extract its LoRA."),
     "calc": ("cli.calc", "Exact parameters, training memory, what fits your GPU."),
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
+    "chat": ("cli.chat", "Talk with a model over several turns."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),

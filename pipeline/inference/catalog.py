@@ -193,12 +193,13 @@ def _modified_at(files: Signature) -> float | None:
     return times.get(artifact.MANIFEST, max(times.values(), default=None))
 
 
-def newest_model(project: Project) -> tuple[Path, Path | None]:
+def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | None]:
     """Folders of base and adapter of the pipeline model that was trained last in a project.
 
-    If none is trained yet, the expanded base, or else the base.
+    If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the merged model.
     """
-    folders = {name: [project.artifact(stage) for stage in pair if stage] for name, pair in project.variants.items()}
+    variants = {name: pair for name, pair in project.variants.items() if merged or pair[0] != "merge"}
+    folders = {name: [project.artifact(stage) for stage in pair if stage] for name, pair in variants.items()}
     existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
     trained = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
     base, *adapter = max(
