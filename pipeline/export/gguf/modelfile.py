@@ -1,0 +1,93 @@
+"""The Modelfile from which `ollama create` makes a model.
+
+Ollama does not render the chat template that is in a GGUF file. It compares it with a list of its own and takes that
+entry's template in Go's language if few letters differ, else the prompt alone. So the Modelfile has a TEMPLATE, derived
+from what the chat template writes around messages.
+"""
+
+from typing import NamedTuple
+
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.errors import UserError
+from pipeline.export.gguf.vocabulary import Vocabulary
+
+_SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"  # contents that no template writes itself
+
+
+class Turns(NamedTuple):
+    """What a chat template writes before the content of a message, depending on the message before."""
+
+    system: str | None  # None: the template takes no system message
+    first: str
+    after_system: str
+    assistant: str
+    user: str
+
+
+def modelfile(model: str, vocabulary: Vocabulary) -> str:
+    """For the file `model` in the same folder. Ollama stops at EOS by itself, and at the other end tokens if told."""
+    lines = [f"FROM ./{model}"]
+    tokenizer = vocabulary.tokenizer
+    if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
+        lines.append(f'TEMPLATE """{template}"""')
+    lines += [f"PARAMETER stop {_quoted(end)}" for end in vocabulary.ends]
+    return "\n".join(lines) + "\n"
+
+
+def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
+    """None without a chat template, or if it writes more than fixed texts around messages."""
+    user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
+    again, system = {"role": "user", "content": _AGAIN}, {"role": "system", "content": _SYSTEM}
+    try:
+        if not tokenizer.has_template:
+            return None
+        talk = tokenizer.render([user, assistant, again], add_generation_prompt=True)
+    except UserError:
+        return None
+    first, rest = _cut(talk, _USER)
+    answer, rest = _cut(rest, _ASSISTANT)
+    between, last = _cut(rest, _AGAIN)
+    if answer != last:  # the generation prompt is what it writes before an answer
+        return None
+    try:
+        told = tokenizer.render([system, user, assistant, again], add_generation_prompt=True)
+    except UserError:
+        return Turns(None, first, first, answer, between)
+    before, rest = _cut(told, _SYSTEM)
+    after, rest = _cut(rest, _USER)
+    if rest != talk[len(first) + len(_USER) :]:
+        return None
+    return Turns(before, first, after, answer, between)
+
+
+def _cut(text: str, content: str) -> tuple[str, str]:
+    before, _, after = text.partition(content)
+    return before, after
+
+
+def go_template(turns: Turns, bos: str | None) -> str | None:
+    """The turns in Go's template language; None if they cannot be written. Ollama adds `bos` itself."""
+    if any('"""' in text or "{{" in text for text in turns if text):
+        return None
+    start, first = turns.system, turns.first
+    if bos is not None:
+        start, first = start and start.removeprefix(bos), first.removeprefix(bos)
+    system = "" if start is None else f"{start}{{{{ .Content }}}}"
+    before_user = (
+        f"{{{{ if eq $i 0 }}}}{first}{{{{ else if and (eq $i 1) $.System }}}}{turns.after_system if start else first}"
+        f"{{{{ else }}}}{turns.user}{{{{ end }}}}"
+    )
+    return (
+        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
+        + system
+        + '{{ else if eq .Role "user" }}'
+        + before_user
+        + "{{ .Content }}"
+        + turns.assistant
+        + '{{ else if eq .Role "assistant" }}{{ .Content }}{{ end }}{{ end }}'
+    )
+
+
+def _quoted(text: str) -> str:
+    """A parameter's value: end tokens have no line breaks."""
+    return '"' + text.replace('"', '\\"') + '"'

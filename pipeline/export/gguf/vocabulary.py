@@ -1,0 +1,255 @@
+"""A tokenizer as GGUF metadata, such that llama.cpp gives the same token ids."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.data.tokenizers.chat_template import TEMPLATE
+from pipeline.data.tokenizers.subword import BYTE_LETTERS, SubwordTokenizer
+from pipeline.errors import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+IN_TEXT = (*range(0xC0), *range(0xC2, 0xF5))  # bytes that occur in UTF-8
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a text is split before merging, and whether a word that is a token is taken unmerged → llama.cpp's name.
+PRE_TOKENIZERS = {
+    (("bytes", _GPT2), False): "gpt-2",
+    (("digits", "bytes", _GPT2), False): "smollm",
+    ((_LLAMA3, "bytes"), True): "llama-bpe",
+    ((_LLAMA3, "bytes"), False): "dbrx",
+    ((_LLAMA3.replace("{1,3}", ""), "bytes"), False): "qwen2",
+    ((_TEKKEN, "bytes"), True): "tekken",
+}
+
+
+class Vocabulary(NamedTuple):
+    """Metadata of the file; `notes` say what llama.cpp does differently. `ends`: the tokens that end an answer, `bos`:
+    the one that is added before a text, if any."""
+
+    tokenizer: SubwordTokenizer
+    metadata: dict[str, Any]
+    ends: list[str]
+    bos: str | None
+    notes: list[str]
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The vocabulary of the tokenizer in `folder`, for a model with `rows` embedding rows.
+
+    Raises UserError for a tokenizer that llama.cpp does not have.
+    """
+    tokenizer = SubwordTokenizer.load(folder)
+    tree = tokenizer.describe()
+    model = tree["model"]
+    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UserError(f"{folder}: GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged.")
+    texts: dict[int, str] = {id_: text for text, id_ in model["vocab"].items()}
+    kinds = dict.fromkeys(texts, NORMAL)
+    sentencepiece = not any(step == "bytes" for step in _splits(tree.get("pre_tokenizer")))
+    if sentencepiece:
+        kinds |= {model["vocab"][text]: BYTE for text in BYTES if text in model["vocab"]}
+    for token in tree["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    if sentencepiece and model.get("unk_token") in model["vocab"]:
+        kinds[model["vocab"][model["unk_token"]]] = UNKNOWN
+    known = set(texts.values())
+    for id_ in range(rows):  # rows that pad the embedding, and ids that were left out
+        if id_ not in texts:
+            text = f"[PAD{id_}]"
+            while text in known:
+                text = f"[{text}]"
+            texts[id_], kinds[id_] = text, UNUSED
+    ids = range(rows)
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.tokens": [texts[id_] for id_ in ids],
+        "tokenizer.ggml.token_type": [kinds[id_] for id_ in ids],
+    }
+    notes = [*_loose_tokens(tree["added_tokens"])]
+    if sentencepiece:
+        metadata |= _sentencepiece(tree, folder, kinds)
+        scores = _scores(model, kinds, folder)
+        metadata["tokenizer.ggml.scores"] = [scores.get(texts[id_], 0.0) for id_ in ids]
+    else:
+        metadata |= _byte_level(tree, folder)
+        missing = [letter for letter, byte in BYTE_LETTERS.items() if letter not in model["vocab"] and byte in IN_TEXT]
+        if missing and model.get("unk_token"):
+            notes.append(
+                f"{len(missing)} bytes have no token. llama.cpp skips them; here they are {model['unk_token']}."
+            )
+    special, more = _special_ids(tokenizer, folder)
+    if template := chat_template(folder, tokenizer):
+        metadata["tokenizer.chat_template"] = template
+    ends = sorted(tokenizer.end_ids, key=lambda id_: (id_ != tokenizer.end_id, id_))
+    bos = texts[tokenizer.prefix[0]] if special["tokenizer.ggml.add_bos_token"] else None
+    return Vocabulary(tokenizer, metadata | special, [texts[id_] for id_ in ends if id_ in texts], bos, [*notes, *more])
+
+
+def chat_template(folder: Path, tokenizer: SubwordTokenizer) -> str | None:
+    """The chat template of the model in `folder`, byte for byte."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_bytes().decode("utf-8")
+    return tokenizer.template
+
+
+def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
+    words = [token["content"] for token in added if token["single_word"]]
+    if words:
+        yield (
+            f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer words, where "
+            "transformers does not: texts with such words get other token ids."
+        )
+    spaced = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
+    if spaced:
+        yield f"llama.cpp keeps the spaces beside {', '.join(spaced[:5])}, which transformers strips."
+
+
+def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The steps of a pre-tokenizer: regular expressions, "digits", "bytes", or JSON of any other step."""
+    if pre is None:
+        return ()
+    if pre["type"] == "Sequence":
+        return tuple(step for part in pre["pretokenizers"] for step in _splits(part))
+    if pre["type"] == "ByteLevel" and not pre["add_prefix_space"]:
+        return ("bytes", _GPT2) if pre.get("use_regex", True) else ("bytes",)
+    if pre["type"] == "Digits" and pre["individual_digits"]:
+        return ("digits",)
+    if pre["type"] == "Split" and pre["behavior"] == "Isolated" and not pre["invert"] and "Regex" in pre["pattern"]:
+        return (pre["pattern"]["Regex"],)
+    return (json.dumps(pre),)
+
+
+def _byte_level(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Metadata of a byte-level BPE. Raises UserError if llama.cpp has no name for how it splits words."""
+    model, normalizer = tree["model"], tree.get("normalizer")
+    steps = _splits(tree["pre_tokenizer"])
+    if steps == (_GPT2, "bytes"):
+        steps = ("bytes", _GPT2)
+    name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
+    if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: llama.cpp has no name for this pre_tokenizer and normalizer, or it is not "
+            f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
+        )
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.merges": list(merges),
+    }
+
+
+def _sentencepiece(tree: Mapping[str, Any], folder: Path, kinds: Mapping[int, int]) -> dict[str, Any]:
+    """Metadata of a SentencePiece BPE. Raises UserError if llama.cpp would tokenize differently."""
+    normalizer, pre = tree.get("normalizer"), tree.get("pre_tokenizer")
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    prefix = steps[:1] == [{"type": "Prepend", "prepend": "▁"}]
+    replaces = steps[prefix:] == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
+        # `first` prepends only at the start of a text, llama.cpp after every special token too
+        prefix, replaces = pre["prepend_scheme"] == "always", pre["prepend_scheme"] in ("always", "never")
+        pre = None
+    if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
+        pre = None  # no space is left to split at
+    if not replaces or pre or not tree["model"]["byte_fallback"] or list(kinds.values()).count(BYTE) < len(BYTES):
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: llama.cpp would tokenize differently: it is neither a byte-level BPE nor "
+            "SentencePiece's with byte fallback. Use --format merged."
+        )
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+
+
+def _scores(model: Mapping[str, Any], kinds: Mapping[int, int], folder: Path) -> dict[str, float]:
+    """Scores by which llama.cpp merges the same pairs. It joins any two pieces that make a token, best score first.
+
+    That is BPE only if every split of a token into two tokens is a merge, and a token's merges have adjacent ranks.
+    SentencePiece's own are so; those of another trainer are rejected. Raises UserError.
+    """
+    vocabulary = model["vocab"]
+    ranks: dict[str, int] = {}
+    count: dict[str, int] = {}
+    last = None
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        token = left + right
+        if token != last and token in ranks:
+            raise _other_merges(folder, token)
+        last = token
+        ranks.setdefault(token, len(ranks))
+        count[token] = count.get(token, 0) + 1
+    for token, id_ in vocabulary.items():
+        if kinds[id_] == NORMAL:
+            splits = sum(token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token)))
+            if splits != count.get(token, 0):
+                raise _other_merges(folder, token)
+    return {token: -float(ranks.get(token, len(ranks))) for token in vocabulary}
+
+
+def _other_merges(folder: Path, token: str) -> UserError:
+    return UserError(
+        f"{folder / 'tokenizer.json'}: the merges of {token!r} are not those of a SentencePiece model, so llama.cpp "
+        "would tokenize differently. Use --format merged."
+    )
+
+
+def _special_ids(tokenizer: SubwordTokenizer, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Ids and flags of BOS, EOS and others, and notes.
+
+    llama.cpp's server drops a BOS that the template writes if the flag says that the tokenizer adds one; so both may
+    be there. If the template writes none, the flag must be off, or a chat would begin with a BOS that training did not
+    have.
+    """
+    if len(tokenizer.prefix) > 1:
+        raise UserError(
+            f"{folder}: its tokenizer begins a text with {len(tokenizer.prefix)} tokens, llama.cpp with at most one. "
+            "Use --format merged."
+        )
+    named = tokenizer.special_ids()
+    bos = tokenizer.prefix[0] if tokenizer.prefix else named.get("bos")
+    chat = _rendered_chat(tokenizer)
+    adds_bos = bool(tokenizer.prefix) and (chat is None or chat[:1] == tokenizer.prefix)
+    notes = []
+    if tokenizer.prefix and not adds_bos:
+        notes.append(
+            "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain text begins without the "
+            "BOS that it has here."
+        )
+    eos, others = tokenizer.end_id, sorted(tokenizer.end_ids - {tokenizer.end_id})
+    metadata = {
+        "tokenizer.ggml.eos_token_id": eos,
+        **{f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(("eot", "eom"), others, strict=False)},
+        **({} if bos is None else {"tokenizer.ggml.bos_token_id": bos}),
+        **{
+            f"tokenizer.ggml.{gguf}_token_id": named[key]
+            for gguf, key in (("unknown", "unk"), ("padding", "pad"))
+            if key in named
+        },
+        "tokenizer.ggml.add_bos_token": adds_bos,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    return metadata, notes
+
+
+def _rendered_chat(tokenizer: SubwordTokenizer) -> tuple[int, ...] | None:
+    """The ids of a chat in the chat template; None without one, or if it needs other messages."""
+    if not tokenizer.has_template:
+        return None
+    try:
+        return tokenizer.encode(tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
+    except UserError:
+        return None
