@@ -15,9 +15,12 @@ _SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"  # contents 
 
 
 class Turns(NamedTuple):
-    """What a chat template writes before the content of a message, depending on the message before."""
+    """What a chat template writes before the content of a message, depending on the message before.
 
-    system: str | None  # None: the template takes no system message
+    `system`: None if it takes no system message.
+    """
+
+    system: str | None
     first: str
     after_system: str
     assistant: str
@@ -36,28 +39,35 @@ def modelfile(model: str, vocabulary: Vocabulary) -> str:
 
 def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
     """None without a chat template, or if it writes more than fixed texts around messages."""
-    user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
-    again, system = {"role": "user", "content": _AGAIN}, {"role": "system", "content": _SYSTEM}
+    if not tokenizer.has_template:
+        return None
+
+    def render(*contents: str) -> str:
+        roles = ("user", "assistant") * len(contents)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        return tokenizer.render(messages, add_generation_prompt=True)
+
     try:
-        if not tokenizer.has_template:
+        talk = render(_USER, _ASSISTANT, _AGAIN)
+        first, rest = _cut(talk, _USER)
+        answer, rest = _cut(rest, _ASSISTANT)
+        between, _ = _cut(rest, _AGAIN)
+        # the same around other messages, and before the answer that is to come
+        pair = f"{answer}{_ASSISTANT}{between}{_AGAIN}"
+        if render(_USER) != f"{first}{_USER}{answer}":
             return None
-        talk = tokenizer.render([user, assistant, again], add_generation_prompt=True)
+        if render(_USER, *(_ASSISTANT, _AGAIN) * 2) != f"{first}{_USER}{pair}{pair}{answer}":
+            return None
     except UserError:
         return None
-    first, rest = _cut(talk, _USER)
-    answer, rest = _cut(rest, _ASSISTANT)
-    between, last = _cut(rest, _AGAIN)
-    if answer != last:  # the generation prompt is what it writes before an answer
-        return None
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
     try:
-        told = tokenizer.render([system, user, assistant, again], add_generation_prompt=True)
+        told = tokenizer.render(messages, add_generation_prompt=True)
     except UserError:
         return Turns(None, first, first, answer, between)
     before, rest = _cut(told, _SYSTEM)
     after, rest = _cut(rest, _USER)
-    if rest != talk[len(first) + len(_USER) :]:
-        return None
-    return Turns(before, first, after, answer, between)
+    return Turns(before, first, after, answer, between) if rest == answer else None
 
 
 def _cut(text: str, content: str) -> tuple[str, str]:

@@ -31,6 +31,10 @@ PRE_TOKENIZERS = {
     ((_LLAMA3.replace("{1,3}", ""), "bytes"), False): "qwen2",
     ((_TEKKEN, "bytes"), True): "tekken",
 }
+DIFFERENCES = {
+    "qwen2": "llama.cpp does not compose letters and accents (NFC): a text that has them apart gets other token ids.",
+    "tekken": "llama.cpp splits words with combining accents at other places than transformers.",
+}
 
 
 class Vocabulary(NamedTuple):
@@ -78,16 +82,11 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     }
     notes = [*_loose_tokens(tree["added_tokens"])]
     if sentencepiece:
-        metadata |= _sentencepiece(tree, folder, kinds)
+        metadata |= _sentencepiece(tree, folder, kinds, notes, tokenizer.has_template)
         scores = _scores(model, kinds, folder)
         metadata["tokenizer.ggml.scores"] = [scores.get(texts[id_], 0.0) for id_ in ids]
     else:
-        metadata |= _byte_level(tree, folder)
-        missing = [letter for letter, byte in BYTE_LETTERS.items() if letter not in model["vocab"] and byte in IN_TEXT]
-        if missing and model.get("unk_token"):
-            notes.append(
-                f"{len(missing)} bytes have no token. llama.cpp skips them; here they are {model['unk_token']}."
-            )
+        metadata |= _byte_level(tree, folder, notes)
     special, more = _special_ids(tokenizer, folder)
     if template := chat_template(folder, tokenizer):
         metadata["tokenizer.chat_template"] = template
@@ -130,8 +129,8 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (json.dumps(pre),)
 
 
-def _byte_level(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Metadata of a byte-level BPE. Raises UserError if llama.cpp has no name for how it splits words."""
+def _byte_level(tree: Mapping[str, Any], folder: Path, notes: list[str]) -> dict[str, Any]:
+    """Metadata of a byte-level BPE; adds to `notes`. Raises UserError if llama.cpp does not split words so."""
     model, normalizer = tree["model"], tree.get("normalizer")
     steps = _splits(tree["pre_tokenizer"])
     if steps == (_GPT2, "bytes"):
@@ -142,6 +141,11 @@ def _byte_level(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder / 'tokenizer.json'}: llama.cpp has no name for this pre_tokenizer and normalizer, or it is not "
             f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
         )
+    if name in DIFFERENCES:
+        notes.append(DIFFERENCES[name])
+    missing = [letter for letter, byte in BYTE_LETTERS.items() if letter not in model["vocab"] and byte in IN_TEXT]
+    if missing and model.get("unk_token"):
+        notes.append(f"{len(missing)} bytes have no token: llama.cpp skips them, here they are {model['unk_token']}.")
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -150,16 +154,25 @@ def _byte_level(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(tree: Mapping[str, Any], folder: Path, kinds: Mapping[int, int]) -> dict[str, Any]:
-    """Metadata of a SentencePiece BPE. Raises UserError if llama.cpp would tokenize differently."""
+def _sentencepiece(
+    tree: Mapping[str, Any], folder: Path, kinds: Mapping[int, int], notes: list[str], chats: bool
+) -> dict[str, Any]:
+    """Metadata of a SentencePiece BPE without its scores; adds to `notes`. `chats`: whether there is a chat template.
+
+    Raises UserError if llama.cpp would tokenize differently.
+    """
     normalizer, pre = tree.get("normalizer"), tree.get("pre_tokenizer")
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     prefix = steps[:1] == [{"type": "Prepend", "prepend": "▁"}]
     replaces = steps[prefix:] == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
-        # `first` prepends only at the start of a text, llama.cpp after every special token too
-        prefix, replaces = pre["prepend_scheme"] == "always", pre["prepend_scheme"] in ("always", "never")
-        pre = None
+        scheme, pre, replaces = pre["prepend_scheme"], None, True
+        prefix = scheme == "always" or (scheme == "first" and not chats)
+        if scheme == "first":
+            notes.append(
+                "llama.cpp puts a space after every special token or nowhere, this tokenizer at the start of a text "
+                f"only: the file says {'after every one' if prefix else 'nowhere, which is right for chats'}."
+            )
     if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
         pre = None  # no space is left to split at
     if not replaces or pre or not tree["model"]["byte_fallback"] or list(kinds.values()).count(BYTE) < len(BYTES):
