@@ -195,14 +195,14 @@ class SubwordTokenizer:
         return " ".join(text.split())
 
     @property
-    def template(self) -> str | None:
-        """The chat template, the default one of several."""
-        template = self._hf_tokenizer.chat_template
-        return template.get("default") if isinstance(template, dict) else template
-
-    @property
     def has_template(self) -> bool:
         return bool(self._hf_tokenizer.chat_template)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that `render` uses."""
+        template = self._hf_tokenizer.chat_template  # some have several, by name
+        return template.get("default") if isinstance(template, dict) else template
 
     @property
     def prefix(self) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.export.formats import Export, Format
@@ -56,7 +55,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         certificate = yield from certify(merge, written_matrices(path(widest), model), "--quantize f32")
         for kind in kinds:
             if kind not in KINDS:
-                quantizer()(path(widest), path(kind), kind)
+                yield from quantizer()(path(widest), path(kind), kind)
         if widest not in kinds:
             path(widest).unlink()
         artifact.write_json(folder / CERTIFICATE, certificate)
@@ -84,7 +83,7 @@ def kinds_of(quantize: str | None) -> list[str]:
     return kinds
 
 
-def quantizer() -> Callable[[Path, Path, str], Any]:
+def quantizer() -> Callable[[Path, Path, str], Generator[Event, None, None]]:
     """llama.cpp's, by source, target and kind. Raises UserError if it is not installed."""
     module = "pipeline.export.llama_cpp"
     if find_spec(module) is None or find_spec("llama_cpp_py_sync") is None:
@@ -92,7 +91,7 @@ def quantizer() -> Callable[[Path, Path, str], Any]:
             f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: pip install 'lora-workbench[llama-cpp]'. Without "
             f"it: {', '.join(KINDS)}."
         )
-    quantize: Callable[[Path, Path, str], Any] = import_module(module).quantize
+    quantize: Callable[[Path, Path, str], Generator[Event, None, None]] = import_module(module).quantize
     return quantize
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.data.tokenizers.subword import BYTE_LETTERS, SubwordTokenizer
 from pipeline.errors import UserError
 
@@ -88,18 +87,11 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     else:
         metadata |= _byte_level(tree, folder, notes)
     special, more = _special_ids(tokenizer, folder)
-    if template := chat_template(folder, tokenizer):
-        metadata["tokenizer.chat_template"] = template
+    if tokenizer.template:
+        metadata["tokenizer.chat_template"] = tokenizer.template
     ends = sorted(tokenizer.end_ids, key=lambda id_: (id_ != tokenizer.end_id, id_))
     bos = texts[tokenizer.prefix[0]] if special["tokenizer.ggml.add_bos_token"] else None
     return Vocabulary(tokenizer, metadata | special, [texts[id_] for id_ in ends if id_ in texts], bos, [*notes, *more])
-
-
-def chat_template(folder: Path, tokenizer: SubwordTokenizer) -> str | None:
-    """The chat template of the model in `folder`, byte for byte."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_bytes().decode("utf-8")
-    return tokenizer.template
 
 
 def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
@@ -243,6 +235,9 @@ def _special_ids(tokenizer: SubwordTokenizer, folder: Path) -> tuple[dict[str, A
             "BOS that it has here."
         )
     eos, others = tokenizer.end_id, sorted(tokenizer.end_ids - {tokenizer.end_id})
+    if len(others) > 2:
+        words = ", ".join(tokenizer.word(id_) for id_ in others[2:])
+        notes.append(f"llama.cpp has room for three end tokens. It may not stop at {words}.")
     metadata = {
         "tokenizer.ggml.eos_token_id": eos,
         **{f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(("eot", "eom"), others, strict=False)},

@@ -168,7 +168,7 @@ def test_llama_3s_frequency_factors_are_those_of_transformers(cli: Lora, tmp_pat
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     factors = tensors(tmp_path / "out/model-f32.gguf")["rope_freqs.weight"]
     torch.testing.assert_close(factors, plain / scaled_frequencies)
-    assert factors.unique().numel() > 2  # all three ranges occur
+    assert len(set(factors.tolist())) > 2  # all three ranges occur
 
 
 def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_window(cli: Lora, tmp_path: Path) -> None:
@@ -423,10 +423,10 @@ def test_bos_is_added_exactly_if_a_rendered_chat_then_has_our_ids(
 
 def test_answers_end_where_ours_do_and_the_adapters_template_wins(cli: Lora, tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4])
-    (source / "chat_template.jinja").write_bytes(MARKED.encode() + b"{# \r\n #}\n")
+    (source / "chat_template.jinja").write_bytes(MARKED.encode() + b"{# \n #}\n\n")
     written(cli, source, tmp_path / "out")
     found = fields(tmp_path / "out/model-f16.gguf")
-    assert found["tokenizer.chat_template"].encode() == MARKED.encode() + b"{# \r\n #}\n"
+    assert found["tokenizer.chat_template"].encode() == MARKED.encode() + b"{# \n #}\n\n"
     tokens = found["tokenizer.ggml.tokens"]
     ends = [tokens[found[f"tokenizer.ggml.{key}_token_id"]] for key in ("eos", "eot", "eom")]
     assert ends == ["<|endoftext|>", "<|im_end|>", "</s>"]
