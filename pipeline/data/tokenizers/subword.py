@@ -215,9 +215,15 @@ class SubwordTokenizer:
         return described
 
     def special_ids(self) -> dict[str, int]:
-        """bos, eos, unk and pad that are set → id."""
-        named = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+        """Those of bos, unk and pad that are set → id."""
+        named = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
         return {name: id_ for name, id_ in named.items() if id_ is not None}
+
+    def with_template(self, template: str) -> "SubwordTokenizer":
+        """The same tokenizer with another chat template."""
+        hf_tokenizer = copy.deepcopy(self._hf_tokenizer)
+        hf_tokenizer.chat_template = template
+        return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids)
 
     def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
         conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)

@@ -23,7 +23,7 @@ DEFAULT = "f16"
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write a file of each kind, and what Ollama needs. Raises UserError."""
     from pipeline.adapters.folder import base_of
-    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_folder
+    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
     from pipeline.export.gguf.modelfile import modelfile
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import CARD, card
@@ -37,8 +37,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     merge = plan_merge(base, export.adapter, export.trust_remote_code)
     model = describe_model(merge, export.trust_remote_code)
-    with tokenizer_folder(base, export.adapter) as tokenizer:
-        vocabulary = read_vocabulary(tokenizer, model.rows)
+    vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), model.rows)
     for note in (*model.notes, *vocabulary.notes):
         yield Note(note)
     with artifact.writing(out) as folder:

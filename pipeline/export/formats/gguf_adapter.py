@@ -12,7 +12,7 @@ from pipeline.project.runner import Event, Note
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
     from pipeline.adapters.folder import base_of
-    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_folder
+    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import CARD, card
     from pipeline.files.base_model import tensor_locations
@@ -40,8 +40,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             # too, and stop: so this base has a head of its own.
             merge = Merge(base, tensor_locations(base), {}, {}, False, {})
             described = describe_model(merge, export.trust_remote_code, own_head=ends)
-            with tokenizer_folder(base, export.adapter) as tokenizer:
-                vocabulary = read_vocabulary(tokenizer, described.rows)
+            vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
             for note in (*described.notes, *vocabulary.notes):
                 yield Note(note)
             facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}

@@ -1,20 +1,16 @@
 """What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what it replaces."""
 
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.adapters.folder import origin_of
-from pipeline.data.tokenizers.subword import GENERATION
+from pipeline.data.tokenizers.chat_template import TEMPLATE
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.export.model_card import has_card
 from pipeline.files import artifact
-from pipeline.weights.import_adapter import copy_template, copy_tokenizer
 from pipeline.weights.merge import CERTIFICATE
 
 _LICENSE = re.compile(r"^license: ([\w.-]+)$", re.MULTILINE)
@@ -31,16 +27,15 @@ def is_earlier_export(out: Path) -> bool:
     return has_card(out) and (out / CERTIFICATE).exists() and not (out / artifact.MANIFEST).exists()
 
 
-@contextmanager
-def tokenizer_folder(base: Path, adapter: Path) -> Iterator[Path]:
-    """The tokenizer files of the merged model: the base's, with the adapter's chat template."""
-    with TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        copy_tokenizer(base, folder)
-        if (base / GENERATION).is_file():  # names end tokens
-            shutil.copyfile(base / GENERATION, folder / GENERATION)
-        copy_template(adapter, folder)
-        yield folder
+def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
+    """The base's tokenizer, with the chat template that the adapter was trained with. Raises UserError."""
+    tokenizer, path = SubwordTokenizer.load(base), adapter / TEMPLATE
+    if not path.is_file():
+        return tokenizer
+    try:
+        return tokenizer.with_template(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8. Copy the adapter again.") from None
 
 
 def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
@@ -49,9 +44,9 @@ def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict
     base_name = base_name or (origin.hub_id if origin else None)
     facts: dict[str, Any] = {"general.type": "model", "general.name": name}
     if base_name:
-        facts |= {"general.base_model.count": 1, "general.base_model.0.name": base_name.rpartition("/")[2]}
-        if origin and origin.hub_id == base_name:
-            facts["general.base_model.0.repo_url"] = f"https://huggingface.co/{base_name}"
+        organization, _, short = base_name.rpartition("/")
+        facts |= {"general.base_model.count": 1, "general.base_model.0.name": short}
+        facts |= {"general.base_model.0.organization": organization} if organization else {}
     readme = base / "README.md"
     if readme.is_file() and (match := _LICENSE.search(readme.read_text(encoding="utf-8", errors="replace"))):
         facts["general.license"] = match[1]

@@ -28,12 +28,13 @@ class Turns(NamedTuple):
 
 
 def modelfile(model: str, vocabulary: Vocabulary) -> str:
-    """For the file `model` in the same folder. Ollama stops at EOS by itself, and at the other end tokens if told."""
+    """For the file `model` in the same folder."""
     lines = [f"FROM ./{model}"]
     tokenizer = vocabulary.tokenizer
     if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {_quoted(end)}" for end in vocabulary.ends]
+    # a quote or a line break in a token, whoever wrote it there, would end the parameter
+    lines += [f'PARAMETER stop "{end}"' for end in vocabulary.ends if end.isprintable() and '"' not in end]
     return "\n".join(lines) + "\n"
 
 
@@ -96,8 +97,3 @@ def go_template(turns: Turns, bos: str | None) -> str | None:
         + turns.assistant
         + '{{ else if eq .Role "assistant" }}{{ .Content }}{{ end }}{{ end }}'
     )
-
-
-def _quoted(text: str) -> str:
-    """A parameter's value: end tokens have no line breaks."""
-    return '"' + text.replace('"', '\\"') + '"'

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.tokenizers.subword import BYTE_LETTERS, SubwordTokenizer
@@ -47,16 +46,20 @@ class Vocabulary(NamedTuple):
     notes: list[str]
 
 
-def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The vocabulary of the tokenizer in `folder`, for a model with `rows` embedding rows.
+def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
+    """The vocabulary of `tokenizer`, for a model with `rows` embedding rows.
 
     Raises UserError for a tokenizer that llama.cpp does not have.
     """
-    tokenizer = SubwordTokenizer.load(folder)
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows. "
+            "Copy both from the same model."
+        )
     tree = tokenizer.describe()
     model = tree["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"{folder}: GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged.")
+        raise UserError(f"GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged.")
     texts: dict[int, str] = {id_: text for text, id_ in model["vocab"].items()}
     kinds = dict.fromkeys(texts, NORMAL)
     sentencepiece = not any(step == "bytes" for step in _splits(tree.get("pre_tokenizer")))
@@ -81,17 +84,23 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     }
     notes = [*_loose_tokens(tree["added_tokens"])]
     if sentencepiece:
-        metadata |= _sentencepiece(tree, folder, kinds, notes, tokenizer.has_template)
-        scores = _scores(model, kinds, folder)
+        metadata |= _sentencepiece(tree, kinds, notes, tokenizer.has_template)
+        scores = _scores(model, kinds)
         metadata["tokenizer.ggml.scores"] = [scores.get(texts[id_], 0.0) for id_ in ids]
     else:
-        metadata |= _byte_level(tree, folder, notes)
-    special, more = _special_ids(tokenizer, folder)
+        metadata |= _byte_level(tree, notes)
     if tokenizer.template:
         metadata["tokenizer.chat_template"] = tokenizer.template
-    ends = sorted(tokenizer.end_ids, key=lambda id_: (id_ != tokenizer.end_id, id_))
-    bos = texts[tokenizer.prefix[0]] if special["tokenizer.ggml.add_bos_token"] else None
-    return Vocabulary(tokenizer, metadata | special, [texts[id_] for id_ in ends if id_ in texts], bos, [*notes, *more])
+    metadata |= _beginning(tokenizer, notes)
+    # generation_config.json, which names end tokens too, may have ids that are no tokens
+    ends = sorted((id_ for id_ in tokenizer.end_ids if id_ < rows), key=lambda id_: (id_ != tokenizer.end_id, id_))
+    keys = ("eos", "eot", "eom")
+    metadata |= {f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(keys, ends, strict=False)}
+    if len(ends) > len(keys):
+        words = ", ".join(texts[id_] for id_ in ends[len(keys) :])
+        notes.append(f"llama.cpp has room for {len(keys)} end tokens. It may not stop at {words}.")
+    bos = texts[tokenizer.prefix[0]] if metadata["tokenizer.ggml.add_bos_token"] else None
+    return Vocabulary(tokenizer, metadata, [texts[id_] for id_ in ends], bos, notes)
 
 
 def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
@@ -121,7 +130,7 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (json.dumps(pre),)
 
 
-def _byte_level(tree: Mapping[str, Any], folder: Path, notes: list[str]) -> dict[str, Any]:
+def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Metadata of a byte-level BPE; adds to `notes`. Raises UserError if llama.cpp does not split words so."""
     model, normalizer = tree["model"], tree.get("normalizer")
     steps = _splits(tree["pre_tokenizer"])
@@ -130,7 +139,7 @@ def _byte_level(tree: Mapping[str, Any], folder: Path, notes: list[str]) -> dict
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
         raise UserError(
-            f"{folder / 'tokenizer.json'}: llama.cpp has no name for this pre_tokenizer and normalizer, or it is not "
+            f"tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it is not "
             f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
         )
     if name in DIFFERENCES:
@@ -146,9 +155,7 @@ def _byte_level(tree: Mapping[str, Any], folder: Path, notes: list[str]) -> dict
     }
 
 
-def _sentencepiece(
-    tree: Mapping[str, Any], folder: Path, kinds: Mapping[int, int], notes: list[str], chats: bool
-) -> dict[str, Any]:
+def _sentencepiece(tree: Mapping[str, Any], kinds: Mapping[int, int], notes: list[str], chats: bool) -> dict[str, Any]:
     """Metadata of a SentencePiece BPE without its scores; adds to `notes`. `chats`: whether there is a chat template.
 
     Raises UserError if llama.cpp would tokenize differently.
@@ -169,7 +176,7 @@ def _sentencepiece(
         pre = None  # no space is left to split at
     if not replaces or pre or not tree["model"]["byte_fallback"] or list(kinds.values()).count(BYTE) < len(BYTES):
         raise UserError(
-            f"{folder / 'tokenizer.json'}: llama.cpp would tokenize differently: it is neither a byte-level BPE nor "
+            "tokenizer.json: llama.cpp would tokenize differently: it is neither a byte-level BPE nor "
             "SentencePiece's with byte fallback. Use --format merged."
         )
     return {
@@ -179,7 +186,7 @@ def _sentencepiece(
     }
 
 
-def _scores(model: Mapping[str, Any], kinds: Mapping[int, int], folder: Path) -> dict[str, float]:
+def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, float]:
     """Scores by which llama.cpp merges the same pairs. It joins any two pieces that make a token, best score first.
 
     That is BPE only if every split of a token into two tokens is a merge, and a token's merges have adjacent ranks.
@@ -193,7 +200,7 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int], folder: Path) ->
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         token = left + right
         if token != last and token in ranks:
-            raise _other_merges(folder, token)
+            raise _other_merges(token)
         last = token
         ranks.setdefault(token, len(ranks))
         count[token] = count.get(token, 0) + 1
@@ -201,56 +208,44 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int], folder: Path) ->
         if kinds[id_] == NORMAL:
             splits = sum(token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token)))
             if splits != count.get(token, 0):
-                raise _other_merges(folder, token)
+                raise _other_merges(token)
     return {token: -float(ranks.get(token, len(ranks))) for token in vocabulary}
 
 
-def _other_merges(folder: Path, token: str) -> UserError:
+def _other_merges(token: str) -> UserError:
     return UserError(
-        f"{folder / 'tokenizer.json'}: the merges of {token!r} are not those of a SentencePiece model, so llama.cpp "
+        f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so llama.cpp "
         "would tokenize differently. Use --format merged."
     )
 
 
-def _special_ids(tokenizer: SubwordTokenizer, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Ids and flags of BOS, EOS and others, and notes.
+def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
+    """Ids of BOS, unknown and padding tokens, and whether BOS is added to a text; adds to `notes`.
 
-    llama.cpp's server drops a BOS that the template writes if the flag says that the tokenizer adds one; so both may
-    be there. If the template writes none, the flag must be off, or a chat would begin with a BOS that training did not
-    have.
+    llama.cpp's server drops a BOS that the template writes if the file says that the tokenizer adds one, so both may
+    be. If the template writes none, none must be added, or a chat would begin with a BOS that it had not in training.
+    Raises UserError.
     """
-    if len(tokenizer.prefix) > 1:
+    prefix, named = tokenizer.prefix, tokenizer.special_ids()
+    if len(prefix) > 1:
         raise UserError(
-            f"{folder}: its tokenizer begins a text with {len(tokenizer.prefix)} tokens, llama.cpp with at most one. "
-            "Use --format merged."
+            f"the tokenizer begins a text with {len(prefix)} tokens, llama.cpp with at most one. Use --format merged."
         )
-    named = tokenizer.special_ids()
-    bos = tokenizer.prefix[0] if tokenizer.prefix else named.get("bos")
     chat = _rendered_chat(tokenizer)
-    adds_bos = bool(tokenizer.prefix) and (chat is None or chat[:1] == tokenizer.prefix)
-    notes = []
-    if tokenizer.prefix and not adds_bos:
+    adds_bos = bool(prefix) and (chat is None or chat[:1] == prefix)
+    if prefix and not adds_bos:
         notes.append(
             "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain text begins without the "
             "BOS that it has here."
         )
-    eos, others = tokenizer.end_id, sorted(tokenizer.end_ids - {tokenizer.end_id})
-    if len(others) > 2:
-        words = ", ".join(tokenizer.word(id_) for id_ in others[2:])
-        notes.append(f"llama.cpp has room for three end tokens. It may not stop at {words}.")
-    metadata = {
-        "tokenizer.ggml.eos_token_id": eos,
-        **{f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(("eot", "eom"), others, strict=False)},
-        **({} if bos is None else {"tokenizer.ggml.bos_token_id": bos}),
-        **{
-            f"tokenizer.ggml.{gguf}_token_id": named[key]
-            for gguf, key in (("unknown", "unk"), ("padding", "pad"))
-            if key in named
-        },
+    if prefix:
+        named["bos"] = prefix[0]
+    keys = {"bos": "bos", "unk": "unknown", "pad": "padding"}
+    return {
+        **{f"tokenizer.ggml.{keys[name]}_token_id": id_ for name, id_ in named.items()},
         "tokenizer.ggml.add_bos_token": adds_bos,
         "tokenizer.ggml.add_eos_token": False,
     }
-    return metadata, notes
 
 
 def _rendered_chat(tokenizer: SubwordTokenizer) -> tuple[int, ...] | None:

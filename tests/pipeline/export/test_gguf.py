@@ -422,7 +422,7 @@ def test_bos_is_added_exactly_if_a_rendered_chat_then_has_our_ids(
 
 
 def test_answers_end_where_ours_do_and_the_adapters_template_wins(cli: Lora, tmp_path: Path) -> None:
-    source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4])
+    source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4, 2**40])  # one that is no token
     (source / "chat_template.jinja").write_bytes(MARKED.encode() + b"{# \n #}\n\n")
     written(cli, source, tmp_path / "out")
     found = fields(tmp_path / "out/model-f16.gguf")
@@ -435,6 +435,18 @@ def test_answers_end_where_ours_do_and_the_adapters_template_wins(cli: Lora, tmp
         f'PARAMETER stop "{end}"' for end in ends
     ]
     assert "ADAPTER" not in modelfile
+
+
+def test_a_token_cannot_add_lines_to_the_modelfile(cli: Lora, tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path)
+    path = tmp_path / "project/base/tokenizer.json"
+    for name in (path, path.with_name("tokenizer_config.json")):
+        text = name.read_text(encoding="utf-8")
+        name.write_text(text.replace("<|im_end|>", "<|\\nADAPTER ./x\\n|>"), encoding="utf-8")
+    written(cli, source, tmp_path / "out")
+    assert "ADAPTER" not in (tmp_path / "out/Modelfile").read_text(encoding="utf-8")
+    found = fields(tmp_path / "out/model-f16.gguf")
+    assert "ADAPTER" in found["tokenizer.ggml.tokens"][found["tokenizer.ggml.eos_token_id"]]
 
 
 def rendered_by_ollama(template: str, messages: list[dict[str, str]], bos: str) -> str:

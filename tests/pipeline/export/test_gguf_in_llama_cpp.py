@@ -86,7 +86,7 @@ def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:
     shapes |= {f"blk.0.{name}.weight": (32, 32) for name in square}
     from gguf import GGMLQuantizationType
 
-    metadata = {**facts, **read_vocabulary(folder, rows).metadata}
+    metadata = {**facts, **read_vocabulary(tokenizer, rows).metadata}
     output = Output(path, metadata, [(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()])
     output.begin()
     for name, shape in shapes.items():
