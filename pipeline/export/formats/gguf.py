@@ -38,8 +38,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     merge = plan_merge(base, export.adapter, export.trust_remote_code)
     model = describe_model(merge, export.trust_remote_code)
     vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), model.rows)
-    for note in (*model.notes, *vocabulary.notes):
-        yield Note(note)
+    yield from map(Note, (*model.notes, *vocabulary.notes))
     with artifact.writing(out) as folder:
 
         def path(kind: str) -> Path:

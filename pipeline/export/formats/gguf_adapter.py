@@ -30,19 +30,19 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     yield from note_on_quantization(export.adapter)
     model = skeleton(base, export.trust_remote_code)
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
+    # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
+    # stop: the base for such an adapter has a head of its own.
     ends = bool({model.embedding_name, model.head_name} & updates.keys())
+    merge = Merge(base, tensor_locations(base), {}, {}, False, {})
+    described = describe_model(merge, export.trust_remote_code, own_head=ends)
+    yield from map(Note, described.notes)
     facts = general(name, export.adapter, base, export.base_name)
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
         if ends or _is_expanded(base):
-            # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head
-            # too, and stop: so this base has a head of its own.
-            merge = Merge(base, tensor_locations(base), {}, {}, False, {})
-            described = describe_model(merge, export.trust_remote_code, own_head=ends)
             vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
-            for note in (*described.notes, *vocabulary.notes):
-                yield Note(note)
+            yield from map(Note, vocabulary.notes)
             facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
             yield from write_files({base_path: "f16"}, merge, described, facts)
         ratios = adapter_ratios(path, updates, model)

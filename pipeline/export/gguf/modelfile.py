@@ -80,20 +80,17 @@ def go_template(turns: Turns, bos: str | None) -> str | None:
     """The turns in Go's template language; None if they cannot be written. Ollama adds `bos` itself."""
     if any('"""' in text or "{{" in text for text in turns if text):
         return None
-    start, first = turns.system, turns.first
-    if bos is not None:
-        start, first = start and start.removeprefix(bos), first.removeprefix(bos)
-    system = "" if start is None else f"{start}{{{{ .Content }}}}"
+    first, system, after_system = turns.first.removeprefix(bos or ""), "", turns.after_system
+    if turns.system is None:  # such a message is left out
+        after_system = first
+    else:
+        system = turns.system.removeprefix(bos or "") + "{{ .Content }}"
     before_user = (
-        f"{{{{ if eq $i 0 }}}}{first}{{{{ else if and (eq $i 1) $.System }}}}{turns.after_system if start else first}"
+        f"{{{{ if eq $i 0 }}}}{first}{{{{ else if and (eq $i 1) $.System }}}}{after_system}"
         f"{{{{ else }}}}{turns.user}{{{{ end }}}}"
     )
     return (
-        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
-        + system
-        + '{{ else if eq .Role "user" }}'
-        + before_user
-        + "{{ .Content }}"
-        + turns.assistant
-        + '{{ else if eq .Role "assistant" }}{{ .Content }}{{ end }}{{ end }}'
+        f'{{{{ range $i, $_ := .Messages }}}}{{{{ if eq .Role "system" }}}}{system}'
+        f'{{{{ else if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{turns.assistant}'
+        '{{ else if eq .Role "assistant" }}{{ .Content }}{{ end }}{{ end }}'
     )

@@ -56,16 +56,16 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     config = model.describe()
     family = family_of(config)
     tied = tied_names(model)
-    own_head = own_head or merge.unties
-    if tied and own_head and not family.own_head:
+    own_head = own_head or merge.unties or not tied
+    if own_head and not family.own_head:
         raise UserError(
-            "llama.cpp reads the head of this model from its embedding, but the adapter changes them differently. "
+            "llama.cpp reads the head of this model from its embedding, but here it is another matrix. "
             "Use --format merged."
         )
     names = tensor_names(family.architecture, model.shape.layers)
     sources = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if tied and name == tied[1] and not own_head:
+        if name in tied[1:] and not own_head:
             continue
         stored = name if name in merge.copies else stored_name(name, merge.locations, tied)
         if stored is None:

@@ -173,7 +173,8 @@ def test_llama_3s_frequency_factors_are_those_of_transformers(cli: Lora, tmp_pat
 
 def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_window(cli: Lora, tmp_path: Path) -> None:
     source = project(tmp_path, MODELS["mistral"])
-    code, _, noted = export(cli, "gguf", source, tmp_path / "out")
+    (tmp_path / "project/base/README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    code, _, noted = export(cli, "gguf", source, tmp_path / "out", "--base-name", "org/toy")
     assert code == 0 and "names a context of 32 tokens" in noted
     found = fields(tmp_path / "out/model-f16.gguf")
     expected = {
@@ -181,6 +182,9 @@ def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_windo
         "general.type": "model",
         "general.name": "adapter",
         "general.file_type": 1,
+        "general.license": "apache-2.0",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.name": "toy",
         "llama.context_length": 32,
         "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2,
@@ -289,6 +293,31 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "llama.cpp reads the head of this model from its embedding",
     ),
+    "untied": (
+        replace(scaled("gemma2"), tied=False),
+        None,
+        (),
+        "llama.cpp reads the head of this model from its embedding",
+    ),
+    "yarn": (
+        replace(
+            MODELS["llama"],
+            config={
+                **WIDE,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 32,
+                    "attention_factor": 2.0,
+                },
+            },
+        ),
+        None,
+        (),
+        "rope_parameters.attention_factor=2.0",
+    ),
+    "narrow": (Family("qwen2", WIDE, tied=False, begins=None), None, (), "head_dim=16"),
     "kind": (MODELS["llama"], None, ("--quantize", "f16,q9"), "got 'q9'"),
 }
 
@@ -302,6 +331,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name_and_nothing_i
     before = folder_bytes(tmp_path)
     assert message in refusal(export(cli, "gguf", source, tmp_path / "out", *more))
     assert folder_bytes(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(cli: Lora, tmp_path: Path) -> None:
+    source = project(tmp_path, scaled("gemma2", 8))
+    assert "query_pre_attn_scalar=8" in refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
 
 
 def test_minigpt_is_refused_with_what_to_do(cli: Lora, tmp_path: Path) -> None:
@@ -471,6 +505,7 @@ def rendered_by_ollama(template: str, messages: list[dict[str, str]], bos: str) 
 
 
 BEGUN = "{{ bos_token }}" + MARKED
+BARE = "{{ bos_token }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
 MERGED = (  # as Gemma 3 does: the system message is part of the first turn
     "{% set told = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + (told if loop.first else '') }}"
@@ -480,7 +515,8 @@ MERGED = (  # as Gemma 3 does: the system message is part of the first turn
 
 
 @pytest.mark.parametrize(
-    ("template", "bos"), [(SMOLLM2, ""), (MARKED, ""), (THINKS, ""), (TEMPLATE, ""), (BEGUN, "<s>"), (MERGED, "")]
+    ("template", "bos"),
+    [(SMOLLM2, ""), (MARKED, ""), (THINKS, ""), (TEMPLATE, ""), (BEGUN, "<s>"), (BARE, "<s>"), (MERGED, "")],
 )
 @pytest.mark.parametrize("system", [True, False])
 def test_ollama_renders_a_chat_as_the_chat_template_does(template: str, bos: str, system: bool, tmp_path: Path) -> None:

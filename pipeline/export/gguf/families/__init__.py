@@ -14,6 +14,15 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
+_ROPE_DEFAULTS = {  # what llama.cpp computes with
+    "partial_rotary_factor": 1.0,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
 Config = Mapping[str, Any]  # config.json with transformers' defaults
 
 
@@ -85,10 +94,15 @@ def unsupported(key: str, value: object) -> UserError:
     return UserError(f"config.json: llama.cpp does not compute {key}={value!r} for this model. Use --format merged.")
 
 
+def head_size(config: Config) -> int:
+    """Values per attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def attention(config: Config) -> dict[str, Any]:
     """The settings that all families with rotary positions have, by Llama's names in the config."""
     heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    size = head_size(config)
     return {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -96,10 +110,10 @@ def attention(config: Config) -> dict[str, Any]:
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": heads,
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
-        "attention.key_length": head_size,
-        "attention.value_length": head_size,
+        "attention.key_length": size,
+        "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": head_size,
+        "rope.dimension_count": size,
         "vocab_size": config["vocab_size"],
     }
 
@@ -118,11 +132,9 @@ def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
     kind = parameters.get("rope_type", "default")
     if kind not in kinds:
         raise unsupported("rope_type", kind)
-    for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        if parameters.get(key) is not None and kind == "yarn":
+    for key, value in _ROPE_DEFAULTS.items():
+        if parameters.get(key) not in (value, None):
             raise unsupported(f"rope_parameters.{key}", parameters[key])
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported("rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"])
     settings: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
     if kind in ("linear", "yarn"):
         settings |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}

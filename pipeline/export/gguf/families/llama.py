@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.export.gguf.families import Config, Family, Layout, attention, rope, within_window
+from pipeline.export.gguf.families import Config, Family, Layout, attention, head_size, rope, within_window
 
 
 def _layout(config: Config, name: str) -> Layout:
@@ -13,8 +13,7 @@ def _layout(config: Config, name: str) -> Layout:
     for module, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if f".{module}." in name:
             heads = config.get(key) or config["num_attention_heads"]
-            size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            order = torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
+            order = torch.arange(heads * head_size(config)).view(heads, 2, -1).transpose(1, 2).flatten()
             return Layout(order=order)
     return Layout()
 
@@ -24,7 +23,7 @@ def _frequency_factors(config: Config) -> dict[str, Tensor]:
     parameters = config["rope_parameters"]
     if parameters.get("rope_type") != "llama3":
         return {}
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = head_size(config)
     frequencies = parameters["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the old context
     low, high, factor = (parameters[key] for key in ("low_freq_factor", "high_freq_factor", "factor"))

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from pipeline.export.gguf.families import Config, Family, attention, rope, unsupported, within_window
+from pipeline.export.gguf.families import Config, Family, attention, head_size, rope, unsupported, within_window
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    settings = attention(config)
-    if settings["attention.key_length"] * config["num_attention_heads"] != config["hidden_size"]:
-        raise unsupported("head_dim", settings["attention.key_length"])
+    if (size := head_size(config)) * config["num_attention_heads"] != config["hidden_size"]:
+        raise unsupported("head_dim", size)
     return {
-        **settings,
+        **attention(config),
         **within_window(config),
         **rope(config["rope_parameters"], ("default", "linear", "yarn")),
     }
