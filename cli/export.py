@@ -31,8 +31,12 @@ FormatOption = Annotated[
     str, Option("--format", metavar=f"<{'|'.join(FORMATS)}>", callback=known, help="Format to write.")
 ]
 
+QuantizeOption = Annotated[
+    str | None, Option(metavar="KIND,…", help="Kinds of GGUF files: f16,q8_0,q4_k_m; default: f16.")
+]
 
-@app.command(help="\n".join((HELP, "\n\b", *(f"{name:8}{each.about}" for name, each in FORMATS.items()))))
+
+@app.command(help="\n".join((HELP, "\n\b", *(f"{name:14}{each.about}" for name, each in FORMATS.items()))))
 def export(
     path: AdapterArgument,
     out: OutOption,
@@ -42,9 +46,10 @@ def export(
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
+    quantize: QuantizeOption = None,
 ) -> None:
     from cli.console import follow, print_line
 
-    exported = Export(path, base, base_name, precision, prompts, trust_remote_code)
+    exported = Export(path, base, base_name, precision, prompts, trust_remote_code, quantize)
     for line in follow(write(form, exported, out), "export"):
         print_line(line)

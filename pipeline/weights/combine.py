@@ -192,7 +192,7 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False)
         elif isinstance(edit, RescaleRows):
             raise UserError(
                 f"{adapter}: {name} was trained with DoRA, which rescales whole rows: the update is not low-rank. "
-                "Merge the adapter instead: lora merge --adapter, or lora export --format merged."
+                "Merge the adapter instead: lora merge --adapter, or lora export --format merged or gguf."
             )
         else:
             raise UserError(

@@ -33,10 +33,12 @@ from pipeline.weights.streaming import (
     Replace,
     RescaleRows,
     SetRows,
+    Written,
     read_blocks,
     same_edit,
     single_torch_thread,
     update_ratios,
+    written_matrices,
 )
 
 CERTIFICATE = "certificate.json"
@@ -97,8 +99,20 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
         merge = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     for number, name in enumerate(merge.write(out), start=1):
         yield Progress(number, len(merge.files), name)
+    certificate: dict[str, Any] = yield from certify(merge, written_matrices(out), "--precision fp32")
+    if verify:
+        certificate |= verify(out)
+    artifact.write_json(out / CERTIFICATE, certificate)
+    return certificate
+
+
+def certify(merge: Merge, written: Callable[[str], Written], fp32: str) -> Generator[Event, None, dict[str, Any]]:
+    """The certificate of a merge, from what was `written`; `fp32`: the option that writes it in fp32.
+
+    Raises UserError if a matrix did not receive its update exactly once.
+    """
     # on the written files, not on the way there: a block at a wrong place, or one written twice, shows too
-    measured = update_ratios(merge, out)
+    measured = update_ratios(merge, written)
     for name, (ratio, rounding) in measured.items():
         if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
             raise UserError(
@@ -109,13 +123,9 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
     if retained and min(retained) < NOTE_BELOW:
         yield Note(
             f"merge: the update is so small that rounding leaves {min(retained):.0%} to {max(retained):.0%} of it in "
-            "the merged weights. Write them in fp32 (--precision fp32), or serve the adapter without merging."
+            f"the merged weights. Write them in fp32 ({fp32}), or serve the adapter without merging."
         )
-    certificate: dict[str, Any] = {"delta_ratios": {name: ratio.value for name, ratio in measured.items()}}
-    if verify:
-        certificate |= verify(out)
-    artifact.write_json(out / CERTIFICATE, certificate)
-    return certificate
+    return {"delta_ratios": {name: ratio.value for name, ratio in measured.items()}}
 
 
 def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:

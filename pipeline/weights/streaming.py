@@ -190,12 +190,7 @@ class Merge:
 
         Raises UserError if there is not enough disk space.
         """
-        free = shutil.disk_usage(out).free
-        if free < self.size:
-            raise UserError(
-                f"{out.parent}: the merged model needs {in_units(self.size)}, but only {in_units(free)} are free. "
-                "Free some space, or name a folder elsewhere with --out."
-            )
+        refuse_full_disk(out, self.size)
         fills = []
         for file in self.files:
             # its own tensors in their order, so that they are read and written sequentially, then added ones
@@ -241,18 +236,23 @@ class Merge:
 
         In the narrower one, part of the update would be lost before it is added.
         """
-        edit, target = self.edits.get(name), DTYPES.get(dtype)
-        if isinstance(edit, RescaleRows):
-            edit = edit.with_norms(self.blocks(name))
-        for rows, block in self.blocks(name):
-            wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
-            new = edit(wide, rows) if edit else wide
+        target = DTYPES.get(dtype)
+        for new in self.merged_blocks(name, target):
             written = new if target is None else new.to(target)
             if target == torch.float16 and not written.isfinite().all():
                 raise UserError(
                     f"{name} has the value {float(new.abs().max()):.3g}, which overflows fp16. Use --precision bf16."
                 )
             yield written.contiguous().flatten().view(torch.uint8).numpy().data
+
+    def merged_blocks(self, name: str, target: torch.dtype | None) -> Iterator[Tensor]:
+        """A tensor after its edit, a block of rows at a time, in the wider of its dtype and `target`."""
+        edit = self.edits.get(name)
+        if isinstance(edit, RescaleRows):
+            edit = edit.with_norms(self.blocks(name))
+        for rows, block in self.blocks(name):
+            wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
+            yield edit(wide, rows) if edit else wide
 
     def blocks(self, name: str, samples: int | None = None) -> Iterator[Rows]:
         """A tensor before its edit, a block of rows at a time; `samples` as in `edits.blocks`."""
@@ -261,6 +261,16 @@ class Merge:
         weight = self.quantizers[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
         rows, columns = weight.shape
         return ((span, weight[span]) for span in blocks(rows, columns, samples))
+
+
+def refuse_full_disk(out: Path, size: int) -> None:
+    """Raises UserError unless the disk of the folder `out` has `size` bytes free."""
+    free = shutil.disk_usage(out).free
+    if free < size:
+        raise UserError(
+            f"{out.parent}: the merged model needs {in_units(size)}, but only {in_units(free)} are free. "
+            "Free some space, or name a folder elsewhere with --out."
+        )
 
 
 def copy_other_files(base: Path, out: Path) -> None:
@@ -311,6 +321,13 @@ def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> Non
         view, start = view[count:], start + count
 
 
+class Written(NamedTuple):
+    """A written matrix: the relative rounding of its values, and its blocks of rows as `read_blocks` samples them."""
+
+    eps: float
+    blocks: Iterator[Rows]
+
+
 class UpdateRatio(NamedTuple):
     """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None if Δ is 0.
 
@@ -321,26 +338,35 @@ class UpdateRatio(NamedTuple):
     rounding: float
 
 
+def written_matrices(out: Path) -> Callable[[str], Written]:
+    """Reads the matrices of the checkpoint `out` by stored name."""
+    locations = tensor_locations(out)
+
+    def read(name: str) -> Written:
+        location = locations[name]
+        return Written(torch.finfo(DTYPES[location.info.dtype]).eps, read_blocks(location, SAMPLES))
+
+    return read
+
+
 @torch.no_grad()
-def update_ratios(merge: Merge, out: Path) -> dict[str, UpdateRatio]:
-    """The ratio of every matrix that LoRA or DoRA changed, by stored module name, measured on the written files.
+def update_ratios(merge: Merge, written: Callable[[str], Written]) -> dict[str, UpdateRatio]:
+    """The ratio of every matrix that LoRA or DoRA changed, by stored module name, measured on what was `written`.
 
     A faulty merge affects a whole matrix, not single rows, so only `SAMPLES` or more evenly spread blocks of a large
     matrix are read again. Reading all of them would take as long as the merge itself.
     """
-    written = tensor_locations(out)
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
 
     def ratio_of(name: str) -> UpdateRatio:
-        update, after = edits[name].with_norms(merge.blocks(name)), written[name]
+        update, after = edits[name].with_norms(merge.blocks(name)), written(name)
         dot = weight = size = 0.0
-        for (rows, old), (_, new) in zip(merge.blocks(name, SAMPLES), read_blocks(after, SAMPLES), strict=True):
+        for (rows, old), (_, new) in zip(merge.blocks(name, SAMPLES), after.blocks, strict=True):
             block_dot, block_size = update.dot_products(old.float(), new.float(), rows)
             dot, size = dot + block_dot, size + block_size
             weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
-        eps = torch.finfo(DTYPES[after.info.dtype]).eps
         # rounding moves each weight by up to eps·|W|, which counts against an update of norm √size
-        return UpdateRatio(dot / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)
+        return UpdateRatio(dot / size if size else None, after.eps * (weight / max(size, 1e-60)) ** 0.5)
 
     values = map_in_threads(ratio_of, edits)
     return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, values, strict=True)}

@@ -1,6 +1,7 @@
 """Subword tokenizers: the fast tokenizer of any transformers model, with special tokens and chat template."""
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ _BEFORE = ("\n", ".", "a")
 _PROBE = "Zq7"  # an answer that no template contains itself
 # GPT-2's byte-level alphabet: printable Latin-1 bytes are themselves, the others are the letters from U+0100.
 _PRINTABLE_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE_BYTES}
-_BYTE_OF_LETTER |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)}
+BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE_BYTES}
+BYTE_LETTERS |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)}
 # Keys that describe a machine or a run, not the tokenizer.
 _MACHINE_KEYS = (
     "name_or_path",
@@ -197,6 +198,33 @@ class SubwordTokenizer:
     def has_template(self) -> bool:
         return bool(self._hf_tokenizer.chat_template)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that `render` uses."""
+        template = self._hf_tokenizer.chat_template  # some have several, by name
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids before a text, such as BOS."""
+        return self._prefix
+
+    def describe(self) -> dict[str, Any]:
+        """tokenizer.json."""
+        described: dict[str, Any] = json.loads(self._inner.to_str())
+        return described
+
+    def special_ids(self) -> dict[str, int]:
+        """Those of bos, unk and pad that are set → id."""
+        named = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
+        return {name: id_ for name, id_ in named.items() if id_ is not None}
+
+    def with_template(self, template: str) -> "SubwordTokenizer":
+        """The same tokenizer with another chat template."""
+        hf_tokenizer = copy.deepcopy(self._hf_tokenizer)
+        hf_tokenizer.chat_template = template
+        return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids)
+
     def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
         conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
         return chat_template.single_rendering(self.render_each([conversation]))
@@ -227,7 +255,7 @@ class SubwordTokenizer:
 
 def _format_bytes(token: str) -> str:
     """A token of a byte-level vocabulary with its non-ASCII bytes as <0xE2>."""
-    values = [_BYTE_OF_LETTER.get(letter) for letter in token]
+    values = [BYTE_LETTERS.get(letter) for letter in token]
     if None in values or max(map(ord, token), default=0) < 128:  # SentencePiece already writes <0xE2>
         return token
     return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None)

@@ -17,7 +17,7 @@ class Export(NamedTuple):
 
     `base`: default the one that the adapter names. `base_name`: what the files call it, default the hub id that it was
     imported from. `precision`: of merged weights, default the base's. `prompts`: a file of prompts on which the merged
-    model is compared with base + adapter.
+    model is compared with base + adapter. `quantize`: comma-separated kinds of GGUF files, such as f16,q8_0.
     """
 
     adapter: Path
@@ -26,6 +26,7 @@ class Export(NamedTuple):
     precision: str | None = None
     prompts: Path | None = None
     trust_remote_code: bool = False
+    quantize: str | None = None
 
 
 class Format(NamedTuple):
@@ -87,5 +88,8 @@ def note_on_quantization(adapter: Path) -> Iterator[Note]:
         yield Note(f"{adapter} was {quantization_note(kind)}. {advice}")
 
 
-_FOUND = {module.name: import_module(f"{__name__}.{module.name}").FORMAT for module in pkgutil.iter_modules(__path__)}
+_FOUND = {
+    module.name.replace("_", "-"): import_module(f"{__name__}.{module.name}").FORMAT
+    for module in pkgutil.iter_modules(__path__)
+}
 FORMATS: Mapping[str, Format] = dict(sorted(_FOUND.items(), key=lambda item: item[1].order))

@@ -50,4 +50,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     return ["  ".join((str(out), *describe(certificate)))]
 
 
-FORMAT = Format(2, "a whole checkpoint, merged with the base", Export._fields[1:], write)
+FORMAT = Format(
+    2,
+    "a whole checkpoint, merged with the base",
+    ("base", "base_name", "precision", "prompts", "trust_remote_code"),
+    write,
+)

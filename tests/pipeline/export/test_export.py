@@ -26,6 +26,7 @@ from tests.pipeline.stages.test_families import assert_alike, ours, theirs
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 FORMS = ("peft", "vllm", "merged")
+FOLDERS = (*FORMS, "gguf", "gguf-adapter")  # which write a folder atomically
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SPECS: dict[str, tuple[str, bool, AdapterSpec]] = {  # family, whether it is tied, adapter
     "plain": ("llama", True, AdapterSpec(4, 8, ATTENTION)),
@@ -244,7 +245,7 @@ def occupied(root: Path, what: str) -> Path:
 
 
 @pytest.mark.parametrize("what", ["notes", "file", "base", "adapter", "artifact"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FOLDERS)
 def test_a_folder_with_something_else_is_refused_and_stays(cli: Lora, form: str, what: str, tmp_path: Path) -> None:
     source = made(tmp_path)
     out = occupied(tmp_path, what)
@@ -253,7 +254,7 @@ def test_a_folder_with_something_else_is_refused_and_stays(cli: Lora, form: str,
     assert folder_bytes(tmp_path) == before
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FOLDERS)
 def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path: Path) -> None:
     source = made(tmp_path)
     before = folder_bytes(tmp_path)
@@ -262,34 +263,35 @@ def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path
     assert folder_bytes(tmp_path) == before
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FOLDERS)
 def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_path: Path) -> None:
     source, out = made(tmp_path), tmp_path / "out"
     out.mkdir()
-    exported(cli, form, source, out)
+    assert export(cli, form, source, out)[0] == 0
     first = folder_bytes(out)
     (out / "left-over.txt").write_text("of an older version", encoding="utf-8")
-    exported(cli, form, source, out)
+    assert export(cli, form, source, out)[0] == 0
     assert folder_bytes(out) == first
 
 
 @pytest.mark.parametrize(
     ("form", "more", "message"),
     [
-        ("peft", ["--precision", "bf16"], "--precision needs --format merged, got peft"),
-        ("vllm", ["--prompts", "data/prompts.yaml"], "--prompts needs --format merged, got vllm"),
-        ("peft", ["--trust-remote-code"], "--trust-remote-code needs --format vllm or merged, got peft"),
+        ("peft", ["--precision", "bf16"], "--precision needs --format "),
+        ("vllm", ["--prompts", "data/prompts.yaml"], "--prompts needs --format "),
+        ("peft", ["--trust-remote-code"], "--trust-remote-code needs --format "),
     ],
 )
 def test_an_option_that_a_format_does_not_read_is_refused(
     cli: Lora, form: str, more: list[str], message: str, tmp_path: Path
 ) -> None:
-    assert message in refusal(export(cli, form, made(tmp_path), tmp_path / "out", *more))
+    told = refusal(export(cli, form, made(tmp_path), tmp_path / "out", *more))
+    assert message in told and f", got {form}." in told
 
 
 def test_an_unknown_format_is_a_wrong_usage_that_lists_the_known_ones(cli: Lora, tmp_path: Path) -> None:
     code, out, err = export(cli, "gptq", tmp_path, tmp_path / "out")
-    assert (code, out) == (2, "") and "'gptq' is not one of peft, vllm, merged." in err
+    assert (code, out) == (2, "") and "'gptq' is not one of peft, vllm, merged" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,98 @@
+"""The merged model as GGUF files for llama.cpp, Ollama and LM Studio, with tokenizer and chat template inside."""
+
+from collections.abc import Callable, Generator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.export.formats import Export, Format
+from pipeline.files import artifact
+from pipeline.project.runner import Event, Note
+
+KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # the gguf package quantizes to these
+BY_LLAMA_CPP = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
+)
+# Of a base in bf16 too: fp16 keeps 11 bits of a weight and bf16 8, of which a merge needs more than the base did. What
+# overflows fp16 is an error that names --quantize bf16.
+DEFAULT = "f16"
+
+
+def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
+    """Write a file of each kind, and what Ollama needs. Raises UserError."""
+    from pipeline.adapters.folder import base_of
+    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
+    from pipeline.export.gguf.modelfile import modelfile
+    from pipeline.export.gguf.vocabulary import read_vocabulary
+    from pipeline.export.model_card import CARD, card
+    from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
+
+    kinds = kinds_of(export.quantize)
+    require_gguf()
+    from pipeline.export.gguf.writer import describe_model, write_files, written_matrices
+
+    base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
+    artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
+    merge = plan_merge(base, export.adapter, export.trust_remote_code)
+    model = describe_model(merge, export.trust_remote_code)
+    vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), model.rows)
+    yield from map(Note, (*model.notes, *vocabulary.notes))
+    with artifact.writing(out) as folder:
+
+        def path(kind: str) -> Path:
+            return folder / f"model-{kind}.gguf"
+
+        own = [kind for kind in kinds if kind in KINDS]
+        # llama.cpp quantizes from a file; the merge is measured in the most precise one
+        widest = next((kind for kind in ("f32", "f16", "bf16") if kind in own), DEFAULT if kinds != own else own[0])
+        files = {path(kind): kind for kind in dict.fromkeys((*own, widest))}
+        facts = general(name, export.adapter, base, export.base_name)
+        yield from write_files(files, merge, model, {**facts, **vocabulary.metadata})
+        certificate = yield from certify(merge, written_matrices(path(widest), model), "--quantize f32")
+        for kind in kinds:
+            if kind not in KINDS:
+                yield from quantizer()(path(widest), path(kind), kind)
+        if widest not in kinds:
+            path(widest).unlink()
+        artifact.write_json(folder / CERTIFICATE, certificate)
+        (folder / "Modelfile").write_text(modelfile(path(kinds[0]).name, vocabulary), encoding="utf-8")
+        (folder / CARD).write_text(card(export.adapter, certificate, base, export.base_name), encoding="utf-8")
+    return [
+        "  ".join((str(out), *describe(certificate))),
+        *(f"llama-cli -m {out / path(kind).name}" for kind in kinds),
+        f"ollama create {name} -f {out / 'Modelfile'}",
+    ]
+
+
+def kinds_of(quantize: str | None) -> list[str]:
+    """The kinds that `--quantize` names, each once. Raises UserError for an unknown one, and without llama.cpp for one
+    that needs it."""
+    kinds = list(dict.fromkeys(kind.strip().lower() for kind in (quantize or DEFAULT).split(",")))
+    for kind in kinds:
+        if kind not in (*KINDS, *BY_LLAMA_CPP):
+            raise UserError(
+                f"--quantize must name kinds of {', '.join(KINDS)}, or, with llama.cpp, {', '.join(BY_LLAMA_CPP)}; "
+                f"got {kind!r}."
+            )
+    if set(kinds) - set(KINDS):
+        quantizer()
+    return kinds
+
+
+def quantizer() -> Callable[[Path, Path, str], Generator[Event, None, None]]:
+    """llama.cpp's, by source, target and kind. Raises UserError if it is not installed."""
+    module = "pipeline.export.llama_cpp"
+    if find_spec(module) is None or find_spec("llama_cpp_py_sync") is None:
+        raise UserError(
+            f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: pip install 'lora-workbench[llama-cpp]'. Without "
+            f"it: {', '.join(KINDS)}."
+        )
+    quantize: Callable[[Path, Path, str], Generator[Event, None, None]] = import_module(module).quantize
+    return quantize
+
+
+FORMAT = Format(
+    3, "the merged model for llama.cpp and Ollama", ("base", "base_name", "trust_remote_code", "quantize"), write
+)

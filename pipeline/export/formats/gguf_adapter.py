@@ -1,0 +1,73 @@
+"""The adapter alone as a GGUF file for llama.cpp's --lora, if need be with its base beside it."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.export.formats import Export, Format, note_on_quantization
+from pipeline.files import artifact
+from pipeline.project.runner import Event, Note
+
+
+def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
+    """Write the updates, and say how to use them. Raises UserError."""
+    from pipeline.adapters.folder import base_of
+    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
+    from pipeline.export.gguf.vocabulary import read_vocabulary
+    from pipeline.export.model_card import CARD, card
+    from pipeline.files.base_model import tensor_locations
+    from pipeline.models.load import skeleton
+    from pipeline.weights.combine import low_rank_updates
+    from pipeline.weights.merge import CERTIFICATE, describe
+    from pipeline.weights.streaming import Merge
+
+    require_gguf()
+    from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
+    from pipeline.export.gguf.writer import describe_model, write_files
+
+    base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
+    artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
+    yield from note_on_quantization(export.adapter)
+    model = skeleton(base, export.trust_remote_code)
+    updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
+    # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
+    # stop: the base for such an adapter has a head of its own.
+    ends = bool({model.embedding_name, model.head_name} & updates.keys())
+    merge = Merge(base, tensor_locations(base), {}, {}, False, {})
+    described = describe_model(merge, export.trust_remote_code, own_head=ends)
+    yield from map(Note, described.notes)
+    facts = general(name, export.adapter, base, export.base_name)
+    with artifact.writing(out) as folder:
+        path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
+        write_adapter(path, updates, model, facts)
+        if ends or _is_expanded(base):
+            vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+            yield from map(Note, vocabulary.notes)
+            facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
+            yield from write_files({base_path: "f16"}, merge, described, facts)
+        ratios = adapter_ratios(path, updates, model)
+        for module, ratio in ratios.items():
+            if ratio is not None and abs(ratio - 1) > 1e-4:
+                raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
+        artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios})
+        (folder / CARD).write_text(card(export.adapter, None, base, export.base_name), encoding="utf-8")
+        beside = base_path.exists()
+    written = "  ".join((str(out), *describe({"delta_ratios": ratios})))
+    if beside:
+        return [
+            written,
+            "It changes tokens or their embeddings: use it on the base beside it, no other file of that model.",
+            f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
+        ]
+    return [written, f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as GGUF)"]
+
+
+def _is_expanded(base: Path) -> bool:
+    """Whether tokens were added to the base, so that no GGUF file elsewhere has them."""
+    if not (base / artifact.MANIFEST).exists():
+        return False
+    start, stop = artifact.read_manifest(base).get("new_rows") or (0, 0)
+    return bool(stop > start)
+
+
+FORMAT = Format(4, "the adapter for llama.cpp's --lora", ("base", "base_name", "trust_remote_code"), write)

@@ -1,0 +1,156 @@
+"""The families that llama.cpp computes as transformers does. A family is one file here, found and not listed.
+
+What a config asks for and a family neither writes nor finds in its `fixed` values is rejected: llama.cpp would ignore
+it, and answer differently without a word.
+"""
+
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+_ROPE_DEFAULTS = {  # what llama.cpp computes with
+    "partial_rotary_factor": 1.0,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
+Config = Mapping[str, Any]  # config.json with transformers' defaults
+
+
+class Layout(NamedTuple):
+    """How a parameter lies in a GGUF file: transposed, then its rows in another order, then a number added."""
+
+    transposed: bool = False
+    order: Tensor | None = None  # row n of the file is row order[n] of the parameter
+    shift: float = 0.0
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether rows of the file are not rows of the parameter."""
+        return self.transposed or self.order is not None
+
+    def of(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Blocks of rows of the parameter → blocks of rows of the file."""
+        if not self.is_moved:
+            yield from (block + self.shift if self.shift else block for block in blocks)
+            return
+        whole = torch.cat(list(blocks))  # no embedding is laid out otherwise, so this is at most an MLP's matrix
+        yield self.rows(whole.T if self.transposed else whole)
+
+    def rows(self, matrix: Tensor) -> Tensor:
+        """Rows (O, …) in the file's order."""
+        return matrix if self.order is None else matrix[self.order]
+
+    def undo(self, stored: Tensor) -> Tensor:
+        """The parameter that lies in the file as `stored`."""
+        if self.order is not None:
+            stored = stored[self.order.argsort()]
+        return (stored.T if self.transposed else stored) - self.shift
+
+
+class Family(NamedTuple):
+    """`model_types` of config.json; `architecture`: llama.cpp's name of the family.
+
+    `settings`: metadata by key, without the architecture's prefix; `fixed`: the values that llama.cpp assumes of keys
+    of the config. `layout` of a parameter by its full name, `extra` tensors by their name in the file. `own_head`:
+    whether llama.cpp reads a head that is not the embedding.
+    """
+
+    model_types: tuple[str, ...]
+    architecture: str
+    settings: Callable[[Config], dict[str, Any]]
+    fixed: Mapping[str, tuple[Any, ...]]
+    layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()
+    extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}
+    own_head: bool = True
+
+
+def family_of(config: Config) -> Family:
+    """The family of a model. Raises UserError if there is none, or for a setting llama.cpp does not have."""
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"GGUF export does not support model_type {model_type}. Supported: "
+            f"{', '.join(sorted(FAMILIES))}. Use --format merged."
+        )
+    family = FAMILIES[model_type]
+    for key, values in family.fixed.items():
+        if config.get(key, values[0]) not in values:
+            raise unsupported(key, config[key])
+    return family
+
+
+def unsupported(key: str, value: object) -> UserError:
+    """The error for a setting that llama.cpp would ignore."""
+    return UserError(f"config.json: llama.cpp does not compute {key}={value!r} for this model. Use --format merged.")
+
+
+def head_size(config: Config) -> int:
+    """Values per attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def attention(config: Config) -> dict[str, Any]:
+    """The settings that all families with rotary positions have, by Llama's names in the config."""
+    heads = config["num_attention_heads"]
+    size = head_size(config)
+    return {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.dimension_count": size,
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def within_window(config: Config) -> dict[str, Any]:
+    """The context up to which the full attention of llama.cpp is the model's sliding windows."""
+    window = config.get("sliding_window")
+    layers = config.get("layer_types") or ["sliding_attention"]
+    if window is None or "sliding_attention" not in layers:
+        return {}
+    return {"context_length": min(window, config["max_position_embeddings"])}
+
+
+def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
+    """Base and scaling of rotary positions. Raises UserError for a scaling that is not one of `kinds`."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in kinds:
+        raise unsupported("rope_type", kind)
+    for key, value in _ROPE_DEFAULTS.items():
+        if parameters.get(key) not in (value, None):
+            raise unsupported(f"rope_parameters.{key}", parameters[key])
+    settings: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
+    if kind in ("linear", "yarn"):
+        settings |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
+    if kind == "yarn":
+        settings["rope.scaling.original_context_length"] = parameters["original_max_position_embeddings"]
+    return settings
+
+
+def window_period(config: Config) -> int:
+    """Every how many blocks one attends to everything, the last of each period. Raises UserError for other patterns."""
+    full = [layer == "full_attention" for layer in config["layer_types"]]
+    period = full.index(True) + 1 if True in full else len(full) + 1
+    if full != [(number + 1) % period == 0 for number in range(len(full))]:
+        raise unsupported("layer_types", config["layer_types"])
+    return period
+
+
+_FOUND = [import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__)]
+FAMILIES: Mapping[str, Family] = {model_type: family for family in _FOUND for model_type in family.model_types}

@@ -1,0 +1,53 @@
+"""What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what it replaces."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.folder import origin_of
+from pipeline.data.tokenizers.chat_template import TEMPLATE
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.errors import UserError
+from pipeline.export.model_card import has_card
+from pipeline.files import artifact
+from pipeline.weights.merge import CERTIFICATE
+
+_LICENSE = re.compile(r"^license: ([\w.-]+)$", re.MULTILINE)
+
+
+def require_gguf() -> None:
+    """Raises UserError without the gguf package."""
+    if find_spec("gguf") is None:
+        raise UserError("GGUF export needs the gguf package: pip install 'lora-workbench[gguf]'.")
+
+
+def is_earlier_export(out: Path) -> bool:
+    """Whether `out` is a folder that an export with a certificate wrote."""
+    return has_card(out) and (out / CERTIFICATE).exists() and not (out / artifact.MANIFEST).exists()
+
+
+def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
+    """The base's tokenizer, with the chat template that the adapter was trained with. Raises UserError."""
+    tokenizer, path = SubwordTokenizer.load(base), adapter / TEMPLATE
+    if not path.is_file():
+        return tokenizer
+    try:
+        return tokenizer.with_template(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8. Copy the adapter again.") from None
+
+
+def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
+    """Metadata that say where a file comes from; `base_name`: default the hub id of the base."""
+    origin = origin_of(adapter, base)
+    base_name = base_name or (origin.hub_id if origin else None)
+    facts: dict[str, Any] = {"general.type": "model", "general.name": name}
+    if base_name:
+        organization, _, short = base_name.rpartition("/")
+        facts |= {"general.base_model.count": 1, "general.base_model.0.name": short}
+        facts |= {"general.base_model.0.organization": organization} if organization else {}
+    readme = base / "README.md"
+    if readme.is_file() and (match := _LICENSE.search(readme.read_text(encoding="utf-8", errors="replace"))):
+        facts["general.license"] = match[1]
+    return facts

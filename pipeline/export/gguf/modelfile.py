@@ -1,0 +1,96 @@
+"""The Modelfile from which `ollama create` makes a model.
+
+Ollama does not render the chat template that is in a GGUF file. It compares it with a list of its own and takes that
+entry's template in Go's language if few letters differ, else the prompt alone. So the Modelfile has a TEMPLATE, derived
+from what the chat template writes around messages.
+"""
+
+from typing import NamedTuple
+
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.errors import UserError
+from pipeline.export.gguf.vocabulary import Vocabulary
+
+_SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"  # contents that no template writes itself
+
+
+class Turns(NamedTuple):
+    """What a chat template writes before the content of a message, depending on the message before.
+
+    `system`: None if it takes no system message.
+    """
+
+    system: str | None
+    first: str
+    after_system: str
+    assistant: str
+    user: str
+
+
+def modelfile(model: str, vocabulary: Vocabulary) -> str:
+    """For the file `model` in the same folder."""
+    lines = [f"FROM ./{model}"]
+    tokenizer = vocabulary.tokenizer
+    if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
+        lines.append(f'TEMPLATE """{template}"""')
+    # a quote or a line break in a token, whoever wrote it there, would end the parameter
+    lines += [f'PARAMETER stop "{end}"' for end in vocabulary.ends if end.isprintable() and '"' not in end]
+    return "\n".join(lines) + "\n"
+
+
+def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
+    """None without a chat template, or if it writes more than fixed texts around messages."""
+    if not tokenizer.has_template:
+        return None
+
+    def render(*contents: str) -> str:
+        roles = ("user", "assistant") * len(contents)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        return tokenizer.render(messages, add_generation_prompt=True)
+
+    try:
+        talk = render(_USER, _ASSISTANT, _AGAIN)
+        first, rest = _cut(talk, _USER)
+        answer, rest = _cut(rest, _ASSISTANT)
+        between, _ = _cut(rest, _AGAIN)
+        # the same around other messages, and before the answer that is to come
+        pair = f"{answer}{_ASSISTANT}{between}{_AGAIN}"
+        if render(_USER) != f"{first}{_USER}{answer}":
+            return None
+        if render(_USER, *(_ASSISTANT, _AGAIN) * 2) != f"{first}{_USER}{pair}{pair}{answer}":
+            return None
+    except UserError:
+        return None
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
+    try:
+        told = tokenizer.render(messages, add_generation_prompt=True)
+    except UserError:
+        return Turns(None, first, first, answer, between)
+    before, rest = _cut(told, _SYSTEM)
+    after, rest = _cut(rest, _USER)
+    return Turns(before, first, after, answer, between) if rest == answer else None
+
+
+def _cut(text: str, content: str) -> tuple[str, str]:
+    before, _, after = text.partition(content)
+    return before, after
+
+
+def go_template(turns: Turns, bos: str | None) -> str | None:
+    """The turns in Go's template language; None if they cannot be written. Ollama adds `bos` itself."""
+    if any('"""' in text or "{{" in text for text in turns if text):
+        return None
+    first, system, after_system = turns.first.removeprefix(bos or ""), "", turns.after_system
+    if turns.system is None:  # such a message is left out
+        after_system = first
+    else:
+        system = turns.system.removeprefix(bos or "") + "{{ .Content }}"
+    before_user = (
+        f"{{{{ if eq $i 0 }}}}{first}{{{{ else if and (eq $i 1) $.System }}}}{after_system}"
+        f"{{{{ else }}}}{turns.user}{{{{ end }}}}"
+    )
+    return (
+        f'{{{{ range $i, $_ := .Messages }}}}{{{{ if eq .Role "system" }}}}{system}'
+        f'{{{{ else if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{turns.assistant}'
+        '{{ else if eq .Role "assistant" }}{{ .Content }}{{ end }}{{ end }}'
+    )

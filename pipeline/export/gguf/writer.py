@@ -1,0 +1,228 @@
+"""Writes GGUF files tensor by tensor, a block of rows at a time: memory does not grow with the model."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.export.gguf.families import Layout, family_of
+from pipeline.models.load import skeleton
+from pipeline.project.runner import Event, Progress
+from pipeline.weights.merge import stored_name, tied_names
+from pipeline.weights.streaming import SAMPLES, Merge, Rows, Written, blocks, refuse_full_disk
+
+EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}  # of others 2^-3
+POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
+ENDS = ("token_embd.weight", "output.weight")
+
+
+class Source(NamedTuple):
+    """A tensor to write: its name in llama.cpp, its shape in the file, its name in the checkpoint, and its layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored: str
+    layout: Layout
+
+
+class Model(NamedTuple):
+    """A model's tensors, the small `extra` ones that are no parameter, and its metadata without the vocabulary's.
+
+    `rows`: of the embedding. `notes` say what llama.cpp does differently.
+    """
+
+    sources: list[Source]
+    extra: Mapping[str, Tensor]
+    metadata: dict[str, Any]
+    rows: int
+    notes: list[str]
+
+
+def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool = False) -> Model:
+    """How llama.cpp stores and configures the model that `merge` writes.
+
+    `own_head`: write the head as a tensor of its own even if it is tied. Raises UserError if llama.cpp does not
+    compute such a model.
+    """
+    model = skeleton(merge.base, trust_remote_code)
+    config = model.describe()
+    family = family_of(config)
+    tied = tied_names(model)
+    own_head = own_head or merge.unties or not tied
+    if own_head and not family.own_head:
+        raise UserError(
+            "llama.cpp reads the head of this model from its embedding, but here it is another matrix. "
+            "Use --format merged."
+        )
+    names = tensor_names(family.architecture, model.shape.layers)
+    sources = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in tied[1:] and not own_head:
+            continue
+        stored = name if name in merge.copies else stored_name(name, merge.locations, tied)
+        if stored is None:
+            raise UserError(f"{merge.base} has no tensor {name}. Save it again with transformers' save_pretrained.")
+        layout = family.layout(config, name)
+        shape = tuple(parameter.shape[::-1] if layout.transposed else parameter.shape)
+        sources.append(Source(names(name), shape, stored, layout))
+    settings, notes = family.settings(config), []
+    if (context := settings["context_length"]) < model.shape.positions:
+        notes.append(
+            f"llama.cpp has no sliding window for this model. The file names a context of {context} tokens, up to "
+            "which it makes no difference."
+        )
+    metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
+    metadata = {"general.architecture": family.architecture, **metadata}
+    return Model(sources, family.extra(config), metadata, model.shape.rows, notes)
+
+
+def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
+    """Full name of a parameter → its name in llama.cpp. Raises UserError for one that it does not have."""
+    (kind,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, layers)
+
+    def name_of(parameter: str) -> str:
+        name = table.get_name(parameter, (".weight", ".bias"))
+        if name is None:
+            raise UserError(f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged.")
+        return name
+
+    return name_of
+
+
+def write_files(
+    files: Mapping[Path, str], merge: Merge, model: Model, metadata: Mapping[str, Any]
+) -> Generator[Event, None, None]:
+    """Write the merged model once per file, in the kind of each, such as q8_0: every tensor is merged only once.
+
+    Values are summed in fp32 and rounded once. Raises UserError for values that overflow fp16, and if the disk is full.
+    """
+    with ExitStack() as stack:
+        outputs = []
+        for path, kind in files.items():
+            types = {source.name: type_of(source, kind) for source in model.sources}
+            facts = {**model.metadata, **metadata, "general.file_type": file_type(kind)}
+            facts["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+            shapes = [(source.name, source.shape, types[source.name]) for source in model.sources]
+            shapes += [(name, tuple(tensor.shape), Type.F32) for name, tensor in model.extra.items()]
+            outputs.append(stack.enter_context(closing(Output(path, facts, shapes))))
+        refuse_full_disk(next(iter(files)).parent, sum(output.size for output in outputs))
+        for output in outputs:
+            output.begin()
+        for number, source in enumerate(model.sources, start=1):
+            for block in source.layout.of(_matrix_rows(merge, source)):
+                values = block.contiguous().numpy()
+                for output in outputs:
+                    output.write(source.name, values)
+            for output in outputs:
+                output.end(source.name)
+            yield Progress(number, len(model.sources), source.name)
+        for name, tensor in model.extra.items():
+            for output in outputs:
+                output.write(name, tensor.numpy())
+                output.end(name)
+
+
+def _matrix_rows(merge: Merge, source: Source) -> Iterator[Tensor]:
+    """Merged blocks of rows in fp32; of a vector, its values."""
+    for block in merge.merged_blocks(source.stored, torch.float32):
+        yield block.float().flatten() if len(source.shape) == 1 else block.float()
+
+
+class Output:
+    """A GGUF file that is written tensor by tensor, in the order of `shapes`: name, shape and type of each."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: Iterable[tuple[str, tuple[int, ...], Type]]):
+        self._writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+        add: dict[type, Callable[[str, Any], None]] = {
+            bool: self._writer.add_bool,
+            int: self._writer.add_uint32,
+            float: self._writer.add_float32,
+            str: self._writer.add_string,
+            list: self._writer.add_array,
+        }
+        for key, value in metadata.items():
+            if key != "general.architecture":
+                add[type(value)](key, value)
+        self._types = {name: kind for name, _, kind in shapes}
+        self._sizes = {}
+        for name, shape, kind in shapes:
+            block, width = gguf.GGML_QUANT_SIZES[kind]
+            self._sizes[name] = prod(shape) // block * width
+            self._writer.add_tensor_info(name, shape, np.dtype(np.float32), self._sizes[name], kind)
+
+    @property
+    def size(self) -> int:
+        """Of the tensors, in bytes."""
+        return sum(self._sizes.values())
+
+    def begin(self) -> None:
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_ti_data_to_file()
+        assert self._writer.fout is not None
+        (self._file,) = self._writer.fout
+        self._writer.write_padding(self._file, self._file.tell())
+
+    def write(self, name: str, rows: np.ndarray[Any, Any]) -> None:
+        """Rows in fp32 of the tensor `name`."""
+        kind = self._types[name]
+        with np.errstate(over="ignore"):
+            quantized = gguf.quants.quantize(rows, kind)
+        if kind == Type.F16 and not np.isfinite(quantized).all():
+            raise UserError(
+                f"{name} has the value {np.abs(rows).max():.3g}, which overflows fp16. Use --quantize bf16."
+            )
+        self._file.write(quantized.tobytes())
+
+    def end(self, name: str) -> None:
+        self._writer.write_padding(self._file, self._sizes[name])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def type_of(source: Source, kind: str) -> Type:
+    """The type of a tensor in a file of `kind`.
+
+    Vectors stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost most, get 8; rows
+    that no block of the type divides get fp16.
+    """
+    quantized = Type[kind.upper()]
+    if len(source.shape) == 1 or source.name == POSITIONS:
+        return Type.F32
+    if source.name in ENDS and kind.startswith(("q4", "q5")):
+        quantized = Type.Q8_0
+    return quantized if source.shape[-1] % gguf.GGML_QUANT_SIZES[quantized][0] == 0 else Type.F16
+
+
+def file_type(kind: str) -> int:
+    """general.file_type."""
+    return int(gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
+
+
+def written_matrices(path: Path, model: Model) -> Callable[[str], Written]:
+    """Reads the matrices of the GGUF file `path` by their names in the checkpoint, as `update_ratios` samples them."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    sources = {source.stored: source for source in model.sources}
+
+    def sampled(source: Source) -> Iterator[Rows]:
+        data, kind = tensors[source.name].data, tensors[source.name].tensor_type
+        count, columns = source.shape[::-1] if source.layout.transposed else source.shape
+        whole = source.layout.undo(_dequantized(data, kind)) if source.layout.is_moved else None
+        for rows in blocks(count, columns, SAMPLES):
+            yield rows, _dequantized(data[rows], kind) if whole is None else whole[rows]
+
+    return lambda name: Written(EPS.get(tensors[sources[name].name].tensor_type, 2.0**-3), sampled(sources[name]))
+
+
+def _dequantized(data: np.ndarray[Any, Any], kind: Type) -> Tensor:
+    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind)))  # a copy: the file is mapped read-only

@@ -1,0 +1,614 @@
+"""GGUF exports: transformers' own GGUF loader gives back every tensor, and files say what llama.cpp needs to know."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.export.formats import gguf as gguf_format
+from pipeline.export.gguf.modelfile import go_template, read_turns
+from pipeline.files.artifact import read_json, write_json
+from pipeline.inference.engine import load
+from tests.conftest import Lora
+from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.families import FAMILIES, TEMPLATE, WIDE, Family, new_project
+from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.tokenizers import INSTRUCTS, MARKED, SMOLLM2, THINKS, UNLIKE, folder_with
+from tests.pipeline.export.test_export import ATTENTION, SPECS, export, exported, made
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def scaled(name: str, scalar: int = 16) -> Family:
+    """A toy Gemma whose queries are scaled as llama.cpp scales them."""
+    return replace(FAMILIES[name], config={**FAMILIES[name].config, "query_pre_attn_scalar": scalar})
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": FAMILIES["llama"],
+    "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
+    "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
+    "qwen2": Family("qwen2", {**WIDE, "hidden_size": 64}, tied=False, begins=None),
+    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),  # which transformers assumes
+    "gemma2": scaled("gemma2"),
+    "gemma3": scaled("gemma3"),
+    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),  # so here
+}
+
+
+def project(root: Path, family: Family, spec: AdapterSpec | None = None) -> Path:
+    """An adapter of random numbers on a toy base beside it."""
+    base = new_project(root / "project", replace(family, rows=128)) / "base"
+    return adapter(root / "adapter", base, spec or AdapterSpec(4, 8, "all-linear"))
+
+
+def written(cli: Lora, source: Path, out: Path, form: str = "gguf", *more: str) -> str:
+    """Export, whatever it notes; returns the output."""
+    code, said, errors = export(cli, form, source, out, *more)
+    assert code == 0, errors
+    return said
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Dequantized, by llama.cpp's names."""
+    return {
+        tensor.name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        for tensor in GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    source = project(tmp_path, MODELS[name])
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
+    exported(cli, "merged", source, tmp_path / "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    read = theirs.state_dict()
+    assert read.keys() == merged.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(read[key], value, rtol=0, atol=1e-6)  # 1 + w - 1 rounds
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_the_model_that_transformers_makes_of_the_file_gives_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
+    source = project(tmp_path, MODELS[name])
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        logits = theirs.eval()(input_ids=ids).logits
+
+    with torch.no_grad():
+        both = load(tmp_path / "project/base", source).model(ids)
+    torch.testing.assert_close(logits, both, rtol=0, atol=2e-4)
+
+
+def test_biases_of_queries_and_keys_are_permuted_with_their_rows(cli: Lora, tmp_path: Path) -> None:
+    """transformers' loader knows no biases of a Llama, but its permutation of rows."""
+    biased = {**WIDE, "attention_bias": True, "mlp_bias": True}
+    source = project(tmp_path, replace(FAMILIES["llama"], config=biased), AdapterSpec(4, 8, ("q_proj",)))
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
+    base, stored = load_file(tmp_path / "project/base/model.safetensors"), tensors(tmp_path / "out/model-f32.gguf")
+    for ours_, theirs_, heads in (("self_attn.q_proj", "attn_q", 4), ("self_attn.k_proj", "attn_k", 2)):
+        found = LlamaTensorProcessor()._reverse_permute_weights(stored[f"blk.1.{theirs_}.bias"].numpy(), heads)
+        assert np.array_equal(found, base[f"model.layers.1.{ours_}.bias"].numpy())
+    for ours_, theirs_ in (("self_attn.o_proj", "attn_output"), ("mlp.down_proj", "ffn_down")):
+        assert torch.equal(stored[f"blk.1.{theirs_}.bias"], base[f"model.layers.1.{ours_}.bias"])
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_0", "q4_1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_matrix_is_rounded_once_to_the_kind_of_the_file(
+    cli: Lora, kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = new_project(tmp_path / "project", FAMILIES["llama"], dtype) / "base"
+    source = adapter(tmp_path / "adapter", base, AdapterSpec(4, 8, ATTENTION))
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", kind)
+    written(cli, source, tmp_path / "merged", "merged", "--precision", "fp32")
+    exact = load_file(tmp_path / "merged/model.safetensors")
+    (stored,) = (t for t in GGUFReader(tmp_path / f"out/model-{kind}.gguf").tensors if t.name == "blk.0.attn_v.weight")
+    expected = gguf.quants.quantize(exact["model.layers.0.self_attn.v_proj.weight"].numpy(), stored.tensor_type)
+    assert stored.tensor_type.name == kind.upper()
+    assert np.array_equal(stored.data.view(np.uint8), expected.view(np.uint8))
+
+
+def test_several_kinds_are_the_files_that_each_would_be_alone(cli: Lora, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    written(cli, source, tmp_path / "both", "gguf", "--quantize", "q8_0, F16,q8_0")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        *("model-f16.gguf", "model-q8_0.gguf", "Modelfile", "README.md", "certificate.json")
+    }
+    for kind in ("f16", "q8_0"):
+        written(cli, source, tmp_path / kind, "gguf", "--quantize", kind)
+        name = f"model-{kind}.gguf"
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / kind / name).read_bytes()
+    assert (tmp_path / "both/Modelfile").read_text(encoding="utf-8").startswith("FROM ./model-q8_0.gguf\n")
+
+
+def test_vectors_stay_in_fp32_and_rows_that_no_block_divides_in_fp16(cli: Lora, tmp_path: Path) -> None:
+    source = project(tmp_path, replace(FAMILIES["llama"], config={**WIDE, "intermediate_size": 40}))
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "q4_0")
+    types = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out/model-q4_0.gguf").tensors}
+    assert types["blk.0.attn_norm.weight"] == "F32" and types["blk.0.ffn_down.weight"] == "F16"
+    assert types["token_embd.weight"] == "Q8_0" and types["blk.0.attn_q.weight"] == "Q4_0"
+
+
+def test_llama_3s_frequency_factors_are_those_of_transformers(cli: Lora, tmp_path: Path) -> None:
+    written(cli, project(tmp_path, MODELS["llama3"]), tmp_path / "out", "gguf", "--quantize", "f32")
+    config = LlamaConfig(**MODELS["llama3"].config)
+    scaled_frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    factors = tensors(tmp_path / "out/model-f32.gguf")["rope_freqs.weight"]
+    torch.testing.assert_close(factors, plain / scaled_frequencies)
+    assert len(set(factors.tolist())) > 2  # all three ranges occur
+
+
+def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_window(cli: Lora, tmp_path: Path) -> None:
+    source = project(tmp_path, MODELS["mistral"])
+    (tmp_path / "project/base/README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    code, _, noted = export(cli, "gguf", source, tmp_path / "out", "--base-name", "org/toy")
+    assert code == 0 and "names a context of 32 tokens" in noted
+    found = fields(tmp_path / "out/model-f16.gguf")
+    expected = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "adapter",
+        "general.file_type": 1,
+        "general.license": "apache-2.0",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.name": "toy",
+        "llama.context_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": 128,
+    }
+    assert found | expected == found
+
+
+# The adapter alone
+
+ALONE = [name for name in SPECS if SPECS[name][0] in ("llama", "qwen3", "gpt2")]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(cli: Lora, name: str, tmp_path: Path) -> None:
+    source = made(tmp_path, *SPECS[name])
+    base, out = tmp_path / "project/base", tmp_path / "out"
+    written(cli, source, out, "gguf-adapter")
+    exported(cli, "merged", source, tmp_path / "merged")
+    facts, stored = fields(out / "adapter.gguf"), tensors(out / "adapter.gguf")
+    assert (facts["general.type"], facts["adapter.type"]) == ("adapter", "lora")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    layers = gguf.get_tensor_name_map(gguf.MODEL_ARCH[SPECS[name][0].upper()], 2)
+    changed = 0
+    for key, new in after.items():
+        target = layers.get_name(key, (".weight", ".bias"))
+        delta = new - before[key]
+        if f"{target}.lora_a" not in stored:
+            assert not delta.any(), key
+            continue
+        changed += 1
+        a, b = stored[f"{target}.lora_a"], stored[f"{target}.lora_b"]
+        scale = facts["adapter.lora.alpha"] / b.shape[1]  # as llama.cpp does, whatever the config says
+        if target == "token_embd.weight":
+            found = scale * a @ b.T  # (V, D)
+        else:
+            found = scale * b @ a  # (O, I)
+            heads = {"q_proj": 4, "k_proj": config(base)["num_key_value_heads"]} if SPECS[name][0] == "llama" else {}
+            for module, count in heads.items():
+                if f".{module}." in key:
+                    found = torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(found.numpy(), count))
+            found = found.T if found.shape != delta.shape or "c_" in key else found
+        torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
+    assert changed
+
+
+def config(base: Path) -> dict[str, Any]:
+    return read_json(base / "config.json", "")
+
+
+@pytest.mark.parametrize("name", ["rows-tied", "conv1d"])
+def test_an_adapter_that_changes_the_embedding_has_its_base_beside_it_with_a_head_of_its_own(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    """llama.cpp applies an update of a tied embedding to the head too, in the wrong layout, and stops."""
+    source = made(tmp_path, *SPECS[name])
+    said = written(cli, source, tmp_path / "out", "gguf-adapter")
+    assert f"-m {tmp_path / 'out/base-f16.gguf'} --lora {tmp_path / 'out/adapter.gguf'}" in said
+    base = tensors(tmp_path / "out/base-f16.gguf")
+    assert torch.equal(base["output.weight"], base["token_embd.weight"])
+    before = load_file(tmp_path / "project/base/model.safetensors")
+    embedding = next(value for key, value in before.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+    assert torch.equal(base["token_embd.weight"], embedding.half().float())
+
+
+def test_an_adapter_on_a_base_with_added_tokens_has_that_base_beside_it(cli: Lora, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    written(cli, source, tmp_path / "out", "gguf-adapter")
+    assert not (tmp_path / "out/base-f16.gguf").exists()
+    write_json(tmp_path / "project/base/manifest.json", {"files": {}, "new_rows": [120, 122]})
+    written(cli, source, tmp_path / "out", "gguf-adapter")
+    assert "output.weight" not in tensors(tmp_path / "out/base-f16.gguf")  # tied, and the adapter leaves it alone
+
+
+# Refused
+
+REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
+    "opt": (FAMILIES["opt"], None, (), "does not support model_type opt. Supported: gemma2, gemma3_text, gpt2, llama"),
+    "mixtral": (FAMILIES["mixtral"], AdapterSpec(4, 8, ATTENTION), (), "does not support model_type mixtral"),
+    "scale": (scaled("gemma2", 8), None, (), "query_pre_attn_scalar=8"),
+    "activation": (replace(MODELS["llama"], config={**WIDE, "hidden_act": "gelu"}), None, (), "hidden_act='gelu'"),
+    "dynamic": (
+        replace(
+            MODELS["llama"],
+            config={**WIDE, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        ),
+        None,
+        (),
+        "rope_type='dynamic'",
+    ),
+    "pattern": (
+        replace(
+            scaled("gemma3"),
+            config={**scaled("gemma3").config, "layer_types": ["full_attention", "sliding_attention"]},
+        ),
+        None,
+        (),
+        "layer_types=",
+    ),
+    "head": (
+        scaled("gemma2"),
+        AdapterSpec(4, 8, ("embed_tokens",)),
+        (),
+        "llama.cpp reads the head of this model from its embedding",
+    ),
+    "untied": (
+        replace(scaled("gemma2"), tied=False),
+        None,
+        (),
+        "llama.cpp reads the head of this model from its embedding",
+    ),
+    "yarn": (
+        replace(
+            MODELS["llama"],
+            config={
+                **WIDE,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 32,
+                    "attention_factor": 2.0,
+                },
+            },
+        ),
+        None,
+        (),
+        "rope_parameters.attention_factor=2.0",
+    ),
+    "narrow": (Family("qwen2", WIDE, tied=False, begins=None), None, (), "head_dim=16"),
+    "kind": (MODELS["llama"], None, ("--quantize", "f16,q9"), "got 'q9'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name_and_nothing_is_written(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    family, spec, more, message = REFUSED[name]
+    source = project(tmp_path, family, spec or AdapterSpec(4, 8, "all-linear"))
+    before = folder_bytes(tmp_path)
+    assert message in refusal(export(cli, "gguf", source, tmp_path / "out", *more))
+    assert folder_bytes(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(cli: Lora, tmp_path: Path) -> None:
+    source = project(tmp_path, scaled("gemma2", 8))
+    assert "query_pre_attn_scalar=8" in refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
+
+
+def test_minigpt_is_refused_with_what_to_do(cli: Lora, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", d_model=16)
+    source = adapter(tmp_path / "adapter", base, AdapterSpec(1, 1.0, ("q_proj",)))
+    for form in ("gguf", "gguf-adapter"):
+        said = refusal(export(cli, form, source, tmp_path / "out", "--base", str(base)))
+        assert "model_type opt" in said and "Use --format merged." in said
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AdapterSpec(4, 8, ATTENTION, dora=True), "lora export --format merged or gguf"),
+        (AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head")), "trained in full"),
+    ],
+)
+def test_an_adapter_that_is_not_low_rank_is_refused_alone_and_merged_instead(
+    cli: Lora, spec: AdapterSpec, message: str, tmp_path: Path
+) -> None:
+    source = made(tmp_path, spec=spec)
+    assert message in refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
+    exported(cli, "merged", source, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged/model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
+    assert torch.equal(tensors(tmp_path / "out/model-f32.gguf")["blk.1.attn_v.weight"], merged)
+
+
+def test_without_the_gguf_package_an_export_says_how_to_install_it(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made(tmp_path)
+    monkeypatch.setattr("pipeline.export.gguf.folder.find_spec", lambda _: None)
+    for form in ("gguf", "gguf-adapter"):
+        assert "pip install 'lora-workbench[gguf]'" in refusal(export(cli, form, source, tmp_path / "out"))
+
+
+def test_without_llama_cpp_its_kinds_are_refused_with_those_that_need_none(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_format, "find_spec", lambda _: None)
+    said = refusal(export(cli, "gguf", made(tmp_path), tmp_path / "out", "--quantize", "f16,q4_k_m"))
+    assert "pip install 'lora-workbench[llama-cpp]'" in said and "Without it: f32, f16, bf16, q8_0" in said
+
+
+def test_a_value_that_overflows_fp16_is_refused_and_the_earlier_export_stays(cli: Lora, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    written(cli, source, tmp_path / "out")
+    before = folder_bytes(tmp_path / "out")
+    path = tmp_path / "project/base/model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = 1e6
+    save_file(weights, path, {"format": "pt"})
+    code, _, errors = export(cli, "gguf", source, tmp_path / "out")
+    assert code == 1 and errors.endswith("overflows fp16. Use --quantize bf16.\n")
+    assert folder_bytes(tmp_path / "out") == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"adapter", "out", "project"}
+    written(cli, source, tmp_path / "out", "gguf", "--quantize", "bf16")
+
+
+# The vocabulary
+
+
+def with_tokenizer(root: Path, template: str | None = None, rows: int = 906, **options: Any) -> Path:
+    """An adapter on a toy Llama with a tokenizer of `folder_with`."""
+    source = adapter(
+        root / "adapter",
+        new_project(root / "project", replace(FAMILIES["llama"], rows=rows)) / "base",
+        AdapterSpec(1, 1, ("q_proj",)),
+    )
+    base = root / "project/base"
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (base / name).unlink()
+    folder_with(base, template, **options)
+    return source
+
+
+def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(cli: Lora, tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path, MARKED, bos="<s>")
+    path = tmp_path / "project/base/tokenizer.json"
+    tree = read_json(path, "")
+    added = {"single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tree["added_tokens"].append({"id": 900, "content": "Plovdiv", **added})
+    write_json(path, tree)
+    code, _, noted = export(cli, "gguf", source, tmp_path / "out")
+    assert code == 0 and "llama.cpp also finds Plovdiv inside longer words" in noted
+    found = fields(tmp_path / "out/model-f16.gguf")
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(set(tokens)) == len(types) == 906
+    assert {tokens[id_] for id_ in tree["model"]["vocab"].values()} == tree["model"]["vocab"].keys()
+    kinds = gguf.TokenType
+    assert types[tokens.index("<|im_start|>")] == kinds.CONTROL and types[tokens.index("Plovdiv")] == kinds.USER_DEFINED
+    assert types[tokens.index("Plovdiv") + 1 :] == [kinds.UNUSED] * (905 - tokens.index("Plovdiv"))
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in tree["model"]["merges"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "writes", "adds", "noted"),
+    [
+        (None, ("<s>",), True, False),
+        (None, (), False, False),
+        (INSTRUCTS, ("<s>",), True, False),  # llama.cpp drops the template's, and adds its own
+        (INSTRUCTS, (), False, False),  # the template's stays
+        (MARKED, ("<s>",), False, True),
+        (MARKED, ("<s>", "</s>"), False, True),  # no end is ever added
+    ],
+)
+def test_bos_is_added_exactly_if_a_rendered_chat_then_has_our_ids(
+    cli: Lora, template: str | None, writes: tuple[str, ...], adds: bool, noted: bool, tmp_path: Path
+) -> None:
+    source = with_tokenizer(tmp_path, template, bos="<s>", writes=writes)
+    _, _, errors = export(cli, "gguf", source, tmp_path / "out")
+    found = fields(tmp_path / "out/model-f16.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] is adds and found["tokenizer.ggml.add_eos_token"] is False
+    assert found["tokenizer.ggml.tokens"][found["tokenizer.ggml.bos_token_id"]] == "<s>"
+    assert ("begins without the BOS" in errors) is noted
+
+
+def test_answers_end_where_ours_do_and_the_adapters_template_wins(cli: Lora, tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4, 2**40])  # one that is no token
+    (source / "chat_template.jinja").write_bytes(MARKED.encode() + b"{# \n #}\n\n")
+    written(cli, source, tmp_path / "out")
+    found = fields(tmp_path / "out/model-f16.gguf")
+    assert found["tokenizer.chat_template"].encode() == MARKED.encode() + b"{# \n #}\n\n"
+    tokens = found["tokenizer.ggml.tokens"]
+    ends = [tokens[found[f"tokenizer.ggml.{key}_token_id"]] for key in ("eos", "eot", "eom")]
+    assert ends == ["<|endoftext|>", "<|im_end|>", "</s>"]
+    modelfile = (tmp_path / "out/Modelfile").read_text(encoding="utf-8")
+    assert [line for line in modelfile.splitlines() if line.startswith("PARAMETER")] == [
+        f'PARAMETER stop "{end}"' for end in ends
+    ]
+    assert "ADAPTER" not in modelfile
+
+
+def test_a_token_cannot_add_lines_to_the_modelfile(cli: Lora, tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path)
+    path = tmp_path / "project/base/tokenizer.json"
+    for name in (path, path.with_name("tokenizer_config.json")):
+        text = name.read_text(encoding="utf-8")
+        name.write_text(text.replace("<|im_end|>", "<|\\nADAPTER ./x\\n|>"), encoding="utf-8")
+    written(cli, source, tmp_path / "out")
+    assert "ADAPTER" not in (tmp_path / "out/Modelfile").read_text(encoding="utf-8")
+    found = fields(tmp_path / "out/model-f16.gguf")
+    assert "ADAPTER" in found["tokenizer.ggml.tokens"][found["tokenizer.ggml.eos_token_id"]]
+
+
+def rendered_by_ollama(template: str, messages: list[dict[str, str]], bos: str) -> str:
+    """Go's template of a Modelfile with its three branches, carried out by hand."""
+    loop, rest = template.split('{{ if eq .Role "system" }}')
+    system, rest = rest.split('{{ else if eq .Role "user" }}{{ if eq $i 0 }}')
+    first, rest = rest.split("{{ else if and (eq $i 1) $.System }}")
+    after_system, rest = rest.split("{{ else }}")
+    later, rest = rest.split("{{ end }}{{ .Content }}")
+    answer, rest = rest.split('{{ else if eq .Role "assistant" }}')
+    assert (loop, rest) == ("{{ range $i, $_ := .Messages }}", "{{ .Content }}{{ end }}{{ end }}")
+    told, text = messages[0]["role"] == "system", bos
+    for number, message in enumerate(messages):
+        if message["role"] == "system":
+            text += system.replace("{{ .Content }}", message["content"])
+        elif message["role"] == "user":
+            text += first if number == 0 else after_system if number == 1 and told else later
+            text += message["content"] + answer
+        else:
+            text += message["content"]
+    return text
+
+
+BEGUN = "{{ bos_token }}" + MARKED
+BARE = "{{ bos_token }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+MERGED = (  # as Gemma 3 does: the system message is part of the first turn
+    "{% set told = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + (told if loop.first else '') }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "bos"),
+    [(SMOLLM2, ""), (MARKED, ""), (THINKS, ""), (TEMPLATE, ""), (BEGUN, "<s>"), (BARE, "<s>"), (MERGED, "")],
+)
+@pytest.mark.parametrize("system", [True, False])
+def test_ollama_renders_a_chat_as_the_chat_template_does(template: str, bos: str, system: bool, tmp_path: Path) -> None:
+
+    tokenizer = SubwordTokenizer.load(folder_with(tmp_path / "t", template, bos=bos or None))
+    turns = read_turns(tokenizer)
+    assert turns is not None
+    go = go_template(turns, bos or None)
+    assert go is not None
+    messages = [{"role": role, "content": f"say {n}"} for n, role in enumerate(("user", "assistant") * 2 + ("user",))]
+    messages = [{"role": "system", "content": "Be brief."}] * system + messages
+    assert rendered_by_ollama(go, messages, bos) == tokenizer.render(messages, add_generation_prompt=True)
+
+
+def test_a_template_that_writes_more_than_texts_around_messages_gives_no_template_for_ollama(tmp_path: Path) -> None:
+
+    counts = (
+        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    for name, template in {"none": None, "unlike": UNLIKE, "counts": counts}.items():
+        assert read_turns(SubwordTokenizer.load(folder_with(tmp_path / name, template))) is None, name
+
+
+SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], None], bool | None]] = {  # change, space before a text
+    "llama-2": (lambda _: None, True),
+    "gemma": (lambda tree: tree.update(normalizer=tree["normalizer"]["normalizers"][1]), False),
+    "mistral": (
+        lambda tree: tree.update(
+            normalizer=None,
+            pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        ),
+        True,
+    ),
+    "lowercase": (lambda tree: tree["normalizer"]["normalizers"].append({"type": "Lowercase"}), None),
+    "no-bytes": (lambda tree: tree["model"].update(byte_fallback=False), None),
+    "merges": (lambda tree: tree["model"]["merges"].pop(7), None),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_sentencepieces_merges_become_scores_and_what_llama_cpp_would_merge_otherwise_is_refused(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    source = with_tokenizer(tmp_path, sentencepiece=True)
+    tree = sentencepiece_merges(read_json(tmp_path / "project/base/tokenizer.json", ""))
+    change, space = SENTENCEPIECE[name]
+    change(tree)
+    write_json(tmp_path / "project/base/tokenizer.json", tree)
+    if space is None:
+        assert "would tokenize differently" in refusal(export(cli, "gguf", source, tmp_path / "out"))
+        return
+    written(cli, source, tmp_path / "out")
+    found = fields(tmp_path / "out/model-f16.gguf")
+    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is space
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    order = [scores[left + right] for left, right in tree["model"]["merges"]]
+    assert order == sorted(order, reverse=True)
+    types = found["tokenizer.ggml.token_type"]
+    assert types.count(gguf.TokenType.BYTE) == 256 and types.count(gguf.TokenType.UNKNOWN) == 1
+
+
+def sentencepiece_merges(tree: dict[str, Any]) -> dict[str, Any]:
+    """As SentencePiece's models are converted: every split of a token into two tokens merges, tokens in their order."""
+    vocabulary, special = tree["model"]["vocab"], {token["content"] for token in tree["added_tokens"]}
+    tree["model"]["merges"] = [
+        [token[:at], token[at:]]
+        for token in sorted(vocabulary.keys() - special, key=vocabulary.__getitem__)
+        for at in range(1, len(token))
+        if token[:at] in vocabulary and token[at:] in vocabulary
+    ]
+    tree["pre_tokenizer"] = None
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        ({"type": "Digits", "individual_digits": True}, "smollm"),
+        ({"type": "Digits", "individual_digits": False}, None),
+        ({"type": "Punctuation", "behavior": "Isolated"}, None),
+    ],
+)
+def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refused(
+    cli: Lora, pre: dict[str, Any], name: str | None, tmp_path: Path
+) -> None:
+    source = with_tokenizer(tmp_path)
+    path = tmp_path / "project/base/tokenizer.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pre, tree["pre_tokenizer"]]}
+    write_json(path, tree)
+    if name is None:
+        assert "llama.cpp has no name for this pre_tokenizer" in refusal(export(cli, "gguf", source, tmp_path / "out"))
+    else:
+        written(cli, source, tmp_path / "out")
+        assert fields(tmp_path / "out/model-f16.gguf")["tokenizer.ggml.pre"] == name
