@@ -197,6 +197,12 @@ class SubwordTokenizer:
     def has_template(self) -> bool:
         return bool(self._hf_tokenizer.chat_template)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that `render` uses."""
+        template = self._hf_tokenizer.chat_template  # some have several, by name
+        return template.get("default") if isinstance(template, dict) else template
+
     def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
         conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
         return chat_template.single_rendering(self.render_each([conversation]))

@@ -34,6 +34,7 @@ from tests.helpers.bases import (
     toy_tokenizer,
 )
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.gguf_files import write_llama
 from tests.helpers.projects import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -514,73 +515,11 @@ def test_a_cache_that_holds_only_a_part_is_refused(hub: Path, tmp_path: Path) ->
 # GGUF
 
 
-def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as llama.cpp stores them: the halves of each head interleaved."""
-    rows, width = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def write_gguf(path: Path, model: Any, architecture: str = "llama") -> None:
-    """A toy Llama and the toy tokenizer in GGUF, unquantized."""
-    gguf = pytest.importorskip("gguf")
-    config, writer = model.config, gguf.GGUFWriter(path, architecture)
-    writer.add_name("toy")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(ROWS)
-    fast = toy_tokenizer()
-    state = json.loads(fast.backend_tokenizer.to_str())["model"]
-    tokens = [fast.convert_ids_to_tokens(i) or f"<unused{i}>" for i in range(ROWS)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i < 3 else 1 for i in range(ROWS)])
-    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(fast.chat_template)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        prefix, _, rest = module.removeprefix("model.layers.").partition(".")
-        new = GGUF_NAMES.get(module) or f"blk.{prefix}.{GGUF_NAMES[rest]}"
-        data = turned(tensor, heads[new.split(".")[-1]]) if new.split(".")[-1] in heads else tensor
-        writer.add_tensor(f"{new}.weight", data.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = toy_model("llama")
-    write_gguf(tmp_path / "toy.gguf", model)
+    write_llama(tmp_path / "toy.gguf", model)
     toy_checkpoint(tmp_path, "qwen3")  # what lies beside the file is another model
     capfd.readouterr()
     out, facts = imported("toy.gguf", tmp_path)
@@ -597,18 +536,18 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
 
 
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
     for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
         (tmp_path / "toy.gguf").write_bytes(whole[:size])
         assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
-    write_gguf(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
+    write_llama(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
     said = refused("mamba.gguf", tmp_path)
     assert "plamo" in said and "Name a checkpoint folder of the same model instead" in said
 
 
 def test_a_gguf_file_that_describes_more_than_it_holds_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole, key = (tmp_path / "toy.gguf").read_bytes(), b"llama.block_count"
     at = whole.index(key) + len(key) + 4
     (tmp_path / "toy.gguf").write_bytes(whole[:at] + struct.pack("<I", 10**6) + whole[at + 4 :])

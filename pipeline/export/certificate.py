@@ -1,0 +1,260 @@
+"""Whether files for another program are the model that was exported: that program opens them and is compared."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, no_grad
+
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.data.tokenizers.word import Tokenizer
+from pipeline.errors import UserError
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import Difference, difference_of
+from pipeline.models.base import compute_in_fp32, packed_hidden_states
+from pipeline.models.generate import generate
+from pipeline.project.new_project import DEFAULTS
+from pipeline.project.runner import Event, Progress
+
+MOST_TOKENS = 640  # of all prompts: the reference's logits stay in memory, 0.6 GiB of them with Gemma's vocabulary
+GREEDY_TOKENS = 48
+# The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32, 4e-6 in f16, 2e-4
+# in bf16, where products round the activations too. An adapter at twice its scale, or q and k in the wrong order, is
+# above 1e-2.
+ROUNDING = {"f32": 1e-6, "f16": 1e-4, "bf16": 2e-3}
+# Where tokenizers differ: digits, white space, punctuation, scripts, emoji. Characters are composed: llama.cpp does not
+# normalize.
+SPELLINGS = (
+    "The meeting is at 10:45 on 2024-11-27 in room 1234567, for 3.50 € each.",
+    "  two spaces,\n\n\ttabs\n and lines \r\n",
+    "def f(x):\n    return x ** 2  # squares: f(12) == 144",
+    'Don\'t! I\'LL say: we\'ve "done" it… (50 % off) ½ ² №5 — <b>&amp;</b> {"k": [1, 2]}',
+    "Grüße aus Łódź, Ελλάδα и Москва; 東京は3月、서울 ١٢٣ हिन्दी 👍🏽🇧🇬",
+)
+TURNS = (
+    {"role": "system", "content": "You answer in one sentence."},
+    {"role": "user", "content": "Was kostet ein Brötchen in München? Ich habe 12,50 €."},
+    {"role": "assistant", "content": "Etwa 0,45 €, also reicht es für 27."},
+    {"role": "user", "content": "And in 東京, on 2024-11-27?"},
+)
+
+
+class Runner(Protocol):
+    """A model that another program has opened."""
+
+    @property
+    def name(self) -> str:
+        """The program and its version."""
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(T, V) in fp32 on the CPU."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """The ids that it reads in a text or a `Rendered` chat, with its own BOS; None: it has no tokenizer."""
+
+    def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
+        """The greedy continuation without an end token, and its tokens per second."""
+
+
+@runtime_checkable
+class SelfContained(Protocol):
+    """A runner whose file holds more than the weights: chat template and end tokens."""
+
+    @property
+    def template(self) -> str | None: ...
+
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str | None: ...
+
+
+class Candidate(NamedTuple):
+    """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is quantized, and its numbers
+    are shown.
+    """
+
+    label: str
+    kind: str
+    size: int
+    open: Callable[[], AbstractContextManager[Runner]]
+
+
+class Reference(NamedTuple):
+    """What the exported model reads and computes.
+
+    `prompts`: ids and logits (T, V) of each. `texts`: text and ids, of the rendered chat too. `chat`: its turns, () if
+    there is no template. `greedy`: a prompt's ids, the most tokens after it, and its continuation.
+    """
+
+    tokenizer: Tokenizer
+    prompts: list[tuple[list[int], Tensor]]
+    texts: list[tuple[str, list[int]]]
+    chat: Sequence[Mapping[str, str]]
+    greedy: tuple[list[int], int, list[int]]
+
+
+def builtin_prompts() -> list[str]:
+    """Everyday English: single sentences, and a longer text in which positions count."""
+    lines = (DEFAULTS / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines()
+    return [*lines[:16], " ".join(lines[16:])]
+
+
+def compare(
+    load: Callable[[], LoadedModel], tokenizer: Tokenizer, candidates: Sequence[Candidate], prompts: Sequence[str] = ()
+) -> Generator[Event, None, dict[str, Any]]:
+    """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was exported.
+
+    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
+    """
+    yield Progress(0, len(candidates) + 1, "the exported model")
+    expected = reference(load(), tokenizer, prompts or builtin_prompts())
+    names, files = set[str](), []
+    for done, candidate in enumerate(candidates, start=1):
+        yield Progress(done, len(candidates) + 1, candidate.label)
+        with candidate.open() as runner:
+            names.add(runner.name)
+            files.append(_compare(expected, candidate, runner))
+    return {"runner": ", ".join(sorted(names)), "prompts_checked": len(expected.prompts), "files": files}
+
+
+@no_grad()
+def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
+    """Logits in fp32, so that only the other program rounds."""
+    model, room = loaded.model, MOST_TOKENS
+    ids = list[list[int]]()
+    for prompt in prompts:
+        ids.append(list(tokenizer.encode(prompt)[: min(room, model.max_length)]))
+        room -= len(ids[-1])
+        if room <= 0:
+            break
+    turns, chat = _rendered_chat(tokenizer)
+    asked = list(tokenizer.encode(chat[0] if chat else prompts[0]))[: model.max_length // 2]
+    limit = min(GREEDY_TOKENS, model.max_length - len(asked))
+    with compute_in_fp32(model):
+        logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
+        greedy = list(generate(model, asked, tokenizer.end_ids, limit))
+    texts = [(text, list(tokenizer.encode(text))) for text in (*chat, *SPELLINGS, *prompts)]
+    return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, turns, (asked, limit, greedy))
+
+
+def _rendered_chat(tokenizer: Tokenizer) -> tuple[Sequence[Mapping[str, str]], list[Rendered]]:
+    """A chat of several turns with a generation prompt; without the system's turn for a template that refuses it."""
+    for turns in (TURNS, TURNS[1:]) if tokenizer.has_template else ():
+        with suppress(UserError):
+            return turns, [tokenizer.render(turns, True)]
+    return (), []
+
+
+def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[str, Any]:
+    """A file's entry in the certificate. Raises UserError if it is not the model."""
+    problems = [*_template_problems(expected, runner), *_token_problems(expected, runner)]
+    entry: dict[str, Any] = {"format": candidate.label, "bytes": candidate.size}
+    rows = runner.logits(expected.prompts[0][0]).shape[-1], expected.prompts[0][1].shape[-1]
+    if rows[0] != rows[1]:
+        problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
+    if not problems:
+        result = difference_of((logits, runner.logits(ids)) for ids, logits in expected.prompts)
+        entry |= result._asdict()
+        problems += _logit_problems(result, candidate.kind)
+    if problems:
+        raise UserError(
+            f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. Nothing was "
+            "written. Use --format merged or peft, and report this."
+        )
+    ids, limit, greedy = expected.greedy
+    theirs, speed = runner.generate(ids, limit)
+    if isinstance(runner, SelfContained) and expected.chat:
+        rendered = runner.chat(expected.chat, True)
+        entry["renders_the_chat_alike"] = None if rendered is None else rendered == expected.texts[0][0]
+    entry["first_greedy_difference"] = first_difference(expected.tokenizer, greedy, theirs)
+    return entry | {"greedy_tokens": len(greedy), "tokens_per_second": round(speed, 1)}
+
+
+def _template_problems(expected: Reference, runner: Runner) -> list[str]:
+    """What differs in the chat template and the end tokens that the file holds."""
+    if not isinstance(runner, SelfContained):
+        return []
+    problems, tokenizer = [], expected.tokenizer
+    ours = tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
+    if ours != runner.template:
+        which = "no chat template" if runner.template is None else "another chat template"
+        problems.append(f"it has {which}" if ours is not None else "it has a chat template, the model has none")
+    if missing := tokenizer.end_ids - runner.ends:
+        words = ", ".join(tokenizer.word(id_) for id_ in sorted(missing))
+        problems.append(f"it does not stop at {words}")
+    return problems
+
+
+def _token_problems(expected: Reference, runner: Runner) -> list[str]:
+    """The first text that the program reads differently."""
+    for text, ours in expected.texts:
+        theirs = runner.encode(text)
+        if theirs is None or theirs == ours:
+            continue
+        what = "a rendered chat" if isinstance(text, Rendered) else f"the text {text[:20]!r}"
+        at = first_difference(expected.tokenizer, ours, theirs)
+        assert at is not None
+        reason = f"token ids of {what} differ: token {at['token']} is {at['theirs']}, ours {at['ours']}"
+        if theirs[1:] == ours:
+            reason += " (the file adds BOS: a chat that begins with BOS has it twice)"
+        elif theirs == ours[1:]:
+            reason += " (the file does not add BOS)"
+        return [reason]
+    return []
+
+
+def _logit_problems(result: Difference, kind: str) -> list[str]:
+    limit = ROUNDING.get(kind)
+    if limit is None or result.divergence <= limit:  # NaN is not either
+        return []
+    return [
+        f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} nats per token, and "
+        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order of the rows of q and "
+        "k, another base)"
+    ]
+
+
+def first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, Any] | None:
+    """Number (from 1) and spelling of the first token that differs; None if none does."""
+
+    def word(id_: int | None) -> str:
+        return "the end" if id_ is None else repr(tokenizer.word(id_)) if id_ < len(tokenizer) else f"<{id_}>"
+
+    for number, (one, other) in enumerate(zip_longest(ours, theirs), start=1):
+        if one != other:
+            return {"token": number, "ours": word(one), "theirs": word(other)}
+    return None
+
+
+def describe(certificate: Mapping[str, Any]) -> list[str]:
+    """A table of at most 80 columns."""
+    count, rows = (
+        certificate["prompts_checked"],
+        [("format", "size", "KL", "same first choice", "tokens/s", "greedy text")],
+    )
+    for each in certificate["files"]:
+        at = each["first_greedy_difference"]
+        rows.append(
+            (
+                each["format"],
+                f"{each['bytes'] / 2**20:.1f} MiB",
+                f"{max(each['divergence'], 0):.1e}",
+                f"{each['same_first_choices']} of {count}",
+                f"{each['tokens_per_second']:.0f}",
+                f"differs from token {at['token']}" if at else "the same",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if n in (0, 5) else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [
+        f"{certificate['runner']} against base + adapter (KL in nats per token):",
+        *(line.rstrip() for line in lines),
+    ]
