@@ -114,14 +114,15 @@ def rewritten(
     returns it. Returns `target`.
     """
     gguf = pytest.importorskip("gguf")
-    reader, new = gguf.GGUFReader(source), dict(fields or {})
+    reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
-            continue
-        value = new.get(key) if key in new else field.contents()
-        if value is not None:
-            writer.add_key_value(key, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    values = {key: [field.contents(), *field.types[:2]] for key, field in reader.fields.items() if "." in key}
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    for key, value in (fields or {}).items():
+        values[key] = [value, *(values[key][1:] if key in values else [kinds[type(value)]])]
+    for key, (value, *types) in values.items():
+        if value is not None and key != "general.architecture" and not key.startswith("GGUF."):
+            writer.add_key_value(key, value, *types)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, change(tensor.name, tensor.data), raw_dtype=tensor.tensor_type)
     finish(writer)

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.export.certificate import SPELLINGS
+from pipeline.export.llama_cpp import LlamaCpp
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
@@ -34,7 +39,7 @@ from tests.helpers.bases import (
     toy_tokenizer,
 )
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.gguf_files import write_llama
+from tests.helpers.gguf_files import rewritten, write_llama
 from tests.helpers.projects import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -564,6 +569,63 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     assert "needs protobuf to be read: pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
 
 
+SPACED = "a  b   c\n\n1  2 10  20\t\t3 ½ ² year 2024,  and\n\n 5\n"
+SPLITS: dict[str, list[Any]] = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+}
+ANY_TEXT = st.text(st.sampled_from(" \t\n\r0123456789abZé½²'’.,s٣東👍🏽\u00a0\u3000"), max_size=30) | st.sampled_from(
+    TEXT
+)
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A GGUF file, a tokenizer that splits as the file says, and the one that is imported from it."""
+    root = tmp_path_factory.mktemp("split")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[request.param])
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=ROWS - 10,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([SPACED] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    write_llama(root / "toy.gguf", toy_model("llama"), tokenizer=fast, pre=request.param)
+    return root / "toy.gguf", fast, load_tokenizer(imported("toy.gguf", root)[0])
+
+
+@given(ANY_TEXT)
+def test_an_imported_gguf_tokenizer_splits_texts_as_the_file_says(split: tuple[Path, Any, Any], text: str) -> None:
+    assert split[2].encode(text) == tuple(split[1](text)["input_ids"])
+
+
+def test_an_imported_gguf_tokenizer_gives_the_ids_of_llama_cpp(split: tuple[Path, Any, Any]) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    file, _, tokenizer = split
+    with LlamaCpp(file) as runner:
+        for text in (SPACED, *TEXT, *SPELLINGS):
+            assert tuple(runner.encode(text)) == tokenizer.encode(text)
+
+
+def test_a_gguf_file_that_adds_bos_gives_a_base_that_does(tmp_path: Path) -> None:
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
+    rewritten(tmp_path / "toy.gguf", tmp_path / "bos.gguf", {"tokenizer.ggml.add_bos_token": True})
+    without, added = (load_tokenizer(imported(f"{name}.gguf", tmp_path)[0]) for name in ("toy", "bos"))
+    assert (without.bos_id, added.bos_id) == (None, 0)
+    assert added.encode(TEXT[0]) == (0, *without.encode(TEXT[0]))
+
+
+def test_a_gguf_file_that_splits_texts_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"), pre="deepseek-llm")
+    said = refused("toy.gguf", tmp_path)
+    assert "splits texts by 'deepseek-llm' (tokenizer.ggml.pre), which is not known here" in said
+    assert "Name a checkpoint folder of the same model instead." in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_file(), reason="no SmolLM2: run `make smollm2`, or set LORA_SMOLLM2_GGUF")
 def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(tmp_path: Path) -> None:
@@ -574,6 +636,11 @@ def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
+    pytest.importorskip("llama_cpp_py_sync")
+    ours, code = load_tokenizer(out), Path(__file__).read_text(encoding="utf-8")
+    with LlamaCpp(REAL) as runner:
+        for text in (SPACED, code, *SPELLINGS):
+            assert tuple(runner.encode(text)) == ours.encode(text)
 
 
 def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:
