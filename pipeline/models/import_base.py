@@ -22,6 +22,7 @@ from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GGUF_IMPORT = 2  # raised when a file gives another base than before, so that those in the user's cache are not used
 GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
 # How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's names). transformers
 # knows others, and splits as GPT-2 does for a name that it does not know.
@@ -76,7 +77,7 @@ def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
         name = f"{source.hub_id.replace('/', '--')}@{downloaded.name}"
         source = base_model.parse_source(str(downloaded), Path.cwd())
     else:
-        name = digests.digest(source.path)
+        name = f"{digests.digest(source.path)}-{GGUF_IMPORT}"
         digests.save()
     folder = digest_cache.cache_home() / "lora-workbench" / "bases" / name
     if not folder.is_dir():

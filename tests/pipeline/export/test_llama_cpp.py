@@ -168,6 +168,15 @@ def test_a_crash_of_llama_cpp_is_one_message(runner: LlamaCpp, number: signal.Si
         runner.logits(IDS)
 
 
+def test_a_file_on_which_an_assertion_of_llama_cpp_fails_is_one_message(
+    toy: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    whole = (toy[0] / "model.gguf").read_bytes()
+    (tmp_path / "null.gguf").write_bytes(whole.replace(b"<unused313>", b"<\0nused313>"))
+    said = refused(tmp_path / "null.gguf")
+    assert "null.gguf: llama.cpp died (SIGABRT): GGML_ASSERT(id_to_token.size() == token_to_id.size()) failed." in said
+
+
 HELLO = """echo '{"name": "llama.cpp b0", "path": "libllama.so"}'; """
 
 
