@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+from unicodedata import normalize
 
 from torch import Tensor, no_grad
 
@@ -110,7 +111,8 @@ def compare(
     One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
     """
     yield Progress(0, len(candidates) + 1, "the exported model")
-    expected = reference(load(), tokenizer, prompts or builtin_prompts())
+    composed = [normalize("NFC", prompt) for prompt in prompts]  # llama.cpp does not normalize, and need not
+    expected = reference(load(), tokenizer, composed or builtin_prompts())
     names, files = set[str](), []
     for done, candidate in enumerate(candidates, start=1):
         yield Progress(done, len(candidates) + 1, candidate.label)
