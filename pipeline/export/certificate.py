@@ -23,23 +23,20 @@ MOST_TOKENS = 640  # of all prompts: the reference's logits stay in memory, 0.6 
 GREEDY_TOKENS = 48
 # The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32, 4e-6 in f16, 2e-4
 # in bf16, where products round the activations too. An adapter at twice its scale, or q and k in the wrong order, is
-# above 1e-2.
-ROUNDING = {"f32": 1e-6, "f16": 1e-4, "bf16": 2e-3}
+# above 1e-2. f32 is allowed as much as f16, since llama.cpp looks some activations (GELU) up in a table of fp16.
+ROUNDING = {"f32": 1e-4, "f16": 1e-4, "bf16": 2e-3}
 # Where tokenizers differ: digits, white space, punctuation, scripts, emoji. Characters are composed: llama.cpp does not
 # normalize.
 SPELLINGS = (
     "The meeting is at 10:45 on 2024-11-27 in room 1234567, for 3.50 € each.",
-    "  two spaces,\n\n\ttabs\n and lines \r\n",
+    "Columns:   1  20\t\t300\n\n\tand  lines \r\n 5",
     "def f(x):\n    return x ** 2  # squares: f(12) == 144",
-    'Don\'t! I\'LL say: we\'ve "done" it… (50 % off) ½ ² №5 — <b>&amp;</b> {"k": [1, 2]}',
+    'Don\'t! I\'LL say: we\'ve "done" it… (50 % off) ½ ² №5 — {"k": [1, 2]}',
     "Grüße aus Łódź, Ελλάδα и Москва; 東京は3月、서울 ١٢٣ हिन्दी 👍🏽🇧🇬",
 )
-TURNS = (
-    {"role": "system", "content": "You answer in one sentence."},
-    {"role": "user", "content": "Was kostet ein Brötchen in München? Ich habe 12,50 €."},
-    {"role": "assistant", "content": "Etwa 0,45 €, also reicht es für 27."},
-    {"role": "user", "content": "And in 東京, on 2024-11-27?"},
-)
+ENDS = 3  # end tokens for which a GGUF file has room: eos, eot, eom
+
+Turns = Sequence[Mapping[str, str]]
 
 
 class Runner(Protocol):
@@ -69,12 +66,12 @@ class SelfContained(Protocol):
     @property
     def ends(self) -> frozenset[int]: ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str | None: ...
+    def chat(self, messages: Turns, add_generation_prompt: bool) -> str | None: ...
 
 
 class Candidate(NamedTuple):
     """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is quantized, and its numbers
-    are shown.
+    are only shown.
     """
 
     label: str
@@ -86,14 +83,14 @@ class Candidate(NamedTuple):
 class Reference(NamedTuple):
     """What the exported model reads and computes.
 
-    `prompts`: ids and logits (T, V) of each. `texts`: text and ids, of the rendered chat too. `chat`: its turns, () if
-    there is no template. `greedy`: a prompt's ids, the most tokens after it, and its continuation.
+    `prompts`: ids and logits (T, V) of each. `chat`: turns and their rendering; None without a chat template. `greedy`:
+    a prompt's ids, the most tokens after it, and its continuation.
     """
 
     tokenizer: Tokenizer
     prompts: list[tuple[list[int], Tensor]]
-    texts: list[tuple[str, list[int]]]
-    chat: Sequence[Mapping[str, str]]
+    texts: list[str]
+    chat: tuple[Turns, Rendered] | None
     greedy: tuple[list[int], int, list[int]]
 
 
@@ -132,32 +129,44 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
         room -= len(ids[-1])
         if room <= 0:
             break
-    turns, chat = _rendered_chat(tokenizer)
-    asked = list(tokenizer.encode(chat[0] if chat else prompts[0]))[: model.max_length // 2]
-    limit = min(GREEDY_TOKENS, model.max_length - len(asked))
+    chat, asked = _rendered_chat(tokenizer, prompts[0]), prompts[0]
+    if chat:
+        with suppress(UserError):  # of a template that needs other turns
+            asked = tokenizer.render([{"role": "user", "content": asked}], True)
+    start = list(tokenizer.encode(asked))[: model.max_length // 2]
+    limit = min(GREEDY_TOKENS, model.max_length - len(start))
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
-        greedy = list(generate(model, asked, tokenizer.end_ids, limit))
-    texts = [(text, list(tokenizer.encode(text))) for text in (*chat, *SPELLINGS, *prompts)]
-    return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, turns, (asked, limit, greedy))
+        greedy = list(generate(model, start, tokenizer.end_ids, limit))
+    texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
+    return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy))
 
 
-def _rendered_chat(tokenizer: Tokenizer) -> tuple[Sequence[Mapping[str, str]], list[Rendered]]:
-    """A chat of several turns with a generation prompt; without the system's turn for a template that refuses it."""
-    for turns in (TURNS, TURNS[1:]) if tokenizer.has_template else ():
-        with suppress(UserError):
-            return turns, [tokenizer.render(turns, True)]
-    return (), []
+def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
+    """Several turns with a generation prompt. Some templates refuse the system's, small vocabularies the characters."""
+    for content in ("\n".join(SPELLINGS), prompt):
+        contents = (prompt, content, "It is 27.", content)
+        roles = ("system", "user", "assistant", "user")
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        for part in (turns, turns[1:]) if tokenizer.has_template and _knows(tokenizer, content) else ():
+            with suppress(UserError):
+                return part, tokenizer.render(part, True)
+    return None
+
+
+def _knows(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the tokenizer has every character: what is unknown to it, another program may skip."""
+    return tokenizer.normalize(tokenizer.decode(tokenizer.encode(text))) == tokenizer.normalize(text)
 
 
 def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[str, Any]:
     """A file's entry in the certificate. Raises UserError if it is not the model."""
-    problems = [*_template_problems(expected, runner), *_token_problems(expected, runner)]
     entry: dict[str, Any] = {"format": candidate.label, "bytes": candidate.size}
+    problems = [*_template_problems(expected, runner), *_token_problems(expected, runner, entry)]
     rows = runner.logits(expected.prompts[0][0]).shape[-1], expected.prompts[0][1].shape[-1]
     if rows[0] != rows[1]:
         problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
-    if not problems:
+    else:
         result = difference_of((logits, runner.logits(ids)) for ids, logits in expected.prompts)
         entry |= result._asdict()
         problems += _logit_problems(result, candidate.kind)
@@ -166,11 +175,11 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
             f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. Nothing was "
             "written. Use --format merged or peft, and report this."
         )
+    if isinstance(runner, SelfContained) and expected.chat:
+        rendered = runner.chat(expected.chat[0], True)
+        entry["renders_the_chat_alike"] = None if rendered is None else rendered == expected.chat[1]
     ids, limit, greedy = expected.greedy
     theirs, speed = runner.generate(ids, limit)
-    if isinstance(runner, SelfContained) and expected.chat:
-        rendered = runner.chat(expected.chat, True)
-        entry["renders_the_chat_alike"] = None if rendered is None else rendered == expected.texts[0][0]
     entry["first_greedy_difference"] = first_difference(expected.tokenizer, greedy, theirs)
     return entry | {"greedy_tokens": len(greedy), "tokens_per_second": round(speed, 1)}
 
@@ -184,33 +193,37 @@ def _template_problems(expected: Reference, runner: Runner) -> list[str]:
     if ours != runner.template:
         which = "no chat template" if runner.template is None else "another chat template"
         problems.append(f"it has {which}" if ours is not None else "it has a chat template, the model has none")
-    if missing := tokenizer.end_ids - runner.ends:
-        words = ", ".join(tokenizer.word(id_) for id_ in sorted(missing))
-        problems.append(f"it does not stop at {words}")
+    missing = tokenizer.end_ids - runner.ends
+    if missing and len(tokenizer.end_ids - missing) < ENDS:
+        problems.append(f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}")
     return problems
 
 
-def _token_problems(expected: Reference, runner: Runner) -> list[str]:
-    """The first text that the program reads differently."""
-    for text, ours in expected.texts:
-        theirs = runner.encode(text)
+def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) -> list[str]:
+    """The first text that the program reads differently. Where that is no problem, it is noted in `entry`."""
+    tokenizer = expected.tokenizer
+    for text in (*([expected.chat[1]] if expected.chat else []), *expected.texts):
+        ours, theirs = list(tokenizer.encode(text)), runner.encode(text)
         if theirs is None or theirs == ours:
             continue
-        what = "a rendered chat" if isinstance(text, Rendered) else f"the text {text[:20]!r}"
-        at = first_difference(expected.tokenizer, ours, theirs)
+        at = first_difference(tokenizer, ours, theirs)
         assert at is not None
+        what = "a rendered chat" if isinstance(text, Rendered) else f"the text {text[:20]!r}"
         reason = f"token ids of {what} differ: token {at['token']} is {at['theirs']}, ours {at['ours']}"
         if theirs[1:] == ours:
-            reason += " (the file adds BOS: a chat that begins with BOS has it twice)"
-        elif theirs == ours[1:]:
-            reason += " (the file does not add BOS)"
-        return [reason]
+            return [f"{reason} (the file adds BOS: a chat that begins with BOS has it twice)"]
+        if theirs[:-1] == ours or isinstance(text, Rendered) or expected.chat is None:
+            return [reason]
+        # A GGUF file cannot say that BOS or a space precedes a plain text and not a chat. The chat, which has the same
+        # spellings, is the same.
+        entry["plain_text_difference"] = at
+        break
     return []
 
 
 def _logit_problems(result: Difference, kind: str) -> list[str]:
     limit = ROUNDING.get(kind)
-    if limit is None or result.divergence <= limit:  # NaN is not either
+    if limit is None or result.divergence <= limit:  # NaN is not
         return []
     return [
         f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} nats per token, and "
@@ -232,31 +245,30 @@ def first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence
 
 
 def describe(certificate: Mapping[str, Any]) -> list[str]:
-    """A table of at most 80 columns."""
-    count, rows = (
-        certificate["prompts_checked"],
-        [("format", "size", "KL", "same first choice", "tokens/s", "greedy text")],
-    )
+    """A table of at most 80 columns, and what is not the same."""
+    rows = [("format", "size", "KL", "same first choice", "tokens/s", "greedy text")]
+    notes = []
     for each in certificate["files"]:
-        at = each["first_greedy_difference"]
+        text, greedy = each.get("plain_text_difference"), each["first_greedy_difference"]
         rows.append(
             (
                 each["format"],
                 f"{each['bytes'] / 2**20:.1f} MiB",
                 f"{max(each['divergence'], 0):.1e}",
-                f"{each['same_first_choices']} of {count}",
+                f"{each['same_first_choices']} of {certificate['prompts_checked']}",
                 f"{each['tokens_per_second']:.0f}",
-                f"differs from token {at['token']}" if at else "the same",
+                f"differs from token {greedy['token']}" if greedy else "the same",
             )
         )
+        if text:
+            at = f"token {text['token']} is {text['theirs']}, ours {text['ours']}"
+            notes.append(f"{each['format']} reads chats as we do, but not plain texts: {at}.")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if n in (0, 5) else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [
-        f"{certificate['runner']} against base + adapter (KL in nats per token):",
-        *(line.rstrip() for line in lines),
-    ]
+    heading = f"{certificate['runner']} against base + adapter (KL in nats per token):"
+    return [heading, *("  ".join(_aligned(row, widths)).rstrip() for row in rows), *notes]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Texts to the left, the numbers between them to the right."""
+    first, *numbers, last = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return [first.strip().ljust(widths[0]), *numbers, last.strip()]

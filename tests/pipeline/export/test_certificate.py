@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
@@ -153,6 +154,23 @@ def test_a_file_that_does_not_end_where_the_model_ends_is_refused(made: Path) ->
     file = candidate("f32", made / "base.gguf")
     with pytest.raises(UserError, match=f"it does not stop at {re.escape(ends.word(7))}"):
         certified(lambda: loaded, file, tokenizer=ends)
+
+
+def test_a_model_that_begins_plain_texts_but_no_chats_with_bos_is_noted(made: Path, tmp_path: Path) -> None:
+    """The file has one flag for both, and chats count."""
+    loaded, template = load(made / "base"), "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    file = made / "base.gguf"
+    inner.chat_template = None
+    plain = rewritten(file, tmp_path / "plain.gguf", {"tokenizer.chat_template": None})
+    with pytest.raises(UserError, match="token 1 is 'The', ours '<s>'"):
+        certified(lambda: loaded, candidate("f32", plain), tokenizer=SubwordTokenizer(inner, "toy"))
+    inner.chat_template = template
+    chats = rewritten(file, tmp_path / "chats.gguf", {"tokenizer.chat_template": template})
+    certificate = certified(lambda: loaded, candidate("f32", chats), tokenizer=SubwordTokenizer(inner, "toy"))
+    assert certificate["files"][0]["plain_text_difference"]["token"] == 1
+    assert describe(certificate)[-1] == "f32 reads chats as we do, but not plain texts: token 1 is 'The', ours '<s>'."
 
 
 def test_every_difference_is_named_at_once(made: Path, tmp_path: Path) -> None:
