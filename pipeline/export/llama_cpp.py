@@ -23,6 +23,7 @@ from pipeline.project.runner import Event, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.data.tokenizers.word import Tokenizer
     from pipeline.export.certificate import Candidate
 
 INSTALL = "pip install 'lora-workbench[llama-cpp]'"
@@ -71,6 +72,31 @@ def candidate(kind: str, model: Path, adapter: Path | None = None, label: str = 
 
     size = (adapter or model).stat().st_size
     return Candidate(label or kind, kind, size, lambda: LlamaCpp(model, adapter))
+
+
+def certify(
+    base: Path,
+    adapter: Path,
+    tokenizer: "Tokenizer",
+    files: Sequence["Candidate"],
+    prompts: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
+    """Compare `files` with base + adapter, on a file of prompts if given. Returns the certificate's entries, and lines.
+
+    Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
+    """
+    if find_spec("llama_cpp_py_sync") is None:
+        return {}, [NOT_COMPARED]
+    from pipeline.data.prompts import read_prompts
+    from pipeline.export.certificate import compare, describe
+    from pipeline.inference.engine import load
+
+    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
+    certificate = yield from compare(
+        lambda: load(base, adapter, trust_remote_code=trust_remote_code), tokenizer, files, texts
+    )
+    return {"gguf": certificate}, describe(certificate)
 
 
 class LlamaCpp:

@@ -1,13 +1,14 @@
 """A file that is not the exported model is told from one that is, and the error says in what it differs."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+import yaml
 from tokenizers import processors
 
 from pipeline.adapters.config import AdapterSpec
@@ -15,15 +16,18 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.certificate import Candidate, builtin_prompts, compare, describe
-from pipeline.export.llama_cpp import candidate, quantize
+from pipeline.export.llama_cpp import candidate, certify, quantize
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import difference
+from pipeline.project.runner import Event
 from tests.helpers.bases import toy_checkpoint, toy_model
 from tests.helpers.checkpoints import adapter
+from tests.helpers.families import PROMPTS as FAMILY_PROMPTS
 from tests.helpers.gguf_files import rewritten, write_adapter, write_llama
 
 pytest.importorskip("llama_cpp_py_sync")
 pytest.importorskip("gguf")
+Result = TypeVar("Result")
 SPEC = AdapterSpec(4, 8, ("q_proj", "k_proj", "down_proj"))
 PROMPTS = ("The currency of Bulgaria is", "Two and two are four, and")
 
@@ -39,15 +43,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def certified(
-    load_: Callable[[], LoadedModel], *files: Candidate, tokenizer: Tokenizer | None = None
-) -> dict[str, Any]:
-    steps = compare(load_, tokenizer or load_().tokenizer, files, PROMPTS)
+def finished(steps: Generator[Event, None, Result]) -> Result:
     while True:
         try:
             next(steps)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
+
+
+def certified(
+    load_: Callable[[], LoadedModel], *files: Candidate, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
+    return finished(compare(load_, tokenizer or load_().tokenizer, files, PROMPTS))
 
 
 def of_base(made: Path, file: Path, kind: str = "f32") -> dict[str, Any]:
@@ -73,6 +80,20 @@ def test_the_model_itself_differs_in_nothing(made: Path) -> None:
         assert entry["max_logit_difference"] < 1e-3 and abs(entry["divergence"]) < 1e-6
         assert (entry["same_first_choices"], entry["greedy_tokens"] > 0) == (len(PROMPTS), True)
         assert entry["renders_the_chat_alike"] is None  # llama.cpp has no such template in its list
+
+
+def test_what_is_exported_is_compared_on_the_users_prompts(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(FAMILY_PROMPTS), encoding="utf-8")
+    file = candidate("f32", made / "base.gguf", made / "adapter.gguf", "adapter")
+    given = (made / "base", made / "adapter", load_tokenizer(made / "base"), [file], tmp_path / "prompts.yaml")
+    entries, lines = finished(certify(*given))
+    assert (entries["gguf"]["prompts_checked"], lines) == (2, describe(entries["gguf"]))
+    monkeypatch.setattr("pipeline.export.llama_cpp.find_spec", lambda _: None)
+    entries, lines = finished(certify(*given))
+    assert (entries, len(lines)) == ({}, 1)
+    assert "nothing was compared. Install one: pip install 'lora-workbench[llama-cpp]'." in lines[0]
 
 
 def test_the_figures_are_those_of_two_models_compared_here(made: Path, tmp_path: Path) -> None:
