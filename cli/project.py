@@ -209,6 +209,8 @@ def doctor(as_json: JsonOption = False) -> None:
     import torch
 
     from cli.console import print_json, print_table
+    from pipeline.errors import UserError
+    from pipeline.export import llama_cpp
 
     def find_version(library: str, hint: str) -> str:
         try:
@@ -219,6 +221,15 @@ def doctor(as_json: JsonOption = False) -> None:
     def gib(size: float) -> str:
         return f"{size / 2**30:.1f}"
 
+    try:
+        found = llama_cpp.find()
+        runner = (
+            f"{found.name}, {found.path}"
+            if found
+            else "not installed: it checks GGUF exports, `lora-workbench[llama-cpp]`"
+        )
+    except UserError as error:
+        runner = str(error)
     devices = {
         f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {gib(free)} of {gib(total)} GiB free"
         for i in range(torch.cuda.device_count())
@@ -236,6 +247,7 @@ def doctor(as_json: JsonOption = False) -> None:
         **{library: find_version(library, "run `make install`") for library in LIBRARIES},
         **{library: find_version(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
         QLORA: find_version(QLORA, "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`"),
+        "llama.cpp": runner.removeprefix("llama.cpp "),
         "git": shutil.which("git") or "not found: manifests will have no commit",
         **(devices or {"accelerator": "none: training and prompts run on the CPU"}),
         "cpu threads": str(torch.get_num_threads()),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -213,17 +213,20 @@ class Difference(NamedTuple):
 def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Difference:
     """Difference of two models on `texts`, computed in fp32 so that rounding does not count."""
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # may include unknown words
-    largest, divergences, same = list[Tensor](), list[Tensor](), 0
     with compute_in_fp32(one.model), compute_in_fp32(other.model):
-        for hidden, other_hidden in zip(
-            packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True
-        ):
-            p = one.model.logits(hidden).float()  # (T, V)
-            q = other.model.logits(other_hidden).float().to(p.device)
-            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-            largest.append((p - q).abs().max())
-            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-            same += int(p[-1].argmax() == q[-1].argmax())
+        hidden = zip(packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True)
+        return difference_of((one.model.logits(h).float(), other.model.logits(k).float()) for h, k in hidden)
+
+
+def difference_of(logits: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+    """Difference of two models by their logits (T, V) on each prompt."""
+    largest, divergences, same = list[Tensor](), list[Tensor](), 0
+    for p, q in logits:
+        q = q.to(p.device)
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        largest.append((p - q).abs().max())
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        same += int(p[-1].argmax() == q[-1].argmax())
     # torch's max, since Python's ignores NaN
     return Difference(float(torch.stack(largest).max()), float(torch.cat(divergences).mean()), same)
 

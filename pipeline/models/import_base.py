@@ -22,7 +22,16 @@ from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GGUF_IMPORT = 2  # raised when a file gives another base than before, so that those in the user's cache are not used
 GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
+# How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's names). transformers
+# knows others, and splits as GPT-2 does for a name that it does not know.
+SPLIT_AS_GPT2 = {
+    *("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat"),
+    *("a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de", "jina-v1-en"),
+    *("jina-v2-es", "jina-v2-de", "jina-v2-code"),
+}
+SPLIT_AT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 SENTENCE = "The capital of France is Paris, and two and two are four."
 
 
@@ -68,7 +77,7 @@ def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
         name = f"{source.hub_id.replace('/', '--')}@{downloaded.name}"
         source = base_model.parse_source(str(downloaded), Path.cwd())
     else:
-        name = digests.digest(source.path)
+        name = f"{digests.digest(source.path)}-{GGUF_IMPORT}"
         digests.save()
     folder = digest_cache.cache_home() / "lora-workbench" / "bases" / name
     if not folder.is_dir():
@@ -144,7 +153,7 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
     name, hint = f"base: {source.text}", "Name a checkpoint folder of the same model instead"
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)} to be read: pip install 'lora-workbench[gguf]'.")
-    refuse_implausible_gguf(source.path)
+    metadata = refuse_implausible_gguf(source.path)
     from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
     # Alone in a folder: a config.json in the file's own folder may belong to another model.
@@ -163,12 +172,29 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
         path = out / "tokenizer.json"
         with as_os_error(path):
             tokenizer.save_pretrained(out)
-        # transformers adds special tokens to the file's own, for which the model has no rows
         saved = read_json(path, "Import it again")
-        tokens = [token for token in saved["added_tokens"] if token["content"] in saved["model"]["vocab"]]
-        if len(tokens) < len(saved["added_tokens"]):
-            write_json(path, {**saved, "added_tokens": tokens})
+        # transformers adds special tokens to the file's own, for which the model has no rows
+        saved["added_tokens"] = [
+            token for token in saved["added_tokens"] if token["content"] in saved["model"]["vocab"]
+        ]
+        if metadata.get("tokenizer.ggml.model") == "gpt2":
+            _correct_split(saved, metadata.get("tokenizer.ggml.pre", "default"), name)
+        write_json(path, saved)
     return model
+
+
+def _correct_split(tokenizer: dict[str, Any], split: object, name: str) -> None:
+    """Give a byte-level tokenizer.json the pre-tokenizer that the file names. Raises UserError if it is not known."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    if split in SPLIT_AT_DIGITS:
+        at_digits = {"type": "Digits", "individual_digits": True}
+        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [at_digits, tokenizer["pre_tokenizer"]]}
+    elif split not in SPLIT_AS_GPT2 and split not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS:
+        raise UserError(
+            f"{name} splits texts by {split!r} (tokenizer.ggml.pre), which is not known here: its tokens would be "
+            "others. Name a checkpoint folder of the same model instead."
+        )
 
 
 def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) -> None:

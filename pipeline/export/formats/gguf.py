@@ -1,20 +1,16 @@
 """The merged model as GGUF files for llama.cpp, Ollama and LM Studio, with tokenizer and chat template inside."""
 
-from collections.abc import Callable, Generator
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.export import llama_cpp
 from pipeline.export.formats import Export, Format
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # the gguf package quantizes to these
-BY_LLAMA_CPP = (
-    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
-    *("iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
-)
+BY_LLAMA_CPP = tuple(kind for kind in llama_cpp.KINDS if kind not in KINDS)
 # Of a base in bf16 too: fp16 keeps 11 bits of a weight and bf16 8, of which a merge needs more than the base did. What
 # overflows fp16 is an error that names --quantize bf16.
 DEFAULT = "f16"
@@ -27,6 +23,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.gguf.modelfile import modelfile
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import CARD, card
+    from pipeline.inference.engine import load
     from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
 
     kinds = kinds_of(export.quantize)
@@ -45,22 +42,33 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             return folder / f"model-{kind}.gguf"
 
         own = [kind for kind in kinds if kind in KINDS]
-        # llama.cpp quantizes from a file; the merge is measured in the most precise one
-        widest = next((kind for kind in ("f32", "f16", "bf16") if kind in own), DEFAULT if kinds != own else own[0])
+        # llama.cpp quantizes from the most precise file, in which the merge is measured
+        precise = [kind for kind in ("f32", "f16", "bf16") if kind in own]
+        widest = precise[0] if precise else DEFAULT if llama_cpp.is_installed() else own[0]
         files = {path(kind): kind for kind in dict.fromkeys((*own, widest))}
         facts = general(name, export.adapter, base, export.base_name)
         yield from write_files(files, merge, model, {**facts, **vocabulary.metadata})
         certificate = yield from certify(merge, written_matrices(path(widest), model), "--quantize f32")
         for kind in kinds:
             if kind not in KINDS:
-                yield from quantizer()(path(widest), path(kind), kind)
+                yield from llama_cpp.quantize(path(widest), path(kind), kind)
+        candidates = [llama_cpp.candidate(kind, path(kind)) for kind in kinds]
+        if widest not in kinds:
+            candidates.insert(0, llama_cpp.candidate(widest, path(widest), label=f"{widest} (not kept)"))
+        compared, table = yield from llama_cpp.certify(
+            lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code),
+            vocabulary.tokenizer,
+            candidates,
+            export.prompts,
+        )
         if widest not in kinds:
             path(widest).unlink()
-        artifact.write_json(folder / CERTIFICATE, certificate)
+        artifact.write_json(folder / CERTIFICATE, certificate | compared)
         (folder / "Modelfile").write_text(modelfile(path(kinds[0]).name, vocabulary), encoding="utf-8")
         (folder / CARD).write_text(card(export.adapter, certificate, base, export.base_name), encoding="utf-8")
     return [
         "  ".join((str(out), *describe(certificate))),
+        *table,
         *(f"llama-cli -m {out / path(kind).name}" for kind in kinds),
         f"ollama create {name} -f {out / 'Modelfile'}",
     ]
@@ -76,23 +84,16 @@ def kinds_of(quantize: str | None) -> list[str]:
                 f"--quantize must name kinds of {', '.join(KINDS)}, or, with llama.cpp, {', '.join(BY_LLAMA_CPP)}; "
                 f"got {kind!r}."
             )
-    if set(kinds) - set(KINDS):
-        quantizer()
+    if set(kinds) - set(KINDS) and not llama_cpp.is_installed():
+        raise UserError(
+            f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: {llama_cpp.INSTALL}. Without it: {', '.join(KINDS)}."
+        )
     return kinds
 
 
-def quantizer() -> Callable[[Path, Path, str], Generator[Event, None, None]]:
-    """llama.cpp's, by source, target and kind. Raises UserError if it is not installed."""
-    module = "pipeline.export.llama_cpp"
-    if find_spec(module) is None or find_spec("llama_cpp_py_sync") is None:
-        raise UserError(
-            f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: pip install 'lora-workbench[llama-cpp]'. Without "
-            f"it: {', '.join(KINDS)}."
-        )
-    quantize: Callable[[Path, Path, str], Generator[Event, None, None]] = import_module(module).quantize
-    return quantize
-
-
 FORMAT = Format(
-    3, "the merged model for llama.cpp and Ollama", ("base", "base_name", "trust_remote_code", "quantize"), write
+    3,
+    "the merged model for llama.cpp and Ollama",
+    ("base", "base_name", "prompts", "trust_remote_code", "quantize"),
+    write,
 )

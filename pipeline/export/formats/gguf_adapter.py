@@ -4,6 +4,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.export import llama_cpp
 from pipeline.export.formats import Export, Format, note_on_quantization
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
@@ -16,6 +17,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import CARD, card
     from pipeline.files.base_model import tensor_locations
+    from pipeline.inference.engine import load
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
     from pipeline.weights.merge import CERTIFICATE, describe
@@ -40,8 +42,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
-        if ends or _is_expanded(base):
-            vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+        beside = ends or _is_expanded(base)
+        vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+        if beside or llama_cpp.is_installed():  # which compares the adapter on it
             yield from map(Note, vocabulary.notes)
             facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
             yield from write_files({base_path: "f16"}, merge, described, facts)
@@ -49,17 +52,26 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         for module, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > 1e-4:
                 raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
-        artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios})
+        files = [llama_cpp.candidate("f16", base_path, path, "adapter on f16")] if base_path.exists() else []
+        compared, table = yield from llama_cpp.certify(
+            # the base as it is stored: in this file it is not quantized
+            lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+            vocabulary.tokenizer,
+            files,
+            export.prompts,
+        )
+        if not beside:
+            base_path.unlink(missing_ok=True)
+        artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios, **compared})
         (folder / CARD).write_text(card(export.adapter, None, base, export.base_name), encoding="utf-8")
-        beside = base_path.exists()
-    written = "  ".join((str(out), *describe({"delta_ratios": ratios})))
+    written = ["  ".join((str(out), *describe({"delta_ratios": ratios}))), *table]
     if beside:
         return [
-            written,
+            *written,
             "It changes tokens or their embeddings: use it on the base beside it, no other file of that model.",
             f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
         ]
-    return [written, f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as GGUF)"]
+    return [*written, f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as GGUF)"]
 
 
 def _is_expanded(base: Path) -> bool:
@@ -70,4 +82,4 @@ def _is_expanded(base: Path) -> bool:
     return bool(stop > start)
 
 
-FORMAT = Format(4, "the adapter for llama.cpp's --lora", ("base", "base_name", "trust_remote_code"), write)
+FORMAT = Format(4, "the adapter for llama.cpp's --lora", ("base", "base_name", "prompts", "trust_remote_code"), write)

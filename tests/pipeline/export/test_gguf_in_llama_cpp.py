@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.export import llama_cpp
 from pipeline.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from pipeline.export.gguf.writer import Output
 from pipeline.files.artifact import read_json, write_json
@@ -22,8 +23,6 @@ from tests.pipeline.export.test_export import SPECS, made
 from tests.pipeline.export.test_gguf import MODELS, project, sentencepiece_merges, written
 from tests.pipeline.stages.test_families import IDS, ours
 
-llama_cpp: Any = pytest.importorskip("pipeline.export.llama_cpp")
-pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLES = 5e-3  # llama.cpp looks GELU up in a table of fp16
 LETTERS = st.text(

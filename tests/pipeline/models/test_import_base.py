@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.export.certificate import SPELLINGS
+from pipeline.export.llama_cpp import LlamaCpp
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
@@ -34,6 +39,7 @@ from tests.helpers.bases import (
     toy_tokenizer,
 )
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.gguf_files import rewritten, write_llama
 from tests.helpers.projects import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -514,73 +520,11 @@ def test_a_cache_that_holds_only_a_part_is_refused(hub: Path, tmp_path: Path) ->
 # GGUF
 
 
-def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as llama.cpp stores them: the halves of each head interleaved."""
-    rows, width = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def write_gguf(path: Path, model: Any, architecture: str = "llama") -> None:
-    """A toy Llama and the toy tokenizer in GGUF, unquantized."""
-    gguf = pytest.importorskip("gguf")
-    config, writer = model.config, gguf.GGUFWriter(path, architecture)
-    writer.add_name("toy")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(ROWS)
-    fast = toy_tokenizer()
-    state = json.loads(fast.backend_tokenizer.to_str())["model"]
-    tokens = [fast.convert_ids_to_tokens(i) or f"<unused{i}>" for i in range(ROWS)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i < 3 else 1 for i in range(ROWS)])
-    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(fast.chat_template)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        prefix, _, rest = module.removeprefix("model.layers.").partition(".")
-        new = GGUF_NAMES.get(module) or f"blk.{prefix}.{GGUF_NAMES[rest]}"
-        data = turned(tensor, heads[new.split(".")[-1]]) if new.split(".")[-1] in heads else tensor
-        writer.add_tensor(f"{new}.weight", data.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = toy_model("llama")
-    write_gguf(tmp_path / "toy.gguf", model)
+    write_llama(tmp_path / "toy.gguf", model)
     toy_checkpoint(tmp_path, "qwen3")  # what lies beside the file is another model
     capfd.readouterr()
     out, facts = imported("toy.gguf", tmp_path)
@@ -597,18 +541,18 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
 
 
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
     for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
         (tmp_path / "toy.gguf").write_bytes(whole[:size])
         assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
-    write_gguf(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
+    write_llama(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
     said = refused("mamba.gguf", tmp_path)
     assert "plamo" in said and "Name a checkpoint folder of the same model instead" in said
 
 
 def test_a_gguf_file_that_describes_more_than_it_holds_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole, key = (tmp_path / "toy.gguf").read_bytes(), b"llama.block_count"
     at = whole.index(key) + len(key) + 4
     (tmp_path / "toy.gguf").write_bytes(whole[:at] + struct.pack("<I", 10**6) + whole[at + 4 :])
@@ -625,6 +569,84 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     assert "needs protobuf to be read: pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
 
 
+SPACED = "a  b   c\n\n1  2 10  20\t\t3 ½ ² year 2024,  and\n\n 5\n"
+SPLITS: dict[str, list[Any]] = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+}
+PIECES = (
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "1",
+    "12",
+    "20",
+    "½",
+    "²",
+    "٣",
+    "a",
+    "b ",
+    "é",
+    "'s",
+    "’",
+    "…",
+    "東",
+    "👍🏽",
+)
+ANY_TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A GGUF file, a tokenizer that splits as the file says, and the one that is imported from it."""
+    root = tmp_path_factory.mktemp("split")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[request.param])
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=ROWS - 10,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([SPACED] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    write_llama(root / "toy.gguf", toy_model("llama"), tokenizer=fast, pre=request.param)
+    return root / "toy.gguf", fast, load_tokenizer(imported("toy.gguf", root)[0])
+
+
+@given(ANY_TEXT)
+def test_an_imported_gguf_tokenizer_splits_texts_as_the_file_says(split: tuple[Path, Any, Any], text: str) -> None:
+    assert split[2].encode(text) == tuple(split[1](text)["input_ids"])
+
+
+def test_an_imported_gguf_tokenizer_gives_the_ids_of_llama_cpp(split: tuple[Path, Any, Any]) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    file, _, tokenizer = split
+    with LlamaCpp(file) as runner:
+        for text in (SPACED, *TEXT, *SPELLINGS):
+            assert tuple(runner.encode(text)) == tokenizer.encode(text)
+
+
+def test_a_gguf_file_that_adds_bos_gives_a_base_that_does(tmp_path: Path) -> None:
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"))
+    rewritten(tmp_path / "toy.gguf", tmp_path / "bos.gguf", {"tokenizer.ggml.add_bos_token": True})
+    without, added = (load_tokenizer(imported(f"{name}.gguf", tmp_path)[0]) for name in ("toy", "bos"))
+    assert (without.bos_id, added.bos_id) == (None, 0)
+    assert added.encode(TEXT[0]) == (0, *without.encode(TEXT[0]))
+
+
+def test_a_gguf_file_that_splits_texts_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"), pre="deepseek-llm")
+    said = refused("toy.gguf", tmp_path)
+    assert "splits texts by 'deepseek-llm' (tokenizer.ggml.pre), which is not known here" in said
+    assert "Name a checkpoint folder of the same model instead." in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_file(), reason="no SmolLM2: run `make smollm2`, or set LORA_SMOLLM2_GGUF")
 def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(tmp_path: Path) -> None:
@@ -635,6 +657,11 @@ def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
+    pytest.importorskip("llama_cpp_py_sync")
+    ours, code = load_tokenizer(out), Path(__file__).read_text(encoding="utf-8")
+    with LlamaCpp(REAL) as runner:
+        for text in (SPACED, code, *SPELLINGS):
+            assert tuple(runner.encode(text)) == ours.encode(text)
 
 
 def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:

@@ -1,0 +1,274 @@
+"""Whether files for another program are the model that was exported: that program opens them and is compared."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+from unicodedata import normalize
+
+from torch import Tensor, no_grad
+
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.data.tokenizers.word import Tokenizer
+from pipeline.errors import UserError
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import Difference, difference_of
+from pipeline.models.base import compute_in_fp32, packed_hidden_states
+from pipeline.models.generate import generate
+from pipeline.project.new_project import DEFAULTS
+from pipeline.project.runner import Event, Progress
+
+MOST_TOKENS = 640  # of all prompts: the reference's logits stay in memory, 0.6 GiB of them with Gemma's vocabulary
+GREEDY_TOKENS = 48
+# The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32, 4e-6 in f16, 2e-4
+# in bf16, where products round the activations too. An adapter at twice its scale, or q and k in the wrong order, is
+# above 1e-2. f32 is allowed as much as f16, since llama.cpp looks some activations (GELU) up in a table of fp16.
+ROUNDING = {"f32": 1e-4, "f16": 1e-4, "bf16": 2e-3}
+# Where tokenizers differ: digits, white space, punctuation, scripts, emoji. Characters are composed: llama.cpp does not
+# normalize.
+SPELLINGS = (
+    "The meeting is at 10:45 on 2024-11-27 in room 1234567, for 3.50 € each.",
+    "Columns:   1  20\t\t300\n\n\tand  lines \r\n 5",
+    "def f(x):\n    return x ** 2  # squares: f(12) == 144",
+    'Don\'t! I\'LL say: we\'ve "done" it… (50 % off) ½ ² №5 — {"k": [1, 2]}',
+    "Grüße aus Łódź, Ελλάδα и Москва; 東京は3月、서울 ١٢٣ हिन्दी 👍🏽🇧🇬",
+)
+ENDS = 3  # end tokens for which a GGUF file has room: eos, eot, eom
+
+Turns = Sequence[Mapping[str, str]]
+
+
+class Runner(Protocol):
+    """A model that another program has opened."""
+
+    @property
+    def name(self) -> str:
+        """The program and its version."""
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(T, V) in fp32 on the CPU."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """The ids that it reads in a text or a `Rendered` chat, with its own BOS; None: it has no tokenizer."""
+
+    def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
+        """The greedy continuation without an end token, and its tokens per second."""
+
+
+@runtime_checkable
+class SelfContained(Protocol):
+    """A runner whose file holds more than the weights: chat template and end tokens."""
+
+    @property
+    def template(self) -> str | None: ...
+
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def chat(self, messages: Turns, add_generation_prompt: bool) -> str | None: ...
+
+
+class Candidate(NamedTuple):
+    """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is quantized, and its numbers
+    are only shown.
+    """
+
+    label: str
+    kind: str
+    size: int
+    open: Callable[[], AbstractContextManager[Runner]]
+
+
+class Reference(NamedTuple):
+    """What the exported model reads and computes.
+
+    `prompts`: ids and logits (T, V) of each. `chat`: turns and their rendering; None without a chat template. `greedy`:
+    a prompt's ids, the most tokens after it, and its continuation.
+    """
+
+    tokenizer: Tokenizer
+    prompts: list[tuple[list[int], Tensor]]
+    texts: list[str]
+    chat: tuple[Turns, Rendered] | None
+    greedy: tuple[list[int], int, list[int]]
+
+
+def builtin_prompts() -> list[str]:
+    """Everyday English: single sentences, and a longer text in which positions count."""
+    lines = (DEFAULTS / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines()
+    return [*lines[:16], " ".join(lines[16:])]
+
+
+def compare(
+    load: Callable[[], LoadedModel], tokenizer: Tokenizer, candidates: Sequence[Candidate], prompts: Sequence[str] = ()
+) -> Generator[Event, None, dict[str, Any]]:
+    """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was exported.
+
+    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
+    """
+    yield Progress(0, len(candidates) + 1, "the exported model")
+    composed = [normalize("NFC", prompt) for prompt in prompts]  # llama.cpp does not normalize, and need not
+    expected = reference(load(), tokenizer, composed or builtin_prompts())
+    names, files = set[str](), []
+    for done, candidate in enumerate(candidates, start=1):
+        yield Progress(done, len(candidates) + 1, candidate.label)
+        with candidate.open() as runner:
+            names.add(runner.name)
+            files.append(_compare(expected, candidate, runner))
+    return {"runner": ", ".join(sorted(names)), "prompts_checked": len(expected.prompts), "files": files}
+
+
+@no_grad()
+def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
+    """Logits in fp32, so that only the other program rounds."""
+    model, room = loaded.model, MOST_TOKENS
+    ids = list[list[int]]()
+    for prompt in prompts:
+        ids.append(list(tokenizer.encode(prompt)[: min(room, model.max_length)]))
+        room -= len(ids[-1])
+        if room <= 0:
+            break
+    chat, asked = _rendered_chat(tokenizer, prompts[0]), prompts[0]
+    if chat:
+        with suppress(UserError):  # of a template that needs other turns
+            asked = tokenizer.render([{"role": "user", "content": asked}], True)
+    start = list(tokenizer.encode(asked))[: model.max_length // 2]
+    limit = min(GREEDY_TOKENS, model.max_length - len(start))
+    with compute_in_fp32(model):
+        logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
+        greedy = list(generate(model, start, tokenizer.end_ids, limit))
+    texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
+    return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy))
+
+
+def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
+    """Several turns with a generation prompt. Some templates refuse the system's, small vocabularies the characters."""
+    for content in ("\n".join(SPELLINGS), prompt):
+        contents = (prompt, content, "It is 27.", content)
+        roles = ("system", "user", "assistant", "user")
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        for part in (turns, turns[1:]) if tokenizer.has_template and _knows(tokenizer, content) else ():
+            with suppress(UserError):
+                return part, tokenizer.render(part, True)
+    return None
+
+
+def _knows(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the tokenizer has every character: what is unknown to it, another program may skip."""
+    return tokenizer.normalize(tokenizer.decode(tokenizer.encode(text))) == tokenizer.normalize(text)
+
+
+def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[str, Any]:
+    """A file's entry in the certificate. Raises UserError if it is not the model."""
+    entry: dict[str, Any] = {"format": candidate.label, "bytes": candidate.size}
+    problems = [*_template_problems(expected, runner), *_token_problems(expected, runner, entry)]
+    rows = runner.logits(expected.prompts[0][0]).shape[-1], expected.prompts[0][1].shape[-1]
+    if rows[0] != rows[1]:
+        problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
+    else:
+        result = difference_of((logits, runner.logits(ids)) for ids, logits in expected.prompts)
+        entry |= result._asdict()
+        problems += _logit_problems(result, candidate.kind)
+    if problems:
+        raise UserError(
+            f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. Nothing was "
+            "written. Use --format merged or peft, and report this."
+        )
+    if isinstance(runner, SelfContained) and expected.chat:
+        rendered = runner.chat(expected.chat[0], True)
+        entry["renders_the_chat_alike"] = None if rendered is None else rendered == expected.chat[1]
+    ids, limit, greedy = expected.greedy
+    theirs, speed = runner.generate(ids, limit)
+    entry["first_greedy_difference"] = first_difference(expected.tokenizer, greedy, theirs)
+    return entry | {"greedy_tokens": len(greedy), "tokens_per_second": round(speed, 1)}
+
+
+def _template_problems(expected: Reference, runner: Runner) -> list[str]:
+    """What differs in the chat template and the end tokens that the file holds."""
+    if not isinstance(runner, SelfContained):
+        return []
+    problems, tokenizer = [], expected.tokenizer
+    ours = tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
+    if ours != runner.template:
+        which = "no chat template" if runner.template is None else "another chat template"
+        problems.append(f"it has {which}" if ours is not None else "it has a chat template, the model has none")
+    missing = tokenizer.end_ids - runner.ends
+    if missing and len(tokenizer.end_ids - missing) < ENDS:
+        problems.append(f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}")
+    return problems
+
+
+def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) -> list[str]:
+    """The first text that the program reads differently. Where that is no problem, it is noted in `entry`."""
+    tokenizer = expected.tokenizer
+    for text in (*([expected.chat[1]] if expected.chat else []), *expected.texts):
+        ours, theirs = list(tokenizer.encode(text)), runner.encode(text)
+        if theirs is None or theirs == ours:
+            continue
+        at = first_difference(tokenizer, ours, theirs)
+        assert at is not None
+        what = "a rendered chat" if isinstance(text, Rendered) else f"the text {text[:20]!r}"
+        reason = f"token ids of {what} differ: token {at['token']} is {at['theirs']}, ours {at['ours']}"
+        if theirs[1:] == ours:
+            return [f"{reason} (the file adds BOS: a chat that begins with BOS has it twice)"]
+        if theirs[:-1] == ours or isinstance(text, Rendered) or expected.chat is None:
+            return [reason]
+        # A GGUF file cannot say that BOS or a space precedes a plain text and not a chat. The chat, which has the same
+        # spellings, is the same.
+        entry["plain_text_difference"] = at
+        break
+    return []
+
+
+def _logit_problems(result: Difference, kind: str) -> list[str]:
+    limit = ROUNDING.get(kind)
+    if limit is None or result.divergence <= limit:  # NaN is not
+        return []
+    return [
+        f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} nats per token, and "
+        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order of the rows of q and "
+        "k, another base)"
+    ]
+
+
+def first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, Any] | None:
+    """Number (from 1) and spelling of the first token that differs; None if none does."""
+
+    def word(id_: int | None) -> str:
+        return "the end" if id_ is None else repr(tokenizer.word(id_)) if id_ < len(tokenizer) else f"<{id_}>"
+
+    for number, (one, other) in enumerate(zip_longest(ours, theirs), start=1):
+        if one != other:
+            return {"token": number, "ours": word(one), "theirs": word(other)}
+    return None
+
+
+def describe(certificate: Mapping[str, Any]) -> list[str]:
+    """A table of at most 80 columns, and what is not the same."""
+    rows = [("format", "size", "KL", "same first choice", "tokens/s", "greedy text")]
+    notes = []
+    for each in certificate["files"]:
+        text, greedy = each.get("plain_text_difference"), each["first_greedy_difference"]
+        rows.append(
+            (
+                each["format"],
+                f"{each['bytes'] / 2**20:.1f} MiB",
+                f"{max(each['divergence'], 0):.1e}",
+                f"{each['same_first_choices']} of {certificate['prompts_checked']}",
+                f"{each['tokens_per_second']:.0f}",
+                f"differs from token {greedy['token']}" if greedy else "the same",
+            )
+        )
+        if text:
+            at = f"token {text['token']} is {text['theirs']}, ours {text['ours']}"
+            notes.append(f"{each['format']} reads chats as we do, but not plain texts: {at}.")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    heading = f"{certificate['runner']} against base + adapter (KL in nats per token):"
+    return [heading, *("  ".join(_aligned(row, widths)).rstrip() for row in rows), *notes]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Texts to the left, the numbers between them to the right."""
+    first, *numbers, last = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return [first.strip().ljust(widths[0]), *numbers, last.strip()]

@@ -1,0 +1,263 @@
+"""llama.cpp, where the llama-cpp-py-sync wheel brings one: opens GGUF files and quantizes them.
+
+Everything native runs in a process of its own (llama_cpp_process.py); nothing is compiled or downloaded.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import UserError, first_line
+from pipeline.project.runner import Event, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.data.tokenizers.word import Tokenizer
+    from pipeline.export.certificate import Candidate
+    from pipeline.inference.engine import LoadedModel
+
+INSTALL = "pip install 'lora-workbench[llama-cpp]'"
+NOT_COMPARED = f"There is no llama.cpp here, so nothing was compared. Install one: {INSTALL}."
+SILENCE_SECONDS = 600.0  # for one answer, such as the logits of 512 tokens; a large model takes a minute to load
+COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_process.py")))
+# Smaller kinds (iq1, iq2) need statistics of the activations, and without them they are refused or useless.
+KINDS = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k"),
+)
+LAST_WORDS = re.compile(r"GGML_ASSERT\(.*\) failed|(?:terminate called|error|what\(\)).*", re.IGNORECASE)
+
+
+class Found(NamedTuple):
+    """A llama.cpp with its build, such as `llama.cpp b11739`, and its library."""
+
+    name: str
+    path: str
+
+
+def is_installed() -> bool:
+    return find_spec("llama_cpp_py_sync") is not None
+
+
+def find() -> Found | None:
+    """The llama.cpp of this environment; None without one. Raises UserError if it does not start."""
+    if not is_installed():
+        return None
+    with _Process() as process:
+        return process.found
+
+
+def quantize(source: Path, target: Path, kind: str) -> Generator[Event, None, None]:
+    """Write the GGUF file `source` as `target`, quantized to a kind of KINDS. Raises UserError."""
+    from torch import get_num_threads
+
+    if kind not in KINDS:
+        raise UserError(f"unknown quantization {kind!r}. Use one of {', '.join(KINDS)}.")
+    with _Process(source) as process:
+        names = {"source": str(source), "target": str(target), "kind": kind, "threads": get_num_threads()}
+        process.send("quantize", **names)
+        while "done" in (answer := process.read()[0]):
+            yield Progress(answer["done"], answer["total"], kind)
+
+
+def candidate(kind: str, model: Path, adapter: Path | None = None, label: str = "") -> "Candidate":
+    """A GGUF file of a kind of KINDS for `certificate.compare`, with an adapter's file if given."""
+    from pipeline.export.certificate import Candidate
+
+    size = (adapter or model).stat().st_size
+    return Candidate(label or kind, kind, size, lambda: LlamaCpp(model, adapter))
+
+
+def certify(
+    load: Callable[[], "LoadedModel"], tokenizer: "Tokenizer", files: Sequence["Candidate"], prompts: Path | None = None
+) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
+    """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given. Returns the
+    certificate's entries, and lines.
+
+    Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
+    """
+    if not is_installed():
+        return {}, [NOT_COMPARED]
+    from pipeline.data.prompts import read_prompts
+    from pipeline.export.certificate import compare, describe
+
+    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
+    certificate = yield from compare(load, tokenizer, files, texts)
+    return {"gguf": certificate}, describe(certificate)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, with an adapter's at `scale` if given: a `certificate.Runner`.
+
+    To be used as a context manager. Raises UserError whatever happens to the process.
+    """
+
+    def __init__(self, model: Path, adapter: Path | None = None, scale: float = 1.0) -> None:
+        self._model, self._adapter, self._scale = model, adapter, scale
+
+    def __enter__(self) -> "LlamaCpp":
+        from torch import get_num_threads
+
+        self._process = _Process(self._adapter or self._model)
+        adapter = self._adapter and str(self._adapter)
+        try:
+            self._facts = self._process.ask(
+                "open", model=str(self._model), adapter=adapter, scale=self._scale, threads=get_num_threads()
+            )
+        except BaseException:  # Ctrl-C too: __exit__ is not called
+            self._process.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.close()
+
+    @property
+    def name(self) -> str:
+        return self._process.found.name
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the file holds."""
+        template: str | None = self._facts["template"]
+        return template
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a generation."""
+        return frozenset(self._facts["ends"])
+
+    def logits(self, ids: Sequence[int]) -> "Tensor":
+        """(T, V) in fp32."""
+        import torch
+
+        self._process.send("logits", ids=list(ids))
+        logits, row = torch.empty(len(ids), self._facts["rows"]), 0
+        while row < len(ids):  # an answer holds some of the rows
+            part = torch.frombuffer(self._process.read()[1], dtype=torch.float32).view(-1, logits.shape[1])
+            logits[row : row + len(part)] = part
+            row += len(part)
+        return logits
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, or of a rendered chat, as llama-server reads it.
+
+        It removes BOS and EOS from the ends of a rendered chat if the file says that they are added, so that a template
+        which writes them gives them once.
+        """
+        from pipeline.data.tokenizers.template_process import Rendered
+
+        if isinstance(text, Rendered):
+            text = text.removeprefix(self._facts["bos"]) if self._facts["add_bos"] else text
+            text = text.removesuffix(self._facts["eos"]) if self._facts["add_eos"] else text
+        return list(self._process.ask("tokenize", text=text)["answer"])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str | None:
+        """Messages rendered by llama.cpp's C function. It has a list of templates and picks the one most like the
+        file's; None if it knows none. (llama-server runs the file's own template.)
+        """
+        if self.template is None:
+            return None
+        fields = {"messages": list(messages), "ask": add_generation_prompt, "template": self.template}
+        rendered: str | None = self._process.ask("chat", **fields)["answer"]
+        return rendered
+
+    def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
+        """The greedy continuation, and its tokens per second (0 if it has none)."""
+        answer = self._process.ask("generate", ids=list(ids), limit=limit)["answer"]
+        return answer["ids"], len(answer["ids"]) / answer["seconds"] if answer["ids"] else 0.0
+
+
+class _Process:
+    """llama_cpp_process.py, at work on `file`. Raises UserError when it refuses, dies, or is silent for too long."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        if not is_installed():
+            raise UserError(f"There is no llama.cpp here. Run {INSTALL}.")
+        self._file, self._rest = file, bytearray()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=self._log)
+        try:
+            hello, _ = self.read()
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+        self.found = Found(hello["name"], hello["path"])
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(BrokenPipeError):  # input that it did not read
+                file.close()  # type: ignore[union-attr]
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        self.send(do, **fields)
+        return self.read()[0]
+
+    def send(self, do: str, **fields: Any) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it died: reading says why
+            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def read(self) -> tuple[dict[str, Any], bytearray]:
+        """The next answer, and the bytes that follow it."""
+        while (end := self._rest.find(b"\n")) < 0:
+            self._read_some()
+        line, self._rest = self._rest[:end], self._rest[end + 1 :]
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise self._error(f"cannot use it: {first_line(Exception(answer['error']))}")
+        size = answer.get("bytes", 0)
+        while len(self._rest) < size:
+            self._read_some()
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return answer, data
+
+    def _read_some(self) -> None:
+        """By poll: `read` would wait forever for a process that hangs."""
+        assert self._process.stdout is not None
+        poller = select.poll()
+        poller.register(self._process.stdout, select.POLLIN)
+        if not poller.poll(SILENCE_SECONDS * 1000):
+            raise self._error(f"was stopped: it did not answer within {SILENCE_SECONDS:g} seconds")
+        piece = os.read(self._process.stdout.fileno(), 2**20)
+        if not piece:
+            raise self._error(f"died{self._last_words()}")
+        self._rest += piece
+
+    def _last_words(self) -> str:
+        """The signal that ended the process, and what it printed of the reason."""
+        code = self._process.wait()
+        how = f" ({signal.Signals(-code).name})" if code < 0 else ""
+        self._log.seek(0)
+        lines = self._log.read()[-(2**16) :].decode("utf-8", "replace").splitlines()
+        reasons = [match[0] for line in lines if (match := LAST_WORDS.search(line))] or lines[-1:]
+        return how + (f": {reasons[0][:200]}" if reasons else "")
+
+    def _error(self, what: str) -> UserError:
+        if self._file is None:
+            return UserError(f"llama.cpp {what}. Install it again: {INSTALL}.")
+        return UserError(
+            f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that this build does not "
+            "know. Write it again, or install a newer llama-cpp-py-sync."
+        )
