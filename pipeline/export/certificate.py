@@ -101,15 +101,20 @@ def builtin_prompts() -> list[str]:
 
 
 def compare(
-    load: Callable[[], LoadedModel], tokenizer: Tokenizer, candidates: Sequence[Candidate], prompts: Sequence[str] = ()
+    load: Callable[[], LoadedModel],
+    tokenizer: Tokenizer,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[str] = (),
+    context: int | None = None,
 ) -> Generator[Event, None, dict[str, Any]]:
     """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was exported.
 
-    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
+    `context`: the most tokens for which the files are meant, if fewer than the model's. One model is in memory at a
+    time. Returns the certificate's entries. Raises UserError if files are not the model.
     """
     yield Progress(0, len(candidates) + 1, "the exported model")
     composed = [normalize("NFC", prompt) for prompt in prompts]  # llama.cpp does not normalize, and need not
-    expected = reference(load(), tokenizer, composed or builtin_prompts())
+    expected = reference(load(), tokenizer, composed or builtin_prompts(), context)
     names, files = set[str](), []
     for done, candidate in enumerate(candidates, start=1):
         yield Progress(done, len(candidates) + 1, candidate.label)
@@ -120,12 +125,15 @@ def compare(
 
 
 @no_grad()
-def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
+def reference(
+    loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str], context: int | None = None
+) -> Reference:
     """Logits in fp32, so that only the other program rounds."""
     model, room = loaded.model, MOST_TOKENS
+    longest = min(model.max_length, context or model.max_length)
     ids = list[list[int]]()
     for prompt in prompts:
-        ids.append(list(tokenizer.encode(prompt)[: min(room, model.max_length)]))
+        ids.append(list(tokenizer.encode(prompt)[: min(room, longest)]))
         room -= len(ids[-1])
         if room <= 0:
             break
@@ -133,8 +141,8 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
     if chat:
         with suppress(UserError):  # of a template that needs other turns
             asked = tokenizer.render([{"role": "user", "content": asked}], True)
-    start = list(tokenizer.encode(asked))[: model.max_length // 2]
-    limit = min(GREEDY_TOKENS, model.max_length - len(start))
+    start = list(tokenizer.encode(asked))[: longest // 2]
+    limit = min(GREEDY_TOKENS, longest - len(start))
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
         greedy = list(generate(model, start, tokenizer.end_ids, limit))
@@ -145,12 +153,19 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
 def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
     """Several turns with a generation prompt. Some templates refuse the system's, small vocabularies the characters."""
     for content in ("\n".join(SPELLINGS), prompt):
+        if not tokenizer.has_template or not _knows(tokenizer, content):
+            continue
         contents = (prompt, content, "It is 27.", content)
         roles = ("system", "user", "assistant", "user")
         turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        for part in (turns, turns[1:]) if tokenizer.has_template and _knows(tokenizer, content) else ():
+        chats = []
+        for part in (turns[1:], turns):
             with suppress(UserError):
-                return part, tokenizer.render(part, True)
+                chats.append((part, tokenizer.render(part, True)))
+        # A template that writes BOS before the user's turn only: a file can say of all chats alike that they begin so.
+        begins = {tokenizer.encode(rendered)[:1] == (tokenizer.bos_id,) for _, rendered in chats}
+        if chats:
+            return chats[-1 if len(begins) == 1 else 0]
     return None
 
 

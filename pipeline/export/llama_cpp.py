@@ -80,10 +80,14 @@ def candidate(kind: str, model: Path, adapter: Path | None = None, label: str = 
 
 
 def certify(
-    load: Callable[[], "LoadedModel"], tokenizer: "Tokenizer", files: Sequence["Candidate"], prompts: Path | None = None
+    load: Callable[[], "LoadedModel"],
+    tokenizer: "Tokenizer",
+    files: Sequence["Candidate"],
+    context: int,
+    prompts: Path | None = None,
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
-    """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given. Returns the
-    certificate's entries, and lines.
+    """Compare `files`, whose metadata name a `context`, with base + adapter as `load` gives them, on a file of prompts
+    if given. Returns the certificate's entries, and lines.
 
     Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
     """
@@ -93,7 +97,7 @@ def certify(
     from pipeline.export.certificate import compare, describe
 
     texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
-    certificate = yield from compare(load, tokenizer, files, texts)
+    certificate = yield from compare(load, tokenizer, files, texts, context)
     return {"gguf": certificate}, describe(certificate)
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
-from pipeline.export.formats import gguf as gguf_format
+from pipeline.export import llama_cpp
 from pipeline.export.gguf.modelfile import go_template, read_turns
 from pipeline.files.artifact import read_json, write_json
 from pipeline.inference.engine import load
@@ -30,6 +30,12 @@ from tests.helpers.tokenizers import INSTRUCTS, MARKED, SMOLLM2, THINKS, UNLIKE,
 from tests.pipeline.export.test_export import ATTENTION, SPECS, export, exported, made
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing needs none; what one finds in the files is in test_gguf_in_llama_cpp.py."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
 
 
 def scaled(name: str, scalar: int = 16) -> Family:
@@ -373,10 +379,7 @@ def test_without_the_gguf_package_an_export_says_how_to_install_it(
         assert "pip install 'lora-workbench[gguf]'" in refusal(export(cli, form, source, tmp_path / "out"))
 
 
-def test_without_llama_cpp_its_kinds_are_refused_with_those_that_need_none(
-    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_format, "find_spec", lambda _: None)
+def test_without_llama_cpp_its_kinds_are_refused_with_those_that_need_none(cli: Lora, tmp_path: Path) -> None:
     said = refusal(export(cli, "gguf", made(tmp_path), tmp_path / "out", "--quantize", "f16,q4_k_m"))
     assert "pip install 'lora-workbench[llama-cpp]'" in said and "Without it: f32, f16, bf16, q8_0" in said
 
