@@ -23,12 +23,13 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows."""
+    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows. `magnitude`: DoRA's, (O,)."""
 
     a: Tensor
     b: Tensor
     scale: float
     embedding: bool = False
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -160,22 +160,24 @@ _METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRan
 }
 
 
-def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False) -> Updates:
+def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False, dora: bool = False) -> Updates:
     """All changes of the adapter as low-rank updates, in the order of the model's modules.
 
     n trained token rows are exactly an update of rank n: one factor selects the rows, the other holds their difference
-    from the base. Raises UserError for changes that are not low-rank, and for an adapter that does not fit the base.
+    from the base. `dora`: also DoRA's, with its magnitudes. Raises UserError for changes that are not low-rank, and for
+    an adapter that does not fit the base.
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():
         name = parameter.removesuffix(".weight")
-        if isinstance(edit, AddLowRank):
+        if isinstance(edit, AddLowRank) or (dora and isinstance(edit, RescaleRows)):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear | LoRAEmbedding)
             b, a = (edit.right.T, edit.left.T) if fan_in_fan_out(layer.base) else (edit.left, edit.right)
-            updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
+            magnitude = edit.magnitude if isinstance(edit, RescaleRows) else None
+            updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding), magnitude)
         elif isinstance(edit, SetRows):
             location = find_location(parameter, stored, tied_names(model))
             if location is None:
