@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-MAX_PICKLE, MAX_OPCODES = (
-    10_000_000,
-    3_000_000,
-)  # bytes; five seconds. The largest adapters have 40,000 tensors, of 200 bytes
+# Bytes, and instructions, which take seconds. The largest adapters have 40,000 tensors, of 200 bytes and 40 of these.
+MAX_PICKLE, MAX_OPCODES = 10_000_000, 3_000_000
+MAX_DIMENSIONS = 8
 SHARED = 2  # times the file's size that its tensors may have in all: two may be the same, as embedding and head
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -97,19 +96,22 @@ def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]
     views = dict(_flat(_interpreted(read(pickle, MAX_PICKLE))))
     if sum(prod(view.size) * view.storage.dtype.itemsize for view in views.values()) > SHARED * size:
         raise _Refused(f"its tensors are larger than the file's {size:,} bytes")
-    for name, view in views.items():
-        storage, last = (
-            view.storage,
-            view.offset + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True)),
-        )
-        whole = all(n > 0 for n in view.size)
-        if min((view.offset, *view.size, *view.stride)) < 0 or (whole and last >= storage.length):
+    keys = {view.storage.key for view in views.values()}
+    if sum(entries[f"{folder}data/{key}"].file_size for key in keys) > size:  # entries may overlap
+        raise _Refused("its storages overlap")
+    storages = {key: bytearray(read(f"{folder}data/{key}", size)) for key in keys}
+    for name, (storage, offset, shape, stride) in views.items():
+        raw = storages[storage.key]
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        empty = 0 in shape
+        if min((offset, *shape, *stride)) < 0 or (not empty and last >= storage.length):
             raise _Refused(f"{name[:80]!r} lies outside its storage")
-        if not whole:
-            yield name, torch.empty(view.size, dtype=storage.dtype)
-            continue
-        raw = bytearray(read(f"{folder}data/{storage.key}", storage.length * storage.dtype.itemsize))
-        yield name, torch.frombuffer(raw, dtype=storage.dtype).as_strided(view.size, view.stride, view.offset).clone()
+        if len(raw) != storage.length * storage.dtype.itemsize:
+            raise _Refused(f"{name[:80]!r} has a storage of another size than its file")
+        if empty:
+            yield name, torch.empty(shape, dtype=storage.dtype)
+        else:
+            yield name, torch.frombuffer(raw, dtype=storage.dtype).as_strided(shape, stride, offset).clone()
 
 
 def _flat(value: Any) -> Iterator[tuple[str, View]]:
@@ -156,7 +158,7 @@ def _interpreted(pickle: bytes) -> Any:
         if number > MAX_OPCODES:
             raise _Refused(f"its pickle has more than {MAX_OPCODES:,} instructions")
         match opcode.name:
-            case "PROTO" | "FRAME":
+            case "PROTO":  # 2 is what torch.save writes, and the only one with these opcodes alone
                 pass
             case "STOP":
                 return stack.pop()
@@ -170,7 +172,7 @@ def _interpreted(pickle: bytes) -> Any:
                 stack.append(())
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
                 stack.append(argument)
             case "TUPLE":
                 stack.append(tuple(to_mark()))
@@ -178,14 +180,10 @@ def _interpreted(pickle: bytes) -> Any:
                 stack.append(last(int(opcode.name[-1])))
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
                 stack.append(Name(".".join(argument.split(" "))))
-            case "STACK_GLOBAL":
-                stack.append(Name(".".join(last(2))))
             case "BINPERSID":
                 stack.append(_storage(*last(1)))
             case "REDUCE":
@@ -227,7 +225,9 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Storage) or not all(type(n) is int for n in numbers) or len(size) != len(stride):
         raise _Refused("it has a tensor that is not a part of a storage")
-    if prod(size) > storage.length:  # one number repeated by strides of 0 would have any size
+    if (
+        len(size) > MAX_DIMENSIONS or prod(size) > storage.length
+    ):  # one number repeated by strides of 0 would have any size
         raise _Refused("it has a tensor that is larger than its storage")
     return View(storage, offset, tuple(size), tuple(stride))
 

@@ -6,7 +6,7 @@ loads as nothing; what is nothing is rejected here with the reason.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ _PART = re.compile(
     r"|(?P<other>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
     r"(?:\.(?P<name2>(?!weight$)\w+))?(?:\.weight)?)"
 )
+DEPTH = 12  # parts of a name; no model has so many
 _SAVED = re.compile(r"(?P<layer>.+)\.modules_to_save\.(?P<name>\w+)\.(?P<part>weight|bias)")
 _ORIGINAL = ".original_module."  # the base's, which PEFT keeps beside a module that trains in full
 SHARDS = (  # what a folder has instead of an adapter, and how to make one
@@ -66,10 +67,11 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
         return None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
-    tensors = _renamed(stored, {name for name, _ in model.named_modules()}, source)
-    settings = dict(config)
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = _in_model(settings["target_modules"], model)
+    names = _Names([name for name, _ in model.named_modules()])
+    tensors, settings = _renamed(stored, names, source), dict(config)
+    if isinstance(targets := config.get("target_modules"), list):
+        # tools list those of many architectures, and PEFT asks for one of them to be there
+        settings["target_modules"] = [name for name in targets if name in names] or targets
     _take_embeddings(settings, tensors, model, base, source)
     if not config.get("use_dora") and any(key.endswith(".lora_magnitude_vector") for key in tensors):
         raise UserError(
@@ -85,11 +87,11 @@ def _why_none(folder: Path) -> str:
     return next((why for pattern, why in SHARDS if any(folder.glob(pattern))), "it holds no adapter. Copy it again")
 
 
-def _renamed(stored: Mapping[str, "Tensor"], modules: set[str], source: Path) -> dict[str, "Tensor"]:
+def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> dict[str, "Tensor"]:
     """The tensors by PEFT's keys. Raises UserError for those of several adapters."""
     tensors, adapters = dict[str, "Tensor"](), set[str]()
     for key, tensor in stored.items():
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        name = ".".join(part for part in key.split(".") if part not in names.wrappers)
         while name.startswith(PREFIX):
             name = name.removeprefix(PREFIX)
         if _ORIGINAL in name:
@@ -97,38 +99,45 @@ def _renamed(stored: Mapping[str, "Tensor"], modules: set[str], source: Path) ->
         if match := _PART.fullmatch(name):
             adapters |= {match["name1"] or match["name2"] or ""}
             part = f"{match['linear']}.weight" if match["linear"] else match["other"]
-            name = f"{_full_name(match['layer'], modules)}.{part}"
+            name = f"{names.full(match['layer'])}.{part}"
         elif match := _SAVED.fullmatch(name):
             adapters |= {match["name"]}
-            name = f"{_full_name(match['layer'], modules)}.{match['part']}"
+            name = f"{names.full(match['layer'])}.{match['part']}"
+        if len(adapters - {""}) > 1:
+            several = ", ".join(sorted(name[:80] for name in adapters if name))
+            raise UserError(f"{source} holds several adapters: {several}. Save the one you mean with save_pretrained.")
         if tensors.setdefault(PREFIX + name, tensor) is not tensor:
             raise UserError(f"{source}: {key[:200]} is there twice, under two names. Save the adapter again.")
-    if len(adapters - {""}) > 1:
-        names = ", ".join(sorted(name[:80] for name in adapters if name))
-        raise UserError(f"{source} holds several adapters: {names}. Save the one you mean with save_pretrained.")
     return tensors
 
 
-def _full_name(name: str, modules: set[str]) -> str:
-    """The only module of this name with more or fewer parts before it, as after training the body without its head."""
-    if name in modules:
-        return name
-    found = [each for each in modules if each and (name.endswith(f".{each}") or each.endswith(f".{name}"))]
-    longest = max(map(len, found), default=0)
-    found = [each for each in found if len(each) == longest or each.endswith(f".{name}")]
-    return found[0] if len(found) == 1 and "." in found[0] else name
+class _Names:
+    """The base's modules by the ends of their names. `wrappers`: those that are none of its own."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = {*modules}
+        self.wrappers = _WRAPPERS - {part for name in modules for part in name.split(".")}
+        self._by_end: dict[str, list[str]] = {}
+        for name in modules:
+            for end in _ends(name):
+                self._by_end.setdefault(end, []).append(name)
+
+    def __contains__(self, end: object) -> bool:
+        """Whether it is the name of a module, or the end of one."""
+        return isinstance(end, str) and (end in self.modules or end in self._by_end)
+
+    def full(self, name: str) -> str:
+        """The only module of this name with more or fewer parts before it, as after training the body alone."""
+        if name in self.modules:
+            return name
+        longer = self._by_end.get(name, [])
+        return longer[0] if len(longer) == 1 else next((end for end in _ends(name) if end in self.modules), name)
 
 
-def _in_model(targets: list[Any], model: "CausalLM") -> list[Any]:
-    """The targets that name a layer: tools list those of many architectures, and PEFT asks for one of them alone."""
-    from pipeline.calc.target_modules import ALL_LINEAR, matches_suffix
-
-    names = [name for name, _ in model.named_modules()]
-    return [
-        target
-        for target in targets
-        if not isinstance(target, str) or target == ALL_LINEAR or any(matches_suffix(name, target) for name in names)
-    ] or targets
+def _ends(name: str) -> list[str]:
+    """A name without its first part, without its first two, …"""
+    parts = name.split(".")[-DEPTH:]
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def _take_embeddings(
@@ -145,21 +154,21 @@ def _take_embeddings(
     from pipeline.weights.streaming import read_blocks
 
     saved = config.get("modules_to_save") or []
+    saved = [saved] if isinstance(saved, str) else saved
     for name in (model.embedding_name, model.head_name):
         weight = tensors.get(f"{PREFIX}{name}.weight")
-        if weight is None:
+        if weight is None or weight.ndim != 2:
             continue
         rows = model.shape.rows
-        if weight.ndim == 2 and len(weight) != rows:
+        if len(weight) != rows:
             raise UserError(
                 f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were added before training. "
                 "Add the same tokens to the base in the same order, or pass the base that has them with --base."
             )
         if isinstance(saved, list) and not any(isinstance(each, str) and name.endswith(each) for each in saved):
             location = find_location(f"{name}.weight", tensor_locations(base), tied_names(model))
-            if location is not None and all(
-                torch.equal(weight[rows].to(old), old) for rows, old in read_blocks(location)
-            ):
+            blocks = read_blocks(location) if location else ()
+            if location and all(torch.equal(weight[part].float(), old.float()) for part, old in blocks):
                 del tensors[f"{PREFIX}{name}.weight"]
             else:
                 config["modules_to_save"] = saved = [*saved, name]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.models.base import CausalLM
 
 CONFIG = "adapter_config.json"
-REORDERED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}  # by transformers' type
+REORDERED = {"llama": True, "mistral": True, "gemma": True, "qwen2": False}  # by transformers' type
 LAYERS = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -101,4 +101,4 @@ def _in_halves(rows: "Tensor", heads: int, source: Path) -> "Tensor":
     return pairs.transpose(1, 2).reshape(rows.shape)  # (H, 2, K/2, …) → (O, …)
 
 
-FORMAT = Format(2, "torchtune", "adapter_model.pt of LLaMA, Mistral, Gemma, Gemma 2 and Qwen2", detect, read)
+FORMAT = Format(2, "torchtune", "adapter_model.pt of LLaMA, Mistral, Gemma and Qwen2", detect, read)
