@@ -48,8 +48,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     for key in [key for key in tensors if key.endswith(".lora_A")]:
         theirs = key.removesuffix(".lora_A")
         a, b = tensors.pop(key), tensors.pop(f"{theirs}.lora_B", None)
-        if b is None:
-            raise UserError(f"{source}: {theirs[:200]} has no lora_B. Copy it again.")
+        if b is None or a.ndim != 2 or b.ndim != 2:
+            raise UserError(f"{source}: {theirs[:200]} has no lora_A and lora_B of two dimensions. Copy it again.")
         for name, one_a, one_b in _layers(theirs, a, b, model, settings, source):
             updates[name] = low_rank(model, name, one_a, one_b, alpha / rank, source)
     if tensors:
@@ -68,7 +68,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: {error.strerror}. litgpt writes it beside the adapter, with rank and alpha."
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no settings file of litgpt. Copy the adapter's folder again.")
@@ -93,7 +93,7 @@ def _layers(
     names = [f"{block}.self_attn.{name}" for name, key in zip(HEADS, TRAINED, strict=True) if settings.get(key) is True]
     modules = dict(model.named_modules())
     rows = [modules[name].out_features if name in modules else 0 for name in names]
-    if not names or a.ndim != 2 or b.ndim != 2 or a.shape[0] != len(names) * b.shape[1] or b.shape[0] != sum(rows):
+    if not names or a.shape[0] != len(names) * b.shape[1] or b.shape[0] != sum(rows):
         raise UserError(
             f"{source}: {theirs} has shapes {list(a.shape)} and {list(b.shape)}, which do not fit the {sum(rows)} rows "
             f"of {', '.join(names) or 'no layer'}, trained by {SETTINGS}. Pass the base it was trained on with --base."

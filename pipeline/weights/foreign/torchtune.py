@@ -75,7 +75,9 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
                 f"{source}: {theirs[:200]} is a layer that is not read, or lacks a part. Merge the adapter."
             )
         if REORDERED[family] and name.endswith(("q_proj", "k_proj")):
-            heads = shape["num_attention_heads" if name.endswith("q_proj") else "num_key_value_heads"]
+            heads = shape.get("num_attention_heads")
+            if name.endswith("k_proj"):
+                heads = shape.get("num_key_value_heads", heads)
             parts = {
                 part: tensor if part == "a" else _in_halves(tensor, heads, source) for part, tensor in parts.items()
             }
@@ -91,13 +93,14 @@ def _name(theirs: str, model: "CausalLM") -> str | None:
     return f"model.layers.{match[1]}.{LAYERS[match[2]]}" if match and match[2] in LAYERS else None
 
 
-def _in_halves(rows: "Tensor", heads: int, source: Path) -> "Tensor":
+def _in_halves(rows: "Tensor", heads: Any, source: Path) -> "Tensor":
     """The rows (O, …) of every head from neighbours 0 1, 2 3, … to halves 0 2 …, 1 3 …"""
-    if not isinstance(heads, int) or heads < 1 or rows.shape[0] % (2 * heads):
+    if not isinstance(heads, int) or heads < 1 or rows.ndim < 1 or rows.shape[0] % (2 * heads):
         raise UserError(
-            f"{source}: {rows.shape[0]} rows are not those of {heads} heads of the base. Pass another --base."
+            f"{source}: a tensor of shape {list(rows.shape)} is none of the base's {heads} heads. Pass the base it was "
+            "trained on with --base."
         )
-    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])  # (H, K/2, 2, …)
+    pairs = rows.reshape(heads, rows.shape[0] // (2 * heads), 2, *rows.shape[1:])  # (H, K/2, 2, …)
     return pairs.transpose(1, 2).reshape(rows.shape)  # (H, 2, K/2, …) → (O, …)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -375,6 +375,27 @@ def test_what_torchtune_does_not_say_is_refused(
 
 
 # Any of them
+
+
+MAKE: dict[str, Callable[[Path], Any]] = {
+    "mlx-lm": lambda root: made_by_mlx_lm(root, "llama", ["self_attn.q_proj"], 2),
+    "litgpt": lambda root: made_by_litgpt(root, "qkv", others=True),
+    "torchtune": lambda root: made_by_torchtune(root, "llama"),
+}
+SHAPES = {"none": (), "one": (R,), "three": (1, R, D), "empty": (0, 0), "long": (1, 10**5)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tool", MAKE)
+def test_tensors_of_other_shapes_are_one_message(cli: Lora, tool: str, shape: str, tmp_path: Path) -> None:
+    MAKE[tool](tmp_path)
+    (path,) = [path for path in (tmp_path / "theirs").iterdir() if path.suffix in (".safetensors", ".lora", ".pt")]
+    is_pickle = path.suffix != ".safetensors"
+    tensors = torch.load(path, weights_only=True) if is_pickle else load_file(path)
+    for part in ("a", "b"):
+        changed = {key: torch.ones(SHAPES[shape]) if f"lora_{part}" in key.lower() else t for key, t in tensors.items()}
+        torch.save(changed, path) if is_pickle else save_file(changed, path)
+        refused(cli, tmp_path)
 
 
 def test_without_a_base_and_without_a_format_it_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
