@@ -10,6 +10,7 @@ from typer import Argument, Context, Option
 
 from cli.export import HELP, export
 from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, OutOption, TrustOption, finite, group
+from pipeline.weights import foreign
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
@@ -175,24 +176,27 @@ def combine(
     print_line(f"{out}  {method} of {count} adapters, {error:.2%} off their exact sum")
 
 
-@adapters.command("import")
+IMPORT = "Import an adapter that was trained elsewhere."
+BOUND = "It must fit its base, and is bound to it from then on. No code in its files runs."
+READS = "\n".join(f"{each.name:10}{each.about}" for each in foreign.FORMATS)
+
+
+@adapters.command("import", help=f"{IMPORT}\n\n{BOUND}\n\n\b\n{READS}")
 def import_(
-    path: Annotated[Path, Argument(metavar="PATH", help="Adapter folder in PEFT's format.")],
+    path: Annotated[Path, Argument(metavar="PATH", help="Adapter folder of one of these tools.")],
     out: OutOption,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Import an adapter that was trained elsewhere.
-
-    It must fit its base, and is bound to it from then on.
-    """
-    from cli.console import print_line
-    from pipeline.adapters.folder import base_of
+    from cli.console import print_line, print_note
     from pipeline.weights.import_adapter import import_adapter
 
-    base = base or base_of(path)
+    base = base or foreign.base_of(path)
+    imported = import_adapter(path, base, out, trust_remote_code)
+    for note in imported.notes:
+        print_note(note)
     proof = "by names and shapes; no more is known"
-    if import_adapter(path, base, out, trust_remote_code):
+    if imported.verified:
         proof = "which has the weights of the model that it names"
     print_line(f"{out}  fits {base}, {proof}")
 

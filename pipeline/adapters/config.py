@@ -225,10 +225,13 @@ class _Config:
                 f"{self.path}: peft_type must be {LORA}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
                 "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
-        if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
+        init = self.values.get("init_lora_weights", True)
+        if (init.lower() if isinstance(init, str) else init) not in _KEEPS_BASE:  # PEFT's names have no case
+            convert = "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+            if init == "loftq":  # whose base PEFT converts nothing to
+                convert = "Merge it in PEFT with merge_and_unload, and use the merged model as a base."
             raise UserError(
-                f"{self.path}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
-                "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+                f"{self.path}: init_lora_weights is {abbreviate_repr(init)}, which also changes the base. {convert}"
             )
         refuse_options(self.values, self.path, _PLAIN, _READ | _HARMLESS)
 

@@ -20,10 +20,8 @@ def refuse_pickle(folder: Path) -> None:
     """Raises UserError for an adapter whose only weights are a pickle, as PEFT wrote them before safetensors."""
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
         raise UserError(
-            f"{folder / PICKLE} is a pickle, which can run code and is never read. Convert it once: "
-            'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{folder / PICKLE}', map_location='cpu', "
-            f"weights_only=True).items()}}, '{folder / WEIGHTS}', {{'format': 'pt'}})\""
+            f"{folder / PICKLE} is a pickle, which can run code and is never read. Import the adapter, which reads its "
+            f"tensors without running any: `lora adapters import {folder} --base BASE --out OUT`."
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.adapters.attach import PREFIX
 from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
 from pipeline.adapters.folder import refuse_virtual
-from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, ROWS
+from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -23,12 +23,13 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows."""
+    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows. `magnitude`: DoRA's, (O,)."""
 
     a: Tensor
     b: Tensor
     scale: float
     embedding: bool = False
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -70,9 +71,10 @@ def directions(update: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
-    """A module's two factors by PEFT's keys; the scale follows from the config."""
+    """A module's two factors by PEFT's keys, and DoRA's magnitude; the scale follows from the config."""
     a_key, b_key = _KEYS[update.embedding]
-    return {f"{PREFIX}{module}{a_key}": update.a, f"{PREFIX}{module}{b_key}": update.b}
+    tensors = {f"{PREFIX}{module}{a_key}": update.a, f"{PREFIX}{module}{b_key}": update.b}
+    return tensors if update.magnitude is None else tensors | {f"{PREFIX}{module}{MAGNITUDE}": update.magnitude}
 
 
 @dataclass(frozen=True)

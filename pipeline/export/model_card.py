@@ -30,16 +30,17 @@ def card(
     certificate: Mapping[str, Any] | None = None,
     base: Path | None = None,
     base_name: str | None = None,
+    library: str = "peft",
 ) -> str:
     """A model card in the hub's Markdown; with a merge's `certificate`, for the merged model.
 
     `base`: default the adapter's own; `base_name`: its name on the card, default the hub id that it was imported from.
-    Raises UserError.
+    `library`: the one that reads the adapter. Raises UserError.
     """
     origin = origin_of(adapter, base)
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
     metrics = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
-    front_matter = [f"library_name: {'peft' if certificate is None else 'transformers'}", TAGS]
+    front_matter = [f"library_name: {library if certificate is None else 'transformers'}", TAGS]
     name = base_name or (origin and origin.hub_id) or read_config(adapter).get("base_model_name_or_path")
     if isinstance(name, str) and name:
         path = Path(name)  # an absolute path means nothing on other machines

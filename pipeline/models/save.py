@@ -27,12 +27,12 @@ ONE_FILE = 2**60  # bytes per shard: never split
 AGAIN = "Copy it again, or choose another base"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with the metadata of PEFT and transformers. Raises OSError on a full disk."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], library: str = "pt") -> None:
+    """Write a safetensors file with the metadata of PEFT and transformers, or MLX's. Raises OSError on a full disk."""
     # Copied to the CPU: a checkpoint must also be saved when the device's memory is full.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with as_os_error(path):
-        save_file(copies, path, metadata={"format": "pt"})
+        save_file(copies, path, metadata={"format": library})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -107,10 +107,28 @@ def generation_of(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a config by the names that transformers 4, mlx-lm and other programs read.
+
+    transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their own defaults, and
+    answer differently without a word. {} if layers have different ones: those never had such names.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    top = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in top}
+    return top if scaling.get("rope_type", "default") == "default" else {**top, "rope_scaling": scaling}
+
+
 def clean(path: Path) -> None:
-    """Remove from a config what names this machine, and a reference to code that was not copied."""
+    """Remove from a config what names this machine, and a reference to code that was not copied.
+
+    Rotary settings get their former names too.
+    """
     old = read_json(path, "Import it again")
     new = {key: value for key, value in old.items() if not OF_THIS_MACHINE.search(key)}
+    new |= rope_settings(new)
     if not any(path.parent.glob(CODE)):
         new.pop("auto_map", None)
     if new != old:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,22 +160,24 @@ _METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRan
 }
 
 
-def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False) -> Updates:
+def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False, dora: bool = False) -> Updates:
     """All changes of the adapter as low-rank updates, in the order of the model's modules.
 
     n trained token rows are exactly an update of rank n: one factor selects the rows, the other holds their difference
-    from the base. Raises UserError for changes that are not low-rank, and for an adapter that does not fit the base.
+    from the base. `dora`: also DoRA's, with its magnitudes. Raises UserError for changes that are not low-rank, and for
+    an adapter that does not fit the base.
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():
         name = parameter.removesuffix(".weight")
-        if isinstance(edit, AddLowRank):
+        if isinstance(edit, AddLowRank) or (dora and isinstance(edit, RescaleRows)):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear | LoRAEmbedding)
             b, a = (edit.right.T, edit.left.T) if fan_in_fan_out(layer.base) else (edit.left, edit.right)
-            updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
+            magnitude = edit.magnitude if isinstance(edit, RescaleRows) else None
+            updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding), magnitude)
         elif isinstance(edit, SetRows):
             location = find_location(parameter, stored, tied_names(model))
             if location is None:
@@ -205,7 +207,17 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False)
 def write_updates(
     folder: Path, updates: Updates, model: CausalLM, base_name: str, saved: Mapping[str, Tensor] | None = None
 ) -> AdapterSpec:
-    """Write adapter_config.json and adapter_model.safetensors; returns the adapter's settings.
+    """Write adapter_config.json and adapter_model.safetensors; returns the adapter's settings."""
+    config, tensors, spec = peft_format(updates, model, base_name, saved)
+    save_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, config)
+    return spec
+
+
+def peft_format(
+    updates: Mapping[str, LowRank], model: CausalLM, base_name: str, saved: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], AdapterSpec]:
+    """PEFT's config and tensors of an adapter, and its settings.
 
     `saved`: parameters of modules that are saved in full (modules_to_save), by full name.
     """
@@ -213,12 +225,11 @@ def write_updates(
     spec = replace(_adapter_spec(updates, model), saved=tuple(modules))
     transposed = any(is_conv1d(model.get_submodule(name)) for name in updates)
     pairs = {key: t for name, update in updates.items() for key, t in tensors_of(name, update).items()}
-    save_tensors(folder / WEIGHTS, pairs | {PREFIX + name: t for name, t in (saved or {}).items()})
-    write_json(folder / CONFIG, config_of(spec, base_name, transposed))
-    return spec
+    tensors = pairs | {PREFIX + name: t for name, t in (saved or {}).items()}
+    return config_of(spec, base_name, transposed), tensors, spec
 
 
-def _adapter_spec(updates: Updates, model: CausalLM) -> AdapterSpec:
+def _adapter_spec(updates: Mapping[str, LowRank], model: CausalLM) -> AdapterSpec:
     """Settings with the most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry each."""
     (rank, scale), _ = Counter((update.rank, update.scale) for update in updates.values()).most_common(1)[0]
     others = {name: update for name, update in updates.items() if (update.rank, update.scale) != (rank, scale)}
@@ -230,4 +241,5 @@ def _adapter_spec(updates: Updates, model: CausalLM) -> AdapterSpec:
         targets=tuple(sorted((*(short_targets(model, linears) if linears else ()), *embedding))),
         ranks={re.escape(name): update.rank for name, update in others.items()},
         alphas={re.escape(name): update.scale * update.rank for name, update in others.items()},
+        dora=any(update.magnitude is not None for update in updates.values()),
     )

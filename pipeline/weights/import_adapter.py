@@ -1,23 +1,34 @@
 """Adapter artifacts that no stage trains: imported from elsewhere, or combined from other adapters."""
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
 from pipeline.adapters.folder import quantization_of, refuse_virtual
-from pipeline.adapters.peft import load_adapter
+from pipeline.adapters.peft import COPY, load_adapter
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.base_model import tensor_locations
 from pipeline.files.safetensors_file import fingerprint, read_header
+from pipeline.models.base import CausalLM
 from pipeline.models.load import skeleton
+from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project import provenance
+from pipeline.weights import foreign
 from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, write_updates
 from pipeline.weights.merge import attach_to_meta_model
+
+# The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit, mlx-community/Qwen3-8B-4bit, …-AWQ
+QUANTIZED = re.compile(
+    r"[-_](unsloth[-_])?(bnb[-_])?(\d[-_]?bits?|int\d|awq|gptq|fp8|nf4|mxfp4|q\d)\b.*$", re.IGNORECASE
+)
 
 
 def combine_adapters(
@@ -59,37 +70,89 @@ def combine_adapters(
     return error
 
 
-def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool = False) -> bool:
-    """Import an adapter from elsewhere as an artifact bound to `base`; returns whether it was verified as its base.
+class Imported(NamedTuple):
+    """`format`: the tool whose format it had; `verified`: whether its base was recognized by its weights.
+
+    `notes`: what the user should know.
+    """
+
+    format: str
+    verified: bool
+    notes: tuple[str, ...] = ()
+
+
+def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool = False) -> Imported:
+    """Import an adapter from elsewhere, of any registered format, as an artifact bound to `base`.
 
     Its tensors must fit the base, and an embedding that PEFT saved with them must equal the base's. If it names a hub
     model that is in the local cache, that model's weights must equal the base's. Raises UserError.
     """
     refuse_other(out, "import", [source])
-    model, config = skeleton(base, trust_remote_code), read_config(source)
-    if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
-        load_adapter(model, base, source)
-        params: dict[str, Any] = {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
-    else:
-        spec = attach_to_meta_model(model, base, tensor_locations(base), source)
-        params = {"rank": spec.rank, "alpha": config["lora_alpha"]}
-    params["quantization"] = quantization_of(source)
-    verified = _refuse_other_base(source, base)
+    found, model = foreign.detect(source), skeleton(base, trust_remote_code)
+    converted = found.read(source, model, base)
+    config = read_config(source) if converted is None else converted.config
+    verified = _refuse_other_base(source, config, base)
+    files = (source / WEIGHTS, source / CONFIG) if converted is None else converted.files
     with artifact.writing(out) as folder:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(source / name, folder / name)
+        if converted is None:
+            params = _checked(model, base, source)
+            shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+        else:
+            save_tensors(folder / WEIGHTS, converted.tensors)
+            artifact.write_json(folder / CONFIG, config)
+            try:
+                params = _checked(model, base, folder)
+            except UserError as error:  # it names files that are gone then
+                raise UserError(str(error).replace(str(folder), str(source))) from None
         artifact.write_json(folder / CONFIG, {**config, "base_model_name_or_path": str(base)})
         copy_tokenizer(base, folder)
         copy_template(source, folder)
-        base_name = config.get("base_model_name_or_path")
+        name = config.get("base_model_name_or_path")
         origin = {
             "name": source.resolve().name,
-            "base": base_model.shared_name(base_name) if isinstance(base_name, str) else base_name,
-            "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
+            "base": base_model.shared_name(name) if isinstance(name, str) else name,
+            "sha256": {path.name: artifact.file_digest(path) for path in sorted(files)},
         }
+        if found.name != "PEFT":
+            origin["format"] = found.name
         manifest = build_manifest("import", "pipeline.weights.import_adapter", base, params)
         artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
-    return verified
+    tensors = load_tensors(source / WEIGHTS) if converted is None else converted.tensors
+    return Imported(found.name, verified, (*_note_on_base(name, base), *_note_on_zeros(tensors)))
+
+
+def _checked(model: CausalLM, base: Path, folder: Path) -> dict[str, Any]:
+    """The manifest's params of the adapter in `folder`, if it fits `model`. Raises UserError."""
+    config = read_config(folder)
+    if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
+        load_adapter(model, base, folder)
+        params: dict[str, Any] = {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
+    else:
+        spec = attach_to_meta_model(model, base, tensor_locations(base), folder)
+        params = {"rank": spec.rank, "alpha": config["lora_alpha"]}
+    return params | {"quantization": quantization_of(folder)}
+
+
+def _note_on_base(name: object, base: Path) -> Iterator[str]:
+    """A note if the adapter names a quantized base: it learned to correct its errors too."""
+    if isinstance(name, str) and (match := QUANTIZED.search(name)):
+        yield (
+            f"It names {name[:200]}, a quantized model. On {base} it answers a little differently if that is not "
+            f"quantized in the same way. Its unquantized base is likely {name[: match.start()][:200]}."
+        )
+
+
+def _note_on_zeros(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """A note if A or B of every layer is zero, as before training."""
+    layers: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, is_lora, _ = key.partition(".lora_")
+        if is_lora:
+            layers.setdefault(layer, []).append(tensor)
+        elif not key.endswith(COPY):
+            return  # other parts are trained too
+    if layers and not any(all(bool(tensor.any()) for tensor in pair) for pair in layers.values()):
+        yield "It changes nothing: A or B of every layer is zero, as before training."
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
@@ -112,19 +175,19 @@ def build_manifest(method: str, module: str, base: Path, params: dict[str, Any])
     }
 
 
-def _refuse_other_base(source: Path, base: Path) -> bool:
+def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> bool:
     """Whether the hub model that the adapter names is in the local cache and has the base's weights.
 
     Raises UserError if it is there with other weights.
     """
-    base_name = read_config(source).get("base_model_name_or_path")
+    base_name = config.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         return False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        revision = read_config(source).get("revision")
+        revision = config.get("revision")
         snapshot = Path(snapshot_download(base_name, revision=revision, local_files_only=True))
         weights = base_model.weight_files(snapshot)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UserError, OSError):

@@ -51,8 +51,10 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
 
 
 @contextmanager
-def adapter_folder(export: Export, out: Path) -> Iterator[Path]:
+def adapter_folder(export: Export, out: Path, library: str = "peft") -> Iterator[Path]:
     """A folder for the files of an adapter that is not merged; at the end it gets a tokenizer and a card.
+
+    `library`: the one that reads it.
 
     It appears at `out` whole or not at all, and replaces nothing but an earlier export. Raises UserError.
     """
@@ -75,7 +77,7 @@ def adapter_folder(export: Export, out: Path) -> Iterator[Path]:
         if names:
             artifact.write_json(folder / CONFIG, {**read_config(folder), **names})
         copy_tokenizer(export.adapter, folder)
-        (folder / CARD).write_text(card(export.adapter, None, export.base, export.base_name), encoding="utf-8")
+        (folder / CARD).write_text(card(export.adapter, None, export.base, export.base_name, library), encoding="utf-8")
 
 
 def note_on_quantization(adapter: Path) -> Iterator[Note]:

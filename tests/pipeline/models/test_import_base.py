@@ -232,6 +232,22 @@ def test_two_imports_of_copies_in_two_places_are_the_same_bytes(tmp_path: Path) 
     assert "auto_map" not in config and not any("name_or_path" in key for key in config)
 
 
+ROPE = {"rope_theta": 500.0, "rope_type": "default"}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("rope", [ROPE, {**ROPE, **LLAMA3, "rope_type": "llama3"}])
+def test_rotary_settings_have_the_names_that_programs_before_transformers_5_read(
+    rope: dict[str, Any], tmp_path: Path
+) -> None:
+    model = toy_checkpoint(tmp_path / "model", rope_parameters=rope)
+    out, _ = imported("model", tmp_path)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == 500.0 and config["rope_parameters"] == rope
+    assert config.get("rope_scaling", {}) == ({**LLAMA3, "rope_type": "llama3"} if len(rope) > 2 else {})
+    assert torch.equal(logits(opened(out)), logits(model))
+
+
 def test_shards_become_one_file(tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "model", shard="20KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2

@@ -1,0 +1,212 @@
+"""The adapter as mlx-lm loads it: adapters.safetensors, and its own kind of adapter_config.json.
+
+mlx-lm has A (I, R) and B (R, O), y = Wx + s·xAB, and one rank and one scale for all layers.
+"""
+
+import re
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
+from pipeline.project.runner import Event, Note
+
+if TYPE_CHECKING:
+    from pipeline.adapters.low_rank import LowRank
+    from pipeline.models.base import CausalLM
+    from pipeline.weights.combine import Updates
+
+WEIGHTS = "adapters.safetensors"
+# Families whose layers have the same names in mlx-lm: the tests compare each. Not GPT-2, of which mlx-lm opens only the
+# original file, with other names than transformers writes.
+FAMILIES = frozenset(
+    (
+        *("cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "llama", "mistral"),
+        *("mixtral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
+    )
+)
+PROMPTS = ("The capital of Bulgaria is", "def add(a, b):", "Once upon a time")  # compared where no others are given
+FITS = 4  # times the base's size: two models, and their larger parts in fp32
+# Share of the largest logit. In fp32 the families differ by 1e-6 of it, and by 2e-4 where mlx-lm's GELU is another.
+LIMIT = 2e-3
+WIDER = 4  # ranks that padding multiplies by more are worth a note
+
+
+def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
+    """Write the updates with one rank and scale, and compare the logits with mlx-lm's. Raises UserError."""
+    from pipeline.adapters.config import CONFIG
+    from pipeline.adapters.folder import base_of
+    from pipeline.files.artifact import write_json
+    from pipeline.models.load import read_config, skeleton
+    from pipeline.models.save import save_tensors
+    from pipeline.weights.combine import low_rank_updates
+
+    yield from note_on_quantization(export.adapter)
+    base = export.base or base_of(export.adapter)
+    if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
+        raise UserError(
+            f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. Known: "
+            f"{', '.join(sorted(FAMILIES))}. Export it with --format merged."
+        )
+    with adapter_folder(export._replace(base=base), out, "mlx") as folder:
+        model = skeleton(base, export.trust_remote_code)
+        updates = low_rank_updates(base, export.adapter, export.trust_remote_code, dora=True)
+        updates = _with_tied_head(model, updates, export.adapter)
+        rank, least = (choose(update.rank for update in updates.values()) for choose in (max, min))
+        dora = [update.magnitude is not None for update in updates.values()]
+        if any(dora) and not all(dora):
+            raise UserError(
+                f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows are trained beside "
+                "DoRA here. Export it with --format merged."
+            )
+        if rank >= WIDER * least:
+            yield Note(
+                f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros to {rank}, which "
+                "makes the adapter larger. A merged model (--format merged) is not."
+            )
+        scale = _common_scale(updates)
+        tensors = {
+            name + key: tensor
+            for name, update in updates.items()
+            for key, tensor in _tensors(update, rank, scale).items()
+        }
+        save_tensors(folder / WEIGHTS, tensors, "mlx")
+        blocks = next(name for name, module in model.named_modules() if module is model.blocks)
+        keys, count = _keys(updates, blocks, len(model.blocks))
+        config: dict[str, Any] = {
+            "fine_tune_type": "dora" if any(dora) else "lora",
+            "num_layers": count,
+            "lora_parameters": {"rank": rank, "scale": 1.0 if scale is None else scale, "dropout": 0.0, "keys": keys},
+            "model": export.base_name or str(base),
+        }
+        write_json(folder / CONFIG, config)
+        compared = list(_compared(export, base, folder))
+    return [
+        f"{out}  for MLX. Use it with:",
+        f"mlx_lm.generate --model {config['model']} --adapter-path {out}",
+        *compared,
+    ]
+
+
+def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":
+    """The updates without a tied head's: mlx-lm adds an embedding's update to the head that is tied to it.
+
+    Raises UserError if only one of the two has an update, or if they differ.
+    """
+    import torch
+
+    if not model.shape.tied or not {model.embedding_name, model.head_name} & updates.keys():
+        return updates
+    embedding, head = updates.get(model.embedding_name), updates.get(model.head_name)
+    if not (
+        embedding
+        and head
+        and embedding.scale == head.scale
+        and torch.equal(embedding.a, head.b.T)
+        and torch.equal(embedding.b, head.a.T)
+    ):
+        raise UserError(
+            f"{adapter} changes one of embedding and head, or each differently. They are tied in the base, and mlx-lm "
+            "adds the same update to both. Export it with --format merged."
+        )
+    return {name: update for name, update in updates.items() if name != model.head_name}
+
+
+def _common_scale(updates: "Updates") -> float | None:
+    """The scale of all updates; None if they differ, as with alpha_pattern: it is then multiplied into B."""
+    scales = {update.scale for update in updates.values()}
+    return scales.pop() if len(scales) == 1 else None
+
+
+def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any]:
+    """A (I, R) and B (R, O), padded with zeros to `rank`, and DoRA's magnitude; B holds the scale if none is common."""
+    import torch.nn.functional as F
+
+    a, b = update.a.T, update.b.T  # (I, R), (R, O); of an embedding the inputs are its rows
+    missing = rank - update.rank
+    b = b if scale is not None else (update.scale * b.float()).to(b.dtype)
+    padded = {".lora_a": F.pad(a, (0, missing)), ".lora_b": F.pad(b, (0, 0, 0, missing))}
+    return padded if update.magnitude is None else padded | {".m": update.magnitude}
+
+
+def _keys(names: Iterable[str], stem: str, blocks: int) -> tuple[list[str], int]:
+    """The layers to adapt as mlx-lm's `keys` and `num_layers`; `stem` is the full name of the list of `blocks`.
+
+    A key is a name inside a block, which then means the same layer of each of the last `num_layers` blocks, or a full
+    name. Full names are always exact; short ones are used where they say the same, as other programs know only these.
+    """
+    inside: dict[str, set[int]] = {}
+    outside = []
+    for name in names:
+        match = re.fullmatch(rf"{re.escape(stem)}\.(\d+)\.(.+)", name)
+        if match:
+            inside.setdefault(match[2], set()).add(int(match[1]))
+        else:
+            outside.append(name)
+    first = min((min(numbers) for numbers in inside.values()), default=0)
+    if all(numbers == {*range(first, blocks)} for numbers in inside.values()):
+        return sorted(inside) + outside, blocks - first
+    return [*names], blocks
+
+
+def _compared(export: Export, base: Path, folder: Path) -> Iterator[str]:
+    """What a comparison with mlx-lm gave, where it is installed and both models fit in memory.
+
+    Raises UserError if the logits differ by more than rounding does.
+    """
+    from pipeline.models.load import read_config
+    from pipeline.models.save import rope_settings
+
+    config = read_config(base)
+    if settings := ", ".join(f'"{key}": {value}' for key, value in rope_settings(config).items() if key not in config):
+        yield (
+            f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where mlx-lm does not look for "
+            f"most models. Import the base again, or add to a copy: {settings}"
+        )
+    if find_spec("mlx_lm") is None or find_spec("mlx") is None:
+        yield "Nothing was compared with mlx-lm, which is not installed: pip install 'lora-workbench[mlx]'"
+        return
+    import torch
+
+    from pipeline.data.prompts import read_prompts
+    from pipeline.files.base_model import weight_files
+    from pipeline.inference.engine import load
+    from pipeline.models.base import compute_in_fp32
+    from pipeline.models.device import available_memory
+
+    size = sum(path.stat().st_size for path in weight_files(base))
+    if FITS * size > available_memory(torch.device("cpu")):
+        yield f"Nothing was compared with mlx-lm: two models of {size / 1e9:.1f} GB do not fit in memory."
+        return
+    from pipeline.export.mlx import MLX
+
+    texts: Sequence[str] = PROMPTS
+    if export.prompts is not None:
+        texts = [prompt.prompt for prompt in read_prompts(export.prompts, str(export.prompts))]
+    # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
+    tuned = load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none")
+    runner = MLX(base, folder)
+    largest, size_of_logits, same, tokens = 0.0, 0.0, 0, 0
+    with torch.no_grad(), compute_in_fp32(tuned.model):
+        for text in texts:
+            ids = tuned.tokenizer.encode(text)[: tuned.model.shape.positions]
+            ours = tuned.model(torch.tensor([ids], device=tuned.model.device))[0].float().cpu()  # (T, V)
+            theirs = runner.logits(ids)
+            largest = max(largest, float((ours - theirs).abs().max()))
+            size_of_logits = max(size_of_logits, float(ours.abs().max()))
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            tokens += len(ids)
+    if not largest <= LIMIT * size_of_logits:  # NaN is not either
+        raise UserError(
+            f"export rejected: in {runner.name} the logits differ from ours by {largest:.1e}, and the largest is "
+            f"{size_of_logits:.1e}. Export with --format merged, and please report this."
+        )
+    yield (
+        f"{runner.name} on {len(texts)} prompts: largest logit difference {largest:.1e}, same first choice for "
+        f"{same} of {tokens} tokens"
+    )
+
+
+FORMAT = Format(3, "the adapter for MLX (mlx-lm)", ("base", "base_name", "prompts", "trust_remote_code"), write)

@@ -1,0 +1,177 @@
+"""PEFT's own format, as tools write it that wrap PEFT's model: LLaMA-Factory, Axolotl, Unsloth, TRL under FSDP or
+DeepSpeed, and code that saves a state dict itself.
+
+What leaves the same adapter under other names is read. PEFT skips names that it does not know, so that such an adapter
+loads as nothing; what is nothing is rejected here with the reason.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.weights.foreign import Converted, Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.base import CausalLM
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+# Modules that torch.compile, FSDP, activation checkpointing and DDP put around others
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+# The part of a key after the layer's name, which in a state dict of PEFT's model has the adapter's name in it
+_PART = re.compile(
+    r"(?P<layer>.+)\.(?:(?P<linear>lora_[AB])(?:\.(?P<name1>\w+))??\.weight"
+    r"|(?P<other>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
+    r"(?:\.(?P<name2>(?!weight$)\w+))?(?:\.weight)?)"
+)
+DEPTH = 12  # parts of a name; no model has so many
+_SAVED = re.compile(r"(?P<layer>.+)\.modules_to_save\.(?P<name>\w+)\.(?P<part>weight|bias)")
+_ORIGINAL = ".original_module."  # the base's, which PEFT keeps beside a module that trains in full
+SHARDS = (  # what a folder has instead of an adapter, and how to make one
+    ("*_fsdp_*", "FSDP saved it in shards. Merge them with `accelerate merge-weights`"),
+    ("global_step*", "DeepSpeed saved it in shards. Set stage3_gather_16bit_weights_on_model_save, and save it again"),
+    (
+        "zero_to_fp32.py",
+        "DeepSpeed saved it in shards. Set stage3_gather_16bit_weights_on_model_save, and save it again",
+    ),
+)
+
+
+def detect(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
+    """Raises UserError."""
+    from pipeline.adapters.config import OTHER_KINDS, VIRTUAL, read_config
+    from pipeline.files.artifact import MANIFEST
+    from pipeline.models.save import load_tensors
+    from pipeline.weights.torch_file import load
+
+    if (folder / MANIFEST).exists():
+        return None  # ours: anything unusual in it is an edit, which its digests tell
+    config, source = read_config(folder), folder / WEIGHTS
+    if not source.exists() and (folder / PICKLE).is_file():
+        source = folder / PICKLE
+    if not source.exists():
+        raise UserError(f"{folder} has no {WEIGHTS}: {_why_none(folder)}.")
+    stored = load(source) if source.name == PICKLE else load_tensors(source)
+    if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
+        raise UserError(
+            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and it would change "
+            "nothing. Set stage3_gather_16bit_weights_on_model_save, and save it again."
+        )
+    if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
+        return None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
+    names = _Names([name for name, _ in model.named_modules()])
+    tensors, settings = _renamed(stored, names, source), dict(config)
+    if isinstance(targets := config.get("target_modules"), list):
+        # tools list those of many architectures, and PEFT asks for one of them to be there
+        settings["target_modules"] = [name for name in targets if name in names] or targets
+    _take_embeddings(settings, tensors, model, base, source)
+    if not config.get("use_dora") and any(key.endswith(".lora_magnitude_vector") for key in tensors):
+        raise UserError(
+            f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would leave them out. Set "
+            "use_dora to true there if it was trained with DoRA."
+        )
+    if source.name == WEIGHTS and tensors.keys() == stored.keys() and settings == config:
+        return None
+    return Converted(settings, tensors, (source, folder / CONFIG))
+
+
+def _why_none(folder: Path) -> str:
+    return next((why for pattern, why in SHARDS if any(folder.glob(pattern))), "it holds no adapter. Copy it again")
+
+
+def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> dict[str, "Tensor"]:
+    """The tensors by PEFT's keys. Raises UserError for those of several adapters."""
+    tensors, adapters = dict[str, "Tensor"](), set[str]()
+    for key, tensor in stored.items():
+        name = ".".join(part for part in key.split(".") if part not in names.wrappers)
+        while name.startswith(PREFIX):
+            name = name.removeprefix(PREFIX)
+        if _ORIGINAL in name:
+            continue
+        if match := _PART.fullmatch(name):
+            adapters |= {match["name1"] or match["name2"] or ""}
+            part = f"{match['linear']}.weight" if match["linear"] else match["other"]
+            name = f"{names.full(match['layer'])}.{part}"
+        elif match := _SAVED.fullmatch(name):
+            adapters |= {match["name"]}
+            name = f"{names.full(match['layer'])}.{match['part']}"
+        if len(adapters - {""}) > 1:
+            several = ", ".join(sorted(name[:80] for name in adapters if name))
+            raise UserError(f"{source} holds several adapters: {several}. Save the one you mean with save_pretrained.")
+        if tensors.setdefault(PREFIX + name, tensor) is not tensor:
+            raise UserError(f"{source}: {key[:200]} is there twice, under two names. Save the adapter again.")
+    return tensors
+
+
+class _Names:
+    """The base's modules by the ends of their names. `wrappers`: those that are none of its own."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = {*modules}
+        self.wrappers = _WRAPPERS - {part for name in modules for part in name.split(".")}
+        self._by_end: dict[str, list[str]] = {}
+        for name in modules:
+            for end in _ends(name):
+                self._by_end.setdefault(end, []).append(name)
+
+    def __contains__(self, end: object) -> bool:
+        """Whether it is the name of a module, or the end of one."""
+        return isinstance(end, str) and (end in self.modules or end in self._by_end)
+
+    def full(self, name: str) -> str:
+        """The only module of this name with more or fewer parts before it, as after training the body alone."""
+        if name in self.modules:
+            return name
+        longer = self._by_end.get(name, [])
+        return longer[0] if len(longer) == 1 else next((end for end in _ends(name) if end in self.modules), name)
+
+
+def _ends(name: str) -> list[str]:
+    """A name without its first part, without its first two, …"""
+    parts = name.split(".")[-DEPTH:]
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _take_embeddings(
+    config: dict[str, Any], tensors: dict[str, "Tensor"], model: "CausalLM", base: Path, source: Path
+) -> None:
+    """An embedding or head that is saved whole without modules_to_save, as PEFT does where a tokenizer grew.
+
+    It is left out if it is the base's, and otherwise trained in full, in place. Raises UserError for other rows.
+    """
+    import torch
+
+    from pipeline.files.base_model import tensor_locations
+    from pipeline.weights.merge import find_location, tied_names
+    from pipeline.weights.streaming import read_blocks
+
+    saved = config.get("modules_to_save") or []
+    saved = [saved] if isinstance(saved, str) else saved
+    for name in (model.embedding_name, model.head_name):
+        weight = tensors.get(f"{PREFIX}{name}.weight")
+        if weight is None or weight.ndim != 2:
+            continue
+        rows = model.shape.rows
+        if len(weight) != rows:
+            raise UserError(
+                f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were added before training. "
+                "Add the same tokens to the base in the same order, or pass the base that has them with --base."
+            )
+        if isinstance(saved, list) and not any(isinstance(each, str) and name.endswith(each) for each in saved):
+            location = find_location(f"{name}.weight", tensor_locations(base), tied_names(model))
+            blocks = read_blocks(location) if location else ()
+            if location and all(torch.equal(weight[part].float(), old.float()) for part, old in blocks):
+                del tensors[f"{PREFIX}{name}.weight"]
+            else:
+                config["modules_to_save"] = saved = [*saved, name]
+
+
+FORMAT = Format(9, "PEFT", "also as LLaMA-Factory, Axolotl and Unsloth write it, and adapter_model.bin", detect, read)
