@@ -167,12 +167,13 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
         raise _implausible(source, f"it describes {total:,} parameters, the weights have {stored:,}")
 
 
-def refuse_implausible_gguf(path: Path) -> None:
-    """The same for a GGUF file's metadata. A parameter takes at least one bit."""
+def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
+    """The same for a GGUF file's metadata, which it returns. A parameter takes at least one bit."""
     from pipeline.calc.sources import headers  # loading a model checks its folder only
 
     metadata, tensors = headers.read_gguf(path)
     _refuse_sizes(headers.gguf_config(metadata, tensors), len(tensors), 8 * path.stat().st_size + SLACK, path)
+    return metadata
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:

@@ -368,15 +368,19 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
 
 def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
     root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
-    note = "trained on its base quantized to nf4-dq; on the unquantized base it answers differently"
+    note = "trained on {} quantized to nf4-dq; on the unquantized base it answers differently"
+    options = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0
-        assert f"{note}. Load the base in nf4-dq, or export it with --format merged." in said
-        assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
+        advice = f"Load org/toy in nf4-dq ({options}), or export with --format merged."
+        assert f"{note.format('org/toy')}. {advice}" in said
+        card = (root / form / "README.md").read_text(encoding="utf-8")
+        assert f"- {note.format('its base')}. Load the base in nf4-dq" in card
+        assert f"BitsAndBytesConfig({options})" in card
     code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
     card = (root / "merged/README.md").read_text(encoding="utf-8")
-    assert code == 0 and note not in said + card
+    assert code == 0 and "answers differently" not in said + card and "BitsAndBytes" not in card
     assert "merged into the nf4-dq weights that the adapter was trained on, dequantized" in card
 
 
