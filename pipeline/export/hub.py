@@ -8,11 +8,13 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from logging import ERROR, getLogger
+from os.path import exists  # Path.exists raises for a text too long for a name
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, first_line
 from pipeline.export.formats import FORMATS, Export, write
+from pipeline.files import artifact
 from pipeline.files.base_model import CARD, HUB, parse_source
 from pipeline.project.runner import Event, Note
 
@@ -134,6 +136,20 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
     return lines
 
 
+def _refuse_paths(folder: Path) -> None:
+    """Raises UserError for a config that names a file or folder of this machine, as tools once wrote into them."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in ("tokenizer.json", "vocab.json"):  # words, of which some look like paths
+            continue
+        waiting = [artifact.read_json(path, "Export it again")]
+        while waiting:
+            value: Any = waiting.pop()
+            if isinstance(value, dict | list):
+                waiting += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and Path(value).is_absolute() and len(value) > 1 and exists(value):  # noqa: PTH110
+                raise UserError(f"{path.name} names a path of this machine: {value}. Remove it where it comes from.")
+
+
 def files_of(folder: Path) -> dict[str, int]:
     """Name → size in bytes of each file that is sent."""
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -143,6 +159,7 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
     """Send the files of `folder` in one commit; returns its URL. Raises UserError."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    _refuse_paths(folder)
     api, name, branch, sent = HfApi(), publication.repository, publication.revision, files_of(folder)
     with _reported(name), warnings.catch_warnings(record=True) as warned:
         api.create_repo(name, private=publication.private or None, exist_ok=True)

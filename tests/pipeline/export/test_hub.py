@@ -262,6 +262,16 @@ def test_a_broken_rule_of_the_hub_is_told_in_its_own_words(cli: Lora, hub: Hub, 
     assert not hub.repositories[NAME].commits
 
 
+@pytest.mark.parametrize("key", ["name_or_path", "auto_map"])
+def test_no_path_of_this_machine_is_sent(cli: Lora, hub: Hub, source: Path, key: str) -> None:
+    shutil.copy(source.parent / "project/base/tokenizer.json", source)
+    value = {"name_or_path": str(source), "auto_map": {"AutoTokenizer": [None, str(source)]}}[key]
+    artifact.write_json(source / "tokenizer_config.json", {key: value})
+    message = refusal(push(cli, source, *BASE_NAME))
+    assert f"tokenizer_config.json names a path of this machine: {source}" in message
+    assert not any(method == "PUT" or "commit" in path for method, path, _ in hub.seen)
+
+
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "base": ((), "its base was not imported from the hub. Name the base on the hub with --base-name org/name"),
     "path": (("--base-name", "project/base"), "--base-name must be a hub id such as org/name, got 'project/base'"),
