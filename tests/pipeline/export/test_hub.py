@@ -104,6 +104,9 @@ def test_the_card_passes_the_hubs_rules_and_loads_again(cli: Lora, brief: Path, 
     assert (card.data.base_model, card.data.pipeline_tag) == ("org/base", "text-generation")
     assert card.data.library_name == ("transformers" if form == "merged" else "peft")
     assert card.data.base_model_relation == ("finetune" if form == "merged" else "adapter")
+    sentences = {line for file in (brief / "data").glob("*.txt") for line in file.read_text("utf-8").splitlines()}
+    sent = "".join(path.read_text("utf-8") for path in path.parent.iterdir() if path.suffix in (".md", ".json"))
+    assert len(sentences) > 50 and not [sentence for sentence in sentences if sentence and sentence in sent]
     if form != "vllm":
         metrics = read_json(brief / "artifacts/evaluation/metrics.json", "")["lora"]
         results = {(each.dataset_type, each.metric_type): each.metric_value for each in card.data.eval_results}
