@@ -37,6 +37,7 @@ COMMANDS = {
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
+    "push": ("cli.push", "Push an export of an adapter to the Hugging Face hub."),
     "data": ("cli.data", "Check, show and convert data files."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),

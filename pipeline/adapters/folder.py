@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.base_model import base_fingerprint
+from pipeline.files.base_model import base_fingerprint, license_of
 from pipeline.project.params.sections import Quantization
 
 PICKLE = "adapter_model.bin"
@@ -57,18 +57,23 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
 
 
 class Origin(NamedTuple):
-    """The hub model that a base was imported from: its id and commit, and the number of tokens added since."""
+    """Where a base was imported from: its id and commit on the hub, if it is from there; the number of tokens added
+    since; the license on its card; the quantization of the GGUF file whose weights were dequantized, if it was one."""
 
-    hub_id: str
+    hub_id: str | None
     revision: str | None
     added: int
+    license: Mapping[str, str]
+    dequantized: str
 
 
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
-    """The hub model of the adapter's base, or of `base`; None if the base is not from the hub, is missing, or was
-    expanded from another base than the one in the folder beside it."""
+    """The origin of the adapter's base, or of `base`; None if it was not imported, is missing, or was expanded from
+    another base than the one in the folder beside it."""
     try:
         base = base or base_of(adapter)
+        if not (base / artifact.MANIFEST).exists():
+            return Origin(None, None, 0, license_of(base), "")
         manifest, added = artifact.read_manifest(base), 0
         if manifest.get("stage") == "expand_vocab":
             start, stop = manifest["new_rows"]
@@ -76,9 +81,11 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
             if manifest["inputs"]["artifacts/base"] != artifact.sealed_digest(imported):
                 return None
             manifest, added = imported, stop - start
-        if manifest.get("source") != "hub":
+        if "source" not in manifest:
             return None
-        return Origin(manifest["params"]["base"].partition("@")[0], manifest.get("revision"), added)
+        hub_id = manifest["params"]["base"].partition("@")[0] if manifest["source"] == "hub" else None
+        license = {str(key): str(value) for key, value in manifest.get("license", {}).items()}
+        return Origin(hub_id, manifest.get("revision"), added, license, str(manifest.get("dequantized") or ""))
     except (UserError, AttributeError, KeyError, TypeError, ValueError):  # no manifest, or none of this project
         return None
 

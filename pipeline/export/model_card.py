@@ -1,19 +1,38 @@
-"""A model card: how an adapter or a merged model was trained and how it was evaluated, from its manifest."""
+"""A model card: how an adapter or a merged model was trained and how it was evaluated, from its manifest.
 
-from collections.abc import Iterable, Iterator, Mapping
+Its front matter is the metadata that the Hugging Face hub reads, and follows the hub's rules.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.config import OTHER_KINDS, VIRTUAL, read_config
-from pipeline.adapters.folder import Origin, origin_of, quantization_of
+from pipeline.adapters.folder import Origin, base_of, origin_of, quantization_of
+from pipeline.data.tokenizers.chat_template import has_template
+from pipeline.errors import UserError
 from pipeline.files import artifact
+from pipeline.files.base_model import CARD, HUB, parse_source
 from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
-CARD = "README.md"
-TAGS = "tags: [lora, lora-workbench]"  # mark a card as written by this project
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+TAG = "lora-workbench"  # marks a card as written by this project
+TAGS = f"tags: [lora, {TAG}]"  # in the cards of earlier versions
+LICENSE = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # the form of the hub's identifiers
+BITSANDBYTES = {  # transformers' options for each of our quantizations
+    "int8": "load_in_8bit=True",
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4"',
+    "nf4-dq": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+}
 TRAINED = (
     "epochs",
+    "max_steps",
     "batch_size",
     "learning_rate",
     "loraplus_ratio",
@@ -30,28 +49,43 @@ def card(
     certificate: Mapping[str, Any] | None = None,
     base: Path | None = None,
     base_name: str | None = None,
-    library: str = "peft",
+    folder_name: str | None = None,
+    library: str | None = None,
+    commands: Sequence[str] = (),
 ) -> str:
     """A model card in the hub's Markdown; with a merge's `certificate`, for the merged model.
 
     `base`: default the adapter's own; `base_name`: its name on the card, default the hub id that it was imported from.
-    `library`: the one that reads the adapter. Raises UserError.
+    `folder_name`: what its code opens, default the adapter. `library`: the one that reads it, default transformers or
+    PEFT; `commands`: how it is used there. Raises UserError.
     """
-    origin = origin_of(adapter, base)
+    from huggingface_hub import ModelCardData
+
+    origin, merged, name = origin_of(adapter, base), certificate is not None, adapter.resolve().name
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
     metrics = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
-    front_matter = [f"library_name: {library if certificate is None else 'transformers'}", TAGS]
-    name = base_name or (origin and origin.hub_id) or read_config(adapter).get("base_model_name_or_path")
-    if isinstance(name, str) and name:
-        path = Path(name)  # an absolute path means nothing on other machines
-        front_matter.insert(0, f"base_model: {path.name if path.is_absolute() else name}")
-    made_with = [f"{library} {number}" for library, number in manifest.get("versions", {}).items()]
+    known = hub_name(adapter, origin, manifest, base_name)
+    license: dict[str, Any] = _license(origin)
+    metadata = ModelCardData(
+        base_model=known,
+        base_model_relation=("finetune" if merged else "adapter") if known else None,
+        library_name=library or ("transformers" if merged else "peft"),
+        pipeline_tag="text-generation",
+        tags=["lora", TAG],
+        model_name=name,
+        eval_results=list(_results(metrics, manifest)) or None,
+        **license,
+    )
+    if not metadata.eval_results:
+        metadata.pop("model_name")
+    made_with = [f"{package} {number}" for package, number in manifest.get("versions", {}).items()]
     if manifest.get("commit"):
         made_with.append(f"code: commit `{manifest['commit']}`")
     parts = [
-        "\n".join(["---", *front_matter, "---"]),
-        f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",
-        _section("Method", _method(adapter, manifest, origin, merged=certificate is not None)),
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {name}{', merged' * merged}",
+        _shell(commands) if library else _usage(adapter, folder_name or name, merged),
+        _section("Method", _method(adapter, manifest, origin, merged)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
         _section("Evaluation", _evaluation(adapter, metrics)),
         _section("Merge", _merge(certificate or {}, quantization_of(adapter))),
@@ -63,7 +97,102 @@ def card(
 def has_card(folder: Path) -> bool:
     """Whether `folder` holds a card written by this project."""
     path = folder / CARD
-    return path.is_file() and TAGS in path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return path.is_file() and not {f"- {TAG}", TAGS}.isdisjoint(
+        path.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
+
+
+def hub_name(
+    adapter: Path, origin: Origin | None, manifest: Mapping[str, Any], base_name: str | None = None
+) -> str | None:
+    """The hub id of the adapter's base, if it is known: the given name, where it was imported from, or for an adapter
+    from elsewhere the name in its config. A path of this machine is none."""
+    if base_name or (origin and origin.hub_id):
+        name: Any = base_name or (origin and origin.hub_id)
+    elif manifest:
+        source = manifest.get("source")  # of an import; else the config names a folder of the project
+        name = source.get("base") if isinstance(source, dict) else None
+    else:
+        name = read_config(adapter).get("base_model_name_or_path")
+        try:
+            base_of(adapter)
+            return None
+        except UserError:
+            pass
+    try:
+        return name if isinstance(name, str) and parse_source(name, Path()).kind == HUB else None
+    except UserError:
+        return None
+
+
+def _license(origin: Origin | None) -> dict[str, str]:
+    """The license of the base, which what is derived from it inherits; without a known one, none is claimed."""
+    license = dict(origin.license) if origin else {}
+    if not LICENSE.fullmatch(license.get("license", "")):
+        return {}
+    link = license.get("license_link", "")
+    if origin and origin.hub_id and link and "://" not in link:  # a file of the base's repository
+        from huggingface_hub.constants import ENDPOINT
+
+        license["license_link"] = f"{ENDPOINT}/{origin.hub_id}/blob/{origin.revision or 'main'}/{link}"
+    return {key: license[key][:300] for key in ("license", "license_name", "license_link") if license.get(key)}
+
+
+def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterator[EvalResult]":
+    """What was learned and what was forgotten, as the hub's model-index."""
+    from huggingface_hub import EvalResult
+
+    forgetting, params = metrics.get("forgetting", {}), manifest.get("params", {})
+    # without new_data in the project, what training held out is evaluated, which is never counted as completed
+    held_out = (params.get("eval_share") or params.get("eval_data")) and "new_completed" not in metrics
+    new, old = f"new data{', held out' if held_out else ''}", "old data"
+    known_by_heart = metrics["new_completed"] / max(1, metrics["new_sentences"]) if "new_completed" in metrics else None
+    for dataset, kind, value, name in (
+        (new, "loss", metrics.get("new_loss"), "Loss, nats per token"),
+        (new, "accuracy", known_by_heart, "Completed as in the data"),
+        (old, "loss", metrics.get("old_loss"), "Loss, nats per token"),
+        (old, "loss_rise", forgetting.get("loss_rise"), "Forgetting: rise of the loss, nats per token"),
+        (old, "kl_divergence", forgetting.get("divergence"), "Forgetting: divergence from the base, nats per token"),
+        (old, "accuracy", forgetting.get("answers_kept"), "Forgetting: the base's first choices kept"),
+    ):
+        if value is not None and isfinite(value):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset.partition(",")[0].replace(" ", "-"),
+                dataset_name=dataset,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+
+
+def _usage(adapter: Path, name: str, merged: bool) -> str:
+    """Python that loads the model `name` and lets it answer."""
+    kind = quantization_of(adapter)
+    quantized = kind != "none" and not merged
+    source = json.dumps(name) + ", quantization_config=quantized" * quantized
+    auto = "AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM"
+    lines = [
+        f"from transformers import {'AutoModelForCausalLM, ' * merged}AutoTokenizer"
+        + ", BitsAndBytesConfig" * quantized,
+        f"quantized = BitsAndBytesConfig({BITSANDBYTES.get(kind)})" * quantized,
+        f"model = {auto}.from_pretrained({source})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
+    ]
+    if not merged:
+        lines.insert(0, f"from peft import {auto}")
+    if has_template(adapter):
+        chat = '[{"role": "user", "content": "Hello"}]'
+        how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        lines.append(f"inputs = tokenizer.apply_chat_template({chat}, {how})")
+    else:
+        lines.append('inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)')
+    lines += ["output = model.generate(**inputs, max_new_tokens=64)", "print(tokenizer.decode(output[0]))"]
+    return "\n".join(["## Use", "", "```python", *filter(None, lines), "```"])
+
+
+def _shell(commands: Sequence[str]) -> str:
+    return "\n".join(["## Use", "", "```sh", *commands, "```"]) if commands else ""
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
@@ -71,9 +200,9 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def quantization_note(kind: str) -> str:
+def quantization_note(kind: str, base: str = "its base") -> str:
     """A warning about an adapter that was trained on a quantized base."""
-    return f"trained on its base quantized to {kind}; on the unquantized base it answers differently"
+    return f"trained on {base} quantized to {kind}; on the unquantized base it answers differently"
 
 
 def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, merged: bool) -> Iterator[str]:
@@ -96,10 +225,13 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
     if (kind := quantization_of(adapter)) != "none" and not merged:
         yield f"{quantization_note(kind)}. Load the base in {kind}, or merge the adapter into it"
-    if origin and origin.added:
+    if origin and origin.dequantized:
+        yield f"the weights of the base were dequantized from a GGUF file in {origin.dequantized}"
+    if origin and origin.added and origin.hub_id:
         yield f"on {origin.hub_id}, tokens added: {origin.added}"
     for key in TRAINED:
-        if key in params and (key != "retention_weight" or _retains(params)):
+        unused = (key == "retention_weight" and not _retains(params)) or (key == "max_steps" and not params.get(key))
+        if key in params and not unused:
             yield f"{key.replace('_', ' ')}: {params[key]}"
     counted = manifest.get("parameters", {})
     if "trainable" in counted:

@@ -27,8 +27,14 @@ TOKENIZER = (
     "chat_template.json",
 )
 CODE = "*.py"
+CARD = "README.md"
 PLAIN = ("config.json", "generation_config.json", *TOKENIZER)
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+# In a card's front matter: a value on the key's line, or the first of a list below it.
+_LICENSE = re.compile(
+    r"^(license(?:_name|_link)?):[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([\w.+:/-]{1,200})[\"']?[ \t]*$",
+    re.MULTILINE | re.ASCII,
+)
 _SHARD = re.compile(r"[^/\0]*\.safetensors")  # in the folder itself: an index from elsewhere must name no other file
 
 
@@ -91,6 +97,16 @@ def shared_name(name: str) -> str:
     """The name of a base or data file in a manifest, which is shared: of an absolute path only the last part."""
     path = Path(name)
     return path.name or name if path.is_absolute() or name.startswith("~") else name
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of the model card in a folder, as far as it gives them."""
+    if not (folder / CARD).is_file():
+        return {}
+    with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
+        begin, _, text = file.read(100_000).partition("---\n")
+    front_matter, end, _ = text.partition("\n---")
+    return dict(_LICENSE.findall(front_matter)) if end and not begin.strip() else {}
 
 
 def files_to_watch(base: str, root: Path) -> list[Path]:

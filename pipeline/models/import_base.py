@@ -23,6 +23,8 @@ from pipeline.models.save import clean, generation_of, load_strict, quiet, repor
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 GGUF_IMPORT = 2  # raised when a file gives another base than before, so that those in the user's cache are not used
+WIDE_GGUF = ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16")  # file types whose weights are not quantized
+GGUF_LICENSE = {"license": "general.license"} | {f"license_{key}": f"general.license.{key}" for key in ("name", "link")}
 GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
 # How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's names). transformers
 # knows others, and splits as GPT-2 does for a name that it does not know.
@@ -47,13 +49,15 @@ def import_base(
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         if source.kind == base_model.GGUF:
             revision = None
-            model = _import_gguf(source, out, dtype or torch.float32, Path(scratch))
+            model, more = _import_gguf(source, out, dtype or torch.float32, Path(scratch))
         else:
             folder, revision = source.path, None
             if source.kind != base_model.FOLDER:
                 folder = _download(source, trust_remote_code)
                 revision = folder.name
             model = _import_folder(folder, f"base: {source.text}", out, dtype, trust_remote_code)
+            license = base_model.license_of(folder)
+            more = {"license": license} if license else {}
         if (out / "tokenizer_config.json").is_file():
             clean(out / "tokenizer_config.json")
         _refuse_unusable(model, out, f"base: {source.text}", trust_remote_code)
@@ -64,6 +68,7 @@ def import_base(
         "precision": str(model.dtype).removeprefix("torch."),
         "parameters": {"total": model.num_parameters(), "trainable": 0},
         "fingerprint": base_fingerprint(out),
+        **more,
     }
 
 
@@ -91,7 +96,7 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
     """The folder of a hub model's files in the local cache; it is named after their commit."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*base_model.PLAIN, base_model.INDEX, "model*.safetensors"]
+    patterns = [*base_model.PLAIN, base_model.CARD, base_model.INDEX, "model*.safetensors"]
     if trust_remote_code:
         patterns.append(base_model.CODE)
     try:
@@ -140,8 +145,8 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
     return model
 
 
-def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> Any:
-    """Dequantize a GGUF file into a checkpoint; returns the model."""
+def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> tuple[Any, dict[str, Any]]:
+    """Dequantize a GGUF file into a checkpoint; returns the model, and the manifest's entries that are GGUF's alone."""
     missing = []
     for library in GGUF_NEEDS:
         try:
@@ -154,6 +159,7 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)} to be read: pip install 'lora-workbench[gguf]'.")
     metadata = refuse_implausible_gguf(source.path)
+    from gguf import LlamaFileType
     from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
     # Alone in a folder: a config.json in the file's own folder may belong to another model.
@@ -180,7 +186,13 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
         if metadata.get("tokenizer.ggml.model") == "gpt2":
             _correct_split(saved, metadata.get("tokenizer.ggml.pre", "default"), name)
         write_json(path, saved)
-    return model
+    # What a file says of itself is any value of any length.
+    license = {key: str(metadata[name])[:300] for key, name in GGUF_LICENSE.items() if name in metadata}
+    facts: dict[str, Any] = {"license": license} if license else {}
+    kind = next((kind.name for kind in LlamaFileType if kind == metadata.get("general.file_type")), None)
+    if kind and kind not in WIDE_GGUF:
+        facts["dequantized"] = kind.removeprefix("MOSTLY_")
+    return model, facts
 
 
 def _correct_split(tokenizer: dict[str, Any], split: object, name: str) -> None:

@@ -250,7 +250,8 @@ def test_the_card_says_how_an_adapter_was_made_what_it_learned_and_what_it_forgo
         assert fact in card
     assert cli("adapters", "card", ".", cwd=brief / "artifacts/lora_adapter")[1] == card
     cli("export", "artifacts/lora_adapter", "--out", str(tmp_path / "out"), "--format", "peft", cwd=brief)
-    assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == card
+    exported = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert exported.replace('from_pretrained("out"', 'from_pretrained("lora_adapter"') == card
 
 
 def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(cli: Lora, project: Path) -> None:
@@ -263,7 +264,7 @@ def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(cli: 
 def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, root: Path) -> None:
     code, card, err = cli("adapters", "card", "one", cwd=root)
     assert (code, err) == (0, "")
-    assert "base_model: base\n" in card, "not the path on this machine"
+    assert "base_model" not in card and str(root) not in card, "a path on this machine is no name of a base"
     assert "- LoRA, rank 2, alpha 3\n- on q_proj, fc1\n" in card
     assert "sha256" not in card
 

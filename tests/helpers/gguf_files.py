@@ -49,12 +49,19 @@ def finish(writer: Any) -> None:
     writer.close()
 
 
-def write_llama(path: Path, model: Any, architecture: str = "llama", tokenizer: Any = None, pre: str = "gpt-2") -> None:
-    """A Llama of transformers and a byte-level tokenizer (default: the toy one) in GGUF, unquantized."""
+def write_llama(
+    path: Path, model: Any, architecture: str = "llama", tokenizer: Any = None, pre: str = "gpt-2", **general: Any
+) -> None:
+    """A Llama of transformers and a byte-level tokenizer (default: the toy one) in GGUF, unquantized.
+
+    `general`: what the file says of itself.
+    """
     gguf = pytest.importorskip("gguf")
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     rows = config.vocab_size
     writer.add_name("toy")
+    for key, value in general.items():
+        getattr(writer, f"add_{key}")(value)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

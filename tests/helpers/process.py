@@ -69,7 +69,12 @@ class Forked:
 
 def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None, variables: Mapping[str, str]) -> None:
     os.environ |= variables
+    import huggingface_hub.constants
+
     from cli.main import main
+
+    # It reads the variable when it is imported, which the server did.
+    huggingface_hub.constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
 
     if dies:
         _die_at(*dies)

@@ -1,8 +1,8 @@
 """What `lora export` writes. A format is one file here, found and not listed; reading them imports no torch."""
 
 import pkgutil
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ class Export(NamedTuple):
 
 class Format(NamedTuple):
     """`about`: its line in `lora export --help`. `options`: the fields of `Export` that it reads beside the adapter.
+    `library`, `relation`: for the hub, which library opens it and what it is to its base: adapter, finetune, quantized.
 
     `write(export, out)` returns lines that say what was written and how it is used. Raises UserError.
     """
@@ -39,6 +40,8 @@ class Format(NamedTuple):
     about: str
     options: tuple[str, ...]
     write: Callable[[Export, Path], Generator[Event, None, list[str]]]
+    library: str = "transformers"
+    relation: str = "finetune"
 
 
 def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[str]]:
@@ -51,16 +54,18 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
 
 
 @contextmanager
-def adapter_folder(export: Export, out: Path, library: str = "peft") -> Iterator[Path]:
+def adapter_folder(
+    export: Export, out: Path, library: str | None = None, commands: Sequence[str] = ()
+) -> Iterator[Path]:
     """A folder for the files of an adapter that is not merged; at the end it gets a tokenizer and a card.
 
-    `library`: the one that reads it.
-
-    It appears at `out` whole or not at all, and replaces nothing but an earlier export. Raises UserError.
+    It appears at `out` whole or not at all, and replaces nothing but an earlier export. `library`: the one that reads
+    it, default PEFT; `commands`: how it is used there. Raises UserError.
     """
     from pipeline.adapters.config import CONFIG, read_config
-    from pipeline.adapters.folder import origin_of
-    from pipeline.export.model_card import CARD, card, has_card
+    from pipeline.adapters.folder import base_of, origin_of
+    from pipeline.export.model_card import card, has_card
+    from pipeline.files.base_model import CARD
     from pipeline.weights.import_adapter import copy_tokenizer
 
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (export.adapter,))
@@ -72,22 +77,35 @@ def adapter_folder(export: Export, out: Path, library: str = "peft") -> Iterator
         names: dict[str, str | None] = {}
         if export.base_name:
             names = {"base_model_name_or_path": export.base_name, "revision": None}
-        elif origin and not origin.added:
+        elif origin and origin.hub_id and not origin.added:
             names = {"base_model_name_or_path": origin.hub_id, "revision": origin.revision}
         if names:
             artifact.write_json(folder / CONFIG, {**read_config(folder), **names})
         copy_tokenizer(export.adapter, folder)
-        (folder / CARD).write_text(card(export.adapter, None, export.base, export.base_name, library), encoding="utf-8")
+        if not (folder / "tokenizer.json").exists():  # trained elsewhere: PEFT saves none
+            with suppress(UserError):
+                copy_tokenizer(export.base or base_of(export.adapter), folder)
+        text = card(export.adapter, None, export.base, export.base_name, out.name, library, commands)
+        (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def note_on_quantization(adapter: Path) -> Iterator[Note]:
+def note_on_quantization(export: Export) -> Iterator[Note]:
     """A note if the adapter fits only a quantized base, which its files cannot say to PEFT or vLLM."""
-    from pipeline.adapters.folder import quantization_of
-    from pipeline.export.model_card import quantization_note
+    from pipeline.adapters.config import read_config
+    from pipeline.adapters.folder import origin_of, quantization_of
+    from pipeline.export.model_card import BITSANDBYTES, quantization_note
 
-    if (kind := quantization_of(adapter)) != "none":
-        advice = f"Load the base in {kind}, or export it with --format merged."
-        yield Note(f"{adapter} was {quantization_note(kind)}. {advice}")
+    origin = origin_of(export.adapter, export.base)
+    named = str(export.base or read_config(export.adapter).get("base_model_name_or_path") or "its base")
+    base = export.base_name or (origin and origin.hub_id) or named
+    if (kind := quantization_of(export.adapter)) != "none":
+        advice = f"Load {base} in {kind} ({BITSANDBYTES[kind]}), or export with --format merged."
+        yield Note(f"{export.adapter} was {quantization_note(kind, base)}. {advice}")
+    if origin and origin.dequantized and export.base_name:
+        yield Note(
+            f"{export.adapter} was trained on weights that an import dequantized from a GGUF file in "
+            f"{origin.dequantized}; on {base} in 16 bits it answers slightly differently."
+        )
 
 
 _FOUND = {

@@ -22,7 +22,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
     from pipeline.export.gguf.modelfile import modelfile
     from pipeline.export.gguf.vocabulary import read_vocabulary
-    from pipeline.export.model_card import CARD, card
+    from pipeline.export.model_card import card
+    from pipeline.files.base_model import CARD
     from pipeline.inference.engine import load
     from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
 
@@ -66,7 +67,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             path(widest).unlink()
         artifact.write_json(folder / CERTIFICATE, certificate | compared)
         (folder / "Modelfile").write_text(modelfile(path(kinds[0]).name, vocabulary), encoding="utf-8")
-        (folder / CARD).write_text(card(export.adapter, certificate, base, export.base_name), encoding="utf-8")
+        commands = [*(f"llama-cli -m {path(kind).name}" for kind in kinds), f"ollama create {name} -f Modelfile"]
+        text = card(export.adapter, certificate, base, export.base_name, library="gguf", commands=commands)
+        (folder / CARD).write_text(text, encoding="utf-8")
     return [
         "  ".join((str(out), *describe(certificate))),
         *table,
@@ -92,9 +95,5 @@ def kinds_of(quantize: str | None) -> list[str]:
     return kinds
 
 
-FORMAT = Format(
-    3,
-    "the merged model for llama.cpp and Ollama",
-    ("base", "base_name", "prompts", "trust_remote_code", "quantize"),
-    write,
-)
+OPTIONS = ("base", "base_name", "prompts", "trust_remote_code", "quantize")
+FORMAT = Format(3, "the merged model for llama.cpp and Ollama", OPTIONS, write, "gguf")

@@ -15,8 +15,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.adapters.folder import base_of
     from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
     from pipeline.export.gguf.vocabulary import read_vocabulary
-    from pipeline.export.model_card import CARD, card
-    from pipeline.files.base_model import tensor_locations
+    from pipeline.export.model_card import card
+    from pipeline.files.base_model import CARD, tensor_locations
     from pipeline.inference.engine import load
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
@@ -29,7 +29,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
 
     base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
-    yield from note_on_quantization(export.adapter)
+    yield from note_on_quantization(export._replace(base=base))
     model = skeleton(base, export.trust_remote_code)
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
     # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
@@ -64,7 +64,10 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if not beside:
             base_path.unlink(missing_ok=True)
         artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios, **compared})
-        (folder / CARD).write_text(card(export.adapter, None, base, export.base_name), encoding="utf-8")
+        used_on = base_path.name if beside else "BASE.gguf"
+        commands = [f"llama-cli -m {used_on} --lora {path.name}"]
+        text = card(export.adapter, None, base, export.base_name, library="gguf", commands=commands)
+        (folder / CARD).write_text(text, encoding="utf-8")
     written = ["  ".join((str(out), *describe({"delta_ratios": ratios}))), *table]
     if beside:
         return [
@@ -83,4 +86,5 @@ def _is_expanded(base: Path) -> bool:
     return bool(stop > start)
 
 
-FORMAT = Format(4, "the adapter for llama.cpp's --lora", ("base", "base_name", "prompts", "trust_remote_code"), write)
+OPTIONS = ("base", "base_name", "prompts", "trust_remote_code")
+FORMAT = Format(4, "the adapter for llama.cpp's --lora", OPTIONS, write, "gguf", "adapter")

@@ -31,7 +31,8 @@ def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Merge tensor by tensor, and say what the certificate proves. Raises UserError."""
-    from pipeline.export.model_card import CARD, card
+    from pipeline.export.model_card import card
+    from pipeline.files.base_model import CARD
     from pipeline.weights.import_adapter import copy_template
     from pipeline.weights.merge import describe, merge_to
 
@@ -43,7 +44,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if not generation.exists():  # vLLM stops at its end token
             config = artifact.read_json(folder / "config.json", "Copy the base again")
             artifact.write_json(generation, {key: config[key] for key in TOKEN_IDS if config.get(key) is not None})
-        text = card(merging.adapter, certificate, merging.base, export.base_name)
+        text = card(merging.adapter, certificate, merging.base, export.base_name, out.name)
         (folder / CARD).write_text(text, encoding="utf-8")
 
     certificate = yield from merge_to(out, merging, verify, finish)

@@ -43,14 +43,16 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.models.save import save_tensors
     from pipeline.weights.combine import low_rank_updates
 
-    yield from note_on_quantization(export.adapter)
+    yield from note_on_quantization(export)
     base = export.base or base_of(export.adapter)
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
             f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. Known: "
             f"{', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
-    with adapter_folder(export._replace(base=base), out, "mlx") as folder:
+    named = export.base_name or str(base)
+    command = f"mlx_lm.generate --model {named} --adapter-path {{}}"
+    with adapter_folder(export._replace(base=base), out, "mlx", [command.format(".")]) as folder:
         model = skeleton(base, export.trust_remote_code)
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code, dora=True)
         updates = _with_tied_head(model, updates, export.adapter)
@@ -79,13 +81,13 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             "fine_tune_type": "dora" if any(dora) else "lora",
             "num_layers": count,
             "lora_parameters": {"rank": rank, "scale": 1.0 if scale is None else scale, "dropout": 0.0, "keys": keys},
-            "model": export.base_name or str(base),
+            "model": named,
         }
         write_json(folder / CONFIG, config)
         compared = list(_compared(export, base, folder))
     return [
         f"{out}  for MLX. Use it with:",
-        f"mlx_lm.generate --model {config['model']} --adapter-path {out}",
+        command.format(out),
         *compared,
     ]
 
@@ -209,4 +211,5 @@ def _compared(export: Export, base: Path, folder: Path) -> Iterator[str]:
     )
 
 
-FORMAT = Format(3, "the adapter for MLX (mlx-lm)", ("base", "base_name", "prompts", "trust_remote_code"), write)
+OPTIONS = ("base", "base_name", "prompts", "trust_remote_code")
+FORMAT = Format(5, "the adapter for MLX (mlx-lm)", OPTIONS, write, "mlx", "adapter")

@@ -14,7 +14,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.adapters.config import CONFIG, WEIGHTS
     from pipeline.adapters.folder import refuse_pickle
 
-    yield from note_on_quantization(export.adapter)
+    yield from note_on_quantization(export)
     refuse_pickle(export.adapter)
     with adapter_folder(export, out) as folder:
         for name in (CONFIG, WEIGHTS):
@@ -24,4 +24,4 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     return [f"{out}  for PEFT"]
 
 
-FORMAT = Format(0, "the adapter for PEFT, with a model card", ("base_name",), write)
+FORMAT = Format(0, "the adapter for PEFT, with a model card", ("base_name",), write, "peft", "adapter")

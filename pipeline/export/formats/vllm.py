@@ -1,14 +1,21 @@
-"""The adapter as vLLM serves it: only low-rank updates, scaled by alpha/r.
+"""The adapter as vLLM serves it: only low-rank updates, all of one rank and with a scale of 1.
 
-Trained token rows become low-rank updates of embedding and head.
+Trained token rows become low-rank updates of embedding and head. Not every server reads rank_pattern and alpha_pattern:
+SGLang and earlier versions of vLLM take `r` and `lora_alpha` for all modules. So the scale is part of B, and narrower
+updates get rows of zeros, which cost a server nothing: it reserves the largest rank for every module.
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
 from pipeline.project.runner import Event
+
+if TYPE_CHECKING:
+    from pipeline.adapters.low_rank import LowRank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
@@ -20,7 +27,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates, write_updates
 
-    yield from note_on_quantization(export.adapter)
+    yield from note_on_quantization(export)
     base = export.base or base_of(export.adapter)
     with adapter_folder(export._replace(base=base), out) as folder:
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
@@ -31,7 +38,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
                 "Export with --format merged."
             )
         named = read_config(export.adapter).get("base_model_name_or_path") or str(base)
-        write_updates(folder, updates, skeleton(base, export.trust_remote_code), named)
+        uniform = {name: padded(update, widest) for name, update in updates.items()}
+        write_updates(folder, uniform, skeleton(base, export.trust_remote_code), named)
     rank = next(rank for rank in RANKS if rank >= widest)
     modules = f"--max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
     return [
@@ -40,6 +48,14 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     ]
 
 
-FORMAT = Format(
-    1, "the adapter as vLLM accepts it, low-rank updates only", ("base", "base_name", "trust_remote_code"), write
-)
+def padded(update: "LowRank", rank: int) -> "LowRank":
+    """The same update at this rank and a scale of 1: zeros below A (R, I) and beside s·B (O, R)."""
+    from torch.nn.functional import pad
+
+    more = rank - update.rank
+    a, b = pad(update.a, (0, 0, 0, more)), pad(update.scale * update.b.float(), (0, more))
+    return replace(update, a=a, b=b, scale=1.0)
+
+
+OPTIONS = ("base", "base_name", "trust_remote_code")
+FORMAT = Format(1, "the adapter as vLLM accepts it, low-rank updates only", OPTIONS, write, "peft", "adapter")

@@ -91,7 +91,7 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(parameter: str) -> str:
-        name = table.get_name(parameter, (".weight", ".bias"))
+        name: str | None = table.get_name(parameter, (".weight", ".bias"))
         if name is None:
             raise UserError(f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged.")
         return name

@@ -87,11 +87,15 @@ def test_what_is_exported_is_compared_on_the_users_prompts(
 ) -> None:
     (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(FAMILY_PROMPTS), encoding="utf-8")
     file = candidate("f32", made / "base.gguf", made / "adapter.gguf", "adapter")
-    given = (made / "base", made / "adapter", load_tokenizer(made / "base"), [file], tmp_path / "prompts.yaml")
-    entries, lines = finished(certify(*given))
+
+    def result() -> tuple[dict[str, Any], list[str]]:
+        tuned, tokenizer = (lambda: load(made / "base", made / "adapter")), load_tokenizer(made / "base")
+        return finished(certify(tuned, tokenizer, [file], 512, tmp_path / "prompts.yaml"))
+
+    entries, lines = result()
     assert (entries["gguf"]["prompts_checked"], lines) == (2, describe(entries["gguf"]))
     monkeypatch.setattr("pipeline.export.llama_cpp.find_spec", lambda _: None)
-    entries, lines = finished(certify(*given))
+    entries, lines = result()
     assert (entries, len(lines)) == ({}, 1)
     assert "nothing was compared. Install one: pip install 'lora-workbench[llama-cpp]'." in lines[0]
 

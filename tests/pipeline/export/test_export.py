@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.helpers.checkpoints import adapter
 from tests.helpers.families import FAMILIES, GENERATION, new_project
 from tests.helpers.projects import folder_bytes, make, refusal
 from tests.pipeline.adapters import test_peft
-from tests.pipeline.stages.test_families import assert_alike, ours, theirs
+from tests.pipeline.stages.test_families import IDS, assert_alike, ours, theirs
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
@@ -110,6 +111,36 @@ def test_the_rank_to_serve_with_is_the_least_that_vllm_offers_for_the_widest_upd
     cli: Lora, rows: int, expected: int, tmp_path: Path
 ) -> None:
     assert max_rank(exported(cli, "vllm", many_rows(tmp_path, rows), tmp_path / "out")) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SPECS)
+def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
+    """As earlier versions of vLLM and SGLang do, but scaled by 1: W + BA with the tensors as they are."""
+    source, out = made(tmp_path, *SPECS[name]), tmp_path / "out"
+    base = tmp_path / "project/base"
+    exported(cli, "vllm", source, out)
+    config, tensors = read_json(out / "adapter_config.json", ""), load_file(out / "adapter_model.safetensors")
+    assert config["lora_alpha"] == config["r"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    untie(model)
+    for key, a in tensors.items():
+        match = KEY.fullmatch(key)
+        assert match
+        if "A" not in (match["linear"], match["embedding"]):
+            continue
+        b = tensors[key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
+        assert a.shape[0] == b.shape[1] == config["r"]
+        delta = b @ a  # (O, I); an embedding's weight is (I, O), and so is GPT-2's Conv1D
+        weight = model.get_submodule(match["module"]).weight
+        turned = match["embedding"] or type(model.get_submodule(match["module"])).__name__ == "Conv1D"
+        weight += delta.T if turned else delta
+    assert_alike(model(input_ids=IDS).logits, ours(base, source))
+
+
+def untie(model: Any) -> None:
+    """Give the head weights of its own, which an update of the embedding does not change."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
 
 
 def many_rows(root: Path, count: int) -> Path:
@@ -374,15 +405,19 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
 
 def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
     root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
-    note = "trained on its base quantized to nf4-dq; on the unquantized base it answers differently"
+    note = "trained on {} quantized to nf4-dq; on the unquantized base it answers differently"
+    options = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0
-        assert f"{note}. Load the base in nf4-dq, or export it with --format merged." in said
-        assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
+        advice = f"Load org/toy in nf4-dq ({options}), or export with --format merged."
+        assert f"{note.format('org/toy')}. {advice}" in said
+        card = (root / form / "README.md").read_text(encoding="utf-8")
+        assert f"- {note.format('its base')}. Load the base in nf4-dq" in card
+        assert f"BitsAndBytesConfig({options})" in card
     code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
     card = (root / "merged/README.md").read_text(encoding="utf-8")
-    assert code == 0 and note not in said + card
+    assert code == 0 and "answers differently" not in said + card and "BitsAndBytes" not in card
     assert "merged into the nf4-dq weights that the adapter was trained on, dequantized" in card
 
 

@@ -556,6 +556,22 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
     assert folder_bytes(imported("moved/other.gguf", tmp_path)[0]) == first
 
 
+@pytest.mark.parametrize(("kind", "dequantized"), [(3, "Q4_1"), (15, "Q4_K_M"), (1, None), (32, None), (999, None)])
+def test_the_license_and_the_quantization_of_a_gguf_file_are_kept(
+    tmp_path: Path, kind: int, dequantized: str | None
+) -> None:
+    said: dict[str, Any] = {
+        "license": "other",
+        "license_name": "Toy License",
+        "license_link": "https://toy.example",
+        "file_type": kind,
+    }
+    write_llama(tmp_path / "toy.gguf", toy_model("llama"), **said)
+    facts = imported("toy.gguf", tmp_path)[1]
+    assert facts["license"] == {key: said[key] for key in ("license", "license_name", "license_link")}
+    assert facts.get("dequantized") == dequantized
+
+
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
