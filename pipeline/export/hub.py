@@ -66,6 +66,7 @@ def check(publication: Publication, form: str, export: Export, dry_run: bool) ->
 def _refuse_unnamed_base(form: str, export: Export, dry_run: bool) -> None:
     """Raises UserError for an adapter whose base others cannot find by its name."""
     from pipeline.adapters.folder import origin_of
+    from pipeline.export.model_card import hub_name
 
     if export.base_name:
         if not dry_run and parse_source(export.base_name, Path()).kind != HUB:
@@ -74,6 +75,8 @@ def _refuse_unnamed_base(form: str, export: Export, dry_run: bool) -> None:
     origin = origin_of(export.adapter, export.base)
     if FORMATS[form].relation != "adapter" or (origin and origin.hub_id and not origin.added):
         return
+    if not (export.adapter / artifact.MANIFEST).exists() and hub_name(export.adapter, None, {}):
+        return  # trained elsewhere, and its config names a model of the hub
     if origin and origin.added:
         reason = f"its base has {origin.added} tokens more than {origin.hub_id or 'the model it was imported from'}"
     else:

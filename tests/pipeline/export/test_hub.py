@@ -317,13 +317,16 @@ def test_a_push_from_a_process_of_its_own_arrives_and_shows_no_token(hub: Hub, s
 
 
 def test_an_adapter_from_elsewhere_keeps_the_name_of_its_base_and_a_sealed_one_does_not(
-    source: Path, make_card: Callable[[Path], str]
+    cli: Lora, source: Path, make_card: Callable[[Path], str]
 ) -> None:
     config = read_json(source / "adapter_config.json", "")
     artifact.write_json(source / "adapter_config.json", {**config, "base_model_name_or_path": "org/theirs"})
     assert "base_model: org/theirs\n" in make_card(source)
+    assert push(cli, source, "--dry-run", "--out", "out")[0] == 0
+    assert read_json(source.parent / "out/adapter_config.json", "")["base_model_name_or_path"] == "org/theirs"
     artifact.seal(source, {"base": {}})
     assert "base_model:" not in make_card(source)
+    assert "not imported from the hub" in refusal(push(cli, source, "--dry-run", "--out", "again"))
 
 
 @pytest.fixture
