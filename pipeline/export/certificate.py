@@ -58,7 +58,10 @@ class Runner(Protocol):
 
 @runtime_checkable
 class SelfContained(Protocol):
-    """A runner whose file holds more than the weights: chat template and end tokens."""
+    """A runner whose file holds more than the weights: context, chat template and end tokens."""
+
+    @property
+    def max_length(self) -> int: ...
 
     @property
     def template(self) -> str | None: ...
@@ -121,7 +124,7 @@ def compare(
 
 @no_grad()
 def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
-    """Logits in fp32, so that only the other program rounds."""
+    """With logits in fp32, so that only the other program rounds."""
     model, room = loaded.model, MOST_TOKENS
     ids = list[list[int]]()
     for prompt in prompts:
@@ -135,9 +138,9 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
             asked = tokenizer.render([{"role": "user", "content": asked}], True)
     start = list(tokenizer.encode(asked))[: model.max_length // 2]
     limit = min(GREEDY_TOKENS, model.max_length - len(start))
+    greedy = list(generate(model, start, tokenizer.end_ids, limit))  # as `lora prompt` answers
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
-        greedy = list(generate(model, start, tokenizer.end_ids, limit))
     texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
     return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy))
 
@@ -167,7 +170,9 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
     if rows[0] != rows[1]:
         problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
     else:
-        result = difference_of((logits, runner.logits(ids)) for ids, logits in expected.prompts)
+        most = runner.max_length if isinstance(runner, SelfContained) else MOST_TOKENS
+        parts = [(ids[:most], logits[:most]) for ids, logits in expected.prompts]
+        result = difference_of((logits, runner.logits(ids)) for ids, logits in parts)
         entry |= result._asdict()
         problems += _logit_problems(result, candidate.kind)
     if problems:

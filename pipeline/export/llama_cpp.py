@@ -140,6 +140,11 @@ class LlamaCpp:
         """Ids that end a generation."""
         return frozenset(self._facts["ends"])
 
+    @property
+    def max_length(self) -> int:
+        """The context that the file names."""
+        return int(self._facts["max_length"])
+
     def logits(self, ids: Sequence[int]) -> "Tensor":
         """(T, V) in fp32."""
         import torch

@@ -1,7 +1,7 @@
 """A file that is not the exported model is told from one that is, and the error says in what it differs."""
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.certificate import Candidate, builtin_prompts, compare, describe
-from pipeline.export.llama_cpp import candidate, certify, quantize
+from pipeline.export.llama_cpp import LlamaCpp, candidate, certify, quantize
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import difference
 from pipeline.project.runner import Event
@@ -108,6 +108,29 @@ def test_the_figures_are_those_of_two_models_compared_here(made: Path, tmp_path:
     assert entry["max_logit_difference"] == pytest.approx(expected.max_logit_difference, rel=1e-3)
     assert entry["divergence"] == pytest.approx(expected.divergence, rel=1e-3) and entry["divergence"] > 1e-4
     assert entry["same_first_choices"] == expected.same_first_choices
+
+
+def test_a_base_in_16_bits_is_compared_in_fp32(tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "base", dtype=torch.bfloat16, max_position_embeddings=512)
+    write_llama(tmp_path / "base.gguf", model)
+    (entry,) = certified(lambda: load(tmp_path / "base"), candidate("f32", tmp_path / "base.gguf"))["files"]
+    assert entry["max_logit_difference"] < 1e-3
+
+
+def test_only_the_context_that_the_file_names_is_compared(made: Path, tmp_path: Path) -> None:
+    """As for a model with a sliding window that the program does not have: up to it the two are the same."""
+
+    class Sliding(LlamaCpp):
+        def logits(self, ids: Sequence[int]) -> torch.Tensor:
+            logits = super().logits(ids)
+            logits[4:] *= 2
+            return logits
+
+    short = rewritten(made / "base.gguf", tmp_path / "short.gguf", {"llama.context_length": 4})
+    for file, same in ((short, True), (made / "base.gguf", False)):
+        sliding = Candidate("f32", "f32", 1, lambda file=file: Sliding(file))  # type: ignore[misc]
+        with nullcontext() if same else pytest.raises(UserError, match="its logits differ"):
+            certified(lambda: load(made / "base"), sliding)
 
 
 # Broken on purpose
