@@ -146,14 +146,20 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
 
 
 def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
-    """Several turns with a generation prompt. Some templates refuse the system's, small vocabularies the characters."""
+    """Several turns with a generation prompt, and a system's turn if the template has a place for it."""
     for content in ("\n".join(SPELLINGS), prompt):
-        contents = (prompt, content, "It is 27.", content)
-        roles = ("system", "user", "assistant", "user")
-        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        for part in (turns, turns[1:]) if tokenizer.has_template and _knows(tokenizer, content) else ():
+        if not tokenizer.has_template or not _knows(tokenizer, content):
+            continue
+        texts = {"system": prompt, "user": content, "assistant": "It is 27."}
+        turns = [{"role": role, "content": texts[role]} for role in ("system", "user", "assistant", "user")]
+        renderings = []
+        for part in (turns[1:], turns):
             with suppress(UserError):
-                return part, tokenizer.render(part, True)
+                renderings.append((part, tokenizer.render(part, True)))
+        # A template that knows no system may write its turn as another's, without what begins a chat.
+        starts = [tokenizer.encode(rendered)[:1] for _, rendered in renderings]
+        if renderings:
+            return renderings[-1 if starts[-1] == starts[0] else 0]
     return None
 
 
