@@ -45,9 +45,13 @@ class Found(NamedTuple):
     path: str
 
 
+def is_installed() -> bool:
+    return find_spec("llama_cpp_py_sync") is not None
+
+
 def find() -> Found | None:
     """The llama.cpp of this environment; None without one. Raises UserError if it does not start."""
-    if find_spec("llama_cpp_py_sync") is None:
+    if not is_installed():
         return None
     with _Process() as process:
         return process.found
@@ -86,7 +90,7 @@ def certify(
 
     Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
     """
-    if find_spec("llama_cpp_py_sync") is None:
+    if not is_installed():
         return {}, [NOT_COMPARED]
     from pipeline.data.prompts import read_prompts
     from pipeline.export.certificate import compare, describe
@@ -190,7 +194,7 @@ class _Process:
     """llama_cpp_process.py, at work on `file`. Raises UserError when it refuses, dies, or is silent for too long."""
 
     def __init__(self, file: Path | None = None) -> None:
-        if find_spec("llama_cpp_py_sync") is None:
+        if not is_installed():
             raise UserError(f"There is no llama.cpp here. Run {INSTALL}.")
         self._file, self._rest = file, bytearray()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process

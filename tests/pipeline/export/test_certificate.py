@@ -192,6 +192,21 @@ def test_a_file_that_is_read_otherwise_is_refused_also_if_it_is_quantized(
         assert said in refused(of_base, made, broken, kind)
 
 
+def test_a_template_that_knows_no_system_is_judged_without_one(made: Path, tmp_path: Path) -> None:
+    """It would write the system's turn as an answer, without the BOS that begins a chat."""
+    template = (
+        "{% for m in messages %}{{ (bos_token if m['role'] == 'user' else '') + m['content'] + eos_token }}{% endfor %}"
+    )
+    loaded = load(made / "base")
+    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.chat_template = template
+    fields = {"tokenizer.chat_template": template, "tokenizer.ggml.add_bos_token": True}
+    file = candidate("f32", rewritten(made / "base.gguf", tmp_path / "bos.gguf", fields))
+    (entry,) = certified(lambda: loaded, file, tokenizer=SubwordTokenizer(inner, "toy"))["files"]
+    assert "plain_text_difference" not in entry
+
+
 def test_a_file_that_does_not_end_where_the_model_ends_is_refused(made: Path) -> None:
     loaded = load(made / "base")
     ends = SubwordTokenizer(loaded.tokenizer._hf_tokenizer, "toy", (7,))  # type: ignore[attr-defined]
