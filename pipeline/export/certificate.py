@@ -58,7 +58,10 @@ class Runner(Protocol):
 
 @runtime_checkable
 class SelfContained(Protocol):
-    """A runner whose file holds more than the weights: chat template and end tokens."""
+    """A runner whose file holds more than the weights: context, chat template and end tokens."""
+
+    @property
+    def max_length(self) -> int: ...
 
     @property
     def template(self) -> str | None: ...
@@ -101,20 +104,15 @@ def builtin_prompts() -> list[str]:
 
 
 def compare(
-    load: Callable[[], LoadedModel],
-    tokenizer: Tokenizer,
-    candidates: Sequence[Candidate],
-    prompts: Sequence[str] = (),
-    context: int | None = None,
+    load: Callable[[], LoadedModel], tokenizer: Tokenizer, candidates: Sequence[Candidate], prompts: Sequence[str] = ()
 ) -> Generator[Event, None, dict[str, Any]]:
     """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was exported.
 
-    `context`: the most tokens for which the files are meant, if fewer than the model's. One model is in memory at a
-    time. Returns the certificate's entries. Raises UserError if files are not the model.
+    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
     """
     yield Progress(0, len(candidates) + 1, "the exported model")
     composed = [normalize("NFC", prompt) for prompt in prompts]  # llama.cpp does not normalize, and need not
-    expected = reference(load(), tokenizer, composed or builtin_prompts(), context)
+    expected = reference(load(), tokenizer, composed or builtin_prompts())
     names, files = set[str](), []
     for done, candidate in enumerate(candidates, start=1):
         yield Progress(done, len(candidates) + 1, candidate.label)
@@ -125,15 +123,12 @@ def compare(
 
 
 @no_grad()
-def reference(
-    loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str], context: int | None = None
-) -> Reference:
-    """Logits in fp32, so that only the other program rounds."""
+def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
+    """With logits in fp32, so that only the other program rounds."""
     model, room = loaded.model, MOST_TOKENS
-    longest = min(model.max_length, context or model.max_length)
     ids = list[list[int]]()
     for prompt in prompts:
-        ids.append(list(tokenizer.encode(prompt)[: min(room, longest)]))
+        ids.append(list(tokenizer.encode(prompt)[: min(room, model.max_length)]))
         room -= len(ids[-1])
         if room <= 0:
             break
@@ -141,31 +136,30 @@ def reference(
     if chat:
         with suppress(UserError):  # of a template that needs other turns
             asked = tokenizer.render([{"role": "user", "content": asked}], True)
-    start = list(tokenizer.encode(asked))[: longest // 2]
-    limit = min(GREEDY_TOKENS, longest - len(start))
+    start = list(tokenizer.encode(asked))[: model.max_length // 2]
+    limit = min(GREEDY_TOKENS, model.max_length - len(start))
+    greedy = list(generate(model, start, tokenizer.end_ids, limit))  # as `lora prompt` answers
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
-        greedy = list(generate(model, start, tokenizer.end_ids, limit))
     texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
     return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy))
 
 
 def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
-    """Several turns with a generation prompt. Some templates refuse the system's, small vocabularies the characters."""
+    """Several turns with a generation prompt, and a system's turn if the template has a place for it."""
     for content in ("\n".join(SPELLINGS), prompt):
         if not tokenizer.has_template or not _knows(tokenizer, content):
             continue
-        contents = (prompt, content, "It is 27.", content)
-        roles = ("system", "user", "assistant", "user")
-        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        chats = []
+        texts = {"system": prompt, "user": content, "assistant": "It is 27."}
+        turns = [{"role": role, "content": texts[role]} for role in ("system", "user", "assistant", "user")]
+        renderings = []
         for part in (turns[1:], turns):
             with suppress(UserError):
-                chats.append((part, tokenizer.render(part, True)))
-        # A template that writes BOS before the user's turn only: a file can say of all chats alike that they begin so.
-        begins = {tokenizer.encode(rendered)[:1] == (tokenizer.bos_id,) for _, rendered in chats}
-        if chats:
-            return chats[-1 if len(begins) == 1 else 0]
+                renderings.append((part, tokenizer.render(part, True)))
+        # A template that knows no system may write its turn as another's, without what begins a chat.
+        starts = [tokenizer.encode(rendered)[:1] for _, rendered in renderings]
+        if renderings:
+            return renderings[-1 if starts[-1] == starts[0] else 0]
     return None
 
 
@@ -182,7 +176,9 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
     if rows[0] != rows[1]:
         problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
     else:
-        result = difference_of((logits, runner.logits(ids)) for ids, logits in expected.prompts)
+        most = runner.max_length if isinstance(runner, SelfContained) else MOST_TOKENS
+        parts = [(ids[:most], logits[:most]) for ids, logits in expected.prompts]
+        result = difference_of((logits, runner.logits(ids)) for ids, logits in parts)
         entry |= result._asdict()
         problems += _logit_problems(result, candidate.kind)
     if problems:

@@ -80,14 +80,10 @@ def candidate(kind: str, model: Path, adapter: Path | None = None, label: str = 
 
 
 def certify(
-    load: Callable[[], "LoadedModel"],
-    tokenizer: "Tokenizer",
-    files: Sequence["Candidate"],
-    context: int,
-    prompts: Path | None = None,
+    load: Callable[[], "LoadedModel"], tokenizer: "Tokenizer", files: Sequence["Candidate"], prompts: Path | None = None
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
-    """Compare `files`, whose metadata name a `context`, with base + adapter as `load` gives them, on a file of prompts
-    if given. Returns the certificate's entries, and lines.
+    """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given. Returns the
+    certificate's entries, and lines.
 
     Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
     """
@@ -97,8 +93,11 @@ def certify(
     from pipeline.export.certificate import compare, describe
 
     texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
-    certificate = yield from compare(load, tokenizer, files, texts, context)
-    return {"gguf": certificate}, describe(certificate)
+    certificate = yield from compare(load, tokenizer, files, texts)
+    table = describe(certificate)
+    for each in certificate["files"]:
+        del each["tokens_per_second"]  # two exports of one adapter have the same bytes
+    return {"gguf": certificate}, table
 
 
 class LlamaCpp:
@@ -141,6 +140,11 @@ class LlamaCpp:
     def ends(self) -> frozenset[int]:
         """Ids that end a generation."""
         return frozenset(self._facts["ends"])
+
+    @property
+    def max_length(self) -> int:
+        """The context that the file names."""
+        return int(self._facts["max_length"])
 
     def logits(self, ids: Sequence[int]) -> "Tensor":
         """(T, V) in fp32."""

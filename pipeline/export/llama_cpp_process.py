@@ -80,6 +80,7 @@ class Session:
         special = {"bos": lib.llama_vocab_bos(vocab), "eos": lib.llama_vocab_eos(vocab)}
         return {
             "rows": self._rows,
+            "max_length": lib.llama_model_n_ctx_train(self._model),
             "template": None if template == self._ffi.NULL else self._ffi.string(template).decode("utf-8", "replace"),
             "ends": [id_ for id_ in range(self._rows) if lib.llama_vocab_is_eog(vocab, id_)],
             "add_bos": lib.llama_vocab_get_add_bos(vocab),

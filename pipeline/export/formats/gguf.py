@@ -60,7 +60,6 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code),
             vocabulary.tokenizer,
             candidates,
-            model.context,
             export.prompts,
         )
         if widest not in kinds:

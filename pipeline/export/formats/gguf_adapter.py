@@ -58,7 +58,6 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
             vocabulary.tokenizer,
             files,
-            described.context,
             export.prompts,
         )
         if not beside:

@@ -36,14 +36,13 @@ class Source(NamedTuple):
 class Model(NamedTuple):
     """A model's tensors, the small `extra` ones that are no parameter, and its metadata without the vocabulary's.
 
-    `rows`: of the embedding; `context`: its most positions. `notes` say what llama.cpp does differently.
+    `rows`: of the embedding. `notes` say what llama.cpp does differently.
     """
 
     sources: list[Source]
     extra: Mapping[str, Tensor]
     metadata: dict[str, Any]
     rows: int
-    context: int
     notes: list[str]
 
 
@@ -82,7 +81,7 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
     metadata = {"general.architecture": family.architecture, **metadata}
-    return Model(sources, family.extra(config), metadata, model.shape.rows, context, notes)
+    return Model(sources, family.extra(config), metadata, model.shape.rows, notes)
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:

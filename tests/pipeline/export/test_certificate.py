@@ -1,7 +1,7 @@
 """A file that is not the exported model is told from one that is, and the error says in what it differs."""
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.export.certificate import Candidate, builtin_prompts, compare, describe
-from pipeline.export.llama_cpp import candidate, certify, quantize
+from pipeline.export.llama_cpp import LlamaCpp, candidate, certify, quantize
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import difference
 from pipeline.project.runner import Event
@@ -90,7 +90,7 @@ def test_what_is_exported_is_compared_on_the_users_prompts(
 
     def result() -> tuple[dict[str, Any], list[str]]:
         tuned, tokenizer = (lambda: load(made / "base", made / "adapter")), load_tokenizer(made / "base")
-        return finished(certify(tuned, tokenizer, [file], 512, tmp_path / "prompts.yaml"))
+        return finished(certify(tuned, tokenizer, [file], tmp_path / "prompts.yaml"))
 
     entries, lines = result()
     assert (entries["gguf"]["prompts_checked"], lines) == (2, describe(entries["gguf"]))
@@ -112,6 +112,29 @@ def test_the_figures_are_those_of_two_models_compared_here(made: Path, tmp_path:
     assert entry["max_logit_difference"] == pytest.approx(expected.max_logit_difference, rel=1e-3)
     assert entry["divergence"] == pytest.approx(expected.divergence, rel=1e-3) and entry["divergence"] > 1e-4
     assert entry["same_first_choices"] == expected.same_first_choices
+
+
+def test_a_base_in_16_bits_is_compared_in_fp32(tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "base", dtype=torch.bfloat16, max_position_embeddings=512)
+    write_llama(tmp_path / "base.gguf", model)
+    (entry,) = certified(lambda: load(tmp_path / "base"), candidate("f32", tmp_path / "base.gguf"))["files"]
+    assert entry["max_logit_difference"] < 1e-3
+
+
+def test_only_the_context_that_the_file_names_is_compared(made: Path, tmp_path: Path) -> None:
+    """As for a model with a sliding window that the program does not have: up to it the two are the same."""
+
+    class Sliding(LlamaCpp):
+        def logits(self, ids: Sequence[int]) -> torch.Tensor:
+            logits = super().logits(ids)
+            logits[4:] *= 2
+            return logits
+
+    short = rewritten(made / "base.gguf", tmp_path / "short.gguf", {"llama.context_length": 4})
+    for file, same in ((short, True), (made / "base.gguf", False)):
+        sliding = Candidate("f32", "f32", 1, lambda file=file: Sliding(file))  # type: ignore[misc]
+        with nullcontext() if same else pytest.raises(UserError, match="its logits differ"):
+            certified(lambda: load(made / "base"), sliding)
 
 
 # Broken on purpose
@@ -171,6 +194,21 @@ def test_a_file_that_is_read_otherwise_is_refused_also_if_it_is_quantized(
     broken = rewritten(made / "base.gguf", tmp_path / "broken.gguf", keys)
     for kind in ("f32", "q4_k_m"):
         assert said in refused(of_base, made, broken, kind)
+
+
+def test_a_template_that_knows_no_system_is_judged_without_one(made: Path, tmp_path: Path) -> None:
+    """It would write the system's turn as an answer, without the BOS that begins a chat."""
+    template = (
+        "{% for m in messages %}{{ (bos_token if m['role'] == 'user' else '') + m['content'] + eos_token }}{% endfor %}"
+    )
+    loaded = load(made / "base")
+    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.chat_template = template
+    fields = {"tokenizer.chat_template": template, "tokenizer.ggml.add_bos_token": True}
+    file = candidate("f32", rewritten(made / "base.gguf", tmp_path / "bos.gguf", fields))
+    (entry,) = certified(lambda: loaded, file, tokenizer=SubwordTokenizer(inner, "toy"))["files"]
+    assert "plain_text_difference" not in entry
 
 
 def test_a_file_that_does_not_end_where_the_model_ends_is_refused(made: Path) -> None:
