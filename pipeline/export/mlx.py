@@ -13,6 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from torch import Tensor
 
+from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.models.load import read_config
 from pipeline.models.save import reported, rope_settings
 
@@ -42,8 +43,8 @@ class MLX:
         return torch.tensor(self._model(mx.array([list(ids)]))[0].tolist())
 
     def encode(self, text: str) -> list[int]:
-        """The ids that `mlx_lm.generate` reads for a text."""
-        return list(self._tokenizer.encode(text))
+        """The ids that `mlx_lm.generate` reads for a text, or for a `Rendered` chat."""
+        return list(self._tokenizer.encode(text, add_special_tokens=not isinstance(text, Rendered)))
 
     def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
         """The greedy continuation, up to an end token or `limit` tokens, and tokens per second."""

@@ -4,7 +4,8 @@ mlx-lm has A (I, R) and B (R, O), y = Wx + s·xAB, and one rank and one scale fo
 """
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,7 @@ FAMILIES = frozenset(
         *("mixtral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
     )
 )
-PROMPTS = ("The capital of Bulgaria is", "def add(a, b):", "Once upon a time")  # compared where no others are given
-FITS = 4  # times the base's size: two models, and their larger parts in fp32
-# Share of the largest logit. In fp32 the families differ by 1e-6 of it, and by 2e-4 where mlx-lm's GELU is another.
-LIMIT = 2e-3
+FITS = 3  # times the base's size: it may be stored in 16 bits, and is compared in fp32
 WIDER = 4  # ranks that padding multiplies by more are worth a note
 
 
@@ -84,7 +82,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             "model": named,
         }
         write_json(folder / CONFIG, config)
-        compared = list(_compared(export, base, folder))
+        compared = yield from _compared(export, base, folder)
     return [
         f"{out}  for MLX. Use it with:",
         command.format(out),
@@ -153,62 +151,46 @@ def _keys(names: Iterable[str], stem: str, blocks: int) -> tuple[list[str], int]
     return [*names], blocks
 
 
-def _compared(export: Export, base: Path, folder: Path) -> Iterator[str]:
-    """What a comparison with mlx-lm gave, where it is installed and both models fit in memory.
+def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None, list[str]]:
+    """What a comparison with mlx-lm gave, where it is installed and the model fits in memory.
 
     Raises UserError if the logits differ by more than rounding does.
     """
     from pipeline.models.load import read_config
     from pipeline.models.save import rope_settings
 
-    config = read_config(base)
+    config, lines = read_config(base), list[str]()
     if settings := ", ".join(f'"{key}": {value}' for key, value in rope_settings(config).items() if key not in config):
-        yield (
+        lines = [
             f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where mlx-lm does not look for "
             f"most models. Import the base again, or add to a copy: {settings}"
-        )
+        ]
     if find_spec("mlx_lm") is None or find_spec("mlx") is None:
-        yield "Nothing was compared with mlx-lm, which is not installed: pip install 'lora-workbench[mlx]'"
-        return
-    import torch
+        return [*lines, "Nothing was compared with mlx-lm, which is not installed: pip install 'lora-workbench[mlx]'"]
+    from torch import device
 
     from pipeline.data.prompts import read_prompts
+    from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.export.certificate import Candidate, compare, describe
     from pipeline.files.base_model import weight_files
     from pipeline.inference.engine import load
-    from pipeline.models.base import compute_in_fp32
     from pipeline.models.device import available_memory
 
     size = sum(path.stat().st_size for path in weight_files(base))
-    if FITS * size > available_memory(torch.device("cpu")):
-        yield f"Nothing was compared with mlx-lm: two models of {size / 1e9:.1f} GB do not fit in memory."
-        return
+    if FITS * size > available_memory(device("cpu")):
+        return [*lines, f"Nothing was compared with mlx-lm: a model of {size / 1e9:.1f} GB in fp32 does not fit here."]
     from pipeline.export.mlx import MLX
 
-    texts: Sequence[str] = PROMPTS
-    if export.prompts is not None:
-        texts = [prompt.prompt for prompt in read_prompts(export.prompts, str(export.prompts))]
-    # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
-    tuned = load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none")
-    runner = MLX(base, folder)
-    largest, size_of_logits, same, tokens = 0.0, 0.0, 0, 0
-    with torch.no_grad(), compute_in_fp32(tuned.model):
-        for text in texts:
-            ids = tuned.tokenizer.encode(text)[: tuned.model.shape.positions]
-            ours = tuned.model(torch.tensor([ids], device=tuned.model.device))[0].float().cpu()  # (T, V)
-            theirs = runner.logits(ids)
-            largest = max(largest, float((ours - theirs).abs().max()))
-            size_of_logits = max(size_of_logits, float(ours.abs().max()))
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            tokens += len(ids)
-    if not largest <= LIMIT * size_of_logits:  # NaN is not either
-        raise UserError(
-            f"export rejected: in {runner.name} the logits differ from ours by {largest:.1e}, and the largest is "
-            f"{size_of_logits:.1e}. Export with --format merged, and please report this."
-        )
-    yield (
-        f"{runner.name} on {len(texts)} prompts: largest logit difference {largest:.1e}, same first choice for "
-        f"{same} of {tokens} tokens"
+    texts = [prompt.prompt for prompt in read_prompts(export.prompts, str(export.prompts))] if export.prompts else []
+    adapter = Candidate("adapter", "f32", (folder / WEIGHTS).stat().st_size, lambda: nullcontext(MLX(base, folder)))
+    certificate = yield from compare(
+        # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
+        lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+        load_tokenizer(base),
+        [adapter],
+        texts,
     )
+    return [*lines, *describe(certificate)]
 
 
 OPTIONS = ("base", "base_name", "prompts", "trust_remote_code")
