@@ -34,6 +34,7 @@ COMMANDS = {
     "calc": ("cli.calc", "Exact parameters, training memory, what fits your GPU."),
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
+    "serve": ("cli.serve", "Serve base and adapters over OpenAI's HTTP API."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
     "data": ("cli.data", "Check, show and convert data files."),
