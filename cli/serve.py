@@ -1,5 +1,6 @@
 """`lora serve`: OpenAI's HTTP API for the models of a project, or for a base and adapters."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -46,12 +47,10 @@ def serve(
     from pipeline.errors import UserError
     from pipeline.workbench import current_project
 
-    try:
-        from pipeline.inference.http import models, server
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "h11"):
-            raise
-        raise UserError(f"lora serve needs {error.name}. Run pip install 'lora-workbench[serve]'.") from None
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise UserError(f"lora serve needs {' and '.join(missing)}. Run pip install 'lora-workbench[serve]'.")
+
+    from pipeline.inference.http import models, server
 
     access = server.Access(host, api_key, allow_origin or ())
     allowed = list(allow_lora_path or ())

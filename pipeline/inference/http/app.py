@@ -32,6 +32,7 @@ from pipeline.inference.model_pool import Resident
 from pipeline.models.generate import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
 Ids = tuple[int, ...]
 Prepare = Callable[[LoadedModel], list[Ids]]  # runs beside the event loop
 MakeFormat = Callable[[LoadedModel, Sequence[Ids]], Format]
@@ -141,7 +142,7 @@ class Api:
         def reply(loaded: LoadedModel, _: Sequence[Ids]) -> Format:
             return ChatFormat(loaded.tokenizer.word, body.logprobs)
 
-        limit = body.max_completion_tokens or body.max_tokens
+        limit = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
         return await self._respond(body, limit, body.top_logprobs or 0, prepare, reply)
 
     async def completions(self, request: Request) -> Response | EventStream:
@@ -168,7 +169,7 @@ class Api:
         )
 
     async def _respond(
-        self, body: requests.Request, limit: int | None, top_logprobs: int, prepare: Prepare, make_format: MakeFormat
+        self, body: requests.Request, limit: int, top_logprobs: int, prepare: Prepare, make_format: MakeFormat
     ) -> Response | EventStream:
         """Generate for every prompt, `n` times each: up to `limit` tokens, or what the context has room for."""
         start = time.monotonic()
@@ -195,7 +196,7 @@ class Api:
                     sampling = Sampling(
                         body.temperature, max(body.top_k, 0), body.top_p, (seed + len(generations)) % 2**63
                     )
-                    most = min(limit or room, room)
+                    most = min(limit, room)
                     generations.append(Generation(body.model, ids, most, sampling, strength, top_logprobs))
             usage = Usage(sum(map(len, prompts)))
             pieces = self._generate(generations, loaded, body.stops, usage, start)

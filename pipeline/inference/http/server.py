@@ -165,13 +165,19 @@ class HttpServer:
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in numbers}
         try:
-            self.uvicorn.run([self._socket])
+            self.serve()
         finally:
-            self.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if stopped:
             raise Interrupted(stopped[-1], "Stopped serving")
+
+    def serve(self) -> None:
+        """Serve until `uvicorn.should_exit` is set."""
+        try:
+            self.uvicorn.run([self._socket])
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._socket.close()
