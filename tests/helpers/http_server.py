@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,12 @@ PATIENCE = 20.0
 
 
 @contextmanager
-def serving(sources: Sources, access: Access | None = None, **options: Any) -> Iterator[HttpServer]:
+def serving(
+    sources: Sources | Callable[[], Sources], access: Access | None = None, **options: Any
+) -> Iterator[HttpServer]:
     """A server on a free port of this machine; it is stopped afterwards."""
-    server = HttpServer(lambda: sources, access or Access(), 0, **options)
+    scan = sources if callable(sources) else lambda: sources
+    server = HttpServer(scan, access or Access(), 0, **options)
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     wait_for(lambda: server.uvicorn.started)

@@ -117,7 +117,7 @@ class Api:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self._models.sources:
+        if name not in self._models.sources and name not in await self._models.rescan():
             raise unknown(name, self._models.sources)
         return Json(self._models.describe(name))
 

@@ -125,12 +125,17 @@ class ServedModels:
         """Loaded once for all who wait, also if the first of them goes."""
         if name not in self._loading:
             task = self._loading[name] = asyncio.create_task(self._loaded(name, source))
-            task.add_done_callback(lambda _: self._loading.pop(name, None))
+            task.add_done_callback(partial(self._finish_loading, name))
         try:
             return await asyncio.shield(self._loading[name])
         except (UserError, OSError) as error:
             message = explain(error) if isinstance(error, OSError) else str(error)
             raise ApiError(400, message, "model") from None
+
+    def _finish_loading(self, name: str, task: asyncio.Task[Resident]) -> None:
+        del self._loading[name]
+        if not task.cancelled():
+            task.exception()  # or asyncio prints it where everyone who waited has gone
 
     def load_base(self) -> None:
         """Load the base, before there is an event loop. Raises UserError."""

@@ -24,6 +24,7 @@ from pipeline.inference.model_pool import ModelPool
 
 MAX_CONNECTIONS = 512  # above it, a request is answered 503; above its half more, a connection is closed
 MAX_HEADER_BYTES = 2**15
+SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # a client that takes nothing of what is written to it
 KEEP_ALIVE_SECONDS = 30
@@ -75,6 +76,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Else 4 MB are written to a client that does not read before that is noticed.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -30,13 +30,14 @@ from pipeline.inference.batching import GeneratedToken
 from pipeline.inference.http import guard, models, server
 from pipeline.inference.http.app import Api
 from pipeline.inference.http.choices import StoppedText
-from pipeline.inference.http.models import Source, Sources, named_models
+from pipeline.inference.http.models import Source, Sources, named_models, project_models
 from pipeline.inference.http.server import Access, HttpServer, bind
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.generate import Sampling
+from pipeline.workbench import current_project
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import adapter
+from tests.helpers.checkpoints import adapter, sealed_copies
 from tests.helpers.http_server import ask, serving, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -199,7 +200,7 @@ def test_a_stop_string_cuts_the_text_where_it_begins_however_tokens_divide_it(
     assert all(start < len(released) for start in starts) or not stopped
 
 
-def test_generation_ends_before_a_stop_string_in_one_piece_and_in_many(client: OpenAI) -> None:
+def test_generation_ends_before_a_stop_string_in_one_piece_and_in_many(desk: HttpServer, client: OpenAI) -> None:
     options: Any = {"model": "mini", "prompt": "w1 w2", "max_tokens": 12, "temperature": 0}
     words = client.completions.create(**options).choices[0].text
     stop = words[len(words) // 2 :][:6]
@@ -208,6 +209,8 @@ def test_generation_ends_before_a_stop_string_in_one_piece_and_in_many(client: O
     parts = list(client.completions.create(stop=stop, stream=True, **options))
     assert "".join(part.choices[0].text for part in parts) == cut.choices[0].text
     assert cut.usage.completion_tokens < 12
+    client.completions.create(model="mini", prompt="w1", max_tokens=16_000, stop=" ")
+    wait_for(lambda: desk.generator.running == 0, 1)
 
 
 BAD: dict[str, Any] = {  # field that the error names → what is sent beside a good request
@@ -349,10 +352,13 @@ def test_slow_requests_are_answered_408_or_closed(desk: HttpServer, monkeypatch:
     assert ask(desk, "/health")[0] == 200
 
 
-def long_request(desk: HttpServer, stream: bool) -> socket.socket:
-    body = {"model": "mini", "prompt": "w1", "max_tokens": 16_000, "stream": stream, "temperature": 0}
+def long_request(desk: HttpServer, stream: bool, **fields: Any) -> socket.socket:
+    body = {"model": "mini", "prompt": "w1", "max_tokens": 16_000, "stream": stream, "temperature": 0} | fields
     data = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", desk.port), timeout=10)
+    connection = socket.socket()
+    connection.settimeout(10)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", desk.port))
     connection.sendall(head(Content_Length=len(data)) + data)
     return connection
 
@@ -371,6 +377,18 @@ def test_a_client_that_is_killed_in_the_middle_frees_its_slot(desk: HttpServer, 
     start = time.monotonic()
     wait_for(lambda: desk.generator.running == 0, 5)
     assert time.monotonic() - start < 1
+
+
+def test_a_client_that_never_reads_its_stream_is_closed(desk: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STALLED_SECONDS", 0.2)
+    connection = long_request(desk, True, logprobs=20)  # so that buffers are full soon
+    wait_for(lambda: desk.generator.running == 1)
+    wait_for(lambda: desk.generator.running == 0)
+    heard = b""
+    with suppress(ConnectionResetError):
+        while part := connection.recv(2**20):
+            heard += part
+    assert b"[DONE]" not in heard
 
 
 async def test_two_hundred_requests_at_once_are_answered_as_one_is(desk: HttpServer, endless: Path) -> None:
@@ -479,6 +497,29 @@ def test_models_unused_for_longest_make_room_and_are_loaded_again(
             said = ask(desk, "/v1/completions", body)[1]["choices"][0]["text"]
             assert said == expected(folders, name, PROMPTS[1], 16, Sampling())
             assert len(desk.generator.call(lambda pool: pool.names).result()) <= 3
+
+
+def test_what_is_trained_meanwhile_is_served_and_what_changes_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed_copies(tmp_path, 1)
+    base, old, new = (tmp_path / "artifacts" / name for name in ("base", "a-0", "sweep/rank-1"))
+    monkeypatch.chdir(tmp_path)
+    body = {"prompt": "w1 w2", "temperature": 0}
+
+    def said(name: str) -> Any:
+        return ask(desk, "/v1/completions", {"model": name} | body)[1]["choices"][0]["text"]
+
+    with serving(lambda: project_models(current_project())) as desk:
+        assert ask(desk, "/v1/models/sweep/rank-1")[0] == 404
+        assert said("a-0") == engine.continued(engine.load(base, old), "w1 w2", 16)
+        new.parent.mkdir()
+        adapter(new, base, AdapterSpec(4, 16.0, ("q_proj", "fc1")), 5)
+        assert ask(desk, "/v1/models/sweep/rank-1")[0] == 200
+        assert said("sweep/rank-1") == engine.continued(engine.load(base, new), "w1 w2", 16) != said("a-0")
+        shutil.rmtree(old)
+        shutil.copytree(new, old)
+        assert said("a-0") == said("sweep/rank-1")
 
 
 def test_metrics_count_requests_tokens_and_the_time_to_the_first_token(folders: Path) -> None:
