@@ -94,7 +94,7 @@ class ServedModels:
         self._added: dict[str, Source] = {}  # by clients
         self._removed: set[str] = set()
         self._residents: dict[str, Resident] = {}  # the last used at the end
-        self._loading: dict[str, asyncio.Task[Resident]] = {}
+        self._loading: dict[tuple[str, Source], asyncio.Task[Resident]] = {}
         self._in_use: Counter[str] = Counter()
 
     @property
@@ -119,21 +119,22 @@ class ServedModels:
         source = self.sources.get(name) or (await self.rescan()).get(name)
         if source is None:
             raise unknown(name, self.sources)
-        return await self._load(name, source)
+        return await self._load(name, source, "model")
 
-    async def _load(self, name: str, source: Source) -> Resident:
+    async def _load(self, name: str, source: Source, param: str) -> Resident:
         """Loaded once for all who wait, also if the first of them goes."""
-        if name not in self._loading:
-            task = self._loading[name] = asyncio.create_task(self._loaded(name, source))
-            task.add_done_callback(partial(self._finish_loading, name))
+        key = name, source
+        if key not in self._loading:
+            task = self._loading[key] = asyncio.create_task(self._loaded(name, source))
+            task.add_done_callback(partial(self._finish_loading, key))
         try:
-            return await asyncio.shield(self._loading[name])
+            return await asyncio.shield(self._loading[key])
         except (UserError, OSError) as error:
             message = explain(error) if isinstance(error, OSError) else str(error)
-            raise ApiError(400, message, "model") from None
+            raise ApiError(400, message, param) from None
 
-    def _finish_loading(self, name: str, task: asyncio.Task[Resident]) -> None:
-        del self._loading[name]
+    def _finish_loading(self, key: tuple[str, Source], task: asyncio.Task[Resident]) -> None:
+        del self._loading[key]
         if not task.cancelled():
             task.exception()  # or asyncio prints it where everyone who waited has gone
 
@@ -194,7 +195,7 @@ class ServedModels:
         folder = self._allowed(path)
         source = Source(self._found[self.base].base, folder)
         self._residents.pop(name, None)  # the pool replaces it
-        await self._load(name, source)
+        await self._load(name, source, "lora_path")
         self._added[name] = source
         self._removed.discard(name)
 

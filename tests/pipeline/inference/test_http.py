@@ -482,7 +482,7 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm_and_only_from_served_folder
         weights = served / "mine/adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-9])
         status, answer = load(served / "mine")
-        assert (status, answer["error"]["param"]) == (400, "model")
+        assert (status, answer["error"]["param"]) == (400, "lora_path")
         assert [model["id"] for model in ask(desk, "/v1/models")[1]["data"]] == ["base"]
 
 
@@ -508,14 +508,14 @@ def test_what_is_trained_meanwhile_is_served_and_what_changes_is_loaded_again(
     body = {"prompt": "w1 w2", "temperature": 0}
 
     def said(name: str) -> Any:
-        return ask(desk, "/v1/completions", {"model": name} | body)[1]["choices"][0]["text"]
+        return ask(running, "/v1/completions", {"model": name} | body)[1]["choices"][0]["text"]
 
-    with serving(lambda: project_models(current_project())) as desk:
-        assert ask(desk, "/v1/models/sweep/rank-1")[0] == 404
+    with serving(lambda: project_models(current_project())) as running:
+        assert ask(running, "/v1/models/sweep/rank-1")[0] == 404
         assert said("a-0") == engine.continued(engine.load(base, old), "w1 w2", 16)
         new.parent.mkdir()
         adapter(new, base, AdapterSpec(4, 16.0, ("q_proj", "fc1")), 5)
-        assert ask(desk, "/v1/models/sweep/rank-1")[0] == 200
+        assert ask(running, "/v1/models/sweep/rank-1")[0] == 200
         assert said("sweep/rank-1") == engine.continued(engine.load(base, new), "w1 w2", 16) != said("a-0")
         shutil.rmtree(old)
         shutil.copytree(new, old)
