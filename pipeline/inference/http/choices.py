@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
+from pipeline.inference.http.errors import ApiError
 
 
 class TextToken(NamedTuple):
@@ -98,8 +100,12 @@ async def generate(
             index, event = await events.get()
             if index not in running:  # cancelled after a stop string
                 continue
+            if isinstance(event, UserError):  # a bad request was rejected before: it is the model, or the machine
+                raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise event
+            if event == "cancelled":
+                raise ApiError(503, "The server stopped this request: it is shutting down, or unloads the model.")
             if isinstance(event, str):
                 del running[index]
                 yield Piece(index, *texts[index].rest(), event)

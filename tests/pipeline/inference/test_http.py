@@ -553,6 +553,38 @@ def test_an_error_that_nobody_foresaw_is_shown_in_the_terminal_and_not_to_the_cl
     assert "ValueError: a secret" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("cancelled", 503),
+        (UserError("The model's outputs are not finite."), 503),
+        (RuntimeError("CUDA out of memory. Tried 2 GiB"), 503),
+        (ValueError("a secret"), 500),
+    ],
+)
+def test_what_ends_a_generation_early_is_an_error_never_a_shorter_text(
+    desk: HttpServer, monkeypatch: pytest.MonkeyPatch, end: str | Exception, status: int, begun: bool, stream: bool
+) -> None:
+    class Ticket:
+        def cancel(self) -> None: ...
+
+    def submit(_: Any, on_token: Any, on_end: Any) -> Ticket:
+        if begun:
+            on_token(GeneratedToken(9, -0.1, ()))
+        on_end(end)
+        return Ticket()
+
+    monkeypatch.setattr(desk.generator, "submit", submit)
+    said, answer, _ = ask(desk, "/v1/completions", {"model": "base", "prompt": "a", "stream": stream})
+    if stream and begun:
+        *_, last = answer.strip().split("\n\n")
+        said, answer = status, json.loads(last.removeprefix("data: "))
+    assert (said, answer["error"]["type"]) == (status, "server_error")
+    assert "secret" not in answer["error"]["message"]
+
+
 NODE = """
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.env.URL, apiKey: "none" });
