@@ -33,6 +33,8 @@ from pipeline.models.generate import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
+# Characters of a token, on average, in no real text: a longer one is rejected unencoded, which takes seconds for 1 MiB.
+MAX_TOKEN_CHARACTERS = 32
 Ids = tuple[int, ...]
 Prepare = Callable[[LoadedModel], list[Ids]]  # runs beside the event loop
 MakeFormat = Callable[[LoadedModel, Sequence[Ids]], Format]
@@ -155,7 +157,7 @@ class Api:
 
         def prepare(loaded: LoadedModel) -> list[Ids]:
             return [
-                engine.encode(loaded, prompt) if isinstance(prompt, str) else _checked_ids(loaded, prompt)
+                _encode(loaded, prompt) if isinstance(prompt, str) else _checked_ids(loaded, prompt)
                 for prompt in prompts
             ]
 
@@ -287,6 +289,14 @@ def _encode_chat(loaded: LoadedModel, body: ChatRequest) -> Ids:
         raise ApiError(400, str(error).replace(str(loaded.base), loaded.name), "messages") from None
     if tools and text == tokenizer.render(messages, True):
         raise ApiError(400, f"The chat template of {loaded.name} takes no tools. Remove them.", "tools")
+    return _encode(loaded, text)
+
+
+def _encode(loaded: LoadedModel, text: str) -> Ids:
+    """The prompt's ids. Raises UserError, and ApiError for a text that would take seconds to encode for nothing."""
+    if len(text) > MAX_TOKEN_CHARACTERS * loaded.model.max_length:
+        problem = f"The prompt has {len(text)} characters; {loaded.name} takes {loaded.model.max_length} tokens."
+        raise ApiError(400, problem, code="context_length_exceeded")
     return engine.encode(loaded, text)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+MAX_MESSAGE = 2000  # characters: some errors list words of the request
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -17,7 +18,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message[:MAX_MESSAGE])
         self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
 
     @property

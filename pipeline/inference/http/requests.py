@@ -37,7 +37,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_FIELD = re.compile(r"(?P<text>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 _OF_OBJECT = re.compile(r"Object (?P<problem>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
 
 Body = TypeVar("Body", bound=Struct)
@@ -177,9 +176,8 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 def _explain(error: str, fields: Mapping[str, Any]) -> ApiError:
     """msgspec's message as one that begins with the field and ends with its value."""
-    match = _FIELD.match(error)
-    text, path = (match["text"], match["path"] or "$") if match else (error, "$")
-    within = path.removeprefix("$").removeprefix(".")
+    text, at, path = error.rpartition(" - at `")  # no regular expression: the names of fields are in it
+    text, within = (text, path[:-1].removeprefix("$").removeprefix(".")) if at else (error, "")
     if of_object := _OF_OBJECT.fullmatch(text):
         field = ".".join(filter(None, (within, of_object["name"])))[:200]
         if of_object["problem"] == "missing required":

@@ -309,6 +309,27 @@ def test_deeply_nested_bodies_are_answered_400(desk: HttpServer, depth: int) -> 
     assert ask(desk, "/v1/chat/completions", turn)[0] in (200, 400, 413)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "base", "prompt": "a", " - at `" * 140_000: 1},
+        {"model": "base", "prompt": "x " * 500_000},
+        {"model": "mini", "prompt": "x " * 50_000},
+        {"model": "base", "prompt": "x" * 1_000_000},
+        {"model": "base", "prompt": "a", "stop": ["b" * 1_000_000]},
+        {"model": "m" * 1_000_000, "prompt": "a"},
+        {"model": "base", "prompt": [[7] * 1000] * 300},
+    ],
+    ids=["field", "characters", "words", "token", "stop", "model", "prompts"],
+)
+def test_a_large_body_is_answered_soon_and_briefly(desk: HttpServer, body: Any) -> None:
+    start = time.monotonic()
+    status, answer, _ = ask(desk, "/v1/completions", body)
+    assert status in (400, 404)
+    assert len(json.dumps(answer)) < 5_000
+    assert time.monotonic() - start < 5
+
+
 def send(desk: HttpServer, data: bytes, seconds: float = 10) -> bytes:
     """What a connection hears after it sent `data`, until it is closed."""
     with socket.create_connection(("127.0.0.1", desk.port), timeout=seconds) as connection:
