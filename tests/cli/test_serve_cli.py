@@ -60,7 +60,9 @@ def test_a_busy_port_is_one_message(cli: Lora, tmp_path: Path) -> None:
     assert f"Cannot serve 127.0.0.1, port {port}: Address already in use. Choose another --port" in message
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_projects_models_are_served_until_a_signal_even_in_the_middle_of_a_stream(
     cli: Lora, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -85,17 +85,19 @@ async def test_texts_of_three_adapters_asked_side_by_side_are_those_of_lora_prom
     async with AsyncOpenAI(base_url=f"{desk.url}/v1", api_key="none", max_retries=0) as client:
         options: Any = {"max_tokens": 12, "temperature": temperature, "seed": 7}
         texts = [client.completions.create(model=name, prompt=p, **options) for name in names for p in PROMPTS]
-        chats = [client.chat.completions.create(model=name, messages=QUESTION, **options) for name in names]
-        completed, answered = await asyncio.gather(asyncio.gather(*texts), asyncio.gather(*chats))
+
+        async def streamed(name: str) -> str:
+            parts = await client.chat.completions.create(model=name, messages=QUESTION, stream=True, **options)
+            return "".join([part.choices[0].delta.content or "" async for part in parts])
+
+        completed, answered = await asyncio.gather(asyncio.gather(*texts), asyncio.gather(*map(streamed, names)))
     sampling = Sampling(temperature, seed=7)
     said = [answer.choices[0].text for answer in completed]
     assert said == [expected(folders, name, prompt, 12, sampling) for name in names for prompt in PROMPTS]
     theirs = AutoTokenizer.from_pretrained(folders / "base")
     turns = theirs.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    said = [answer.choices[0].message.content for answer in answered]
-    text = Rendered(turns)
-    assert said == [expected(folders, name, text, 12, sampling) for name in names]
-    assert len(set(said)) == 4, "each adapter has its own answer"
+    assert answered == [expected(folders, name, Rendered(turns), 12, sampling) for name in names]
+    assert len(set(answered)) == 4, "each adapter has its own answer"
 
 
 def test_strength_is_that_of_the_terminal_app(desk: HttpServer, folders: Path) -> None:
