@@ -35,6 +35,7 @@ COMMANDS = {
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
     "chat": ("cli.chat", "Talk with a model over several turns."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
+    "serve": ("cli.serve", "Serve base and adapters over OpenAI's HTTP API."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
     "push": ("cli.push", "Push an export of an adapter to the Hugging Face hub."),

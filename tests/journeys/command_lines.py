@@ -31,7 +31,13 @@ from pipeline.files.text import OBEYED
 from tests.helpers.process import Forked
 
 LONGEST = 20.0  # seconds
-TRAINS = ("pretrain", "train-from-scratch", "finetune", "study")  # may take as long as their params say
+TRAINS = (
+    "pretrain",
+    "train-from-scratch",
+    "finetune",
+    "study",
+    "serve",
+)  # may take as long as their params say, serve longer
 EXITS = {0, 1, 2}
 NUMBERS = ["0", "1", "2", "3", "8", "-1", "64", "99999", str(2**31), str(2**63), str(10**30), "0.5", "1e-320", "1e300"]
 ODD_NUMBERS = ["nan", "inf", "-inf", "1e999", "", "1_0", "٣", "0x10", "1,5", "None"]

@@ -123,6 +123,7 @@ COMMANDS = _by_other_name(
         "evaluate": "eval test",
         "merge": "fuse merge-lora merge-and-unload",
         "export": "convert save",
+        "serve": "server api",
         "check": "validate lint stats",
         "show": "preview",
         "calc": "memory estimate-memory calculator calculate",

@@ -1,0 +1,83 @@
+"""`lora serve`: OpenAI's HTTP API for the models of a project, or for a base and adapters."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from cli.options import TrustOption, base_folder, group
+
+app = group()
+
+
+@app.command()
+def serve(
+    base: Annotated[
+        Path | None,
+        Option(
+            "--base",
+            callback=base_folder,
+            help="Model to serve: a folder, .gguf file or hub id; default: the adapters' base, or without --adapter "
+            "this project's models.",
+        ),
+    ] = None,
+    adapter: Annotated[list[Path] | None, Option("--adapter", help="Adapter folder; may be repeated.")] = None,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    host: Annotated[str, Option(help="Address to serve; any but a local one needs --api-key.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, Option(envvar="LORA_API_KEY", help="Key that clients must send; better set in LORA_API_KEY.")
+    ] = None,
+    max_batch: Annotated[int, Option(min=1, max=1024, help="Sequences that are generated together.")] = 16,
+    max_waiting: Annotated[int, Option(min=1, max=10_000, help="Sequences that may wait; more: status 429.")] = 256,
+    allow_origin: Annotated[
+        list[str] | None, Option(help="Origin of web pages that may use the server; may be repeated.")
+    ] = None,
+    allow_lora_path: Annotated[
+        list[Path] | None, Option(help="Folder in which clients may load adapters; may be repeated.")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Serve base and adapters over OpenAI's HTTP API.
+
+    By default the models of this project, on this machine only, for one desk: production belongs to vLLM.
+    """
+    from cli.console import print_line, print_note
+    from pipeline.adapters.folder import common_base
+    from pipeline.errors import UserError
+    from pipeline.workbench import current_project
+
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise UserError(f"lora serve needs {' and '.join(missing)}. Run pip install 'lora-workbench[serve]'.")
+
+    from pipeline.inference.http import models, server
+
+    access = server.Access(host, api_key, allow_origin or ())
+    allowed = list(allow_lora_path or ())
+    for folder in allowed:
+        if not folder.is_dir():
+            raise UserError(f"--allow-lora-path must be an existing folder, got {folder}. Create it, or name another.")
+    if base or adapter:
+        named = models.named_models(base or common_base(adapter or ()), adapter or ())
+        allowed += adapter or ()
+
+        def scan() -> models.Sources:
+            return named
+    else:
+        project = current_project()
+        allowed.append(project.root / models.ARTIFACTS)
+        trust_remote_code = trust_remote_code or project.params.origin.trust_remote_code
+
+        def scan() -> models.Sources:
+            return models.project_models(project)
+
+    served = server.HttpServer(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting)
+    key = "$LORA_API_KEY" if api_key else "none"
+    header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
+    print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
+    for name in served.models.sources:
+        print_line(f"  {name}")
+    print_line(f"Try: curl {served.url}/v1/models{header}")
+    print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key="{key}")')
+    print_note("It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm --out DIR")
+    served.run()

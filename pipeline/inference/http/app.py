@@ -1,0 +1,324 @@
+"""OpenAI's HTTP API over the generator: the application that `lora serve` runs."""
+
+import asyncio
+import hashlib
+import secrets
+import time
+import traceback
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from pipeline.errors import UserError, explain, first_line, is_out_of_memory
+from pipeline.inference import engine
+from pipeline.inference.batching import BatchedGenerator, Busy, Generation
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.http import requests
+from pipeline.inference.http.choices import Piece, generate
+from pipeline.inference.http.errors import ApiError
+from pipeline.inference.http.metrics import Metrics
+from pipeline.inference.http.models import ServedModels, unknown
+from pipeline.inference.http.replies import ChatFormat, Choice, CompletionFormat, Format, Usage
+from pipeline.inference.http.requests import MAX_CHOICES, ChatRequest, CompletionRequest, parse
+from pipeline.inference.model_pool import Resident
+from pipeline.models.generate import Sampling
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
+# Characters of a token, on average, in no real text: a longer one is rejected unencoded, which takes seconds for 1 MiB.
+MAX_TOKEN_CHARACTERS = 32
+Ids = tuple[int, ...]
+Prepare = Callable[[LoadedModel], list[Ids]]  # runs beside the event loop
+MakeFormat = Callable[[LoadedModel, Sequence[Ids]], Format]
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class EventStream:
+    """A response of server-sent events. Its events are closed as soon as the client is gone."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        async with aclosing(self._events):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error. One that nobody foresaw is printed here, and not described there."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), headers={"Retry-After": "1"})
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, f"{error.detail}.", headers=error.headers)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply.")
+    if is_out_of_memory(error):
+        return ApiError(503, f"out of memory ({first_line(error)}). Use a shorter prompt or fewer models.")
+    if isinstance(error, OSError):
+        return ApiError(500, explain(error))
+    traceback.print_exception(error)
+    return ApiError(500, "internal error: the server's terminal shows the reason.")
+
+
+def error_response(error: Exception) -> Response:
+    known = as_api_error(error)
+    return Json(known.body, known.status, known.headers)
+
+
+class Api:
+    """The routes."""
+
+    def __init__(self, generator: BatchedGenerator, models: ServedModels, metrics: Metrics) -> None:
+        self._generator, self._models, self._metrics = generator, models, metrics
+
+    def router(self) -> Router:
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
+        ]
+        return Router(routes, redirect_slashes=False)
+
+    async def health(self, _: Request) -> Response:
+        return Response()
+
+    async def metrics(self, _: Request) -> Response:
+        text = self._metrics.render(self._generator.running, self._generator.waiting)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def list_models(self, _: Request) -> Response:
+        names = await self._models.rescan()
+        return Json({"object": "list", "data": [self._models.describe(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._models.sources and name not in await self._models.rescan():
+            raise unknown(name, self._models.sources)
+        return Json(self._models.describe(name))
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = parse(requests.LoadAdapter, await request.body())
+        await self._models.load_adapter(body.lora_name, body.lora_path, body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        body = parse(requests.UnloadAdapter, await request.body())
+        await self._models.unload_adapter(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def chat(self, request: Request) -> Response | EventStream:
+        body = parse(ChatRequest, await request.body())
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
+
+        def prepare(loaded: LoadedModel) -> list[Ids]:
+            return [_encode_chat(loaded, body)]
+
+        def reply(loaded: LoadedModel, _: Sequence[Ids]) -> Format:
+            return ChatFormat(loaded.tokenizer.word, body.logprobs)
+
+        limit = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
+        return await self._respond(body, limit, body.top_logprobs or 0, prepare, reply)
+
+    async def completions(self, request: Request) -> Response | EventStream:
+        body = parse(CompletionRequest, await request.body())
+        if body.echo and body.logprobs is not None:
+            raise ApiError(400, "logprobs of an echoed prompt are not supported. Remove echo or logprobs.", "logprobs")
+        prompts = body.prompts
+        if not 1 <= len(prompts) * body.n <= MAX_CHOICES:
+            raise ApiError(400, f"prompt must be 1 to {MAX_CHOICES} prompts, n times each.", "prompt")
+
+        def prepare(loaded: LoadedModel) -> list[Ids]:
+            return [
+                _encode(loaded, prompt) if isinstance(prompt, str) else _checked_ids(loaded, prompt)
+                for prompt in prompts
+            ]
+
+        def reply(loaded: LoadedModel, ids: Sequence[Ids]) -> Format:
+            texts = [p if isinstance(p, str) else loaded.tokenizer.decode(i) for p, i in zip(prompts, ids, strict=True)]
+            echoes = {k: texts[k // body.n] for k in range(len(texts) * body.n)} if body.echo else {}
+            return CompletionFormat(loaded.tokenizer.word, body.logprobs is not None, echoes)
+
+        return await self._respond(
+            body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs or 0, prepare, reply
+        )
+
+    async def _respond(
+        self, body: requests.Request, limit: int, top_logprobs: int, prepare: Prepare, make_format: MakeFormat
+    ) -> Response | EventStream:
+        """Generate for every prompt, `n` times each: up to `limit` tokens, or what the context has room for."""
+        start = time.monotonic()
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream: true.", "stream_options")
+        with self._models.using(body.model):
+            resident = await self._models.get(body.model)
+            loaded, strength = resident.loaded, _strength(resident, body.strength)
+            prompts = await asyncio.to_thread(prepare, loaded)
+            seed = secrets.randbits(62) if body.seed is None else body.seed
+            generations: list[Generation] = []
+            for ids in prompts:
+                room = loaded.model.max_length - len(ids)
+                if room < 1:
+                    raise ApiError(
+                        400,
+                        f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}, the answer "
+                        "included. Shorten it.",
+                        "messages" if isinstance(body, ChatRequest) else "prompt",
+                        "context_length_exceeded",
+                    )
+                for _ in range(body.n):
+                    # Another seed for each choice; the only one of a request has the seed that was asked for.
+                    sampling = Sampling(
+                        body.temperature, max(body.top_k, 0), body.top_p, (seed + len(generations)) % 2**63
+                    )
+                    most = min(limit, room)
+                    generations.append(Generation(body.model, ids, most, sampling, strength, top_logprobs))
+            usage = Usage(sum(map(len, prompts)))
+            pieces = self._generate(generations, loaded, body.stops, usage, start)
+            first = await anext(pieces)  # an error before it has a status
+        self._metrics.prompt_tokens += usage.prompt
+        form = make_format(loaded, prompts)
+        envelope = {
+            "id": f"{form.prefix}-{uuid.uuid4().hex}",
+            "object": form.chunk_object if body.stream else form.object_,
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": _fingerprint(resident),
+        }
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(_events(envelope, form, first, pieces, len(generations), usage, with_usage))
+        choices = [Choice() for _ in generations]
+        choices[first.index].add(first)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                choices[piece.index].add(piece)
+        written = [form.choice(index, choice) for index, choice in enumerate(choices)]
+        return Json(envelope | {"choices": written, "usage": usage.json()})
+
+    async def _generate(
+        self, generations: Sequence[Generation], loaded: LoadedModel, stops: Sequence[str], usage: Usage, start: float
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices, counted."""
+
+        def count() -> None:
+            if not usage.generated:
+                self._metrics.observe_first_token(time.monotonic() - start)
+            usage.generated += 1
+            self._metrics.generated_tokens += 1
+
+        pieces = generate(self._generator, generations, loaded.tokenizer.stream, stops, count)
+        with self._models.using(generations[0].model):
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+
+
+async def _events(
+    envelope: Mapping[str, Any],
+    form: Format,
+    first: Piece,
+    pieces: AsyncGenerator[Piece, None],
+    count: int,
+    usage: Usage,
+    with_usage: bool,
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: chunks, the usage if it is wanted, [DONE]. An error is the last event."""
+    base = dict(envelope) | ({"usage": None} if with_usage else {})
+
+    async def all_pieces() -> AsyncIterator[Piece]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    try:
+        async with aclosing(pieces):
+            for opening in filter(None, map(form.opening, range(count))):
+                yield _event(base | {"choices": [opening]})
+            async for piece in all_pieces():
+                yield _event(base | {"choices": [form.chunk(piece)]})
+        if with_usage:
+            yield _event(base | {"choices": [], "usage": usage.json()})
+    except Exception as error:
+        yield _event(as_api_error(error).body)
+        return
+    yield b"data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _encode_chat(loaded: LoadedModel, body: ChatRequest) -> Ids:
+    """Ids of the conversation in the model's chat template. Raises UserError or ApiError."""
+    tokenizer = loaded.tokenizer
+    if not tokenizer.has_template:
+        raise ApiError(400, f"{loaded.name} has no chat template. Use /v1/completions.", "model")
+    messages = [message.for_template() for message in body.messages]
+    tools = body.tools if body.tool_choice == "auto" else []
+    try:
+        text = tokenizer.render(messages, True, tools)
+    except UserError as error:  # which names the model by its path
+        raise ApiError(400, str(error).replace(str(loaded.base), loaded.name), "messages") from None
+    if tools and text == tokenizer.render(messages, True):
+        raise ApiError(400, f"The chat template of {loaded.name} takes no tools. Remove them.", "tools")
+    return _encode(loaded, text)
+
+
+def _encode(loaded: LoadedModel, text: str) -> Ids:
+    """The prompt's ids. Raises UserError, and ApiError for a text that would take seconds to encode for nothing."""
+    if len(text) > MAX_TOKEN_CHARACTERS * loaded.model.max_length:
+        problem = f"The prompt has {len(text)} characters; {loaded.name} takes {loaded.model.max_length} tokens."
+        raise ApiError(400, problem, code="context_length_exceeded")
+    return engine.encode(loaded, text)
+
+
+def _checked_ids(loaded: LoadedModel, ids: Ids) -> Ids:
+    size = len(loaded.tokenizer)
+    if not ids or not all(0 <= id_ < size for id_ in ids):
+        raise ApiError(400, f"prompt must be token ids from 0 to {size - 1}, at least one.", "prompt")
+    return ids
+
+
+def _strength(resident: Resident, strength: float | None) -> float:
+    """The adapter's strength. Raises ApiError for one that has no effect."""
+    if strength in (None, 1):
+        return 1.0
+    if resident.loaded.adapter is None:
+        raise ApiError(400, f"strength: {resident.loaded.name} is no adapter. Remove it, or choose one.", "strength")
+    if resident.strength is None and strength != 0:
+        raise ApiError(400, f"strength: {resident.loaded.name} is not scalable. Use 0 or 1.", "strength")
+    return float(strength or 0)
+
+
+def _fingerprint(resident: Resident) -> str:
+    """Changes with the files of base or adapter."""
+    files = repr((resident.base.signature, resident.signature))
+    return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:12]}"

@@ -1,0 +1,121 @@
+"""Runs the sequences of a request, and cuts their texts at stop strings."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
+from pipeline.inference.http.errors import ApiError
+
+
+class TextToken(NamedTuple):
+    """A token, and where its text begins in the choice's."""
+
+    token: GeneratedToken
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a choice goes on with. `finish` is set in its last piece: "stop" or "length"."""
+
+    index: int
+    text: str
+    tokens: Sequence[TextToken]
+    finish: str | None = None
+
+
+@dataclass
+class StoppedText:
+    """Text up to the first of some stop strings, which may begin in one token and end in another.
+
+    Text that may turn out to be the beginning of a stop string is held back, and its tokens with it.
+    """
+
+    stops: Sequence[str]
+    _held: str = ""
+    _sent: int = 0  # characters before `_held`
+    _tokens: list[TextToken] = field(default_factory=list)  # of `_held`
+
+    def add(self, token: GeneratedToken, text: str) -> tuple[str, list[TextToken], bool]:
+        """Text and tokens that are certain now, and whether a stop string was met."""
+        self._tokens.append(TextToken(token, self._sent + len(self._held)))
+        self._held += text
+        starts = [start for stop in self.stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            return *self._release(min(starts)), True
+        return *self._release(len(self._held) - max(map(self._overlap, self.stops), default=0)), False
+
+    def _overlap(self, stop: str) -> int:
+        """The length of the longest beginning of `stop` that the text ends with."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+    def rest(self) -> tuple[str, list[TextToken]]:
+        """All that is held back, when nothing follows."""
+        text, tokens = self._held, self._tokens
+        self._held, self._tokens = "", []
+        return text, tokens
+
+    def _release(self, length: int) -> tuple[str, list[TextToken]]:
+        text, self._held = self._held[:length], self._held[length:]
+        self._sent += length
+        # A token without text, such as half a character, goes with the text that follows it.
+        certain = [each for each in self._tokens if each.offset < self._sent]
+        self._tokens = self._tokens[len(certain) :]
+        return text, certain
+
+
+async def generate(
+    generator: BatchedGenerator,
+    generations: Sequence[Generation],
+    new_decoder: Callable[[], Callable[[int], str]],
+    stops: Sequence[str],
+    count: Callable[[], None],
+) -> AsyncGenerator[Piece, None]:
+    """Pieces of all choices as they come; `count` is called for each token.
+
+    Everything is submitted before the first piece. A caller that stops early must close it: that cancels the rest.
+    Raises what `submit` raises, and what ends a sequence early.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, GeneratedToken | str | Exception]] = asyncio.Queue()
+
+    def put(index: int, event: GeneratedToken | str | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+    texts = [StoppedText(stops) for _ in generations]
+    decoders = [new_decoder() for _ in generations]
+    running = {}
+    try:
+        for index, generation in enumerate(generations):
+            callback = partial(put, index)
+            running[index] = generator.submit(generation, callback, callback)
+        while running:
+            index, event = await events.get()
+            if index not in running:  # cancelled after a stop string
+                continue
+            if isinstance(event, UserError):  # a bad request was rejected before: it is the model, or the machine
+                raise ApiError(503, str(event))
+            if isinstance(event, Exception):
+                raise event
+            if event == "cancelled":
+                raise ApiError(503, "The server stopped this request: it is shutting down, or unloads the model.")
+            if isinstance(event, str):
+                del running[index]
+                yield Piece(index, *texts[index].rest(), event)
+                continue
+            count()
+            text, tokens, stopped = texts[index].add(event, decoders[index](event.id))
+            if stopped:
+                running.pop(index).cancel()
+            if text or tokens or stopped:
+                yield Piece(index, text, tokens, "stop" if stopped else None)
+    finally:
+        for ticket in running.values():
+            ticket.cancel()

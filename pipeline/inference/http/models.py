@@ -1,0 +1,245 @@
+"""The models that are served: their names and folders, what of them is in memory, adapters that clients load."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.adapters.config import CONFIG, read_config
+from pipeline.errors import UserError, explain
+from pipeline.files.digest_cache import signature
+from pipeline.inference.batching import BatchedGenerator
+from pipeline.inference.catalog import find_base, model_folders
+from pipeline.inference.http.errors import ApiError
+from pipeline.inference.model_pool import ModelPool, Resident
+from pipeline.project.stage_graph import Project
+
+ARTIFACTS = "artifacts"
+MAX_LOADED = 32  # models in memory, above which those unused for longest are unloaded
+MAX_BASES = 2  # of them with weights of their own
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a base's, checkpoint's or merged model's folder, or an adapter's with its base."""
+
+    base: Path
+    adapter: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.adapter or self.base
+
+
+Sources = Mapping[str, Source]  # by name; the first is the base that is loaded at the start
+
+
+def project_models(project: Project) -> Sources:
+    """Base, adapters, checkpoints and merged models in a project's artifacts, by the names of `lora adapters`.
+
+    Adapters whose base is missing are left out. Raises UserError if there is no base yet.
+    """
+    root = project.root / ARTIFACTS
+    bases = map(project.artifact, ("expand_vocab", "pretrain"))
+    base = next(filter(Path.is_dir, bases), None)
+    if base is None:
+        raise UserError(
+            "There is no model yet. Run `lora import` or `lora pretrain` first, or name a model with --base."
+        )
+
+    def name(folder: Path) -> str:
+        return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
+
+    sources = {name(base): Source(base)}
+    for folder in model_folders(root):
+        with suppress(UserError):  # `lora adapters` shows it, with the reason
+            found = Source(find_base(folder, root), folder) if (folder / CONFIG).exists() else Source(folder)
+            sources.setdefault(name(folder), found)
+    return sources
+
+
+def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
+    """A base and adapters on it, by the names of their folders. Raises UserError if two have the same name."""
+    sources = {base.resolve().name: Source(base)}
+    for adapter in adapters:
+        name = adapter.resolve().name
+        read_config(adapter)
+        if name in sources:
+            raise UserError(f"--adapter: two models are called {name}. Rename the folder {adapter}.")
+        sources[name] = Source(base, adapter)
+    return sources
+
+
+class ServedModels:
+    """Used on the event loop's thread; models are loaded and unloaded on the generator's, between two steps."""
+
+    def __init__(
+        self,
+        generator: BatchedGenerator,
+        scan: Callable[[], Sources],
+        adapter_folders: Sequence[Path] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters."""
+        self._generator, self._scan, self._trusted = generator, scan, trust_remote_code
+        self._adapter_folders = [folder.resolve() for folder in adapter_folders]
+        self._found = dict(scan())
+        self.base = next(iter(self._found))
+        self._added: dict[str, Source] = {}  # by clients
+        self._removed: set[str] = set()
+        self._residents: dict[str, Resident] = {}  # the last used at the end
+        self._loading: dict[tuple[str, Source], asyncio.Task[Resident]] = {}
+        self._in_use: Counter[str] = Counter()
+
+    @property
+    def sources(self) -> Sources:
+        """By name; loaded ones and others."""
+        every = self._found | self._added
+        return {name: source for name, source in every.items() if name not in self._removed}
+
+    async def rescan(self) -> Sources:
+        """`sources`, with what was trained since."""
+        base = {self.base: self._found[self.base]}  # stays, also if its files are gone
+        with suppress(UserError):
+            self._found = base | dict(await asyncio.to_thread(self._scan))
+        return self.sources
+
+    async def get(self, name: str) -> Resident:
+        """The model, loaded if it is not, or if its files changed. Raises ApiError 404, or 400 if it is rejected."""
+        resident = self._residents.get(name)
+        if resident is not None and resident.current:
+            self._residents[name] = self._residents.pop(name)
+            return resident
+        source = self.sources.get(name) or (await self.rescan()).get(name)
+        if source is None:
+            raise unknown(name, self.sources)
+        return await self._load(name, source, "model")
+
+    async def _load(self, name: str, source: Source, param: str) -> Resident:
+        """Loaded once for all who wait, also if the first of them goes."""
+        key = name, source
+        if key not in self._loading:
+            task = self._loading[key] = asyncio.create_task(self._loaded(name, source))
+            task.add_done_callback(partial(self._finish_loading, key))
+        try:
+            return await asyncio.shield(self._loading[key])
+        except (UserError, OSError) as error:
+            message = explain(error) if isinstance(error, OSError) else str(error)
+            raise ApiError(400, message, param) from None
+
+    def _finish_loading(self, key: tuple[str, Source], task: asyncio.Task[Resident]) -> None:
+        del self._loading[key]
+        if not task.cancelled():
+            task.exception()  # or asyncio prints it where everyone who waited has gone
+
+    def load_base(self) -> None:
+        """Load the base, before there is an event loop. Raises UserError."""
+        load = partial(self._load_in, self.base, self._found[self.base])
+        self._residents[self.base] = self._generator.call(load).result()
+
+    def _load_in(self, name: str, source: Source, pool: ModelPool) -> Resident:
+        resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
+        _ = resident.loaded.tokenizer.end_ids  # starts the process that renders chat templates
+        return resident
+
+    async def _loaded(self, name: str, source: Source) -> Resident:
+        resident = await self._call(partial(self._load_in, name, source))
+        self._residents.pop(name, None)
+        self._residents[name] = resident
+        await self._unload_unused(name)
+        return resident
+
+    async def _unload_unused(self, last: str) -> None:
+        """Unload the models unused for longest while too many are loaded; never the base, nor what generates."""
+        for name in list(self._residents):
+            bases = {id(resident.base) for resident in self._residents.values()}
+            if len(self._residents) <= MAX_LOADED and len(bases) <= MAX_BASES:
+                return
+            if name not in (self.base, last) and not self._in_use[name]:
+                await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        if self._residents.pop(name, None) is not None:
+            await self._call(lambda pool: pool.unload(name))
+
+    async def _call(self, function: Callable[[ModelPool], T]) -> T:
+        return await asyncio.wrap_future(self._generator.call(function))
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Keeps a model in memory."""
+        self._in_use[name] += 1
+        try:
+            yield
+        finally:
+            self._in_use[name] -= 1
+            if not self._in_use[name]:
+                del self._in_use[name]  # any name that a client sends comes here
+
+    async def load_adapter(self, name: str, path: str, replace: bool) -> None:
+        """Serve the adapter at `path`, on the base, as `name`. Raises ApiError."""
+        if name in self.sources and not replace:
+            raise ApiError(
+                400,
+                f"The lora adapter '{name}' has already been loaded. Unload it first, or set load_inplace to true.",
+                "lora_name",
+            )
+        if name in self._found and self._found[name].adapter is None:
+            raise ApiError(400, f"{name} is the name of a model. Choose another lora_name.", "lora_name")
+        folder = self._allowed(path)
+        source = Source(self._found[self.base].base, folder)
+        self._residents.pop(name, None)  # the pool replaces it
+        await self._load(name, source, "lora_path")
+        self._added[name] = source
+        self._removed.discard(name)
+
+    def _allowed(self, path: str) -> Path:
+        """The adapter's folder. Outside the folders that are served, nothing is said about what exists."""
+        try:
+            folder = Path(path).resolve()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
+            folder = Path("/")
+        if not any(folder.is_relative_to(allowed) for allowed in self._adapter_folders):
+            raise ApiError(
+                400,
+                f"lora_path must be in a folder that is served, got {path[:200]}. "
+                "Start `lora serve` with --allow-lora-path.",
+                "lora_path",
+            )
+        if not (folder / CONFIG).is_file():
+            raise ApiError(404, f"No adapter found for {path[:200]}: it has no {CONFIG}.", "lora_path")
+        return folder
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no longer. Raises ApiError 404."""
+        source = self.sources.get(name)
+        if source is None or source.adapter is None:
+            raise ApiError(404, f"The lora adapter '{name[:200]}' cannot be found.", "lora_name")
+        await self._forget(name)
+        self._added.pop(name, None)
+        self._removed.add(name)
+
+    def describe(self, name: str) -> dict[str, object]:
+        """An entry of GET /v1/models."""
+        source = self.sources[name]
+        modified = max((file.modified for file in signature(source.folder)), default=0)
+        parent = next((other for other, each in self.sources.items() if each == Source(source.base)), None)
+        return {
+            "id": name,
+            "object": "model",
+            "created": modified // 10**9,
+            "owned_by": "lora-workbench",
+            "parent": parent if source.adapter else None,
+        }
+
+
+def unknown(name: str, sources: Sources) -> ApiError:
+    """Status 404 for a model that is not served."""
+    served = ", ".join(list(sources)[:20])
+    return ApiError(404, f"The model {name[:200]} does not exist. Served: {served}.", "model", "model_not_found")

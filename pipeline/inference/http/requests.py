@@ -1,0 +1,190 @@
+"""The bodies of requests: OpenAI's fields, checked; errors name the field."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pipeline.inference.http.errors import ApiError
+
+MAX_CHOICES = 64  # of one request: prompts × n
+MAX_STOP_LENGTH = 1000  # characters: each is compared with the end of the text after each token
+# Accepted and without effect here: they change no text.
+_IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+)
+# Fields of OpenAI and vLLM that would change the answer and are not supported: the values that change nothing.
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_OF_OBJECT = re.compile(r"Object (?P<problem>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
+
+Body = TypeVar("Body", bound=Struct)
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # accepted, without effect: chunks are not padded
+
+
+class Part(Struct, forbid_unknown_fields=True):
+    """A part of a content; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    """A turn, as a client sends it, or returns it after it was an answer."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+    reasoning_content: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: one text, and the arguments of tool calls as an object."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        optional = {key: getattr(self, key) for key in ("name", "tool_call_id", "reasoning_content")}
+        turn |= {key: value for key, value in optional.items() if value is not None}
+        if self.tool_calls:
+            turn["tool_calls"] = [_with_object_arguments(call) for call in self.tool_calls]
+        return turn
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": msgspec.json.decode(function["arguments"])}}
+    except (msgspec.DecodeError, RecursionError):
+        return call
+
+
+class Request(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both APIs take. `strength` and `top_k` are extra fields."""
+
+    model: str
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0  # vLLM's -1, and 0: from all
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    strength: Annotated[float, Meta(ge=0, le=2)] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class ChatRequest(Request, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+
+
+class CompletionRequest(Request, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool = False
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """Texts or token ids, one for each prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(part, int) for part in self.prompt):
+            return [tuple(part for part in self.prompt if isinstance(part, int))]
+        if any(isinstance(part, int) for part in self.prompt):
+            raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of their lists.", "prompt")
+        return [part if isinstance(part, str) else tuple(part) for part in self.prompt if not isinstance(part, int)]
+
+
+class LoadAdapter(Struct, forbid_unknown_fields=True):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: Annotated[str, Meta(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4000)]
+    load_inplace: bool = False
+
+
+class UnloadAdapter(Struct, forbid_unknown_fields=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's, without effect
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """The JSON `body` as `kind`. Raises ApiError 400, which names the field."""
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body must be JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body must be a JSON object.")
+    fields = {key: value for key, value in fields.items() if value is not None and key not in _IGNORED}
+    for key in _NEUTRAL.keys() & fields:
+        if fields[key] not in _NEUTRAL[key]:
+            raise ApiError(400, f"{key} is not supported. Remove it from the request.", key)
+        del fields[key]
+    try:
+        return msgspec.convert(fields, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise _explain(str(error), fields) from None
+
+
+def _explain(error: str, fields: Mapping[str, Any]) -> ApiError:
+    """msgspec's message as one that begins with the field and ends with its value."""
+    text, at, path = error.rpartition(" - at `")  # no regular expression: the names of fields are in it
+    text, within = (text, path[:-1].removeprefix("$").removeprefix(".")) if at else (error, "")
+    if of_object := _OF_OBJECT.fullmatch(text):
+        field = ".".join(filter(None, (within, of_object["name"])))[:200]
+        if of_object["problem"] == "missing required":
+            return ApiError(400, f"{field} is missing. Add it to the request.", field)
+        return ApiError(
+            400, f"{field[:200]} is not a field that is supported. Remove it from the request.", field[:200]
+        )
+    value = fields.get(within)
+    shown = f", got {value!r:.80}" if isinstance(value, str | int | float) and "got" not in text else ""
+    return ApiError(400, f"{within}: {text[:1].lower()}{text[1:]}{shown}. Correct it in the request.", within)
