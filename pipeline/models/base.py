@@ -101,6 +101,7 @@ class CausalLM(nn.Module):
         """(B, T, D). `positions` (B, T) default to those after the cache.
 
         `segments`: lengths of the sequences packed end to end in one row (1, T); none attends to another.
+        `cache`: of `new_cache`, or a PackedCache of the sequences of `segments`.
         Virtual tokens are read before each sequence; `ids`, `positions` and the result do not contain them.
         """
         if self.virtual is None:
@@ -124,6 +125,11 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) → (..., V)."""
         raise NotImplementedError
+
+    @property
+    def mixes_lengths(self) -> bool:
+        """Whether a sequence is read the same whatever the length of those packed beside it."""
+        return True
 
     @property
     def pack_up_to(self) -> int:
@@ -217,6 +223,61 @@ class VirtualTokens(nn.Module):
         self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         """The same with an empty cache or none; `positions` count the virtual tokens."""
+        raise NotImplementedError
+
+
+class SequenceCache:
+    """Keys and values of one sequence of at most `capacity` tokens, (1, G, S, K) each in every block.
+
+    Their memory grows with the sequence; what is appended is written in place.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of the block, with those of new tokens (1, G, T, K) after `length` others."""
+        stop = self.length + keys.shape[2]
+        pair = self._buffers.get(block)
+        if pair is None or pair[0].shape[2] < stop:
+            room = min(self.capacity, max(64, 2 * stop))
+            grown = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
+            for new, old in zip(grown, pair or (), strict=False):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            pair = self._buffers[block] = grown[0], grown[1]
+        for buffer, new in zip(pair, (keys, values), strict=True):
+            buffer[:, :, self.length : stop] = new
+        return pair[0][:, :, :stop], pair[1][:, :, :stop]
+
+
+class PackedCache:
+    """The caches of the sequences whose next tokens are packed end to end in one row: `hidden_states(cache=…)` then
+    needs `positions` and `segments`. Every sequence attends to its own keys only."""
+
+    def __init__(self, sequences: Sequence[SequenceCache]) -> None:
+        self.sequences = sequences
+
+    def update(
+        self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each sequence's keys and values (1, G, S, K), the new ones (1, G, T, K) of these `lengths` included."""
+        new = zip(keys.split_with_sizes(list(lengths), 2), values.split_with_sizes(list(lengths), 2), strict=True)
+        return [cache.append(block, *pair) for cache, pair in zip(self.sequences, new, strict=True)]
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Count the new tokens, once every block has them: a forward that raised leaves the caches as they were."""
+        for cache, length in zip(self.sequences, lengths, strict=True):
+            cache.length += length
+
+
+class UpdatedLinear(nn.Module):
+    """A linear `base`, and what is added to its outputs."""
+
+    base: nn.Module
+
+    def add_updates(self, rows: Tensor, out: Tensor) -> None:
+        """Turn the base's outputs `out` (N, O) of `rows` (N, I) into this layer's, in place."""
         raise NotImplementedError
 
 
