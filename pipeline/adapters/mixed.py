@@ -134,7 +134,7 @@ class MixedLayer(UpdatedLinear):
 
     def add_updates(self, rows: Tensor, out: Tensor) -> None:
         if self._version != self.routing.version:
-            self._read_routing(rows.dtype)
+            self.read_routing(rows.dtype)
         if self._masks is not None and self._stack is not None:
             scales, foreign = self._masks
             # masked, not only multiplied by 0: another adapter's product with this row may be infinite
@@ -145,8 +145,8 @@ class MixedLayer(UpdatedLinear):
         for start, stop, layer in self._replacements:
             out[start:stop] = layer(rows[start:stop])
 
-    def _read_routing(self, dtype: torch.dtype) -> None:
-        """What forwards need to know of the routing until it changes."""
+    def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
+        """Keep what forwards in `dtype` need to know of the routing until it changes."""
         routing, name = self.routing, self.name
         shares = [(share, share.adapter.layers[name]) for share in routing.shares if name in share.adapter.layers]
         low_rank = [(share, layer) for share, layer in shares if is_low_rank(layer)]

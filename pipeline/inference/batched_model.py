@@ -90,7 +90,11 @@ class BatchedModel:
 
     def forget(self) -> None:
         """Free what is kept of adapters for the next forward."""
-        self._routing.clear()
+        if self._routing.stacked:
+            self._routing.clear()
+            for layer in self.model.modules():
+                if isinstance(layer, MixedLayer):
+                    layer.read_routing()
 
     def _install(self, layers: dict[str, nn.Module]) -> None:
         new = [name for name in layers if not isinstance(self.model.get_submodule(name), MixedLayer)]

@@ -2,8 +2,8 @@
 
 A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the prompts that have
 joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the others, and then gives every running
-request a token. Requests begin in the order in which they came. What cannot be computed beside others (virtual tokens, a
-model whose forward does not agree with its own alone) takes its turns alone, in the same thread.
+request a token. Requests begin in the order in which they came. A model that cannot be computed beside others (virtual
+tokens, or a forward that does not agree with the model's own) takes its turns alone, in the same thread.
 """
 
 import threading
@@ -85,6 +85,7 @@ class Running:
     unread: list[int]  # ids that are not in the cache yet: the prompt, then the last token
     left: int  # tokens to sample
     generator: torch.Generator
+    ends: frozenset[int]
     started: bool = False  # has a token
 
     def logits_alone(self) -> Tensor:
@@ -153,7 +154,9 @@ class BatchedGenerator:
         if not ids:
             raise UserError("The prompt is empty. Give at least one word.")
         if not 0 <= min(ids) <= max(ids) < model.shape.rows:
-            raise UserError(f"The prompt has ids from {min(ids)} to {max(ids)}; {generation.model} has {model.shape.rows}.")
+            raise UserError(
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {generation.model} has {model.shape.rows}."
+            )
         if len(ids) > model.max_length:
             raise UserError(f"The prompt has {len(ids)} tokens; {generation.model} takes {model.max_length}.")
         capacity = min(len(ids) + limit, model.max_length)
@@ -257,6 +260,7 @@ class BatchedGenerator:
             [*generation.ids],
             min(generation.limit, model.max_length - len(generation.ids)),
             torch.Generator().manual_seed(generation.sampling.seed),
+            loaded.tokenizer.end_ids,
         )
 
     def _step(self) -> None:
@@ -279,7 +283,8 @@ class BatchedGenerator:
                 room -= counts[-1]
         if not runs:
             return
-        order = sorted(range(len(runs)), key=lambda n: id(runs[n].adapter))  # those of an adapter side by side
+        first = {run.adapter: n for n, run in reversed([*enumerate(runs)])}
+        order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])  # those of an adapter side by side
         runs, counts = [runs[n] for n in order], [counts[n] for n in order]
         parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in zip(runs, counts, strict=True)]
         self._advance(runs, counts, lambda: batched.logits(parts))
@@ -303,7 +308,7 @@ class BatchedGenerator:
         generation = run.ticket.generation
         try:
             id_ = draw(finite(logits), generation.sampling, run.generator)
-            if id_ in run.resident.loaded.tokenizer.end_ids:
+            if id_ in run.ends:
                 self._end(run, "stop")
                 return
             logprobs = logits.log_softmax(0)

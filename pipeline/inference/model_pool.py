@@ -70,8 +70,7 @@ class Resident:
         """Raises UserError where `at` would."""
         if self.loaded.adapter is not None and self.strength is None and s not in (0, 1):
             raise UserError(
-                f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. "
-                "Use strength 0 or 1."
+                f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. Use strength 0 or 1."
             )
 
     def copy_at(self, s: float) -> CausalLM:

@@ -258,9 +258,7 @@ class PackedCache:
     def __init__(self, sequences: Sequence[SequenceCache]) -> None:
         self.sequences = sequences
 
-    def update(
-        self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def update(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Each sequence's keys and values (1, G, S, K), the new ones (1, G, T, K) of these `lengths` included."""
         new = zip(keys.split_with_sizes(list(lengths), 2), values.split_with_sizes(list(lengths), 2), strict=True)
         return [cache.append(block, *pair) for cache, pair in zip(self.sequences, new, strict=True)]
