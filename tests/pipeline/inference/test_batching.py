@@ -26,9 +26,10 @@ from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.models.base import SequenceCache
 from pipeline.models.generate import GREEDY, Sampling, generate
 from pipeline.models.load import load_base
+from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods import ia3
 from tests.helpers.checkpoints import adapter, checkpoint
-from tests.helpers.families import FAMILIES, OTHERS, new_project
+from tests.helpers.families import FAMILIES, OTHERS, WIDE, new_project
 
 TARGETS = ("fc1", "k_proj", "q_proj")
 ENDS = ("embed_tokens", "lm_head")
@@ -198,8 +199,11 @@ def test_two_hundred_requests_at_once_are_answered_as_each_alone(start: Start, r
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
-def test_every_family_answers_in_a_batch_as_alone(tmp_path: Path, start: Start, name: str) -> None:
-    """Prompts and texts are longer than the sliding windows of 5 tokens."""
+def test_every_family_answers_in_a_batch_as_alone(
+    tmp_path: Path, start: Start, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and texts are longer than the sliding windows of 5 tokens, and prompts are read in parts."""
+    monkeypatch.setattr(batching, "PROMPT_TOKENS", 8)
     base = new_project(tmp_path, (FAMILIES | OTHERS)[name]) / "base"
     linears = ["c_attn"] if name == "gpt2" else ["query_key_value"] if name == "bloom" else ["q_proj", "v_proj"]
     pool, references = ModelPool(), ModelPool()
@@ -217,7 +221,7 @@ def test_every_family_answers_in_a_batch_as_alone(tmp_path: Path, start: Start, 
     generator = start(pool)
     assert texts(generator, wanted) == [alone(references, request) for request in wanted]
     together = name != "bloom"  # its attention knows no sequences
-    assert max(generator.batch_sizes) == (len(wanted) if together else 1)
+    assert max(generator.batch_sizes) >= 4 if together else max(generator.batch_sizes) == 1
 
 
 def llama_in_bf16(root: Path) -> tuple[ModelPool, list[str]]:
@@ -263,6 +267,13 @@ def test_a_llama_in_bf16_answers_in_a_batch_as_alone(tmp_path: Path, start: Star
     references, _ = llama_in_bf16(tmp_path / "again")
     wanted = [Generation(names[n % 3], (*range(2 + n, 5 + 2 * n),), 20) for n in range(9)]
     assert texts(start(pool), wanted) == [alone(references, request) for request in wanted]
+
+
+@pytest.mark.parametrize(("kind", "independent"), [("default", True), ("dynamic", False), ("yarn", True)])
+def test_rotary_positions_that_depend_on_the_longest_text_are_not_batched(kind: str, independent: bool) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    model = from_config({"model_type": "llama", "vocab_size": 9, **WIDE, "rope_parameters": rope}, torch.float32)
+    assert model.mixes_lengths == independent
 
 
 def test_log_probabilities_are_those_of_the_models_own_logits(start: Start, references: ModelPool) -> None:
@@ -430,7 +441,7 @@ def test_a_request_whose_outputs_are_not_finite_ends_alone(
     broken = load_base(folders["base"]).model
     attach(broken, SPECS["lora"])
     for _, layer in adapter_layers(broken):
-        nn.init.constant_(layer.lora_A, 1e38)
+        nn.init.constant_(layer.lora_A, 3e38)  # its product overflows on the rows of others too
         nn.init.constant_(layer.lora_B, 1e38)
     save_adapter(tmp_path, broken, SPECS["lora"], str(folders["base"]))
     pool.load("broken", folders["base"], tmp_path)
