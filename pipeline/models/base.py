@@ -227,28 +227,28 @@ class VirtualTokens(nn.Module):
 
 
 class SequenceCache:
-    """Keys and values of one sequence of at most `capacity` tokens, (1, G, S, K) each in every block.
+    """Keys and values of one sequence of at most `capacity` tokens, side by side: (1, G, S, 2K) in every block.
 
     Their memory grows with the sequence; what is appended is written in place.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[int, Tensor] = {}
 
-    def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of the block, with those of new tokens (1, G, T, K) after `length` others."""
-        stop = self.length + keys.shape[2]
-        pair = self._buffers.get(block)
-        if pair is None or pair[0].shape[2] < stop:
-            room = min(self.capacity, max(64, 2 * stop))
-            grown = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
-            for new, old in zip(grown, pair or (), strict=False):
-                new[:, :, : self.length] = old[:, :, : self.length]
-            pair = self._buffers[block] = grown[0], grown[1]
-        for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer[:, :, self.length : stop] = new
-        return pair[0][:, :, :stop], pair[1][:, :, :stop]
+    def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, G, S, K) of all tokens, the `new` ones (1, G, T, 2K) after `length` others. `size`: K of
+        the keys."""
+        stop = self.length + new.shape[2]
+        buffer = self._buffers.get(block)
+        if buffer is None or buffer.shape[2] < stop:
+            grown = new.new_empty(*new.shape[:2], min(self.capacity, max(64, 2 * stop)), new.shape[3])
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = self._buffers[block] = grown
+        buffer.narrow(2, self.length, new.shape[2]).copy_(new)
+        seen = buffer.narrow(2, 0, stop)
+        return seen.narrow(3, 0, size), seen.narrow(3, size, seen.shape[3] - size)
 
 
 class PackedCache:
@@ -259,9 +259,10 @@ class PackedCache:
         self.sequences = sequences
 
     def update(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (1, G, S, K), the new ones (1, G, T, K) of these `lengths` included."""
-        new = zip(keys.split_with_sizes(list(lengths), 2), values.split_with_sizes(list(lengths), 2), strict=True)
-        return [cache.append(block, *pair) for cache, pair in zip(self.sequences, new, strict=True)]
+        """Each sequence's keys and values (1, G, S, K); the new ones (1, G, T, K), of these `lengths`, come last."""
+        new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
+        each = zip(self.sequences, new, strict=True)
+        return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in each]
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count the new tokens, once every block has them: a forward that raised leaves the caches as they were."""

@@ -74,7 +74,7 @@ def stream(
 
 def finite(numbers: Tensor) -> Tensor:
     """Returns `numbers`. Raises UserError if they are not finite: argmax finds a token among NaNs too."""
-    if not numbers.isfinite().all():
+    if not torch.stack(numbers.aminmax()).isfinite().all():  # a fifth of the time of isfinite on all of them
         raise UserError(
             "The model's outputs are not finite: its weights or its adapter's scale are too large. "
             "Train it again with a lower learning_rate."

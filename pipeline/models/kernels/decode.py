@@ -103,22 +103,20 @@ class OneTokenBlock:
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # (N, 1, K)
         qk = qk * cos + qk.roll(half, -1) * signed_sin  # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
         q = qk[:, :-G].view(N, G, self.R, self.K)  # a group's R heads stand where tokens do
-        new = (qk[:, -G:, None], v[:, :, None])  # (N, G, 1, K) each
+        new = (qk[:, -G:], v)  # (N, G, K) each
         if past is None:
-            attended = self._attend(q, *cache.update(*new, self.layer))  # (1, G, R, K)
+            attended = self._attend(q, *cache.update(*(x[:, :, None] for x in new), self.layer))  # (1, G, R, K)
         else:
-            pairs = [own.append(self.layer, *pair) for own, *pair in zip(past.sequences, *map(_rows, new), strict=True)]
-            attended = torch.cat([self._attend(*row) for row in zip(_rows(q), *zip(*pairs, strict=True), strict=True)])
+            keys, values = (x.transpose(0, 1)[None] for x in new)  # (1, G, N, K) each
+            pairs = past.update(self.layer, keys, values, [1] * N)
+            queries = q.split_with_sizes([1] * N)
+            attended = torch.cat([self._attend(own, *pair) for own, pair in zip(queries, pairs, strict=True)])
         x = x + self.out(attended.view(1, N, -1))  # (1, N, D)
         gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (1, N, F) each
         return x + self.down(self.act(gate) * up)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
-
-
-def _rows(x: Tensor) -> Sequence[Tensor]:
-    return x.split_with_sizes([1] * len(x))
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first of the linears
