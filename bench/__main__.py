@@ -19,6 +19,7 @@ from bench.methods import methods
 from bench.methods_real import methods_real
 from bench.quantized import quantized
 from bench.real import real
+from bench.serve import serve
 from bench.several import several
 from bench.sweep import sweep
 from bench.terminal import terminal
@@ -26,7 +27,7 @@ from bench.training import training
 
 BENCHMARKS = (
     *(commands, terminal, calculator, curves, data, engine, memory, training, methods, sweep),
-    *(real, methods_real, quantized, merge, several),
+    *(real, methods_real, quantized, merge, several, serve),
 )
 
 

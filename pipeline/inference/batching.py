@@ -1,65 +1,125 @@
-"""Generates for many requests on one thread that owns the models."""
+"""Generates for many requests at once: continuous batching, one forward per token for all adapters of a base.
 
-import queue
+A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the prompts that have
+joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the others, and then gives every running
+request a token. Requests begin in the order in which they came. A model that cannot be computed beside others (virtual
+tokens, or a forward that does not agree with the model's own) takes its turns alone, in the same thread.
+"""
+
 import threading
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.inference.model_pool import ModelPool
+from pipeline.adapters.mixed import MixedAdapter
+from pipeline.errors import UserError, first_line, is_out_of_memory
+from pipeline.inference.batched_model import BatchedModel, Part
+from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
+from pipeline.models.base import SequenceCache
 from pipeline.models.generate import GREEDY, Sampling, draw, finite
 from pipeline.models.kernels.decode import fast_decoding
+
+PROMPT_TOKENS = 512  # read per step, at most
+MAX_TOKENS = 65_536  # keys and values that running requests may need in all
 
 T = TypeVar("T")
 
 
 class Busy(UserError):
-    """Too many requests wait."""
+    """Too many requests are waiting."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A request: a prompt's ids, and how to go on from it."""
+    """A request: up to `limit` tokens after the prompt `ids`, by the model that the pool calls `model`."""
 
     model: str
     ids: tuple[int, ...]
     limit: int
     sampling: Sampling = GREEDY
-    strength: float = 1.0
-    top_logprobs: int = 0
+    strength: float = 1.0  # of the model's adapter
+    top_logprobs: int = 0  # alternatives to report with each token
 
 
 class GeneratedToken(NamedTuple):
-    """A token, its log probability, and those of the likeliest tokens."""
+    """A sampled token, its log-probability before temperature and cuts, and the likeliest tokens with theirs."""
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Ticket:
-    """A submitted request."""
+    """A submitted request. The callbacks run on the generator's thread."""
 
-    _cancelled: threading.Event = field(default_factory=threading.Event)
+    generation: Generation
+    capacity: int  # tokens of prompt and answer, at most
+    on_token: Callable[[GeneratedToken], None]
+    on_end: Callable[[str | Exception], None]
+    wake: Callable[[], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        """Stop before the next step; `on_end` then gets "cancelled". Without effect on a request that has ended."""
+        self.cancelled.set()
+        self.wake()
+
+
+@dataclass(eq=False)
+class Running:
+    """A request that has begun. `batched` is None for one that takes its turns alone."""
+
+    ticket: Ticket
+    resident: Resident
+    batched: BatchedModel | None
+    adapter: MixedAdapter | None
+    cache: Any
+    unread: list[int]  # ids that are not in the cache yet: the prompt, then the last token
+    left: int  # tokens to sample
+    generator: torch.Generator
+    ends: frozenset[int]
+    started: bool = False  # has a token
+
+    def logits_alone(self) -> Tensor:
+        """(1, V)."""
+        model = self.resident.at(self.ticket.generation.strength).model
+        with fast_decoding(model):
+            hidden = model.hidden_states(torch.tensor([self.unread], device=model.device), cache=self.cache)
+            return model.logits(hidden[:, -1])
 
 
 class BatchedGenerator:
-    """One thread generates, one request after the other."""
+    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach it by `call`."""
 
-    def __init__(self, pool: ModelPool, max_batch: int = 16, max_waiting: int = 256) -> None:
-        self._pool, self._most = pool, max_batch + max_waiting
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self.waiting = self.running = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(
+        self, pool: ModelPool, max_batch: int = 16, max_waiting: int = 256, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        self.max_batch, self.max_waiting, self.max_tokens = max_batch, max_waiting, max_tokens
+        self.tokens = 0  # generated since the start
+        self.batch_sizes = Counter[int]()  # forwards by the number of requests that got a token from them
+        self._pool = pool
+        self._batched: WeakKeyDictionary[ResidentBase, BatchedModel] = WeakKeyDictionary()
+        self._changed = threading.Condition()  # guards what other threads write
+        self._waiting, self._calls = deque[Ticket](), deque[Callable[[], None]]()
+        self._running, self._closed = list[Running](), False
+        self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
     def submit(
         self,
@@ -67,61 +127,214 @@ class BatchedGenerator:
         on_token: Callable[[GeneratedToken], None],
         on_end: Callable[[str | Exception], None],
     ) -> Ticket:
-        if generation.model not in self._pool.names:
-            raise UserError(f"{generation.model} is not loaded.")
-        if self.waiting >= self._most:
-            raise Busy(f"{self.waiting} requests are waiting already. Try again later.")
-        ticket = Ticket()
-        self.waiting += 1
+        """Queue a request. `on_token` gets each token but an end token; `on_end` then gets "stop" (an end token was
+        drawn), "length", "cancelled", or the error.
 
-        def work() -> None:
-            self.waiting -= 1
-            self.running = 1
-            try:
-                end: str | Exception = self._generate(generation, on_token, ticket)
-            except Exception as error:
-                end = error
-            self.running = 0
-            on_end(end)
-
-        self._jobs.put(work)
+        Raises Busy if `max_waiting` requests wait already, and UserError for a bad request.
+        """
+        ticket = Ticket(generation, self._capacity(generation), on_token, on_end, self._wake)
+        with self._changed:
+            if self._closed:
+                raise UserError("The server is stopping. Start it again.")
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{self.max_waiting} requests are waiting already. Try again later.")
+            self._waiting.append(ticket)
+            self._changed.notify()
         return ticket
 
-    @torch.no_grad()
-    def _generate(self, generation: Generation, on_token: Callable[[GeneratedToken], None], ticket: Ticket) -> str:
-        loaded = self._pool.get(generation.model).at(generation.strength)
-        model, generator = loaded.model, torch.Generator().manual_seed(generation.sampling.seed)
-        cache, new = model.new_cache(), torch.tensor([list(generation.ids)], device=model.device)
-        with fast_decoding(model):
-            for _ in range(min(generation.limit, model.max_length - len(generation.ids))):
-                if ticket._cancelled.is_set():
-                    return "cancelled"
-                logits = finite(model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu())
-                token = draw(logits, generation.sampling, generator)
-                if token in loaded.tokenizer.end_ids:
-                    return "stop"
-                logprobs = logits.log_softmax(0)
-                values, ids = logprobs.topk(generation.top_logprobs)
-                top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-                on_token(GeneratedToken(token, float(logprobs[token]), top))
-                new = torch.tensor([[token]], device=model.device)
-        return "length"
+    def _capacity(self, generation: Generation) -> int:
+        """The tokens that its cache may hold. Raises UserError for a bad request."""
+        resident, ids, limit = self._pool.loaded(generation.model), generation.ids, generation.limit
+        model = resident.loaded.model
+        resident.refuse_strength(generation.strength)
+        if not 0 <= generation.strength <= 2:
+            raise UserError(f"strength must be from 0 to 2, got {generation.strength}.")
+        if limit < 0 or generation.top_logprobs < 0:
+            raise UserError(f"limit and top_logprobs must be at least 0, got {limit} and {generation.top_logprobs}.")
+        if not ids:
+            raise UserError("The prompt is empty. Give at least one word.")
+        if not 0 <= min(ids) <= max(ids) < model.shape.rows:
+            raise UserError(
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {generation.model} has {model.shape.rows}."
+            )
+        if len(ids) > model.max_length:
+            raise UserError(f"The prompt has {len(ids)} tokens; {generation.model} takes {model.max_length}.")
+        capacity = min(len(ids) + limit, model.max_length)
+        if capacity > self.max_tokens:
+            raise UserError(
+                f"Prompt and answer may take {capacity} tokens; there is memory for {self.max_tokens}. Lower the limit."
+            )
+        return capacity
 
-    def call(self, function: Callable[[ModelPool], T]) -> "Future[T]":
-        future: Future[Any] = Future()
+    def call(self, function: Callable[[ModelPool], T]) -> Future[T]:
+        """Run `function` on the generator's thread between two steps: load, unload, or describe models."""
+        future = Future[T]()
 
-        def work() -> None:
-            try:
-                future.set_result(function(self._pool))
-            except BaseException as error:
-                future.set_exception(error)
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self._pool))
+                except Exception as error:  # the caller's to handle
+                    future.set_exception(error)
 
-        self._jobs.put(work)
+        with self._changed:
+            if self._closed:
+                raise UserError("The server is stopping. Start it again.")
+            self._calls.append(run)
+            self._changed.notify()
         return future
 
     def close(self) -> None:
-        self._jobs.put(None)
+        """Cancel all requests and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    @torch.no_grad()
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        while not self._closed:
+            with self._changed:
+                while not (self._closed or self._calls or self._waiting or self._running):
+                    self._changed.wait()
+            while self._calls:
+                self._calls.popleft()()
+            self._drop_cancelled()
+            self._admit()
+            self._step()
+            if not self._running:
+                for batched in self._batched.values():
+                    batched.forget()
+        for run in self._running:
+            run.ticket.cancelled.set()
+        for ticket in self._waiting:
+            ticket.cancelled.set()
+        self._drop_cancelled()
+        while self._calls:
+            self._calls.popleft()()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled = [ticket for ticket in self._waiting if ticket.cancelled.is_set()]
+            for ticket in cancelled:
+                self._waiting.remove(ticket)
+        for ticket in cancelled:
+            _notify_end(ticket, "cancelled")
+        for run in [run for run in self._running if run.ticket.cancelled.is_set()]:
+            self._end(run, "cancelled")
+
+    def _admit(self) -> None:
+        """Begin the requests that there is room for, in order."""
+        while self._waiting and len(self._running) < self.max_batch and not self._closed:
+            ticket = self._waiting[0]
+            if sum(run.ticket.capacity for run in self._running) + ticket.capacity > self.max_tokens:
+                return  # none overtakes: a long one would wait for ever
+            with self._changed:
+                self._waiting.popleft()
+            try:
+                self._running.append(self._begin(ticket))
+            except Exception as error:
+                _notify_end(ticket, _reported(error))
+
+    def _begin(self, ticket: Ticket) -> Running:
+        generation = ticket.generation
+        resident = self._pool.get(generation.model)  # loaded again if its files changed
+        resident.refuse_strength(generation.strength)
+        base = resident.base
+        if base not in self._batched:
+            self._batched[base] = BatchedModel(base)
+        batched, loaded = self._batched[base], resident.loaded
+        together = batched.takes(resident)
+        model = loaded.model if together else resident.at(generation.strength).model
+        return Running(
+            ticket,
+            resident,
+            batched if together else None,
+            batched.adapter(resident, generation.strength) if together else None,
+            SequenceCache(ticket.capacity) if together else model.new_cache(),
+            [*generation.ids],
+            min(generation.limit, model.max_length - len(generation.ids)),
+            torch.Generator().manual_seed(generation.sampling.seed),
+            loaded.tokenizer.end_ids,
+        )
+
+    def _step(self) -> None:
+        """Read the next prompts, then sample a token for every request."""
+        for run in [run for run in self._running if run.left <= 0]:
+            self._end(run, "length")
+        for run in [run for run in self._running if run.batched is None]:
+            self._advance([run], [len(run.unread)], run.logits_alone)
+        for batched in {run.batched: None for run in self._running if run.batched is not None}:
+            for started in (False, True):
+                self._advance_together(batched, started)
+
+    def _advance_together(self, batched: BatchedModel, started: bool) -> None:
+        """One forward for all requests that have a token already, or for those that have none."""
+        room, runs, counts = PROMPT_TOKENS, list[Running](), list[int]()
+        for run in self._running:
+            if run.batched is batched and run.started == started and room > 0:
+                runs.append(run)
+                counts.append(min(len(run.unread), room))
+                room -= counts[-1]
+        if not runs:
+            return
+        first = {run.adapter: n for n, run in reversed([*enumerate(runs)])}
+        order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])  # those of an adapter side by side
+        runs, counts = [runs[n] for n in order], [counts[n] for n in order]
+        parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in zip(runs, counts, strict=True)]
+        self._advance(runs, counts, lambda: batched.logits(parts))
+
+    def _advance(self, runs: Sequence[Running], counts: Sequence[int], forward: Callable[[], Tensor]) -> None:
+        """Sample a token for each request of which `forward` reads all that is unread, and none for the others."""
+        try:
+            logits = forward().float().cpu()  # (N, V); sampled on the CPU, so that a seed means the same everywhere
+        except Exception as error:
+            for run in runs:
+                self._end(run, _reported(error))
+            return
+        self.batch_sizes[len(runs)] += 1
+        for run, count, row in zip(runs, counts, logits, strict=True):
+            del run.unread[:count]
+            if not run.unread:
+                self._sample(run, row)
+
+    def _sample(self, run: Running, logits: Tensor) -> None:
+        """Hand on the next token, of logits (V,), and end the request if it was the last."""
+        generation = run.ticket.generation
+        try:
+            id_ = draw(finite(logits), generation.sampling, run.generator)
+            if id_ in run.ends:
+                self._end(run, "stop")
+                return
+            logprobs = logits.log_softmax(0)
+            top = logprobs.topk(min(generation.top_logprobs, len(logprobs)))
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            self.tokens += 1
+            run.ticket.on_token(GeneratedToken(id_, float(logprobs[id_]), (*pairs,)))
+        except Exception as error:  # also the callback's: it concerns this request alone
+            self._end(run, _reported(error))
+            return
+        run.started, run.unread, run.left = True, [id_], run.left - 1
+        if run.left == 0:
+            self._end(run, "length")
+
+    def _end(self, run: Running, reason: str | Exception) -> None:
+        self._running.remove(run)
+        _notify_end(run.ticket, reason)
+
+
+def _notify_end(ticket: Ticket, reason: str | Exception) -> None:
+    with suppress(Exception):  # nobody is left to tell
+        ticket.on_end(reason)
+
+
+def _reported(error: Exception) -> Exception:
+    """The error, in words for the user where memory ran out."""
+    if not is_out_of_memory(error):
+        return error
+    return UserError(f"out of memory ({first_line(error)}). Use fewer or smaller models, or shorter prompts.")

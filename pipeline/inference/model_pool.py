@@ -51,6 +51,7 @@ class Resident:
     loaded: LoadedModel
     base: ResidentBase
     signature: Signature  # of the adapter's folder
+    spec: AdapterSpec | None = None  # of LoRA and DoRA
     strength: AdapterScale | None = None
 
     def at(self, s: float) -> LoadedModel:
@@ -58,19 +59,26 @@ class Resident:
 
         Raises UserError for virtual tokens at any other strength.
         """
-        if self.loaded.adapter is None:
-            return self.loaded
-        if s == 0:
+        self.refuse_strength(s)
+        if self.loaded.adapter is not None and s == 0:
             return replace(self.loaded, model=self.base.loaded.model)
-        if self.strength is None:
-            if s != 1:
-                raise UserError(
-                    f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. "
-                    "Use strength 0 or 1."
-                )
-            return self.loaded
-        self.strength.set(s)
+        if self.strength is not None:
+            self.strength.set(s)
         return self.loaded
+
+    def refuse_strength(self, s: float) -> None:
+        """Raises UserError where `at` would."""
+        if self.loaded.adapter is not None and self.strength is None and s not in (0, 1):
+            raise UserError(
+                f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. Use strength 0 or 1."
+            )
+
+    def copy_at(self, s: float) -> CausalLM:
+        """A model like `at(s)` that stays valid. It shares the tensors that the strength does not change."""
+        adapted = view(self.at(1).model)
+        if self.spec is not None:
+            AdapterScale(adapted, self.base.loaded.model, self.spec).set(s)
+        return adapted
 
     @property
     def current(self) -> bool:
@@ -109,8 +117,9 @@ class ModelPool:
             adapted, files = view(shared.loaded.model), signature(adapter)  # before loading: a change then shows
             spec = load_adapter(adapted, base, adapter, lambda _: shared.fingerprint)
             loaded = LoadedModel(name, adapted.eval(), shared.loaded.tokenizer, base, adapter)
-            scales = AdapterScale(adapted, shared.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
-            model = Resident(loaded, shared, files, scales)
+            lora = spec if isinstance(spec, AdapterSpec) else None
+            scales = AdapterScale(adapted, shared.loaded.model, lora) if lora is not None else None
+            model = Resident(loaded, shared, files, lora, scales)
         if signature(shared.folder) != shared.signature:  # the adapter was then verified against other weights
             raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
         self._models[name] = model
@@ -119,17 +128,18 @@ class ModelPool:
 
     def unload(self, name: str) -> None:
         """Drop a model. Raises UserError if it is not loaded."""
-        self._get_loaded(name)
+        self.loaded(name)
         del self._models[name]
 
     def get(self, name: str) -> Resident:
         """The model called `name`, reloaded if its files changed. Raises UserError."""
-        model = self._get_loaded(name)
+        model = self.loaded(name)
         if not model.current:
             model, _ = self.load(name, model.loaded.base, model.loaded.adapter, model.base.trusted)
         return model
 
-    def _get_loaded(self, name: str) -> Resident:
+    def loaded(self, name: str) -> Resident:
+        """The model called `name`, as it is in memory. Raises UserError."""
         if name not in self._models:
             raise UserError(f"{name} is not loaded. Loaded: {', '.join(self._models) or 'nothing'}.")
         return self._models[name]

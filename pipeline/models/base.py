@@ -101,6 +101,7 @@ class CausalLM(nn.Module):
         """(B, T, D). `positions` (B, T) default to those after the cache.
 
         `segments`: lengths of the sequences packed end to end in one row (1, T); none attends to another.
+        `cache`: of `new_cache`, or a PackedCache of the sequences of `segments`.
         Virtual tokens are read before each sequence; `ids`, `positions` and the result do not contain them.
         """
         if self.virtual is None:
@@ -124,6 +125,11 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) → (..., V)."""
         raise NotImplementedError
+
+    @property
+    def mixes_lengths(self) -> bool:
+        """Whether a sequence is read the same whatever the length of those packed beside it."""
+        return True
 
     @property
     def pack_up_to(self) -> int:
@@ -217,6 +223,60 @@ class VirtualTokens(nn.Module):
         self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         """The same with an empty cache or none; `positions` count the virtual tokens."""
+        raise NotImplementedError
+
+
+class SequenceCache:
+    """Keys and values of one sequence of at most `capacity` tokens, side by side: (1, G, S, 2K) in every block.
+
+    Their memory grows with the sequence; what is appended is written in place.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._buffers: dict[int, Tensor] = {}
+
+    def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, G, S, K) of all tokens, the `new` ones (1, G, T, 2K) after `length` others. `size`: K of
+        the keys."""
+        stop = self.length + new.shape[2]
+        buffer = self._buffers.get(block)
+        if buffer is None or buffer.shape[2] < stop:
+            grown = new.new_empty(*new.shape[:2], min(self.capacity, max(64, 2 * stop)), new.shape[3])
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = self._buffers[block] = grown
+        buffer.narrow(2, self.length, new.shape[2]).copy_(new)
+        seen = buffer.narrow(2, 0, stop)
+        return seen.narrow(3, 0, size), seen.narrow(3, size, seen.shape[3] - size)
+
+
+class PackedCache:
+    """The caches of the sequences whose next tokens are packed end to end in one row: `hidden_states(cache=…)` then
+    needs `positions` and `segments`. Every sequence attends to its own keys only."""
+
+    def __init__(self, sequences: Sequence[SequenceCache]) -> None:
+        self.sequences = sequences
+
+    def update(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Each sequence's keys and values (1, G, S, K); the new ones (1, G, T, K), of these `lengths`, come last."""
+        new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
+        each = zip(self.sequences, new, strict=True)
+        return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in each]
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Count the new tokens, once every block has them: a forward that raised leaves the caches as they were."""
+        for cache, length in zip(self.sequences, lengths, strict=True):
+            cache.length += length
+
+
+class UpdatedLinear(nn.Module):
+    """A linear `base`, and what is added to its outputs."""
+
+    base: nn.Module
+
+    def add_updates(self, rows: Tensor, out: Tensor) -> None:
+        """Turn the base's outputs `out` (N, O) of `rows` (N, I) into this layer's, in place."""
         raise NotImplementedError
 
 

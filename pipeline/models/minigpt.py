@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, next_positions
+from pipeline.models.base import CausalLM, Checkpointing, PackedCache, Prefix, Shape, checkpointed, next_positions
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
@@ -130,19 +130,26 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(
-        self, x: Tensor, cache: KVCache | None, segments: Sequence[int] | None, prefix: Prefix | None = None
+        self,
+        x: Tensor,
+        cache: KVCache | PackedCache | None,
+        segments: Sequence[int] | None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         B, T, D = x.shape
         H, K = self.n_heads, self.head_size
         q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
         v = self.v_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
             k, v = prefix(self.layer, k, v, segments or [T])  # (B, H, S, K), the prefix's before each sequence
         if segments is None:
             y = _causal_attention(q, k, v)
+        elif isinstance(cache, PackedCache):
+            pairs = zip(q.split(list(segments), dim=2), cache.update(self.layer, k, v, segments), strict=True)
+            y = torch.cat([_causal_attention(own, *pair) for own, pair in pairs], dim=2)  # (1, H, T, K)
         elif k.shape[2] == T <= PACK_UP_TO:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype, x.device))
         else:
@@ -184,7 +191,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cache: KVCache | None,
+        cache: KVCache | PackedCache | None,
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
@@ -228,7 +235,7 @@ class Decoder(nn.Module):
         self,
         inputs: Tensor,
         positions: Tensor,
-        cache: KVCache | None,
+        cache: KVCache | PackedCache | None,
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:

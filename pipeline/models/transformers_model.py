@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, compute_in_fp32, next_positions
+from pipeline.models.base import (
+    CausalLM,
+    Checkpointing,
+    PackedCache,
+    Prefix,
+    Shape,
+    checkpointed,
+    compute_in_fp32,
+    next_positions,
+)
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
@@ -88,13 +97,16 @@ class TransformersModel(CausalLM):
         cache: Any = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
+        past = cache if isinstance(cache, PackedCache) else None  # goes to our attention; any other to transformers
+        cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}
         options["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
         if cache is not None:
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
             options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
-        options |= {key: value for key, value in (("segments", segments), ("prefix", prefix)) if value is not None}
+        ours = {"segments": segments, "prefix": prefix, "past": past}
+        options |= {key: value for key, value in ours.items() if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out
 
@@ -127,6 +139,13 @@ class TransformersModel(CausalLM):
             config.tie_word_embeddings = tied
         self.embeddings.num_embeddings = rows  # type: ignore[assignment]
         self.head.out_features = rows  # type: ignore[assignment]
+
+    @property
+    def mixes_lengths(self) -> bool:
+        # these scale rotary positions of every token by the longest sequence in the forward
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
+        return not kinds & {"dynamic", "longrope"}
 
     def use_attention(self, name: str) -> None:
         """Use the attention implementation that transformers knows by this name."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.base import CausalLM
+from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
 
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently
 NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -26,7 +26,11 @@ FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class PackedLinear:
-    """y = Wx + b of one linear, or of several with the same x, concatenated. W is a copy in oneDNN's own layout."""
+    """y = Wx + b of one linear, or of several with the same x, concatenated. W is a copy in oneDNN's own layout.
+
+    A row's numbers do not depend on the rows beside it: oneDNN sums a lone row in another order where it has more than
+    1024 inputs, so it is computed as two rows, which takes no longer.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.versions = _weight_versions(linears)
@@ -35,12 +39,15 @@ class PackedLinear:
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return out
+        lone = x.numel() == x.shape[-1]
+        rows = x.view(1, -1).expand(2, -1) if lone else x
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return out[:1].view(*x.shape[:-1], -1) if lone else out
 
 
 class OneTokenBlock:
-    """Replaces the forward of `block`: (1, 1, D) → (1, 1, D) after a cache; other inputs go to the block's own forward.
+    """Replaces the forward of `block` for one token after a cache, (1, 1, D) → (1, 1, D), and for one token of each of
+    N sequences, (1, N, D); other inputs go to the block's own forward.
 
     `packed` are the linears that it has packed. K is the head size; G groups of R query heads share a key and a value
     head.
@@ -58,33 +65,58 @@ class OneTokenBlock:
         self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
 
     def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The outputs of modules with the same x, concatenated: one packed product, unless one has an adapter."""
-        linears = [module for module in modules if _can_pack(module)]
-        if len(linears) < len(modules) or len({linear.bias is None for linear in linears}) > 1:
+        """The outputs of modules with the same x, concatenated: one packed product, unless one has an adapter that
+        cannot be added to it."""
+        linears = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
+        packable = [linear for linear in linears if _can_pack(linear)]
+        if len(packable) < len(modules) or len({linear.bias is None for linear in packable}) > 1:
             return lambda x: torch.cat([module(x) for module in modules], -1)
-        self.packed += linears
-        return _packed_linear(linears)
+        self.packed += packable
+        product, sizes = _packed_linear(packable), [linear.out_features for linear in packable]
+        if not any(isinstance(module, UpdatedLinear) for module in modules):
+            return product
+
+        def updated(x: Tensor) -> Tensor:
+            out = product(x)
+            for module, part in zip(modules, out[0].split_with_sizes(sizes, -1), strict=True):
+                if isinstance(module, UpdatedLinear):
+                    module.add_updates(x[0], part)
+            return out
+
+        return updated
 
     def __call__(self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any) -> Tensor:
-        if x.shape[:2] != (1, 1) or cache is None:
+        past: PackedCache | None = options.get("past")
+        N = x.shape[1]
+        fits = cache is not None and x.shape[:2] == (1, 1) if past is None else len(past.sequences) == N
+        if not fits:
             out: Tensor = type(block).forward(block, x, *others, cache=cache, **options)
             return out
-        cos, sin = options["position_embeddings"]  # of the token's position, (1, 1, K) each
-        heads = self.qkv(self.norm(x)).view(-1, self.K)  # (1, 1, (GR + 2G)·K) → (GR + 2G, K)
-        G = len(heads) // (self.R + 2)
-        qk, v = heads[:-G], heads[-G:]  # (GR + G, K), (G, K)
+        cos, sin = (part[0, :, None] for part in options["position_embeddings"])  # of the positions, (N, 1, K) each
+        heads = self.qkv(self.norm(x)).view(N, -1, self.K)  # (1, N, (GR + 2G)·K) → (N, GR + 2G, K)
+        G = heads.shape[1] // (self.R + 2)
+        qk, v = heads[:, :-G], heads[:, -G:]  # (N, GR + G, K), (N, G, K)
         if self.head_norms:
-            parts = zip(self.head_norms, qk.split([G * self.R, G]), strict=True)  # type: ignore[no-untyped-call]
-            qk = torch.cat([norm(part) for norm, part in parts])
+            parts = zip(self.head_norms, qk.split([G * self.R, G], 1), strict=True)  # type: ignore[no-untyped-call]
+            qk = torch.cat([norm(part) for norm, part in parts], 1)
         half = self.K // 2
-        signed_sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)  # (1, K)
-        qk = qk * cos[0] + qk.roll(half, -1) * signed_sin  # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
-        keys, values = cache.update(qk[None, -G:, None], v[None, :, None], self.layer)  # (1, G, S, K)
-        q = qk[:-G].view(1, G, self.R, self.K)  # a group's R heads stand where tokens do
-        attended = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
-        x = x + self.out(attended.view(1, 1, -1))  # (1, 1, D)
-        gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (1, 1, F) each
+        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # (N, 1, K)
+        qk = qk * cos + qk.roll(half, -1) * signed_sin  # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
+        q = qk[:, :-G].view(N, G, self.R, self.K)  # a group's R heads stand where tokens do
+        new = (qk[:, -G:], v)  # (N, G, K) each
+        if past is None:
+            attended = self._attend(q, *cache.update(*(x[:, :, None] for x in new), self.layer))  # (1, G, R, K)
+        else:
+            keys, values = (x.transpose(0, 1)[None] for x in new)  # (1, G, N, K) each
+            pairs = past.update(self.layer, keys, values, [1] * N)
+            queries = q.split_with_sizes([1] * N)
+            attended = torch.cat([self._attend(own, *pair) for own, pair in zip(queries, pairs, strict=True)])
+        x = x + self.out(attended.view(1, N, -1))  # (1, N, D)
+        gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (1, N, F) each
         return x + self.down(self.act(gate) * up)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first of the linears

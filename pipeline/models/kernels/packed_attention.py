@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.base import Prefix
+from pipeline.models.base import PackedCache, Prefix
 
 NAME = "lora_segments"
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
@@ -62,12 +62,14 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     prefix: Prefix | None = None,
+    past: PackedCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B, G, S, K).
 
     segments: lengths, T in total, of the sequences in the one row; None: every row is one sequence, and with more keys
     than queries (a cache) query t has position S - T + t. prefix: adds keys and values before those of each sequence.
+    past: holds those that came before in each sequence, and takes the new ones.
     Raises ValueError for a mask: rows here have no padding.
     """
     if attention_mask is not None:
@@ -81,6 +83,9 @@ def attend(
         key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
         added = (key.shape[2] - own_keys) // len(spans)
         spans = [added + span for span in spans]
+    pairs = None if past is None else past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
+    if pairs is not None:
+        spans = [keys.shape[2] for keys, _ in pairs]
     # a window that hides no key is none: most kernels have only a causal mask
     window = None if sliding_window is None or sliding_window >= max(spans) else sliding_window
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
@@ -92,14 +97,17 @@ def attend(
     short = module.training and query.device.type == "cpu" and lengths == spans and max(lengths) <= LONGEST
     if short and not rule.explicit and rule.window is None:
         out = short_attention(query, key, value, lengths, rule.scale)
-    elif len(lengths) == 1:
+    elif len(lengths) == 1 and pairs is None:
         out = _row(query, key, value, rule).transpose(1, 2)
     elif _supports_varlen(query, rule):
+        if pairs is not None:
+            key, value = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
         out = _varlen(query, key, value, lengths, spans, rule)
     else:
-        parts = (x.split_with_sizes(sizes, 2) for x, sizes in ((query, lengths), (key, spans), (value, spans)))
-        rows = (_row(q, k, v, rule).transpose(1, 2) for q, k, v in zip(*parts, strict=True))
-        out = torch.cat([*rows], 1)  # (1, T, H, K)
+        if pairs is None:
+            pairs = [*zip(key.split_with_sizes(spans, 2), value.split_with_sizes(spans, 2), strict=True)]
+        each_query = zip(query.split_with_sizes(lengths, 2), pairs, strict=True)
+        out = torch.cat([_row(q, *pair, rule).transpose(1, 2) for q, pair in each_query], 1)  # (1, T, H, K)
     return out.contiguous(), None
 
 

@@ -1,0 +1,177 @@
+"""Rows of many adapters in one forward: the base's product for all rows, and each row's own low-rank update.
+
+Unlike batched.py, which trains a fixed set, adapters come and go here, and any number of rows belongs to each. A
+forward's rows stand in the order of `RowRouting.route`, those of an adapter side by side.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.attach import adaptable
+from pipeline.adapters.lora import AdapterLayer, LoRALinear
+from pipeline.models.base import CausalLM, UpdatedLinear
+
+STACKED_ROWS = 32  # up to so many rows, one product with all adapters' A is faster than one for each adapter
+
+
+class MixedAdapter:
+    """An adapter's `layers`, by the names of those of the base that they replace, with its low-rank updates at a
+    strength: the `scales` of now, times `strength`, whatever is set in the layers later."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], strength: float = 1.0) -> None:
+        self.layers = layers
+        self.scales = {name: strength * layer.scale for name, layer in layers.items() if is_low_rank(layer)}
+
+
+def is_low_rank(layer: nn.Module | None) -> TypeGuard[LoRALinear]:
+    """Whether it adds s·BAx and does nothing else: no DoRA."""
+    return type(layer) is LoRALinear
+
+
+def changed_layers(adapted: CausalLM, base: CausalLM) -> dict[str, nn.Module] | None:
+    """The layers in which an adapted view of `base` differs from it, or None if one of them is no layer whose rows
+    can be computed apart: a linear, the embedding or the head."""
+    layers = {}
+    for name, module in base.named_modules():
+        current = adapted.get_submodule(name)
+        own, before = current._parameters, module._parameters
+        same = own.keys() == before.keys() and all(_same(own[key], before[key]) for key in own)
+        if isinstance(current, AdapterLayer) or not same:
+            if not (adaptable(module) or name in (base.embedding_name, base.head_name)):
+                return None
+            layers[name] = current
+    return layers
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else one.data_ptr() == other.data_ptr()
+
+
+class Share(NamedTuple):
+    """The rows start:stop, which belong to one adapter."""
+
+    adapter: MixedAdapter
+    start: int
+    stop: int
+
+
+class RowRouting:
+    """Which rows of a forward belong to which adapter; those of none go through the base only."""
+
+    def __init__(self) -> None:
+        self.version, self.rows = 0, 0
+        self.shares, self.stacked = list[Share](), list[MixedAdapter]()
+        self._routed: tuple[list[MixedAdapter | None], list[int]] = [], []
+        self._masks = dict[object, tuple[Tensor, Tensor]]()
+
+    def route(self, adapters: Sequence[MixedAdapter | None], counts: Sequence[int]) -> None:
+        """In the following forwards the next `counts[n]` rows belong to `adapters[n]`."""
+        if (adapters, counts) == self._routed:
+            return
+        self._routed = [*adapters], [*counts]
+        self.version += 1
+        self.shares, self._masks, stop = [], {}, 0
+        for adapter, count in zip(adapters, counts, strict=True):
+            start, stop = stop, stop + count
+            if adapter is not None and self.shares and self.shares[-1].adapter is adapter:
+                start = self.shares.pop().start
+            if adapter is not None:
+                self.shares.append(Share(adapter, start, stop))
+        self.rows, live = stop, [share.adapter for share in self.shares]
+        # adapters without rows stay stacked for a while: stacking copies their tensors in every layer
+        if not {*live} <= {*self.stacked} or len(self.stacked) > 2 * max(len(live), 4):
+            self.stacked = live
+
+    def clear(self) -> None:
+        """Route all rows to the base, and forget the adapters."""
+        self.stacked = []
+        self.route([], [])
+
+    def masks(self, updates: Sequence[tuple[int, float]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """For the product with A of all stacked adapters, whose ranks and scales are given: the scale of each row and
+        column (rows, ΣR), and True where the row belongs to another adapter."""
+        key = (*updates,)
+        if key not in self._masks:
+            scales = torch.zeros(self.rows, sum(rank for rank, _ in updates))
+            foreign = torch.ones(scales.shape, dtype=torch.bool)
+            shares, stop = {share.adapter: share for share in self.shares}, 0
+            for adapter, (rank, scale) in zip(self.stacked, updates, strict=True):
+                start, stop = stop, stop + rank
+                if adapter in shares:
+                    own = (slice(shares[adapter].start, shares[adapter].stop), slice(start, stop))
+                    scales[own], foreign[own] = scale, False
+            self._masks[key] = scales.to(like), foreign.to(like.device)
+        return self._masks[key]
+
+
+class StackedUpdates(NamedTuple):
+    """The low-rank updates of some adapters on one layer: A (ΣR, I), Bᵀ (ΣR, O), and each one's rank and scale."""
+
+    adapters: Sequence[MixedAdapter]
+    A: Tensor
+    B: Tensor
+    updates: list[tuple[int, float]]
+
+
+class MixedLayer(UpdatedLinear):
+    """Layer `name` of the base, and for the rows of each routed adapter the layer that replaces it there."""
+
+    def __init__(self, base: nn.Module, name: str, routing: RowRouting) -> None:
+        super().__init__()
+        self.base, self.name, self.routing = base, name, routing
+        self._version = -1  # of the routing that was read
+        self._stack: StackedUpdates | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
+        rows = x.reshape(outer.numel(), *x.shape[len(outer) :])
+        out: Tensor = self.base(rows)  # (N, O)
+        self.add_updates(rows, out)
+        return out.view(*outer, out.shape[-1])
+
+    def add_updates(self, rows: Tensor, out: Tensor) -> None:
+        if self._version != self.routing.version:
+            self.read_routing(rows.dtype)
+        if self._masks is not None and self._stack is not None:
+            scales, foreign = self._masks
+            # masked, not only multiplied by 0: another adapter's product with this row may be infinite
+            low = (rows @ self._stack.A.T).mul_(scales).masked_fill_(foreign, 0)  # (N, ΣR)
+            out.addmm_(low, self._stack.B)
+        for start, stop, A, B, scale in self._updates:
+            out[start:stop].addmm_(rows[start:stop] @ A.T, B.T, alpha=scale)
+        for start, stop, layer in self._replacements:
+            out[start:stop] = layer(rows[start:stop])
+
+    def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
+        """Keep what forwards in `dtype` need to know of the routing until it changes."""
+        routing, name = self.routing, self.name
+        shares = [(share, share.adapter.layers[name]) for share in routing.shares if name in share.adapter.layers]
+        low_rank = [(share, layer) for share, layer in shares if is_low_rank(layer)]
+        self._replacements = [(share.start, share.stop, layer) for share, layer in shares if not is_low_rank(layer)]
+        self._masks, self._updates = None, list[tuple[int, int, Tensor, Tensor, float]]()
+        if len(low_rank) > 1 and routing.rows <= STACKED_ROWS:
+            if self._stack is None or self._stack.adapters is not routing.stacked:
+                self._stack = self._stacked(dtype)
+            self._masks = routing.masks(self._stack.updates, self._stack.A)
+        else:
+            for (adapter, start, stop), layer in low_rank:
+                A, B = (factor.to(dtype) for factor in layer.pair())
+                self._updates.append((start, stop, A, B, adapter.scales[name]))
+        if not routing.stacked:
+            self._stack = None
+        self._version = routing.version
+
+    def _stacked(self, dtype: torch.dtype) -> StackedUpdates:
+        pairs, updates = [], []
+        for adapter in self.routing.stacked:
+            layer = adapter.layers.get(self.name)
+            if is_low_rank(layer):
+                pairs.append(layer.pair())
+                updates.append((len(pairs[-1][0]), adapter.scales[self.name]))
+            else:
+                updates.append((0, 0.0))
+        A, B = (torch.cat([pair[0].to(dtype) for pair in pairs]), torch.cat([pair[1].to(dtype).T for pair in pairs]))
+        return StackedUpdates(self.routing.stacked, A, B, updates)

@@ -1,0 +1,123 @@
+"""One forward for many sequences on the same base, each with an adapter of its own, at its own strength, or none."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.mixed import MixedAdapter, MixedLayer, RowRouting, changed_layers, is_low_rank
+from pipeline.errors import is_out_of_memory
+from pipeline.inference.model_pool import Resident, ResidentBase, view
+from pipeline.models.base import CausalLM, PackedCache, SequenceCache
+from pipeline.models.kernels.decode import fast_decoding
+
+AGREEMENT = {2: 0.05, 4: 1e-3}  # of the logits' norm, by the bytes of a weight
+PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))  # ids of two sequences, whose last tokens are read one at a time
+
+
+class Part(NamedTuple):
+    """Tokens of one sequence to read now, after those in its cache."""
+
+    adapter: MixedAdapter | None
+    cache: SequenceCache
+    ids: Sequence[int]
+
+
+class BatchedModel:
+    """A view of a loaded base whose linears, embedding and head compute each row with its own adapter."""
+
+    def __init__(self, base: ResidentBase) -> None:
+        self.model = view(base.loaded.model).eval()
+        self._routing, self._fast = RowRouting(), ExitStack()
+        # by the adapter's model, None if its rows cannot be computed beside others; a strength is a MixedAdapter each
+        self._layers: WeakKeyDictionary[nn.Module, dict[str, nn.Module] | None] = WeakKeyDictionary()
+        self._adapters: WeakKeyDictionary[nn.Module, WeakValueDictionary[float, MixedAdapter]] = WeakKeyDictionary()
+        self._fast.enter_context(fast_decoding(self.model))
+        self.works = self.model.mixes_lengths and self._agrees(None, base.loaded.model)
+
+    def takes(self, resident: Resident) -> bool:
+        """Whether sequences of this model can be read beside others. Tried once per adapter."""
+        model = resident.loaded.model
+        if not self.works or resident.loaded.adapter is None:
+            return self.works
+        if model not in self._layers:
+            model = resident.at(1).model
+            layers = changed_layers(model, resident.base.loaded.model) if model.virtual is None else None
+            if layers is not None:
+                self._install(layers)
+                if not self._agrees(MixedAdapter(layers), model):
+                    layers = None
+            self._layers[model] = layers
+        return self._layers[model] is not None
+
+    def adapter(self, resident: Resident, strength: float) -> MixedAdapter | None:
+        """What `logits` needs to know of a model that it `takes`."""
+        if resident.loaded.adapter is None or strength == 0:
+            return None
+        model = resident.loaded.model
+        by_strength = self._adapters.setdefault(model, WeakValueDictionary())
+        adapter, layers = by_strength.get(strength), self._layers[model]
+        assert layers is not None
+        if adapter is None:
+            if all(map(is_low_rank, layers.values())):
+                resident.at(1)
+                adapter = MixedAdapter(layers, strength)
+            else:  # a strength is set in the layers themselves, so each needs its own
+                copied = resident.copy_at(strength)
+                adapter = MixedAdapter({name: copied.get_submodule(name) for name in layers})
+            by_strength[strength] = adapter
+        return adapter
+
+    @torch.no_grad()
+    def logits(self, parts: Sequence[Part]) -> Tensor:
+        """After the last token of each part, (N, V). Parts of one adapter must stand side by side.
+
+        The caches get the new tokens, unless an exception is raised.
+        """
+        lengths, adapters = [len(part.ids) for part in parts], [part.adapter for part in parts]
+        ids = torch.tensor([[id_ for part in parts for id_ in part.ids]])
+        positions = [torch.arange(part.cache.length, part.cache.length + len(part.ids)) for part in parts]
+        device, cache = self.model.device, PackedCache([part.cache for part in parts])
+        self._routing.route(adapters, lengths)
+        hidden = self.model.hidden_states(ids.to(device), torch.cat(positions)[None].to(device), lengths, cache)[0]
+        self._routing.route(adapters, [1] * len(parts))
+        logits = self.model.logits(hidden[torch.tensor(lengths).cumsum(0).to(device) - 1])
+        cache.advance(lengths)
+        return logits
+
+    def forget(self) -> None:
+        """Free what is kept of adapters for the next forward."""
+        if self._routing.stacked:
+            self._routing.clear()
+            for layer in self.model.modules():
+                if isinstance(layer, MixedLayer):
+                    layer.read_routing()
+
+    def _install(self, layers: dict[str, nn.Module]) -> None:
+        new = [name for name in layers if not isinstance(self.model.get_submodule(name), MixedLayer)]
+        if new:
+            self._fast.close()
+            for name in new:
+                self.model.set_submodule(name, MixedLayer(self.model.get_submodule(name), name, self._routing))
+            self._fast.enter_context(fast_decoding(self.model))
+
+    @torch.no_grad()
+    def _agrees(self, adapter: MixedAdapter | None, alone: CausalLM) -> bool:
+        """Whether two short sequences read at once give the logits that `alone` gives for one, the base's the other."""
+        texts = [[id_ % alone.shape.rows for id_ in probe] for probe in PROBES]
+        caches = [SequenceCache(len(ids)) for ids in texts]
+        try:
+            both = [*zip((adapter, None), caches, texts, strict=True)]
+            read = [self.logits([Part(a, cache, ids[:-1]) for a, cache, ids in both])]
+            read.append(self.logits([Part(a, cache, ids[-1:]) for a, cache, ids in both]))
+            expected = alone(torch.tensor([texts[0]], device=alone.device))[0, -2:].float()  # (2, V)
+        except Exception as error:  # whatever a model raises that takes no segments, or no such cache
+            if is_out_of_memory(error):
+                raise
+            return False
+        actual = torch.stack([logits[0] for logits in read]).float()
+        allowed = AGREEMENT.get(self.model.dtype.itemsize, 0.05) * expected.norm()
+        return bool((actual - expected).norm() <= allowed)
