@@ -220,7 +220,7 @@ class LlamaCpp(Requests):
     def load(self, folder: Path) -> None:  # noqa: ARG002 (the base is in the GGUF file)
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
-        self.ffi, self.lib = get_ffi(), get_lib()  # type: ignore[no-untyped-call]
+        self.ffi, self.lib = get_ffi(), get_lib()
         self.quiet = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
         self.lib.llama_log_set(self.quiet, self.ffi.NULL)
         self.lib.llama_backend_init()
