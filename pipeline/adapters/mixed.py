@@ -82,8 +82,10 @@ class RowRouting:
                 self.shares.append(Share(adapter, start, stop))
         self.rows, live = stop, [share.adapter for share in self.shares]
         # adapters without rows stay stacked for a while: stacking copies their tensors in every layer
-        if not {*live} <= {*self.stacked} or len(self.stacked) > 2 * max(len(live), 4):
-            self.stacked = live
+        kept = [*dict.fromkeys([*self.stacked, *live])]
+        kept = kept if len(kept) <= 2 * max(len(live), 4) else live
+        if kept != self.stacked:
+            self.stacked = kept
 
     def clear(self) -> None:
         """Route all rows to the base, and forget the adapters."""
