@@ -1,8 +1,10 @@
-"""`lora export`: an adapter in each of the registered formats."""
+"""`lora export` and `lora push`: an adapter in each of the registered formats, in a folder or on the hub."""
 
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
-from typer import BadParameter, Option
+from typer import Argument, BadParameter, Option
 
 from cli.options import (
     AdapterArgument,
@@ -52,4 +54,50 @@ def export(
 
     exported = Export(path, base, base_name, precision, prompts, trust_remote_code, quantize)
     for line in follow(write(form, exported, out), "export"):
+        print_line(line)
+
+
+@app.command()
+def push(
+    path: AdapterArgument,
+    repository: Annotated[str, Argument(metavar="ORG/NAME", help="Repository on the hub.")],
+    form: FormatOption = "peft",
+    base: BaseOption = None,
+    base_name: BaseNameOption = None,
+    precision: WidthOption = None,
+    prompts: PromptsOption = None,
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, Option(metavar="BRANCH", help="Branch to commit to; default: main.")] = None,
+    license: Annotated[str | None, Option(help="License on the card; default: the base's, if it is known.")] = None,
+    dataset: Annotated[list[str] | None, Option(help="Data set on the hub that was trained on. Repeatable.")] = None,
+    language: Annotated[list[str] | None, Option(help="Language of the model, such as en. Repeatable.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Write the files to --out and send nothing.")] = False,
+    out: Annotated[Path | None, Option(help="Folder for the files; default: a temporary one.")] = None,
+    trust_remote_code: TrustOption = False,
+    quantize: QuantizeOption = None,
+) -> None:
+    """Push an export of an adapter to the Hugging Face hub.
+
+    In one commit, with a model card. A push again updates. Log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from cli.console import follow, print_line, print_table
+    from pipeline.errors import UserError
+    from pipeline.export.hub import Publication, check, files_of, prepare, upload
+
+    if dry_run and out is None:
+        raise UserError("--dry-run needs --out DIR, the folder to write.")
+    publication = Publication(repository, private, revision, license, dataset or (), language or ())
+    exported = Export(path, base, base_name, precision, prompts, trust_remote_code, quantize)
+    check(publication, form, exported, dry_run)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch, repository.rpartition("/")[2])
+        lines = follow(prepare(form, exported, publication, folder), "export")
+        done = f"A push sends these files to {repository} in one commit; nothing was sent."
+        if not dry_run:
+            done = follow(upload(folder, publication), "push")
+            lines = [line.replace(str(folder), repository) for line in lines]
+        files = [(name, f"{size:,}") for name, size in files_of(folder).items()]
+        print_table(("file", "bytes"), files, right=("bytes",))
+        print_line(done)
+    for line in lines:
         print_line(line)

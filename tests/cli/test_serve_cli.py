@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from cli import serve
+from cli.inference import serve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.inference import engine
 from tests.conftest import Lora

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Option
 
+from cli.inference.prompt import PromptBase
 from cli.options import group
-from cli.prompt import PromptBase
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
