@@ -115,6 +115,23 @@ def test_the_merged_model_is_base_and_adapter() -> None:
     assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
 
 
+def test_llama_cpp_computes_what_was_exported_for_it(tmp_path: Path) -> None:
+    """An export is rejected if a rendered chat has other ids in llama.cpp, or if f16 is not the model."""
+    pytest.importorskip("llama_cpp_py_sync")
+    for form, more in ("gguf", ["--quantize", "f16,q8_0,q4_k_m"]), ("gguf-adapter", []):
+        done = lora(
+            "export", "artifacts/lora_adapter", "--format", form, "--out", str(tmp_path / form), *more, cwd=PROJECT
+        )
+        assert done.returncode == 0, done.stderr
+    files = [
+        each for form in ("gguf", "gguf-adapter") for each in read("certificate.json", tmp_path / form)["gguf"]["files"]
+    ]
+    f16, q8_0, q4_k_m, adapter = files
+    assert [each["format"] for each in files] == ["f16", "q8_0", "q4_k_m", "adapter on f16"]
+    assert max(f16["divergence"], adapter["divergence"]) < 1e-4 < q8_0["divergence"] < q4_k_m["divergence"] < 0.5
+    assert f16["renders_the_chat_alike"] and f16["bytes"] > 2.5 * q4_k_m["bytes"]
+
+
 def test_memory_was_predicted() -> None:
     for path in sorted(PROJECT.glob("runs/finetune_*/telemetry.csv")):
         predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
