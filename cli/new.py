@@ -310,6 +310,7 @@ def _describe_run(project: Project, variant: str) -> str:
 def _print_results(project: Project, folder: Path) -> None:
     """What was learned and forgotten, the memory, and two answers before and after."""
     from cli.console import print_line
+    from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
 
     evaluation = project.artifact("evaluate")
@@ -335,6 +336,6 @@ def _print_results(project: Project, folder: Path) -> None:
         for name in names:
             print_line(f"  {name}: {samples[name][number]['answer']}")
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
-    print_line(f"\nNext: cd {os.path.relpath(folder)}; lora-tui   or: lora prompt --chat TEXT; dvc repro after an edit")
+    print_line(f"\nNext: cd {os.path.relpath(folder)}; lora-tui   or: lora chat, lora serve; dvc repro after an edit")
     if adapter:
-        print_line(f"      lora export {adapter} --format peft --out DIR   (or merged, vllm)")
+        print_line(f"      lora export {adapter} --format peft --out DIR   (or {', '.join(list(FORMATS)[1:])})")

@@ -98,7 +98,9 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
     trained: tuple[Path, str], cli: Lora, tmp_path: Path, form: str
 ) -> None:
     folder, out = trained
-    assert "lora export artifacts/lora_adapter --format peft --out DIR   (or merged, vllm)" in out
+    assert (
+        "lora export artifacts/lora_adapter --format peft --out DIR   (or vllm, merged, gguf, gguf-adapter, mlx)" in out
+    )
     code, _, err = cli("export", "artifacts/lora_adapter", "--format", form, "--out", str(tmp_path / "out"), cwd=folder)
     assert code == 0, err
     metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
