@@ -33,6 +33,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], library: str = "pt")
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with as_os_error(path):
         save_file(copies, path, metadata={"format": library})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner read it
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

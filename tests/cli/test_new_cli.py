@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.export.formats import FORMATS
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
@@ -93,7 +94,7 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
     assert folder_bytes(folder / "artifacts") == before
 
 
-@pytest.mark.parametrize("form", ["peft", "merged", "vllm"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
     trained: tuple[Path, str], cli: Lora, tmp_path: Path, form: str
 ) -> None:
