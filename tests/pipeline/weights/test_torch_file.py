@@ -103,7 +103,6 @@ def test_no_code_of_a_malicious_file_runs(function: Callable[..., Any], protocol
         ({str(number): WHOLE for number in range(500)}, "its tensors are larger than the file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # a name with an address would differ between processes
-    ids=str,
 )
 def test_what_is_no_dictionary_of_tensors_is_refused(value: Any, reason: str, tmp_path: Path) -> None:
     if reason.startswith("its tensors"):
