@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Option
 
 from cli.inference.prompt import PromptBase
-from cli.options import group
+from cli.options import finite, group
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def chat(
     base: PromptBase = None,
     adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
     system: Annotated[str, Option(help="System prompt.")] = "",
-    strength: Annotated[float, Option(min=0, max=2, help="Strength of the adapter; 0: the base, 1: as trained.")] = 1.0,
+    strength: Annotated[
+        float, Option(min=0, max=2, callback=finite, help="Strength of the adapter; 0: the base, 1: as trained.")
+    ] = 1.0,
     max_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
     sample_top_p: Annotated[float, Option("--top-p", help="Smallest set of tokens with this probability.")] = 1.0,

@@ -120,7 +120,9 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
     if not path.exists():
         path.write_text(card(export.adapter, None, export.base, export.base_name, folder.name), encoding="utf-8")
     opened = f'from_pretrained("{publication.repository}"'  # in place of the folder
-    completed = ModelCard(re.sub(r'from_pretrained\("(?:[^"\\]|\\.)*"', opened, path.read_text(encoding="utf-8")))
+    text = re.sub(r'from_pretrained\("(?:[^"\\]|\\.)*"', opened, path.read_text(encoding="utf-8"))
+    name = publication.repository.rpartition("/")[2]
+    completed = ModelCard(text.replace(f"\n# {export.adapter.resolve().name}", f"\n# {name}", 1))
     data: Any = completed.data
     data.library_name = FORMATS[form].library
     if data.base_model:
@@ -128,7 +130,7 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
     if publication.license:
         data.license, data.license_name, data.license_link = publication.license.lower(), None, None
     if data.eval_results:
-        data.model_name = publication.repository.rpartition("/")[2]
+        data.model_name = name
     data.datasets, data.language = list(publication.datasets) or None, list(publication.languages) or None
     completed.save(path)
     if not data.license:

@@ -351,6 +351,7 @@ def test_bad_input_is_one_message_and_an_exit_code(
 
 COMMANDS_WITH_FLOATS = {  # what each needs besides, so that it runs
     "prompt": ["die katze"],
+    "chat": [],
     "calc": [],
     "data check": ["data/finetune.de.txt"],
     "adapters combine": ["artifacts/lora_adapter", "artifacts/lora_adapter", "--out", "both", "--method", "ties"],
