@@ -63,7 +63,7 @@ def _rows(name: str, times: dict[tuple[str, str], float]) -> Iterator[Row]:
     }
     for order, count in ADAPTERS.items():
         mine = times["batch", order]
-        what = f"8 requests for {count} adapters, {name}, {_speed(mine)}"
+        what = f"8 requests for {count} adapter{'s' * (count > 1)}, {name}, {_speed(mine)}"
         for other, (title, least) in compared.items():
             theirs = times[other, order]
             # a single adapter is what PEFT's batches are made for
