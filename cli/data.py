@@ -6,7 +6,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
 from cli.options import ColumnsOption, JsonOption, base_folder, columns_of, finite, group
 
@@ -59,6 +59,7 @@ def check(
     """
     from cli.console import print_json
     from pipeline.data.check import check as check_files
+    from pipeline.errors import UserError
 
     base = base or _default_base()
     tokenizer, positions = _open_base(base) if base else (None, None)
@@ -78,7 +79,7 @@ def check(
     else:
         _print_report(report, max_length, limit)
     if not report.ok:
-        raise Exit(1)
+        raise UserError(f"training needs data without errors, and this has {report.errors}. Correct the rows above.")
 
 
 def _print_report(report: "DataReport", max_length: int, limit: int) -> None:

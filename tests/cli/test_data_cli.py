@@ -147,10 +147,13 @@ FAULTS = [
 ]
 
 
+SPOILT = "error: training needs data without errors, and this has 2. Correct the rows above.\n"
+
+
 def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: Path) -> None:
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
     code, out, err = cli("data", "check", "f.jsonl", cwd=here)
-    assert (code, err) == (1, "")
+    assert (code, err) == (1, SPOILT)
     assert re.search(r"error +2 +conversations\[1\]: value is empty", out)
     assert re.search(r"error +3 +messages\[0\] contains <\|im_end\|>", out)
     assert re.search(r"warning +4 +the same as row 1\.", out)
@@ -164,7 +167,7 @@ def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> 
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
     code, out, err = cli("data", "check", "f.jsonl", "d.jsonl", "--base", "artifacts/base", "--json", cwd=here)
     report = json.loads(out)
-    assert (code, err) == (1, "") and report["rows"] == 8 and report["ok"] is False
+    assert (code, err) == (1, SPOILT) and report["rows"] == 8 and report["ok"] is False
     first = report["problems"][0]
     assert (first["row"], first["level"], first["file"]) == (2, "error", "f.jsonl")
     _, out, _ = cli("data", "show", "d.jsonl", "--json", cwd=here)
