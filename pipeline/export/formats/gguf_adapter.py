@@ -13,6 +13,7 @@ from pipeline.project.runner import Event, Note
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
     from pipeline.adapters.folder import base_of
+    from pipeline.export.gguf.families import family_of
     from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import card
@@ -31,6 +32,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     yield from note_on_quantization(export._replace(base=base))
     model = skeleton(base, export.trust_remote_code)
+    family_of(model.describe())  # refuses a model that llama.cpp does not have before anything is asked of the adapter
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
     # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
     # stop: the base for such an adapter has a head of its own.
