@@ -13,7 +13,7 @@ from typer import Option
 
 from cli.inference.prompt import PromptBase
 from cli.options import finite, group
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain
 
 if TYPE_CHECKING:
     from pipeline.inference.chat import Conversation
@@ -95,8 +95,11 @@ class Session:
                     self.obey(command, rest.strip())
                 elif line:
                     self.reply(line)
-            except UserError as error:
-                stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+            except (UserError, OSError) as error:
+                message = explain(error) if isinstance(error, OSError) else error
+                stderr.print(f"error: {message}", markup=False, soft_wrap=True)
+            except KeyboardInterrupt:  # while a model was loaded; an answer handles it itself
+                print(file=sys.stderr)
 
     def obey(self, command: str, argument: str) -> None:
         """Carry out one of COMMANDS. Raises UserError."""
