@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
 app = group()
-FOLDER = Path("artifacts")
 BASE = "base"  # what /adapter and /compare call the model without an adapter
 
 
@@ -242,10 +241,13 @@ class Session:
 def _adapter(name: str) -> Path:
     """The adapter folder of a path, or of a name that `lora adapters` shows. Raises UserError."""
     from pipeline.adapters.config import CONFIG
+    from pipeline.inference.catalog import model_folders
+    from pipeline.project.stage_graph import ARTIFACTS
 
-    found = next((path for path in (Path(name), FOLDER / name) if (path / CONFIG).is_file()), None)
+    folder = Path(ARTIFACTS)
+    found = next((path for path in (Path(name), folder / name) if (path / CONFIG).is_file()), None)
     if found is None:
-        names = sorted(str(path.parent.relative_to(FOLDER)) for path in FOLDER.glob(f"**/{CONFIG}"))
+        names = [str(path.relative_to(folder)) for path in model_folders(folder) if (path / CONFIG).is_file()]
         raise UserError(f"{name} is not an adapter. Adapters here: {', '.join(names) or 'none'}; or {BASE}, or a path.")
     return found
 

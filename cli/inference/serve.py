@@ -45,6 +45,7 @@ def serve(
     from cli.console import print_line, print_note
     from pipeline.adapters.folder import common_base
     from pipeline.errors import UserError
+    from pipeline.project.stage_graph import ARTIFACTS
     from pipeline.workbench import current_project
 
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
@@ -65,7 +66,7 @@ def serve(
             return named
     else:
         project = current_project()
-        allowed.append(project.root / models.ARTIFACTS)
+        allowed.append(project.root / ARTIFACTS)
         trust_remote_code = trust_remote_code or project.params.origin.trust_remote_code
 
         def scan() -> models.Sources:

@@ -34,7 +34,7 @@ SPELLINGS = (
     'Don\'t! I\'LL say: we\'ve "done" it… (50 % off) ½ ² №5 — {"k": [1, 2]}',
     "Grüße aus Łódź, Ελλάδα и Москва; 東京は3月、서울 ١٢٣ हिन्दी 👍🏽🇧🇬",
 )
-ENDS = 3  # end tokens for which a GGUF file has room: eos, eot, eom
+MOST_ENDS = 3  # end tokens for which a GGUF file has room: eos, eot, eom
 
 Turns = Sequence[Mapping[str, str]]
 
@@ -205,7 +205,7 @@ def _template_problems(expected: Reference, runner: Runner) -> list[str]:
         which = "no chat template" if runner.template is None else "another chat template"
         problems.append(f"it has {which}" if ours is not None else "it has a chat template, the model has none")
     missing = tokenizer.end_ids - runner.ends
-    if missing and len(tokenizer.end_ids - missing) < ENDS:
+    if missing and len(tokenizer.end_ids - missing) < MOST_ENDS:
         problems.append(f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}")
     return problems
 

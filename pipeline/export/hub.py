@@ -113,20 +113,13 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
     """Write the export to `folder` and complete its card; returns what the format says of its use. Raises UserError."""
     from huggingface_hub import ModelCard
 
-    from pipeline.export.model_card import card
-
     lines = yield from write(form, export, folder)
     path = folder / CARD
-    if not path.exists():
-        path.write_text(card(export.adapter, None, export.base, export.base_name, folder.name), encoding="utf-8")
     opened = f'from_pretrained("{publication.repository}"'  # in place of the folder
     text = re.sub(r'from_pretrained\("(?:[^"\\]|\\.)*"', opened, path.read_text(encoding="utf-8"))
     name = publication.repository.rpartition("/")[2]
     completed = ModelCard(text.replace(f"\n# {export.adapter.resolve().name}", f"\n# {name}", 1))
     data: Any = completed.data
-    data.library_name = FORMATS[form].library
-    if data.base_model:
-        data.base_model_relation = FORMATS[form].relation
     if publication.license:
         data.license, data.license_name, data.license_link = publication.license.lower(), None, None
     if data.eval_results:

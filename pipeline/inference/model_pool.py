@@ -69,9 +69,9 @@ class Resident:
     def refuse_strength(self, s: float) -> None:
         """Raises UserError where `at` would."""
         if self.loaded.adapter is not None and self.strength is None and s not in (0, 1):
-            raise UserError(
-                f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. Use strength 0 or 1."
-            )
+            virtual = self.loaded.model.virtual is not None
+            what = "consists of virtual tokens, whose" if virtual else "is not LoRA, so its"
+            raise UserError(f"{self.loaded.name} {what} strength cannot be scaled. Use strength 0 or 1.")
 
     def copy_at(self, s: float) -> CausalLM:
         """A model like `at(s)` that stays valid. It shares the tensors that the strength does not change."""

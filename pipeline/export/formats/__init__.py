@@ -31,7 +31,7 @@ class Export(NamedTuple):
 
 class Format(NamedTuple):
     """`about`: its line in `lora export --help`. `options`: the fields of `Export` that it reads beside the adapter.
-    `library`, `relation`: for the hub, which library opens it and what it is to its base: adapter, finetune, quantized.
+    `relation`: what it is to its base on the hub, adapter or finetune.
 
     `write(export, out)` returns lines that say what was written and how it is used. Raises UserError.
     """
@@ -40,7 +40,6 @@ class Format(NamedTuple):
     about: str
     options: tuple[str, ...]
     write: Callable[[Export, Path], Generator[Event, None, list[str]]]
-    library: str = "transformers"
     relation: str = "finetune"
 
 

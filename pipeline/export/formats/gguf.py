@@ -95,4 +95,4 @@ def kinds_of(quantize: str | None) -> list[str]:
 
 
 OPTIONS = ("base", "base_name", "prompts", "trust_remote_code", "quantize")
-FORMAT = Format(3, "the merged model for llama.cpp and Ollama", OPTIONS, write, "gguf")
+FORMAT = Format(3, "the merged model for llama.cpp and Ollama", OPTIONS, write)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.export import llama_cpp
@@ -36,17 +37,18 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
     # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
     # stop: the base for such an adapter has a head of its own.
-    ends = bool({model.embedding_name, model.head_name} & updates.keys())
+    own_head = bool({model.embedding_name, model.head_name} & updates.keys())
     merge = Merge(base, tensor_locations(base), {}, {}, False, {})
-    described = describe_model(merge, export.trust_remote_code, own_head=ends)
+    described = describe_model(merge, export.trust_remote_code, own_head=own_head)
     yield from map(Note, described.notes)
     facts = general(name, export.adapter, base, export.base_name)
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
-        beside = ends or _is_expanded(base)
-        vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+        beside = own_head or _is_expanded(base)
+        compared, table = dict[str, Any](), [llama_cpp.NOT_COMPARED]
         if beside or llama_cpp.is_installed():  # which compares the adapter on it
+            vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
             yield from map(Note, vocabulary.notes)
             facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
             yield from write_files({base_path: "f16"}, merge, described, facts)
@@ -54,14 +56,14 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         for module, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > 1e-4:
                 raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
-        files = [llama_cpp.candidate("f16", base_path, path, "adapter on f16")] if base_path.exists() else []
-        compared, table = yield from llama_cpp.certify(
-            # the base as it is stored: in this file it is not quantized
-            lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
-            vocabulary.tokenizer,
-            files,
-            export.prompts,
-        )
+        if base_path.exists():
+            compared, table = yield from llama_cpp.certify(
+                # the base as it is stored: in this file it is not quantized
+                lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+                vocabulary.tokenizer,
+                [llama_cpp.candidate("f16", base_path, path, "adapter on f16")],
+                export.prompts,
+            )
         if not beside:
             base_path.unlink(missing_ok=True)
         artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios, **compared})
@@ -88,4 +90,4 @@ def _is_expanded(base: Path) -> bool:
 
 
 OPTIONS = ("base", "base_name", "prompts", "trust_remote_code")
-FORMAT = Format(4, "the adapter for llama.cpp's --lora", OPTIONS, write, "gguf", "adapter")
+FORMAT = Format(4, "the adapter for llama.cpp's --lora", OPTIONS, write, "adapter")

@@ -194,4 +194,4 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
 
 
 OPTIONS = ("base", "base_name", "prompts", "trust_remote_code")
-FORMAT = Format(5, "the adapter for MLX (mlx-lm)", OPTIONS, write, "mlx", "adapter")
+FORMAT = Format(5, "the adapter for MLX (mlx-lm)", OPTIONS, write, "adapter")

@@ -24,4 +24,4 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     return [f"{out}  for PEFT"]
 
 
-FORMAT = Format(0, "the adapter for PEFT, with a model card", ("base_name",), write, "peft", "adapter")
+FORMAT = Format(0, "the adapter for PEFT, with a model card", ("base_name",), write, "adapter")

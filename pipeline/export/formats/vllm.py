@@ -58,4 +58,4 @@ def padded(update: "LowRank", rank: int) -> "LowRank":
 
 
 OPTIONS = ("base", "base_name", "trust_remote_code")
-FORMAT = Format(1, "the adapter as vLLM accepts it, low-rank updates only", OPTIONS, write, "peft", "adapter")
+FORMAT = Format(1, "the adapter as vLLM accepts it, low-rank updates only", OPTIONS, write, "adapter")

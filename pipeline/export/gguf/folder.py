@@ -1,6 +1,5 @@
 """What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what it replaces."""
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from pipeline.errors import UserError
 from pipeline.export.model_card import has_card
 from pipeline.files import artifact
 from pipeline.weights.merge import CERTIFICATE
-
-_LICENSE = re.compile(r"^license: ([\w.-]+)$", re.MULTILINE)
 
 
 def require_gguf() -> None:
@@ -47,7 +44,6 @@ def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict
         organization, _, short = base_name.rpartition("/")
         facts |= {"general.base_model.count": 1, "general.base_model.0.name": short}
         facts |= {"general.base_model.0.organization": organization} if organization else {}
-    readme = base / "README.md"
-    if readme.is_file() and (match := _LICENSE.search(readme.read_text(encoding="utf-8", errors="replace"))):
-        facts["general.license"] = match[1]
+    if origin and (license := origin.license.get("license")):
+        facts["general.license"] = license
     return facts

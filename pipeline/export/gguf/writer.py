@@ -21,7 +21,7 @@ from pipeline.weights.streaming import SAMPLES, Merge, Rows, Written, blocks, re
 
 EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}  # of others 2^-3
 POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
-ENDS = ("token_embd.weight", "output.weight")
+EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
 class Source(NamedTuple):
@@ -199,7 +199,7 @@ def type_of(source: Source, kind: str) -> Type:
     quantized = Type[kind.upper()]
     if len(source.shape) == 1 or source.name == POSITIONS:
         return Type.F32
-    if source.name in ENDS and kind.startswith(("q4", "q5")):
+    if source.name in EMBEDDING_AND_HEAD and kind.startswith(("q4", "q5")):
         quantized = Type.Q8_0
     return quantized if source.shape[-1] % gguf.GGML_QUANT_SIZES[quantized][0] == 0 else Type.F16
 

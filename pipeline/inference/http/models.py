@@ -16,9 +16,8 @@ from pipeline.inference.batching import BatchedGenerator
 from pipeline.inference.catalog import find_base, model_folders
 from pipeline.inference.http.errors import ApiError
 from pipeline.inference.model_pool import ModelPool, Resident
-from pipeline.project.stage_graph import Project
+from pipeline.project.stage_graph import ARTIFACTS, Project
 
-ARTIFACTS = "artifacts"
 MAX_LOADED = 32  # models in memory, above which those unused for longest are unloaded
 MAX_BASES = 2  # of them with weights of their own
 

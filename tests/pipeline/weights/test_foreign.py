@@ -20,6 +20,7 @@ from pipeline.inference import engine
 from tests.conftest import Lora
 from tests.helpers import bases
 from tests.helpers.bases import WIDE, toy_checkpoint
+from tests.helpers.foreign import imported, refused
 from tests.helpers.projects import folder_bytes, refusal
 
 IDS = (5, 9, 200, 17, 3, 64)
@@ -33,20 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)) * 0.3
-
-
-def imported(cli: Lora, root: Path, *more: str) -> str:
-    """Import `theirs` as `mine`; returns what was said."""
-    code, said, errors = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", *more, cwd=root)
-    assert code == 0, errors
-    return said + errors
-
-
-def refused(cli: Lora, root: Path) -> str:
-    before = folder_bytes(root)
-    said = refusal(cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root))
-    assert folder_bytes(root) == before and not (root / "mine").exists()
-    return said
 
 
 @torch.no_grad()

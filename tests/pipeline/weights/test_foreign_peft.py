@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.inference import engine
 from tests.conftest import Lora
 from tests.helpers.bases import ROWS, logits, toy_checkpoint
-from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.foreign import imported, refused
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 IDS = (5, 9, 200, 17, 3, 64)
@@ -55,19 +55,6 @@ def edit(folder: Path, change: Callable[[Weights], Weights]) -> None:
 def set_config(folder: Path, **values: Any) -> None:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | values
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
-def imported(cli: Lora, root: Path) -> str:
-    code, said, errors = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root)
-    assert code == 0, errors
-    return said + errors
-
-
-def refused(cli: Lora, root: Path) -> str:
-    before = folder_bytes(root)
-    said = refusal(cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root))
-    assert folder_bytes(root) == before and not (root / "mine").exists()
-    return said
 
 
 @torch.no_grad()
