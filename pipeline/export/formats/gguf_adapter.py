@@ -46,9 +46,15 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
         beside = own_head or _is_expanded(base)
-        compared, table = dict[str, Any](), [llama_cpp.NOT_COMPARED]
+        vocabulary, compared, table = None, dict[str, Any](), [llama_cpp.NOT_COMPARED]
         if beside or llama_cpp.is_installed():  # which compares the adapter on it
-            vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+            try:
+                vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+            except UserError as error:
+                if beside:
+                    raise
+                table = [f"Nothing was compared, as the base cannot be written beside it. {error}"]
+        if vocabulary:
             yield from map(Note, vocabulary.notes)
             facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
             yield from write_files({base_path: "f16"}, merge, described, facts)
@@ -56,7 +62,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         for module, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > 1e-4:
                 raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
-        if base_path.exists():
+        if vocabulary:
             compared, table = yield from llama_cpp.certify(
                 # the base as it is stored: in this file it is not quantized
                 lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),

@@ -603,7 +603,7 @@ def sentencepiece_merges(tree: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refused(
-    cli: Lora, pre: dict[str, Any], name: str | None, tmp_path: Path
+    cli: Lora, pre: dict[str, Any], name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = with_tokenizer(tmp_path)
     path = tmp_path / "project/base/tokenizer.json"
@@ -612,6 +612,10 @@ def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refuse
     write_json(path, tree)
     if name is None:
         assert "llama.cpp has no name for this pre_tokenizer" in refusal(export(cli, "gguf", source, tmp_path / "out"))
+        # the adapter alone holds no vocabulary
+        for installed, why in (False, "There is no llama.cpp here"), (True, "llama.cpp has no name for this pre_"):
+            monkeypatch.setattr(llama_cpp, "is_installed", lambda installed=installed: installed)
+            assert why in written(cli, source, tmp_path / f"alone-{installed}", "gguf-adapter")
     else:
         written(cli, source, tmp_path / "out")
         assert fields(tmp_path / "out/model-f16.gguf")["tokenizer.ggml.pre"] == name

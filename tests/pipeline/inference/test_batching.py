@@ -427,6 +427,7 @@ def test_the_caches_never_need_more_than_max_tokens(start: Start, references: Mo
         (Generation("base", (5,), -1), "limit and top_logprobs must be at least 0"),
         (Generation("base", (5,), 3, strength=float("nan")), "strength must be from 0 to 2"),
         (Generation("prompt", (5,), 3, strength=0.5), "virtual tokens, whose strength cannot be scaled"),
+        (Generation("ia3", (5,), 3, strength=0.5), "ia3 is not LoRA, so its strength cannot be scaled"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
