@@ -183,7 +183,9 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
     rows = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in said]
     (tmp_path / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
     base = str(PROJECT / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    done = lora("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1", cwd=tmp_path)
+    command = ("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1")
+    # A cache of its own: what an earlier run on this machine left in a shared one would not be trained again.
+    done = lora(*command, cwd=tmp_path, LORA_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "run/artifacts"
     metrics = read("evaluation/metrics.json", made)
