@@ -108,7 +108,7 @@ def main() -> None:
             raise SystemExit(0) from None
         _exit(str(error), 1)
     except Interrupted as stop:
-        _exit(f"{stop}. Run the same command to resume.", 128 + stop.signal_number)
+        _exit(f"{stop}.{' Run the same command to resume.' * stop.resumes}", 128 + stop.signal_number)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -21,8 +21,12 @@ app.add_typer(settings, name="params")
 MOST = 3  # commands that are named one by one
 SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
-GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # needed to read a .gguf base
-QLORA = "bitsandbytes"
+EXTRAS = {  # what each is for
+    **dict.fromkeys(("gguf", "sentencepiece", "protobuf", "accelerate"), ".gguf files need it, `lora-workbench[gguf]`"),
+    "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
+    **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
+    "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
+}
 
 
 @settings.command("show")
@@ -245,8 +249,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "lora-workbench": version("lora-workbench"),
         "python": platform.python_version(),
         **{library: find_version(library, "run `make install`") for library in LIBRARIES},
-        **{library: find_version(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
-        QLORA: find_version(QLORA, "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`"),
+        **{library: find_version(library, purpose) for library, purpose in EXTRAS.items()},
         "llama.cpp": runner.removeprefix("llama.cpp "),
         "git": shutil.which("git") or "not found: manifests will have no commit",
         **(devices or {"accelerator": "none: training and prompts run on the CPU"}),

@@ -10,11 +10,14 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal stopped the work between two steps; `message` says after which. Exit code 128 + signal."""
+    """A signal stopped the work between two steps; `message` says after which. Exit code 128 + signal.
 
-    def __init__(self, signal_number: int, message: str) -> None:
+    `resumes`: whether the same command goes on from there.
+    """
+
+    def __init__(self, signal_number: int, message: str, resumes: bool = True) -> None:
         super().__init__(message)
-        self.signal_number = signal_number
+        self.signal_number, self.resumes = signal_number, resumes
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # messages of CUDA, MPS and CPU

@@ -52,6 +52,11 @@ def read_prompts(path: Path, name: str) -> list[Prompt]:
     return prompts
 
 
+def prompt_texts(path: Path | None) -> list[str]:
+    """The prompts of a file without their answers; none without a file. Raises UserError."""
+    return [prompt.prompt for prompt in read_prompts(path, str(path))] if path else []
+
+
 def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
     location = f"{name}: {group}.{rule}"
     if rule not in get_args(Rule):

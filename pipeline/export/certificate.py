@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from unicodedata import normalize
 
@@ -172,13 +172,14 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
     """A file's entry in the certificate. Raises UserError if it is not the model."""
     entry: dict[str, Any] = {"format": candidate.label, "bytes": candidate.size}
     problems = [*_template_problems(expected, runner), *_token_problems(expected, runner, entry)]
-    rows = runner.logits(expected.prompts[0][0]).shape[-1], expected.prompts[0][1].shape[-1]
-    if rows[0] != rows[1]:
-        problems.append(f"it has {rows[0]} tokens, the exported model {rows[1]} (is it another base?)")
+    most = runner.max_length if isinstance(runner, SelfContained) else MOST_TOKENS
+    pairs = ((logits[:most], runner.logits(ids[:most])) for ids, logits in expected.prompts)
+    first = next(pairs)
+    rows, theirs = (logits.shape[-1] for logits in first)
+    if theirs != rows:
+        problems.append(f"it has {theirs} tokens, the exported model {rows} (is it another base?)")
     else:
-        most = runner.max_length if isinstance(runner, SelfContained) else MOST_TOKENS
-        parts = [(ids[:most], logits[:most]) for ids, logits in expected.prompts]
-        result = difference_of((logits, runner.logits(ids)) for ids, logits in parts)
+        result = difference_of(chain([first], pairs))
         entry |= result._asdict()
         problems += _logit_problems(result, candidate.kind)
     if problems:
@@ -190,8 +191,8 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
         rendered = runner.chat(expected.chat[0], True)
         entry["renders_the_chat_alike"] = None if rendered is None else rendered == expected.chat[1]
     ids, limit, greedy = expected.greedy
-    theirs, speed = runner.generate(ids, limit)
-    entry["first_greedy_difference"] = first_difference(expected.tokenizer, greedy, theirs)
+    answer, speed = runner.generate(ids, limit)
+    entry["first_greedy_difference"] = first_difference(expected.tokenizer, greedy, answer)
     return entry | {"greedy_tokens": len(greedy), "tokens_per_second": round(speed, 1)}
 
 

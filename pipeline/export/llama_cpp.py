@@ -89,11 +89,10 @@ def certify(
     """
     if not is_installed():
         return {}, [NOT_COMPARED]
-    from pipeline.data.prompts import read_prompts
+    from pipeline.data.prompts import prompt_texts
     from pipeline.export.certificate import compare, describe
 
-    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
-    certificate = yield from compare(load, tokenizer, files, texts)
+    certificate = yield from compare(load, tokenizer, files, prompt_texts(prompts))
     table = describe(certificate)
     for each in certificate["files"]:
         del each["tokens_per_second"]  # two exports of one adapter have the same bytes

@@ -225,9 +225,8 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Storage) or not all(type(n) is int for n in numbers) or len(size) != len(stride):
         raise _Refused("it has a tensor that is not a part of a storage")
-    if (
-        len(size) > MAX_DIMENSIONS or prod(size) > storage.length
-    ):  # one number repeated by strides of 0 would have any size
+    # one number repeated by strides of 0 would have any size
+    if len(size) > MAX_DIMENSIONS or prod(size) > storage.length:
         raise _Refused("it has a tensor that is larger than its storage")
     return View(storage, offset, tuple(size), tuple(stride))
 

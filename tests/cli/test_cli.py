@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import console
 from cli.main import app
+from cli.project import EXTRAS
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import escape_whitespace
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, STAGES, files_up_to, folder_bytes, refusal
+from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
 
 VARIANTS = [STAGES[name].variant for name in PIPELINE if STAGES[name].variant]
 
@@ -433,7 +435,7 @@ def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
     assert ("accelerator" in facts) != (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
-def test_doctor_says_what_only_gguf_bases_need(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_each_extra_is_for(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata as metadata
 
     real = metadata.version
@@ -445,8 +447,15 @@ def test_doctor_says_what_only_gguf_bases_need(cli: Lora, tmp_path: Path, monkey
 
     monkeypatch.setattr(metadata, "version", version)
     facts = json.loads(cli("doctor", "--json", cwd=tmp_path)[1])
-    assert facts["gguf"] == "not installed: only .gguf bases need it, `lora-workbench[gguf]`"
-    assert {"sentencepiece", "protobuf", "accelerate"} <= facts.keys() and "peft" not in facts
+    assert facts["gguf"] == "not installed: .gguf files need it, `lora-workbench[gguf]`"
+    assert {"sentencepiece", "protobuf", "accelerate", "uvicorn", "mlx-lm"} <= facts.keys() and "peft" not in facts
+
+
+def test_each_extra_that_doctor_names_installs_the_library() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for library, purpose in EXTRAS.items():
+        (extra,) = re.findall(r"`lora-workbench\[(.+)\]`", purpose)
+        assert library in {re.split(r"[^\w.-]", requirement)[0] for requirement in extras[extra]}, (library, extra)
 
 
 @pytest.fixture(scope="module")

@@ -90,5 +90,5 @@ def test_a_projects_models_are_served_until_a_signal_even_in_the_middle_of_a_str
     assert process.returncode == code
     assert [line.strip() for line in served] == ["base", *listed, "long"]
     assert "secret" not in first + output + errors
-    assert errors.splitlines()[-1] == "Stopped serving. Run the same command to resume."
+    assert errors.splitlines()[-1] == "Stopped serving."
     assert "lora export ADAPTER --format vllm" in errors and "Traceback" not in errors

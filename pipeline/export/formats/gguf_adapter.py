@@ -1,8 +1,8 @@
 """The adapter alone as a GGUF file for llama.cpp's --lora, if need be with its base beside it."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.export import llama_cpp
@@ -10,16 +10,18 @@ from pipeline.export.formats import Export, Format, note_on_quantization
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
 
+if TYPE_CHECKING:
+    from pipeline.export.gguf.writer import Model
+    from pipeline.weights.streaming import Merge
+
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
     from pipeline.adapters.folder import base_of
     from pipeline.export.gguf.families import family_of
-    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
-    from pipeline.export.gguf.vocabulary import read_vocabulary
+    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf
     from pipeline.export.model_card import card
     from pipeline.files.base_model import CARD, tensor_locations
-    from pipeline.inference.engine import load
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
     from pipeline.weights.merge import CERTIFICATE, describe
@@ -27,11 +29,12 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
 
     require_gguf()
     from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
-    from pipeline.export.gguf.writer import describe_model, write_files
+    from pipeline.export.gguf.writer import describe_model
 
     base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
+    export = export._replace(base=base)
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
-    yield from note_on_quantization(export._replace(base=base))
+    yield from note_on_quantization(export)
     model = skeleton(base, export.trust_remote_code)
     family_of(model.describe())  # refuses a model that llama.cpp does not have before anything is asked of the adapter
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
@@ -41,35 +44,15 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     merge = Merge(base, tensor_locations(base), {}, {}, False, {})
     described = describe_model(merge, export.trust_remote_code, own_head=own_head)
     yield from map(Note, described.notes)
-    facts = general(name, export.adapter, base, export.base_name)
+    facts, beside = general(name, export.adapter, base, export.base_name), own_head or _is_expanded(base)
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
-        beside = own_head or _is_expanded(base)
-        vocabulary, compared, table = None, dict[str, Any](), [llama_cpp.NOT_COMPARED]
-        if beside or llama_cpp.is_installed():  # which compares the adapter on it
-            try:
-                vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
-            except UserError as error:
-                if beside:
-                    raise
-                table = [f"Nothing was compared, as the base cannot be written beside it. {error}"]
-        if vocabulary:
-            yield from map(Note, vocabulary.notes)
-            facts = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
-            yield from write_files({base_path: "f16"}, merge, described, facts)
         ratios = adapter_ratios(path, updates, model)
         for module, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > 1e-4:
                 raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
-        if vocabulary:
-            compared, table = yield from llama_cpp.certify(
-                # the base as it is stored: in this file it is not quantized
-                lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
-                vocabulary.tokenizer,
-                [llama_cpp.candidate("f16", base_path, path, "adapter on f16")],
-                export.prompts,
-            )
+        compared, table = yield from _compared(export, base, path, base_path, merge, described, facts, beside)
         if not beside:
             base_path.unlink(missing_ok=True)
         artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios, **compared})
@@ -85,6 +68,48 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
         ]
     return [*written, f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as GGUF)"]
+
+
+def _compared(
+    export: Export,
+    base: Path,
+    path: Path,
+    base_path: Path,
+    merge: "Merge",
+    described: "Model",
+    facts: Mapping[str, Any],
+    needed: bool,
+) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
+    """Write the base to `base_path`, if it is `needed` or llama.cpp is here, and compare the adapter on it.
+
+    Returns the certificate's entries, and lines. Raises UserError if a base that is needed cannot be written, and if
+    the adapter on it is not the model.
+    """
+    from pipeline.export.gguf.folder import tokenizer_of
+    from pipeline.export.gguf.vocabulary import read_vocabulary
+    from pipeline.export.gguf.writer import write_files
+    from pipeline.inference.engine import load
+
+    if not needed and not llama_cpp.is_installed():
+        return {}, [llama_cpp.NOT_COMPARED]
+    try:
+        vocabulary = read_vocabulary(tokenizer_of(base, export.adapter), described.rows)
+    except UserError as error:
+        if needed:
+            raise
+        return {}, [f"Nothing was compared, as the base cannot be written beside it. {error}"]
+    yield from map(Note, vocabulary.notes)
+    metadata = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
+    yield from write_files({base_path: "f16"}, merge, described, metadata)
+    return (
+        yield from llama_cpp.certify(
+            # the base as it is stored: in this file it is not quantized
+            lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+            vocabulary.tokenizer,
+            [llama_cpp.candidate("f16", base_path, path, "adapter on f16")],
+            export.prompts,
+        )
+    )
 
 
 def _is_expanded(base: Path) -> bool:

@@ -17,7 +17,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     """The merge, and the check of its logits if there are prompts. Raises UserError."""
     from pipeline.adapters.folder import base_of
-    from pipeline.data.prompts import read_prompts
+    from pipeline.data.prompts import prompt_texts
     from pipeline.inference.score import SameLogits
     from pipeline.weights.merge import Merging
 
@@ -25,7 +25,7 @@ def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     merging = Merging(base, export.adapter, export.precision, export.trust_remote_code)
     if export.prompts is None:
         return merging, None
-    texts = [prompt.prompt for prompt in read_prompts(export.prompts, str(export.prompts))]
+    texts = prompt_texts(export.prompts)
     return merging, SameLogits(base, export.adapter, texts, trust_remote_code=export.trust_remote_code)
 
 

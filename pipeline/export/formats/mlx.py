@@ -169,7 +169,7 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
         return [*lines, "Nothing was compared with mlx-lm, which is not installed: pip install 'lora-workbench[mlx]'"]
     from torch import device
 
-    from pipeline.data.prompts import read_prompts
+    from pipeline.data.prompts import prompt_texts
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.export.certificate import Candidate, compare, describe
     from pipeline.files.base_model import weight_files
@@ -181,14 +181,13 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
         return [*lines, f"Nothing was compared with mlx-lm: a model of {size / 1e9:.1f} GB in fp32 does not fit here."]
     from pipeline.export.mlx import MLX
 
-    texts = [prompt.prompt for prompt in read_prompts(export.prompts, str(export.prompts))] if export.prompts else []
     adapter = Candidate("adapter", "f32", (folder / WEIGHTS).stat().st_size, lambda: nullcontext(MLX(base, folder)))
     certificate = yield from compare(
         # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
         lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
         load_tokenizer(base),
         [adapter],
-        texts,
+        prompt_texts(export.prompts),
     )
     return [*lines, *describe(certificate)]
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.inference.http.app import error_response
 from pipeline.inference.http.errors import ApiError
@@ -16,34 +17,26 @@ from pipeline.inference.http.metrics import Metrics
 MAX_BODY_BYTES = 2**20
 MAX_DISCARDED_BYTES = 2**24  # of a larger body that is read, so that its sender sees the answer
 ARRIVAL_SECONDS = 10.0  # for the body
-ROUTES = (
-    "/health",
-    "/metrics",
-    "/v1/models",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-)
 OPEN = ("/health",)  # without a key
 
 
 class Guard:
-    """ASGI middleware. Reads the body, then runs the application until it answers or the client is gone.
+    """ASGI middleware. Reads the body, then runs the routes until one answers or the client is gone.
 
     `hosts`: allowed names in the Host header; None allows every one, which is safe only with a key. A page of another
     origin cannot know the key, but without one, a browser would send its requests here (DNS rebinding).
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Sequence[str] | None, origins: Sequence[str], key: str | None, metrics: Metrics
+        self, app: Router, hosts: Sequence[str] | None, origins: Sequence[str], key: str | None, metrics: Metrics
     ) -> None:
         self._app, self._hosts, self._origins, self._metrics = app, hosts, origins, metrics
+        self._paths = {route.path for route in app.routes if isinstance(route, Route)}
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        route = scope["path"] if scope["path"] in ROUTES else "other"
+        route = scope["path"] if scope["path"] in self._paths else "other"  # a label must not be any text
 
         async def counted(message: Message) -> None:
             nonlocal started

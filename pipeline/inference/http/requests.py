@@ -182,9 +182,7 @@ def _explain(error: str, fields: Mapping[str, Any]) -> ApiError:
         field = ".".join(filter(None, (within, of_object["name"])))[:200]
         if of_object["problem"] == "missing required":
             return ApiError(400, f"{field} is missing. Add it to the request.", field)
-        return ApiError(
-            400, f"{field[:200]} is not a field that is supported. Remove it from the request.", field[:200]
-        )
+        return ApiError(400, f"{field} is not a field that is supported. Remove it from the request.", field)
     value = fields.get(within)
     shown = f", got {value!r:.80}" if isinstance(value, str | int | float) and "got" not in text else ""
     return ApiError(400, f"{within}: {text[:1].lower()}{text[1:]}{shown}. Correct it in the request.", within)

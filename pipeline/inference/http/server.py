@@ -173,7 +173,7 @@ class HttpServer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if stopped:
-            raise Interrupted(stopped[-1], "Stopped serving")
+            raise Interrupted(stopped[-1], "Stopped serving", resumes=False)
 
     def serve(self) -> None:
         """Serve until `uvicorn.should_exit` is set."""

@@ -31,13 +31,11 @@ _PART = re.compile(
 DEPTH = 12  # parts of a name; no model has so many
 _SAVED = re.compile(r"(?P<layer>.+)\.modules_to_save\.(?P<name>\w+)\.(?P<part>weight|bias)")
 _ORIGINAL = ".original_module."  # the base's, which PEFT keeps beside a module that trains in full
+_GATHER = "Set stage3_gather_16bit_weights_on_model_save, and save it again"
 SHARDS = (  # what a folder has instead of an adapter, and how to make one
     ("*_fsdp_*", "FSDP saved it in shards. Merge them with `accelerate merge-weights`"),
-    ("global_step*", "DeepSpeed saved it in shards. Set stage3_gather_16bit_weights_on_model_save, and save it again"),
-    (
-        "zero_to_fp32.py",
-        "DeepSpeed saved it in shards. Set stage3_gather_16bit_weights_on_model_save, and save it again",
-    ),
+    ("global_step*", f"DeepSpeed saved it in shards. {_GATHER}"),
+    ("zero_to_fp32.py", f"DeepSpeed saved it in shards. {_GATHER}"),
 )
 
 
@@ -63,7 +61,7 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError(
             f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and it would change "
-            "nothing. Set stage3_gather_16bit_weights_on_model_save, and save it again."
+            f"nothing. {_GATHER}."
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
         return None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
