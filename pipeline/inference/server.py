@@ -44,7 +44,7 @@ class Server:
         self._handler, self._input, self._output = handler, source, sink
         self._queue: queue.Queue[QueuedRequest] = queue.Queue(MAX_WAITING)
         self._jobs: dict[int, QueuedRequest] = {}
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
 
     def run(self) -> None:
         """Process requests until the process ends."""
@@ -81,9 +81,10 @@ class Server:
         elif fields.get("do") == "cancel":
             target = fields.get("target")
             # an unknown id is no error, since the last answer may have been sent already
-            if isinstance(target, int) and (cancelled := self._jobs.get(target)):
-                cancelled.cancelled.set()
-            self._send(id_, event="done", target=target)
+            with self._writing:  # what the cancelled request still says comes after this answer
+                if isinstance(target, int) and (cancelled := self._jobs.get(target)):
+                    cancelled.cancelled.set()
+                self._send(id_, event="done", target=target)
         elif fields.get("do") == "status":
             self._process(QueuedRequest(id_, fields))  # immediately, even while another request is being processed
         else:

@@ -519,13 +519,13 @@ async def test_a_run_elsewhere_is_followed(project: Path) -> None:
     brief_params(project)
     async with open_screen(project) as (pilot, screen):
         await until(pilot, lambda: "up to date" in line(screen, "finetune_lora"))
-        save(project / "params.yaml", {"finetune_lora.epochs": 50})
+        save(project / "params.yaml", {"finetune_lora.epochs": 150})  # some seconds: a shorter run can end unseen
         lora = str(Path(sys.executable).parent / "lora")
         process = subprocess.Popen([lora, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
         await until(
             pilot, lambda: "% " in line(screen, "finetune_lora") and "left" in line(screen, "finetune_lora"), 30
         )
-        assert "/300" in line(screen, "finetune_lora")
+        assert "/900" in line(screen, "finetune_lora")
         await until(pilot, lambda: process.poll() is not None, 60)
         await until(pilot, lambda: line(screen, "finetune_lora") == "✓ finetune_lora  up to date")
         assert "measured at the peak" in str(await _notes_of(pilot, screen, "finetune_lora"))
