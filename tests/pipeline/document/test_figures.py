@@ -575,13 +575,13 @@ def test_numbers_on_a_map_can_be_read(share: float) -> None:
 
 
 @pytest.fixture
-def project(figured: Path, tmp_path: Path) -> Path:
+def own(figured: Path, tmp_path: Path) -> Path:
     """One to run the stage in: in a shared one it would wait for another process that does."""
     return shutil.copytree(figured, tmp_path / "project")
 
 
-def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: Path, project: Path) -> None:
-    code, out, _ = cli("figures", cwd=project)
+def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: Path, own: Path) -> None:
+    code, out, _ = cli("figures", cwd=own)
     assert code == 0
     flat = " ".join(out.split())
     about = json.loads((figured / "artifacts/figures/manifest.json").read_text(encoding="utf-8"))["figures"]
@@ -590,8 +590,8 @@ def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: P
     assert "_concentration.csv" in flat and out.rstrip().endswith("report.md")
 
 
-def test_figures_are_of_minigpt(cli: Lora, project: Path) -> None:
-    said = refusal(cli("figures", "--set", "base=HuggingFaceTB/SmolLM2-135M", cwd=project))
+def test_figures_are_of_minigpt(cli: Lora, own: Path) -> None:
+    said = refusal(cli("figures", "--set", "base=HuggingFaceTB/SmolLM2-135M", cwd=own))
     assert "figures measures what the document says of MiniGPT; base is HuggingFaceTB/SmolLM2-135M." in said
 
 
@@ -605,8 +605,8 @@ def test_figures_are_of_minigpt(cli: Lora, project: Path) -> None:
         ("figures.reach=0", "figures.reach must be more than 0"),
     ],
 )
-def test_a_setting_that_means_nothing_is_refused(cli: Lora, project: Path, override: str, said: str) -> None:
-    assert said in refusal(cli("figures", "--set", override, cwd=project))
+def test_a_setting_that_means_nothing_is_refused(cli: Lora, own: Path, override: str, said: str) -> None:
+    assert said in refusal(cli("figures", "--set", override, cwd=own))
 
 
 def test_a_matrix_may_have_a_number_twice_and_a_list_of_settings_may_not(figured: Path) -> None:

@@ -78,7 +78,7 @@ class RunView:
         """Update to a later state of the run, which may have more curves."""
         self.run, previous = run, self.curve_logs
         self.curve_logs = {files.name: previous.get(files.name) or CurveLog(files, smoothing) for files in run.curves}
-        self.best = next(iter(self.curve_logs.values()))
+        self._select_best()
 
     @property
     def log(self) -> Log:

@@ -210,6 +210,16 @@ async def test_a_broken_outcomes_file_is_ignored(empty: Path, text: str) -> None
         assert "best rank-4" in list_text(screen) and "diverged" not in list_text(screen)
 
 
+async def test_the_best_stays_the_best_when_other_runs_appear(empty: Path) -> None:
+    """The folders are searched again, and nothing of the sweep has changed."""
+    write_sweep(empty, FOUR)
+    async with open_curves(empty) as (pilot, screen):
+        write_methods(empty)
+        await until(pilot, lambda: len(screen.runs.views) > 1)
+        await wait_until_drawn(pilot, screen)
+        assert "best rank-4" in list_text(screen)
+
+
 async def test_a_loss_that_is_not_finite_is_never_the_best(empty: Path) -> None:
     folder = write_sweep(empty, FOUR)
     (folder / "rank-1/loss.csv").write_text(HEADER + f"1,1,{nan},0.001,1,16\n", encoding="utf-8")
