@@ -1,10 +1,10 @@
 """Save and load adapters in PEFT's format: LoRA, DoRA and virtual tokens. What does not fit the base is rejected."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,47 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@one_budget()
+class StoredLora(NamedTuple):
+    """A LoRA adapter's files, checked against the base: what it changes, and its tensors by PEFT's keys."""
+
+    spec: AdapterSpec
+    tensors: dict[str, Tensor]
+    folder: Path
+
+
 def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     """Attach LoRA or DoRA, with the modules and rows that are trained beside it."""
+    stored = read_lora(model, base_folder, folder)
+    # in the dtype of the file's A and B, which may differ from the base's
+    a_dtype = next((value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS)), None)
+    attach(model, stored.spec, a_dtype)
+    new = {id(p): nn.Parameter(value, requires_grad=False) for p, value in stored_values(model, stored)}
+    for module in model.modules():  # replaced, not written to, everywhere they are tied: a view shares the base's
+        for name, p in module._parameters.items():
+            module._parameters[name] = new.get(id(p), p)
+    model.requires_grad_(False)
+    return stored.spec
+
+
+def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter of the attached adapter with its stored value: a copy, in the parameter's dtype.
+
+    Raises UserError for tensors that the config and this model do not require.
+    """
+    parameters = tensors(model, stored.spec)
+    expected = {key: tuple(p.shape) for key, p in parameters.items()}
+    actual = {key: tuple(t.shape) for key, t in stored.tensors.items()}
+    refuse_difference(expected, actual, str(stored.folder / WEIGHTS))
+    for key, p in parameters.items():  # a copy, in the dtype of the layer: the tensor read may be a mapped file
+        yield p, stored.tensors[key].to("cpu" if p.is_meta else p.device, p.dtype, copy=True)
+
+
+@one_budget()
+def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
+    """The adapter in `folder`, before it is attached to `model`, whose embedding and head are untied if it unties them.
+
+    Raises UserError if it does not fit the base.
+    """
     spec = read_spec(folder, model.embedding_and_head[0])
     spec = replace(spec, rows=_normalized_rows(model, spec, folder / CONFIG, base_folder))
     names = targeted(model, spec)
@@ -111,20 +149,7 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     pair = [values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)]
     if model.shape.tied and all(w is not None for w in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
         untie(model)
-    # in the dtype of the file's A and B, which may differ from the base's
-    attach(model, spec, next((value.dtype for key, value in values.items() if key.endswith(_A_KEYS)), None))
-    parameters = tensors(model, spec)
-    expected = {key: tuple(p.shape) for key, p in parameters.items()}
-    refuse_difference(expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS))
-    new = {}
-    for key, p in parameters.items():  # a copy, in the dtype of the layer: the tensor read may be a mapped file
-        value = values[key].to("cpu" if p.is_meta else p.device, p.dtype, copy=True)
-        new[id(p)] = nn.Parameter(value, requires_grad=False)
-    for module in model.modules():  # replaced, not written to, everywhere they are tied: a view shares the base's
-        for name, p in module._parameters.items():  # type: ignore[assignment]
-            module._parameters[name] = new.get(id(p), p)
-    model.requires_grad_(False)
-    return spec
+    return StoredLora(spec, values, folder)
 
 
 def load_adapter(model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> Any:

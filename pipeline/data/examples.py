@@ -29,7 +29,9 @@ class Example:
     still to be generated. A conversation's `text` is the contents of its messages, one per line.
 
     `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the functions that the
-    assistant may call. `rejected`: the worse answer of a preference pair, after the same prompt.
+    assistant may call. `begin`: the index of the message that the completion begins with, where the row says so.
+    `rejected`: the worse answer of a preference pair, after the same prompt. `desirable`: whether the answer is a good
+    one, where the row says so.
     """
 
     text: str
@@ -39,7 +41,9 @@ class Example:
     messages: tuple[Message, ...] = ()
     untrained: frozenset[int] = frozenset()
     tools: tuple[Mapping[str, Any], ...] = ()
+    begin: int = 0
     rejected: str | tuple[Message, ...] | None = None
+    desirable: bool | None = None
 
     @property
     def location(self) -> str:

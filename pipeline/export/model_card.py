@@ -219,7 +219,7 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         kind = "DoRA" if config.get("use_dora") else "LoRA"
         rslora = ", rsLoRA" if config.get("use_rslora") else ""
         yield f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
-    if "stored" in manifest:
+    if "stored" in manifest.get("parameters", {}):
         yield f"trained with rank {params['rank']} and saved relative to the original base, which doubles the rank"
     if targets := config.get("target_modules"):
         yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
@@ -229,6 +229,8 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         yield f"the weights of the base were dequantized from a GGUF file in {origin.dequantized}"
     if origin and origin.added and origin.hub_id:
         yield f"on {origin.hub_id}, tokens added: {origin.added}"
+    if params.get("init_from"):
+        yield f"trained on from {params['init_from']}"
     for key in TRAINED:
         unused = (key == "retention_weight" and not _retains(params)) or (key == "max_steps" and not params.get(key))
         if key in params and not unused:

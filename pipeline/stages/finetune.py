@@ -1,22 +1,25 @@
 """What the fine-tuning methods share: load the expanded base, attach what trains, train it, save it (§7 and §9)."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.load import Base, count, load_base, skeleton, stored_precision
-from pipeline.project.params.sections import AdapterTraining
+from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.runner import Event, Facts, Job
+from pipeline.stages.init_from import Continued, save_state
+from pipeline.training.batches import Batches
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
 from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.step import Evaluation, Learner, LossPath, OneLearner
 
 if TYPE_CHECKING:
     from pipeline.training.retention import RetentionLoss
@@ -28,13 +31,24 @@ class Attached:
 
     `counted`: the method as the calculator's settings. `save`: writes an adapter's own files into a folder and returns
     its entries of the manifest; None where the whole model is the artifact. `retain`: a loss on other texts.
-    `shardable`: whether what is frozen may be split over devices.
+    `shardable`: whether what is frozen may be split over devices. `continued`: what goes on of an earlier run.
+    `prepare(job, settings, base, first)`: the data where it is not examples to predict, after `first` steps.
     """
 
     counted: FinetuningMethod
     save: Callable[[Path], Facts] | None = None
     retain: "RetentionLoss | None" = None
     shardable: bool = False
+    continued: Continued = field(default_factory=Continued)
+    prepare: "Callable[[Job, Any, Base, int], Generator[Event, None, Prepared]] | None" = None
+
+
+class Prepared(NamedTuple):
+    """The batches of a run, what it is evaluated on, and how its losses are computed."""
+
+    batches: Batches
+    evaluation: Evaluation | None
+    path: LossPath
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
@@ -56,11 +70,17 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     torch.manual_seed(settings.seed)  # after the base: first values depend on the seed, not on how it is loaded
     # before the data: virtual tokens take positions from it
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
-    batches, evaluation = yield from prepare_data(job, settings, base)
+    continued = attached.continued
+    data = yield from (attached.prepare or _prepare)(job, settings, base, continued.seen)
     trainable = count(base.model)["trainable"]
-    task = TrainingTask.of_one(
-        *(base.model, batches, settings, attached.counted, evaluation, attached.retain),
+    task = TrainingTask(
+        base.model,
+        [Learner(settings, data.batches, attached.retain)],
+        data.path,
+        data.evaluation,
+        attached.counted,
         sharded=job.sharded if attached.shardable else False,
+        state=continued.state,
     )
 
     def save(optimizer: FlatOptimizer) -> Facts:
@@ -69,9 +89,15 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
         save_curve(job)
-        return save_adapter_of(job, base, attached.save, job.out, trainable)
+        state = save_state(job, optimizer, continued.seen) if getattr(settings, "save_optimizer", False) else {}
+        return {**save_adapter_of(job, base, attached.save, job.out, trainable), **state}
 
     return TrainingSetup(base, task, save)
+
+
+def _prepare(job: Job, settings: Training, base: Base, first: int) -> Generator[Event, None, Prepared]:
+    batches, evaluation = yield from prepare_data(job, settings, base, first)
+    return Prepared(batches, evaluation, OneLearner(base.model))
 
 
 def save_adapter_of(job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int) -> Facts:

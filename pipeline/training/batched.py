@@ -24,6 +24,8 @@ LOGITS = 2**22
 class ManyAdapters:
     """The path of a model whose learners are the adapters of `routing`: `LossPath` for N > 1."""
 
+    rewards = False
+
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
         self._model, self._routing = model, routing
         self._tables: dict[int, Tensor | None] = {}  # by the dataset's id: of training, evaluation, retention
@@ -92,6 +94,9 @@ class ManyAdapters:
         heads = {n: self._head(n) for n in batch.labels}
         counts = [batch.input_tokens[n] for n in heads]
         return retain.divergences(batch.batch, counts, [*heads.values()])
+
+    def measured(self) -> Mapping[str, float]:
+        return {}
 
     def _head(self, number: int) -> Head:
         """The logits function of one adapter."""

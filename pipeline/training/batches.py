@@ -6,6 +6,7 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Batch:
     label_index: Tensor | None
     segments: tuple[int, ...] | None = None
     idle: bool = False  # run only so that all ranks call the model equally often; weighs 0
+    in_chunks: ClassVar[bool] = False  # whether logits are computed in chunks even if there are few
 
     @property
     def tokens(self) -> int:
@@ -97,12 +99,19 @@ class Batches:
     """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps` of them."""
 
     def __init__(
-        self, windows: Dataset, batch_size: int, seed: int | None, gradient_accumulation_steps: int = 1
+        self,
+        windows: Dataset,
+        batch_size: int,
+        seed: int | None,
+        gradient_accumulation_steps: int = 1,
+        first: int = 0,
     ) -> None:
-        """`seed`: of the order of each epoch; None keeps the order of the windows."""
+        """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the steps of a run that
+        this one continues; step 0 is the one after them."""
         self._windows, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
         self._epoch, self._rows = 0, self._shuffle(0)  # of one epoch only: a data set may have millions of windows
+        self.first = first
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
@@ -128,7 +137,7 @@ class Batches:
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of the windows in each batch of a step, on all ranks together."""
-        epoch, index = divmod(step, len(self))
+        epoch, index = divmod(self.first + step, len(self))
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffle(epoch)
         rows = self._rows[index * self._step_size : (index + 1) * self._step_size]

@@ -39,18 +39,35 @@ def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
     return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
 
 
-def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
+def prepare_data(
+    job: Job, settings: Training, base: Base, first: int = 0
+) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
+    """The batches, after the `first` steps of a run before, and the evaluation if eval_share is set.
+
+    Raises UserError as `build_datasets` does.
+    """
     training, held_out = yield from build_datasets(job, settings, base)
-    batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
+    batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first)
     refuse_long_warmup(settings, len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    return batches, Evaluation(held_out, settings.batch_size, settings.eval_steps or len(batches), settings.patience)
+    in_order = Batches(held_out, settings.batch_size, seed=None)
+    return batches, Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
 
 
 def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
-    """(training set, evaluation set or None); yields notes on examples that were truncated or skipped.
+    """(training set, evaluation set or None). Raises UserError as `build_corpora` does."""
+    training, held_out = yield from build_corpora(job, settings, base)
+    return dataset_from(training, settings.window), None if held_out is None else dataset_from(
+        held_out, settings.window
+    )
+
+
+def build_corpora(
+    job: Job, settings: Training, base: Base, encoder: Callable[..., Encoder] = Encoder
+) -> Generator[Event, None, tuple[Corpus, Corpus | None]]:
+    """The encoded examples to train on and those to evaluate on, if there are; yields notes on examples that were
+    truncated or skipped.
 
     Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
@@ -59,9 +76,9 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
         raise UserError(f"{section} sets eval_share and eval_data, which exclude each other. Remove one of them.")
     # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
     notes = list[str]()
-    examples = (e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share))
+    learned = (e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share))
     weights = {file.path: file.weight for file in settings.data_files}
-    training = yield from _build_corpus(job, settings, base, "training", examples, weights)
+    training = yield from _build_corpus(job, settings, base, "training", learned, weights, encoder)
     yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     if not share and not settings.eval_data:
         refuse_empty(training, files)
@@ -70,8 +87,9 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
                 raise UserError(
                     f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
                 )
-        return dataset_from(training, settings.window), None
-    held_out = yield from _build_corpus(job, settings, base, "evaluation", held_out_examples(job, settings), {})
+        return training, None
+    examples = held_out_examples(job, settings)
+    held_out = yield from _build_corpus(job, settings, base, "evaluation", examples, {}, encoder)
     if settings.eval_data:
         refuse_empty(held_out, settings.eval_data)
     selection = f"{section}.eval_share {share:g} selects"
@@ -86,17 +104,23 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
             f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by hash). Increase it, or "
             "set it to 0."
         )
-    return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
+    return training, held_out
 
 
 def _build_corpus(
-    job: Job, settings: Training, base: Base, name: str, examples: Iterator[Example], weights: Mapping[str, float]
+    job: Job,
+    settings: Training,
+    base: Base,
+    name: str,
+    examples: Iterator[Example],
+    weights: Mapping[str, float],
+    encoder: Callable[..., Encoder],
 ) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / name
     folder.mkdir(parents=True, exist_ok=True)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
-    encoder = Encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
-    corpus = Corpus(examples, encoder, folder, weights)
+    encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
+    corpus = Corpus(examples, encode, folder, weights)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""

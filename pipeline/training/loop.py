@@ -71,7 +71,8 @@ class TrainingTask:
 
     `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
     the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
-    do when memory runs out; by default what the calculator suggests.
+    do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
+    continues.
     """
 
     model: CausalLM
@@ -81,6 +82,7 @@ class TrainingTask:
     method: FinetuningMethod | None = None
     sharded: bool | None = None
     less_memory: str = ""
+    state: Mapping[str, Tensor] | None = None
 
     @classmethod
     def of_one(
@@ -168,12 +170,17 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
                 optimizer.clip(n, result.norm, largest)
             learners[n].tokens += result.tokens
         optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
-        held_out: dict[int, float] = {}
+        rewards, held_out = dict[str, Any](task.path.measured()), dict[int, float]()
         if evaluation is not None and evaluation.due(number + 1, task.total):
             held_out = evaluation.after_step(task.path, optimizer, [*results])
+            if task.path.rewards:
+                rewards["eval_accuracy"] = task.path.measured()["reward_accuracy"]
         epoch = number // len(task.batches) + 1
         yield {
-            n: Step(number + 1, epoch, r.loss, rates[n], r.norm, learners[n].tokens, held_out.get(n), r.divergence)
+            n: Step(
+                *(number + 1, epoch, r.loss, rates[n], r.norm, learners[n].tokens, held_out.get(n), r.divergence),
+                **rewards,
+            )
             for n, r in results.items()
         }
 
@@ -237,6 +244,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
     done = yield from _resume(job, task, optimizer)  # into the optimizer, whose state a checkpoint is
+    before = optimizer.steps - done  # of the run that this one continues
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
@@ -254,8 +262,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             # lines after the checkpoint are from steps that a killed run took and this one takes again
             folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
             folder.mkdir(exist_ok=True)
-            log = RunLog(folder, at_step, learner.tokens, evaluation is not None, learner.retain is not None)
-            logs.append(stack.enter_context(log))
+            columns = evaluation is not None, learner.retain is not None, task.path.rewards
+            logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, *columns)))
         signals = stack.enter_context(_held_signals())
         try:
             # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
@@ -285,7 +293,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
-            if optimizer.steps != done:  # failed during evaluation: the optimizer has taken a step that is not logged
+            if optimizer.steps != before + done:  # failed during evaluation: a step was taken that is not logged
                 checkpoint_note = "The last periodic checkpoint is kept. "
             else:
                 optimizer.clear()
@@ -333,6 +341,8 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator
         if task.learners[0].name:  # logs of adapters that are no longer in the sweep
             for log in job.run.glob(f"*/{LOSS}"):
                 shutil.rmtree(log.parent)
+        if task.state is not None and not optimizer.take_over(task.state):
+            yield Note(f"{job.stage.name}: the optimizer's state is of other settings and is not used")
         return 0
     state = broadcast_tensors(stored)
     optimizer.restore(state)

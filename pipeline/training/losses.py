@@ -95,3 +95,56 @@ class _Chunked(torch.autograd.Function):
         # a loss scale may overflow fp16: it is applied as an fp32 scalar
         hidden_grad, *trained_grads = (grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors)
         return hidden_grad, None, None, None, *trained_grads
+
+
+def log_probs(
+    head: Head, rows: Tensor, labels: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
+) -> Tensor:
+    """The log-probability of each label (N,) after its row (N, D): (N,) in fp32, `size` rows' logits at a time.
+
+    `trained`: the head's parameters that require a gradient.
+    """
+    result: Tensor = _LogProbs.apply(rows, labels, head, size, *trained)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LogProbs(torch.autograd.Function):
+    """Unlike in `_Chunked`, what a row's gradient is multiplied by is known only in backward.
+
+    A row's own gradient is of its size and is kept; a head that trains is computed once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, size: int, *trained: nn.Parameter) -> Tensor:
+        ctx.head, ctx.size, ctx.trained = head, size, trained
+        needs_rows = hidden.requires_grad and not trained
+        values, grads = list[Tensor](), list[Tensor]()
+        for rows, label in zip(hidden.detach().split(size), labels.split(size), strict=True):  # type: ignore[no-untyped-call]
+            with torch.set_grad_enabled(needs_rows):
+                value = _of_labels(head(rows.requires_grad_(needs_rows)), label)
+                grads += torch.autograd.grad(value.sum(), [rows]) if needs_rows else ()
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(grads) if needs_rows else hidden, labels)
+        return torch.cat(values) if values else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        kept, labels = ctx.saved_tensors
+        if not ctx.trained:
+            return kept.mul_(outputs[0][:, None]), None, None, None
+        row_grads, sums = [], list[Tensor]()
+        parts = zip(*(tensor.detach().split(ctx.size) for tensor in (kept, labels, outputs[0])), strict=True)
+        for rows, label, upstream in parts:
+            with torch.enable_grad():
+                total = torch.dot(_of_labels(ctx.head(rows.requires_grad_(True)), label), upstream)
+            row_grad, *grads = torch.autograd.grad(total, [rows, *ctx.trained])
+            row_grads.append(row_grad)
+            if sums:
+                torch._foreach_add_(sums, grads)
+            sums = sums or grads
+            del total, grads
+        return torch.cat(row_grads), None, None, None, *sums
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.float(), labels, reduction="none")

@@ -78,7 +78,7 @@ def predict_peak_memory(
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
-    all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
+    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= CHUNK
     precision = str(settings.precision)
     adapter = getattr(settings, "adapter_precision", precision)
     if (quantization := getattr(settings, "quantization", "none")) != "none":

@@ -1,7 +1,7 @@
 """All trainable parameters as one row per learner, updated in few kernel calls per step; and the learning rate."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby, pairwise
 
 import torch
@@ -147,13 +147,26 @@ class FlatOptimizer:
         scale = {"loss_scale": self._scale} if self._scaled else {}
         return {"weights": self.weights, **scale, **self._state}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         self.set_weights(state["weights"])
         if "loss_scale" in state:
             self._scale.copy_(state["loss_scale"])
         self._state = self._empty_state() if "step" in state else State()
         for name, tensor in self._state.items():
             tensor.copy_(state[name])
+
+    def take_over(self, state: Mapping[str, Tensor]) -> bool:
+        """Go on from the state of a run before. False, and nothing changes, if it is not that of these weights."""
+        own = {"weights": self.weights, **({"loss_scale": self._scale} if self._scaled else {}), **self._empty_state()}
+        if state.keys() != own.keys() or any(state[name].shape != tensor.shape for name, tensor in own.items()):
+            return False
+        rounded = state["weights"].to(self.weights.device, copy=True)
+        for span, weights, _ in self._copies:
+            rounded[:, span] = rounded[:, span].to(weights.dtype).float()
+        if not torch.equal(rounded, self.weights):
+            return False
+        self.restore(state)
+        return True
 
     def _empty_state(self) -> State:
         return self._rule.zeros(self.weights, [stop - start for _, start, stop, _ in self._rate_spans])

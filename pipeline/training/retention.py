@@ -49,14 +49,20 @@ class RetentionLoss:
     """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its adapter disabled.
 
     Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the original values.
-    `as_base`: a context in which the model computes as its base, for a model that knows one of its own.
+    `as_base`: a context in which the model computes as its base, for a model that knows one of its own. `first`: the
+    steps of the run that this one continues.
     """
 
     def __init__(
-        self, model: CausalLM, texts: Dataset, settings: RetentionSettings, as_base: AsBase | None = None
+        self,
+        model: CausalLM,
+        texts: Dataset,
+        settings: RetentionSettings,
+        as_base: AsBase | None = None,
+        first: int = 0,
     ) -> None:
         self.weight = settings.retention_weight
-        self.batches = Batches(texts, settings.retention_batch_size, settings.seed)
+        self.batches = Batches(texts, settings.retention_batch_size, settings.seed, first=first)
         self._model, self._as_base = model, as_base or self._without_adapter
         layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
         switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}  # with their layers

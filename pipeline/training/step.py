@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
@@ -52,12 +51,19 @@ class Learner:
 class StepBatch:
     """A batch with learner 0's sequences first, then learner 1's, …
 
-    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included.
+    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included. `units`: what its loss
+    is the mean of, such as pairs of answers; if empty, labels.
     """
 
     batch: Batch
     labels: Mapping[int, int]
     input_tokens: tuple[int, ...] = ()
+    units: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        """Learner → how much the batch's loss counts among those of a step."""
+        return self.units or self.labels
 
     def lengths(self) -> list[list[int]]:
         """The lengths of each learner's sequences, in the order of the batch."""
@@ -75,6 +81,8 @@ class StepBatch:
 class LossPath(Protocol):
     """How the learners of a model read batches: all that differs between one learner and many."""
 
+    rewards: bool  # whether `measured` gives the rewards of answers
+
     @property
     def supports_packing(self) -> bool: ...
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
@@ -89,9 +97,14 @@ class LossPath(Protocol):
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
         """The same of the mean KL(base‖model)."""
 
+    def measured(self) -> Mapping[str, float]:
+        """The rewards, over the batches whose losses were computed since the last call."""
+
 
 class OneLearner:
     """The path of a model that has one learner. It costs nothing beside the model's own forward and backward."""
+
+    rewards = False
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
@@ -112,6 +125,9 @@ class OneLearner:
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
         return retain.divergence(batch.batch)
+
+    def measured(self) -> Mapping[str, float]:
+        return {}
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
@@ -196,16 +212,21 @@ def _backward(
     rank's share, and the numbers of labels on all ranks.
     """
     batches = list(path.batches(orders, number))
-    counts = (sum(batch.labels.get(n, 0) for batch in batches) for n in orders)
-    totals = dict(zip(orders, all_reduce_numbers(*counts), strict=True))
+
+    def on_all_ranks(counts_of: Callable[[StepBatch], Mapping[int, int]]) -> dict[int, float]:
+        counts = (sum(counts_of(batch).get(n, 0) for batch in batches) for n in orders)
+        return dict(zip(orders, all_reduce_numbers(*counts), strict=True))
+
+    totals = on_all_ranks(lambda batch: batch.weights)
+    labels = on_all_ranks(lambda batch: batch.labels) if any(batch.units for batch in batches) else totals
     parts: list[tuple[Iterable[int], Tensor]] = []
-    for noise in (noises or {}).values():
-        noise.begin(number)
+    for n, noise in (noises or {}).items():
+        noise.begin(orders[n].first + number)
     for batch in batches:
         with path.route(batch), _during(batch, noises) if noises else nullcontext():
             # gradient accumulation: a batch's mean times its share of the step's labels, so that the parts add up to
             # the mean over all of them; the gradients of batches and ranks are then sums
-            shares = [labels / totals[n] for n, labels in batch.labels.items()]
+            shares = [weight / totals[n] for n, weight in batch.weights.items()]
             losses = _times(losses_of(batch), shares)  # (L,), logged without the weight of its term
             total = _times(losses, [weights[n] for n in batch.labels])
             total = total if len(shares) == 1 else total.sum()
@@ -215,7 +236,7 @@ def _backward(
     for present, losses in parts:  # read after the last backward: on a GPU reading a number waits for it
         for n, loss in zip(present, losses.tolist(), strict=True):
             means[n] += loss
-    return means, totals
+    return means, labels
 
 
 @contextmanager
@@ -241,8 +262,8 @@ class Evaluation:
     Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
     """
 
-    def __init__(self, windows: Dataset, batch_size: int, every: int, patience: int, learners: int = 1) -> None:
-        self._batches, self._every, self._patience = Batches(windows, batch_size, seed=None), every, patience
+    def __init__(self, batches: Batches, every: int, patience: int, learners: int = 1) -> None:
+        self._batches, self._every, self._patience = batches, every, patience
         self._best = torch.full((learners,), torch.inf, dtype=torch.float64)
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
@@ -253,15 +274,15 @@ class Evaluation:
     @torch.no_grad()
     def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
         """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
-        sums, labels = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+        sums, counts = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
         for number in range(len(self._batches)):
             for batch in path.batches(dict.fromkeys(live, self._batches), number):
                 with path.route(batch):
                     losses = path.losses(batch).view(-1).tolist()
-                for (n, count), loss in zip(batch.labels.items(), losses, strict=True):
+                for (n, count), loss in zip(batch.weights.items(), losses, strict=True):
                     sums[n] += loss * count  # an idle batch counts 0
-                    labels[n] += count
-        reduced = all_reduce_numbers(*sums.values(), *labels.values())
+                    counts[n] += count
+        reduced = all_reduce_numbers(*sums.values(), *counts.values())
         means = {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
         for n, mean in means.items():  # NaN is never the best: no comparison with it holds
             if mean >= self._best[n] or math.isnan(mean):

@@ -3,6 +3,8 @@
 Only the completion is trained on: turns of the assistant in the prompt carry no label.
 """
 
+from dataclasses import replace
+
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, read_string
 from pipeline.data.formats.messages import Turns, conversation, read_turns
@@ -11,7 +13,8 @@ from pipeline.data.formats.messages import Turns, conversation, read_turns
 def read(record: Record, file: str, line: int) -> Example:
     location = f"{file}:{line}"
     prompt, completion = read_turns(record, "prompt", location), answer(record, "completion", location)
-    return conversation(joined(prompt, completion), record, file, line, "prompt + completion")
+    example = conversation(joined(prompt, completion), record, file, line, "prompt + completion")
+    return replace(example, begin=len(prompt.messages))
 
 
 def answer(record: Record, key: str, location: str) -> Turns:

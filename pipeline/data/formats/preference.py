@@ -39,7 +39,7 @@ def read(record: Record, file: str, line: int) -> Example:
         before, chosen, rejected = Turns(chosen.messages[:same]), _behind(chosen, same), _behind(rejected, same)
     _refuse_equal(chosen.messages, rejected.messages, location)
     example = conversation(joined(before, chosen), record, file, line, "prompt + chosen")
-    return replace(example, rejected=rejected.messages)
+    return replace(example, begin=len(before.messages), rejected=rejected.messages)
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:

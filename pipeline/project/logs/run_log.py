@@ -34,9 +34,15 @@ class Step:
     tokens: int
     eval_loss: float | None = None  # on held-out examples, if an evaluation followed the step
     divergence: float | None = None  # from the base on retain texts, in nats per token
+    reward_chosen: float | None = None  # of preference training, means over the step's pairs
+    reward_rejected: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+    eval_accuracy: float | None = None  # reward_accuracy of the held-out pairs
 
 
-OPTIONAL = ("eval_loss", "divergence")  # columns that only some runs have
+REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy")  # columns that only some runs have
 COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
     *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
@@ -134,9 +140,20 @@ class RunLog:
     # says whether later stages are up to date. What differs from run to run (time, memory) stays in the run folder.
 
     def __init__(
-        self, folder: Path, at_step: int, at_tokens: int, evaluated: bool = False, retained: bool = False
+        self,
+        folder: Path,
+        at_step: int,
+        at_tokens: int,
+        evaluated: bool = False,
+        retained: bool = False,
+        rewarded: bool = False,
     ) -> None:
-        wanted = dict(zip(OPTIONAL, (evaluated, retained), strict=True))
+        wanted = {
+            "eval_loss": evaluated,
+            "divergence": retained,
+            **dict.fromkeys(REWARDS, rewarded),
+            "eval_accuracy": evaluated and rewarded,
+        }
         self._columns = (*COLUMNS, *(name for name in OPTIONAL if wanted[name]))
         self._loss = _open_at(folder / LOSS, self._columns, at_step)
         self._telemetry = _open_at(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)

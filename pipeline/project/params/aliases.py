@@ -61,6 +61,7 @@ KEYS = _by_other_name(
         "eval_steps": "eval_every steps_per_eval eval_interval",
         "patience": "early_stopping_patience",
         "save_steps": "checkpoint_every save_every save_interval checkpointing_steps",
+        "init_from": "adapter_name_or_path lora_model_dir resume_adapter_file",
         "retention_data": "retain",
         "retention_weight": "retain_weight",
         "retention_batch_size": "retain_batch",
@@ -100,8 +101,7 @@ NO_COUNTERPART = _by_other_name(
         "shuffle_dataset dataloader_* max_samples streaming data_seed",
         "a killed run resumes by itself from its last checkpoint": "*resume_from_checkpoint* restore_callback_* "
         "ignore_data_skip enable_jit_checkpoint",
-        "a new adapter is trained, on the base": "adapter_name_or_path lora_model_dir resume_adapter_file "
-        "create_new_adapter inference_mode",
+        "an adapter is trained on the base, a new one unless init_from names one": "create_new_adapter inference_mode",
         "LoRA goes on every block; name linears in target_modules": "num_layers lora_layers* *layers_to_transform "
         "layers_pattern exclude_modules target_parameters",
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": "trust_remote_code",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached
+    from pipeline.stages.init_from import Continued
 
 Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
@@ -70,6 +71,12 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     train_embeddings: Annotated[
         Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
     ] = "all"
+    init_from: Annotated[
+        File, "an adapter to train on from, ours or PEFT's; its rank, alpha, targets and what trains are taken over"
+    ] = ""
+    save_optimizer: Annotated[
+        bool, "keep the optimizer's state beside the adapter, so that init_from goes on exactly where it stopped"
+    ] = False
     retention_data: Annotated[File, "texts on which answers must stay the base's"] = ""
     retention_weight: Annotated[Weight, "weight of the KL divergence from the base on these texts; 0: off"] = 0.0
     retention_batch_size: Annotated[Count, "these texts per step"] = 8
@@ -85,7 +92,7 @@ STAGE = method(
     FinetuneLora,
     output="lora_adapter",
     kind="adapter",
-    data=("data", "eval_data", "retention_data"),
+    data=("data", "eval_data", "retention_data", "init_from"),
     summary="Train low-rank updates",
     title="LoRA",
     look=Look("#0072B2", "■", "-.", "xx"),
@@ -102,27 +109,53 @@ STAGE = method(
 
 
 def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Attached]:
-    """Attach A and B, with the retention loss if it is set."""
+    """Attach A and B, new ones or those of an earlier run, with the retention loss if it is set."""
     from pipeline.adapters.attach import attach as attach_lora
+    from pipeline.adapters.peft import stored_values
     from pipeline.models.load import DTYPES
     from pipeline.stages.finetune import Attached
+    from pipeline.stages.init_from import Continued, read_init
 
     folder = job.project.artifact("expand_vocab")
-    spec = lora_spec(base.model, settings, new_rows(folder))
+    stored, continued = None, Continued()
+    if settings.init_from:
+        stored, continued = read_init(job, base.model, folder, settings.init_from)
+        spec = replace(stored.spec, dropout=settings.lora_dropout)
+    else:
+        spec = lora_spec(base.model, settings, new_rows(folder))
+    pissa = settings.init_lora_weights == "pissa" and stored is None
     texts = retain = None
     if settings.retention_weight:
         from pipeline.training.retention import RetentionLoss, load_retention_texts  # with generation, rarely needed
 
         texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
-    attach_lora(base.model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
+    init = settings.init_lora_weights if stored is None else "document"
+    attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
     yield from note_wide_rank(base.model)
     if texts is not None:
-        retain = RetentionLoss(base.model, texts, settings)
+        retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
+    if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
+        for parameter, value in stored_values(base.model, stored):
+            parameter.data = value
+        yield _describe_init(job, settings, spec, continued)
     return Attached(
-        counted(spec, pissa=settings.init_lora_weights == "pissa"),
-        save=lambda out: save_files(out, base, spec, folder),
+        counted(spec, pissa),
+        save=lambda out: save_files(out, base, spec, folder, settings),
         retain=retain,
         shardable=True,
+        continued=continued,
+    )
+
+
+def _describe_init(job: Job, settings: FinetuneLora, spec: AdapterSpec, continued: Continued) -> Event:
+    from pipeline.project.runner import Note
+
+    targets = spec.targets if isinstance(spec.targets, str) else ", ".join(spec.targets)
+    begins = f", after its {continued.seen} steps on the same data" if continued.seen else ""
+    state = " and its optimizer's state" if continued.state else ""
+    return Note(
+        f"{job.stage.name}: trains on from {settings.init_from}{state}{begins}: rank {spec.rank}, alpha "
+        f"{spec.alpha:g}, {targets}"
     )
 
 
@@ -206,10 +239,11 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
     return tuple(range(start, stop))
 
 
-def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
+def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, settings: FinetuneLora) -> Facts:
     """Write the adapter to `out`; `folder` is the base's. Returns the manifest's entries.
 
-    For PiSSA these are `stored`, the files' rank, alpha and parameters, which differ from those that trained.
+    These are `stored`, the files' rank and alpha, where they are not those of the settings: PiSSA's, whose parameters
+    also differ from those that trained, and those of an adapter that was trained on from another.
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft import save_adapter, stored_spec
@@ -217,10 +251,12 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
 
     save_adapter(out, base.model, spec, f"artifacts/{folder.name}")
     saved = stored_spec(base.model, spec)
-    if saved is spec:
+    if (saved.rank, saved.alpha) == (settings.rank, settings.alpha):
         return {}
-    size = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
-    return {"stored": {"rank": saved.rank, "alpha": saved.alpha}, "parameters": {"stored": size}}
+    facts: Facts = {"stored": {"rank": saved.rank, "alpha": saved.alpha}}
+    if saved is not spec:
+        facts["parameters"] = {"stored": sum(prod(shape) for shape in shapes(out / WEIGHTS).values())}
+    return facts
 
 
 # What the calculator counts, and what it adds to a simulated step.

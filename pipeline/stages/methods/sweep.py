@@ -109,6 +109,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     from pipeline.adapters.batched import attach_many
     from pipeline.models.load import DTYPES, load_base
     from pipeline.training.batched import ManyAdapters
+    from pipeline.training.batches import Batches
     from pipeline.training.data import build_datasets
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
@@ -148,18 +149,24 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     evaluation = None
     if held_out is not None:
         every = settings.eval_steps or len(learners[0].batches)
-        evaluation = Evaluation(held_out, settings.batch_size, every, settings.patience, len(learners))
+        in_order = Batches(held_out, settings.batch_size, seed=None)
+        evaluation = Evaluation(in_order, every, settings.patience, len(learners))
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
     yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less))
-    return _save_adapters(job, base, specs, learners)
+    return _save_adapters(job, base, grid, specs, learners)
 
 
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
     """Name → settings of each adapter, in the grid's order; only `base` if the grid is empty.
 
-    Raises UserError for an invalid or duplicate combination, and for too many.
+    Raises UserError for an invalid or duplicate combination, for too many, and for an adapter to train on from.
     """
+    if base.init_from:
+        raise UserError(
+            f"finetune_lora.init_from is {base.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
+            "finetune lora`."
+        )
     keys, lists = list(sweep.grid), list(sweep.grid.values())
     if (count := prod(map(len, lists))) > MAX_ADAPTERS:
         raise UserError(
@@ -225,7 +232,13 @@ def _learner(
     return Learner(own, batches, retain, name)
 
 
-def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learners: Sequence[Learner]) -> Facts:
+def _save_adapters(
+    job: Job,
+    base: Base,
+    grid: Mapping[str, FinetuneLora],
+    specs: Mapping[str, AdapterSpec],
+    learners: Sequence[Learner],
+) -> Facts:
     """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact."""
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
@@ -239,7 +252,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
     for number, learner in enumerate(learners):
-        name, lora = learner.name, learner.settings
+        name, lora = learner.name, grid[learner.name]
         steps = read_steps(job.run / name / LOSS)
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
@@ -255,7 +268,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
         out = job.out / name
         out.mkdir()
         with only_adapter(base.model, number):
-            save = partial(save_files, base=base, spec=specs[name], folder=folder)
+            save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
         copyfile(job.run / name / LOSS, out / LOSS)
         facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}

@@ -76,6 +76,8 @@ OTHER = {
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_lora.adapter_precision": "bf16",
     "finetune_lora.quantization": "nf4",
+    "finetune_lora.init_from": "other_adapter",
+    "finetune_lora.save_optimizer": "true",
     "finetune_lora.retention_data": "other.txt",
     "finetune_lora.retention_weight": "3",
     "finetune_lora.retention_batch_size": "1",
@@ -193,6 +195,7 @@ def prepared(project: Path) -> Path:
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
+    shutil.copytree(project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True)
     said = (project / "data/document.yaml").read_text(encoding="utf-8")
     for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
         assert number in said

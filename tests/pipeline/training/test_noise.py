@@ -151,7 +151,7 @@ def noisy(checkpointing: Any = "none", **changes: Any) -> tuple[TransformersMode
     model.checkpoint_blocks(checkpointing)
     data = listed(windows_of((4, 6, 5, 3, 8)))
     batches = Batches(data, 2, settings.seed, settings.gradient_accumulation_steps)
-    evaluation = Evaluation(data, 2, every=1, patience=0)
+    evaluation = Evaluation(Batches(data, 2, seed=None), every=1, patience=0)
     return model, TrainingTask.of_one(model.train(), batches, settings, None, evaluation)
 
 

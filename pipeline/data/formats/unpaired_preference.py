@@ -1,0 +1,28 @@
+"""{"prompt": …, "completion": …, "label": true or false}: an answer and whether it is a good one, as in TRL's KTO.
+
+Fine-tuning on answers themselves takes the good ones.
+"""
+
+from dataclasses import replace
+
+from pipeline.data.examples import Example
+from pipeline.data.formats import Format, Record, chat_prompt, prompt_completion
+
+
+def detect(record: Record) -> bool:
+    return isinstance(record.get("label"), bool) and "prompt" in record and "completion" in record
+
+
+def read(record: Record, file: str, line: int) -> Example:
+    read_answer = chat_prompt.read if chat_prompt.detect(record) else prompt_completion.read
+    return replace(read_answer(record, file, line), desirable=record["label"])
+
+
+FORMAT = Format(
+    0,
+    '{"prompt", "completion", "label"}',
+    frozenset({"prompt", "completion", "label", "tools"}),
+    detect,
+    read,
+    trained="the completions labelled true",
+)

@@ -1,0 +1,77 @@
+"""`finetune_lora.init_from`: an adapter to train on from, ours or PEFT's, and what of its run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.adapters.config import CONFIG, LORA, read_config
+from pipeline.adapters.folder import refuse_foreign
+from pipeline.adapters.peft import StoredLora, read_lora
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.models.save import load_tensors, save_tensors
+from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.project.params.sections import data_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.base import CausalLM
+    from pipeline.project.runner import Facts, Job
+    from pipeline.training.optimizer import FlatOptimizer
+
+STATE = "optimizer.safetensors"  # beside the adapter, with save_optimizer
+# The settings on which the order of the batches depends, beside the data files.
+ORDER = (
+    *("seed", "batch_size", "gradient_accumulation_steps", "window", "max_length", "columns"),
+    *("eval_share", "retention_batch_size"),
+)
+
+
+class Continued(NamedTuple):
+    """What goes on of the run that made the first adapter: the optimizer's `state` if it was kept, and `seen`, the
+    number of its steps, if this one reads the same data in the same order."""
+
+    state: Mapping[str, Tensor] | None = None
+    seen: int = 0
+
+
+def read_init(job: Job, model: CausalLM, base_folder: Path, name: str) -> tuple[StoredLora, Continued]:
+    """The adapter that the settings name as `init_from`, and what of its run goes on. Raises UserError."""
+    key, folder = f"{job.stage.name}.init_from", job.path(name)
+    if folder.resolve() == job.project.artifact(job.stage.name).resolve():
+        raise UserError(
+            f"{key} is {name}, which this stage itself writes. Copy the folder to another place and name that."
+        )
+    if (kind := str(read_config(folder).get("peft_type") or LORA)) != LORA:
+        raise UserError(f"{key}: {folder / CONFIG} is of type {kind}; only LoRA can be trained on. Name another one.")
+    refuse_foreign(base_folder, folder)
+    return read_lora(model, base_folder, folder), _continued(job, folder)
+
+
+def _continued(job: Job, folder: Path) -> Continued:
+    if not (folder / STATE).is_file() or not (folder / artifact.MANIFEST).is_file():
+        return Continued()
+    manifest = artifact.read_manifest(folder)
+    same = _order(manifest) == _order(job.input_facts)
+    return Continued(load_tensors(folder / STATE), manifest["optimizer"]["steps"] if same else 0)
+
+
+def _order(manifest: Mapping[str, Any]) -> list[Any]:
+    """What the order of a run's batches depends on. Files count by content, and by their weight."""
+    params, inputs = manifest["params"], manifest["inputs"]
+    data = params["data"] if isinstance(params["data"], str) else tuple(params["data"])
+    files = [(inputs[file.path], file.weight, file.columns) for file in data_files(data)]
+    others = [inputs.get(params[key]) for key in ("eval_data", "retention_data")]
+    return [files, others, *(params[key] for key in ORDER)]
+
+
+def save_state(job: Job, optimizer: FlatOptimizer, seen: int) -> Facts:
+    """Write the optimizer's state beside the adapter, for a run that continues this one. Returns the manifest's entry.
+
+    `seen`: the steps before this run's own.
+    """
+    save_tensors(job.out / STATE, optimizer.state())
+    return {"optimizer": {"steps": seen + read_steps(job.run / LOSS)[-1].step}}

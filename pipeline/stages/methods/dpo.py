@@ -1,0 +1,112 @@
+"""Preference optimization with LoRA: DPO, IPO, KTO, ORPO or SimPO, with one model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pipeline.calc.method import FinetuningMethod
+from pipeline.errors import UserError
+from pipeline.project.params.schema import Rate, Share, Steps, Weight
+from pipeline.project.params.sections import Data
+from pipeline.project.stage_graph import Look
+from pipeline.stages.methods import lora, method
+
+if TYPE_CHECKING:
+    from pipeline.models.load import Base
+    from pipeline.project.runner import Event, Job
+    from pipeline.stages.finetune import Attached, Prepared
+
+
+class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
+    """LoRA trained on pairs of answers, of which one is better, instead of on answers."""
+
+    data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
+        "data/preferences.de.jsonl"
+    )
+    window: Annotated[Steps, "must be 0: an answer is compared as a whole"] = 0
+    loss: Annotated[
+        Literal["dpo", "ipo", "kto", "orpo", "simpo"],
+        "dpo (Rafailov et al. 2023); ipo (Azar et al. 2023), which bounds the margin; kto (Ethayarajh et al. 2024), "
+        "for single answers with labels; orpo (Hong et al. 2024) and simpo (Meng et al. 2024), without a reference",
+    ] = "dpo"
+    beta: Annotated[
+        Rate, "weight of the reference: with a larger one answers stay nearer to it. simpo takes 2 to 2.5, others 0.1"
+    ] = 0.1
+    label_smoothing: Annotated[
+        Share, "share of the pairs that may be the wrong way round (cDPO, Mitchell 2023); for dpo and simpo"
+    ] = 0.0
+    rpo_alpha: Annotated[
+        Weight, "weight of the chosen answers' own likelihood beside the loss (RPO, Pang et al. 2024); 0: off"
+    ] = 0.0
+    simpo_gamma: Annotated[Weight, "simpo: the margin that is wanted"] = 0.5
+    reference: Annotated[
+        Literal["start", "base"], "what is compared with: the adapter that init_from names, or the base without any"
+    ] = "start"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window:
+            raise UserError(f"window must be 0: preferences are of whole answers, got {self.window}. Remove it.")
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise UserError(f"label_smoothing is for the losses dpo and simpo, not for {self.loss}. Set it to 0.")
+        if self.label_smoothing >= 0.5:
+            raise UserError(f"label_smoothing must be below 0.5, got {self.label_smoothing:g}. Lower it.")
+        if self.rpo_alpha and self.loss not in ("dpo", "ipo", "simpo"):
+            raise UserError(f"rpo_alpha is for the losses dpo, ipo and simpo, not for {self.loss}. Set it to 0.")
+
+
+STAGE = method(
+    "dpo",
+    __name__,
+    FinetuneDpo,
+    output="dpo_adapter",
+    kind="adapter",
+    data=("data", "eval_data", "retention_data", "init_from"),
+    summary="Train on preferences: dpo, ipo, kto, orpo, simpo",
+    title="DPO",
+    look=Look("#56B4E9", "◆", (0, (5, 1, 1, 1)), ".."),
+    order=3.5,
+    pretrained={**lora.STAGE.pretrained, "learning_rate": 2e-5, "epochs": 1},
+)
+
+
+def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None, Attached]:
+    """LoRA, new or of an earlier run, that is trained on preferences."""
+    attached = yield from lora.attach(job, settings, base)
+    return replace(attached, prepare=partial(prepare, continues=bool(settings.init_from)))
+
+
+def prepare(
+    job: Job, settings: FinetuneDpo, base: Base, first: int, *, continues: bool
+) -> Generator[Event, None, Prepared]:
+    """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
+    from pipeline.stages.finetune import Prepared
+    from pipeline.training.preference_data import build_answers, with_reference
+    from pipeline.training.preferences import WITH_REFERENCE, AnswerBatches, PreferencePath
+    from pipeline.training.step import Evaluation
+
+    answers = yield from build_answers(job, settings, settings.loss, base)
+    if settings.loss in WITH_REFERENCE:
+        answers = yield from with_reference(job, base, answers, settings.reference == "base" or not continues)
+    training, held_out = answers
+    whole = settings.loss == "orpo"
+    batches = AnswerBatches(
+        training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first, whole
+    )
+    evaluation = None
+    if held_out is not None:
+        in_order = AnswerBatches(held_out, settings.batch_size, None, whole=whole)
+        evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
+    return Prepared(batches, evaluation, PreferencePath(base.model, settings))
+
+
+class Dpo(lora.Lora):
+    """Trains what LoRA does; a step reads two sequences an example."""
+
+    name = "dpo"
+
+
+COUNTED: FinetuningMethod = Dpo()

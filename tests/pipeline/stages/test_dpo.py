@@ -1,0 +1,185 @@
+"""Training on preferences as a stage: what it logs, saves and resumes, its data, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapters.config import WEIGHTS
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.inference.engine import load
+from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.project.runner import Note, Progress, run
+from pipeline.workbench import open_project
+from tests.helpers.families import FAMILIES, TEXTS, new_project
+from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one
+
+STAGE, OUTPUT = "finetune_dpo", "artifacts/dpo_adapter"
+SETTINGS = {"data": "data/pairs.jsonl", "epochs": 4, "learning_rate": 0.01, "eval_share": 0.3, "batch_size": 3}
+LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy Llama and pairs of answers. Read it; do not write to it."""
+    root = new_project(tmp_path_factory.mktemp("dpo") / "p", FAMILIES["llama"])
+    words = " ".join(TEXTS).split()
+    pairs = [
+        {
+            "prompt": " ".join(words[n : n + 3]),
+            "chosen": " " + " ".join(words[n + 4 : n + 5 + n % 3]),
+            "rejected": " " + " ".join(words[n + 7 : n + 9 + n % 4]),
+        }
+        for n in range(24)
+    ]
+    write(root / "data/pairs.jsonl", pairs)
+    for stage in ("pretrain", "expand_vocab"):
+        make_one(root, stage)
+    return root
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def project(expanded: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(expanded, tmp_path / "p")
+
+
+def given(**changes: object) -> list[str]:
+    return [f"{STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+
+
+def trained(root: Path, **changes: object) -> tuple[Path, str]:
+    """The adapter that such a run makes, and its notes."""
+    for name in (OUTPUT, f"runs/{STAGE}", f".lora-cache/{STAGE}"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    _, events = make_one(root, STAGE, given(**changes))
+    return root / OUTPUT, "\n".join(event.text for event in events if isinstance(event, Note))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str) -> None:
+    folder, said = trained(project, loss=loss, train_embeddings="none", beta=2 if loss == "simpo" else 0.1)
+    steps = read_steps(folder / LOSS)
+    third = len(steps) // 3
+    assert sum(step.loss for step in steps[-third:]) < sum(step.loss for step in steps[:third])
+    last = steps[-1]
+    assert last.reward_chosen is not None and last.reward_rejected is not None and last.reward_margin is not None
+    assert last.reward_margin == pytest.approx(last.reward_chosen - last.reward_rejected, abs=1e-5)
+    assert 0 <= (last.reward_accuracy or 0) <= 1 and last.eval_accuracy is not None and last.eval_loss is not None
+    assert sum(step.reward_accuracy or 0 for step in steps[-third:]) > sum(
+        s.reward_accuracy or 0 for s in steps[:third]
+    )
+    assert ("under the reference are computed once" in said) == (loss in ("dpo", "ipo", "kto"))
+
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3))
+    base = AutoModelForCausalLM.from_pretrained(project / "artifacts/expanded", attn_implementation="eager")
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
+        found = load(project / "artifacts/expanded", folder).model(ids)
+    assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "dpo", "rpo_alpha": 0.5, "label_smoothing": 0.1, "gradient_accumulation_steps": 2, "epochs": 6},
+        {"loss": "kto", "precision": "bf16", "lora_dropout": 0.2},
+        {"loss": "orpo", "train_embeddings": "all", "schedule": "cosine", "patience": 9},
+        {"loss": "simpo", "retention_data": "data/retained.jsonl", "retention_weight": 1},
+    ],
+    ids=lambda changes: str(changes["loss"]),
+)
+def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, object]) -> None:
+    write(project / "data/retained.jsonl", [{"text": text} for text in TEXTS])
+    whole, _ = trained(project, **changes)
+    unbroken = folder_bytes(whole)
+    for name in (OUTPUT, f"runs/{STAGE}", ".lora-cache"):
+        shutil.rmtree(project / name)
+    events = run(
+        open_project(project / "params.yaml", given(**changes)), STAGES[STAGE], WORK[STAGE], checkpoint_every=3
+    )
+    next(event for event in events if isinstance(event, Progress) and event.text != "reference" and event.done == 5)
+    events.close()
+    _, events_ = make_one(project, STAGE, given(**changes))
+    assert any("resumed after step 3" in event.text for event in events_ if isinstance(event, Note))
+    assert folder_bytes(project / OUTPUT) == unbroken
+
+
+def test_the_references_log_probs_are_computed_once_for_all_losses(project: Path) -> None:
+    for loss, computes in (("dpo", True), ("ipo", False)):
+        _, said = trained(project, loss=loss)
+        assert ("are computed once" in said) == computes
+    write(project / "data/pairs.jsonl", [json.loads(line) for line in (project / "data/pairs.jsonl").open()][:20])
+    assert "are computed once" in trained(project, loss="dpo")[1]
+
+
+def test_batches_that_are_accumulated_are_one(project: Path) -> None:
+    found = [
+        load_file(trained(project, batch_size=size, gradient_accumulation_steps=6 // size)[0] / WEIGHTS)
+        for size in (6, 2)
+    ]
+    for name, value in found[0].items():
+        assert_close(found[1][name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
+    pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
+    folder, _ = trained(project, loss="kto", eval_share=0)
+    from_pairs = (folder / WEIGHTS).read_bytes()
+    answers = [
+        {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+        for pair in pairs
+        for key in ("chosen", "rejected")
+    ]
+    write(project / "data/answers.jsonl", answers)
+    folder, _ = trained(project, loss="kto", eval_share=0, data="data/answers.jsonl")
+    assert (folder / WEIGHTS).read_bytes() == from_pairs
+
+
+def test_the_reference_is_the_adapter_that_it_starts_from(project: Path) -> None:
+    """Rewards begin at 0 from there; with the base as the reference they do not."""
+    trained(project)[0].rename(project / "first")
+    for reference, zero in (("start", True), ("base", False)):
+        folder, _ = trained(project, init_from="first", reference=reference, learning_rate=1e-9)
+        reward = read_steps(folder / LOSS)[0].reward_chosen
+        assert reward is not None and (abs(reward) < 1e-4) == zero
+
+
+def test_two_runs_from_the_same_base_are_one_to_the_byte(project: Path) -> None:
+    changes = {"save_optimizer": "true", "reference": "base"}
+    trained(project, epochs=2, **changes)[0].rename(project / "first")
+    whole = (trained(project, epochs=5, **changes)[0] / WEIGHTS).read_bytes()
+    folder, _ = trained(project, epochs=3, init_from="first", **changes)
+    assert (folder / WEIGHTS).read_bytes() == whole
+    assert artifact.read_manifest(folder)["method"] == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([{"prompt": "a", "completion": " b"}], {}, "a preference is a pair .* this row has one answer"),
+        ([{"prompt": "a", "completion": " b"}], {"loss": "kto"}, "whose label is true or false"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"window": 4}, "window must be 0"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"label_smoothing": 0.6}, "below 0.5"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"loss": "ipo", "label_smoothing": 0.1}, "not for ipo"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"loss": "kto", "rpo_alpha": 1}, "not for kto"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"max_length": 1}, "nothing to train on"),
+    ],
+)
+def test_what_is_no_preference_is_refused(
+    project: Path, rows: list[dict[str, Any]], changes: dict[str, object], message: str
+) -> None:
+    write(project / "data/pairs.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        trained(project, **{"eval_share": 0, **changes})
