@@ -14,7 +14,7 @@ from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED
-from pipeline.training.memory_trace import traced_peak
+from pipeline.training.memory.trace import traced_peak
 
 
 @dataclass(frozen=True)

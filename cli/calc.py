@@ -358,7 +358,7 @@ def _print_fit(
 def _print_trace(out: _Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
     from pipeline.project.logs.run_log import in_units
-    from pipeline.training.memory_trace import traced_peak
+    from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:
         raise UserError(f"--trace builds the model, which needs a config.json; {model.shapes.name} has shapes only.")

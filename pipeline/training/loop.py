@@ -51,7 +51,7 @@ from pipeline.training.distributed import (
     raise_on_all_ranks,
     shard,
 )
-from pipeline.training.memory import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device

@@ -84,8 +84,8 @@ def prepare(
 ) -> Generator[Event, None, Prepared]:
     """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
     from pipeline.stages.finetune import Prepared
-    from pipeline.training.preference_data import build_answers, with_reference
-    from pipeline.training.preferences import WITH_REFERENCE, AnswerBatches, PreferencePath
+    from pipeline.training.preferences.data import build_answers, with_reference
+    from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
     from pipeline.training.step import Evaluation
 
     answers = yield from build_answers(job, settings, settings.loss, base)

@@ -30,8 +30,8 @@ from pipeline.stages.methods.lora import Lora
 from pipeline.stages.methods.prefix import Prefix
 from pipeline.stages.methods.prompt import Prompt
 from pipeline.stages.registry import COUNTED
-from pipeline.training import memory_trace
-from pipeline.training.memory_trace import traced_peak
+from pipeline.training.memory import trace as memory_trace
+from pipeline.training.memory.trace import traced_peak
 
 QWEN = built_in("qwen3-8b").shapes
 SMALL = ("qwen3-0.6b", "smollm2-135m", "gpt2", "opt-125m", "minigpt", "gemma-3-270m", "llama-3.2-1b")

@@ -28,7 +28,7 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
-from pipeline.training.memory import longest_sequence, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import longest_sequence, predict_peak_memory, suggest_less_memory
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator

@@ -12,7 +12,7 @@ from pipeline.calc.settings import OPTIMIZERS, TrainingConfig
 from pipeline.stages.methods.freeze import Freeze
 from pipeline.stages.methods.full import Full
 from pipeline.stages.methods.lora import Lora
-from pipeline.training.memory_trace import traced_peak
+from pipeline.training.memory.trace import traced_peak
 
 STEP = TrainingConfig(batch=1, sequence=2048, cpu=True, loss="chunked", chunk=256, label_share=0.4)
 SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="none")

@@ -24,7 +24,7 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.training.losses import log_probs
-from pipeline.training.preferences import Answers, answer_batch, batch_of, likelihood, preference
+from pipeline.training.preferences.losses import Answers, answer_batch, batch_of, likelihood, preference
 from tests.helpers.real import ROWS, stock, toy, with_lora
 
 

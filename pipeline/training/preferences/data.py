@@ -27,7 +27,7 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.training.data import build_corpora
-from pipeline.training.preferences import Answers, PreferenceLoss, batch_of, likelihood
+from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
 REFERENCE = "reference_log_probs"  # in the cache, beside the stages, and in the run folder

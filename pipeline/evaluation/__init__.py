@@ -1,0 +1,1 @@
+"""Measure a model on tasks, and decide whether it passes."""
