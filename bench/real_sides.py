@@ -110,6 +110,40 @@ class Side:
         return total / count
 
 
+ARGUMENTS = {  # of transformers' Trainer, for an epoch in the order of the data
+    "output_dir": "unused",
+    "num_train_epochs": 1,
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": CLIP,
+    "bf16": True,
+    "use_cpu": True,
+    "train_sampling_strategy": "sequential",
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def seconds_of(trainer: Any) -> float:
+    """Seconds of the steps of an epoch of transformers' Trainer, without its setup."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        started = 0.0
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self.started = self.started or perf_counter()
+
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.remove_callback(clock)
+    return perf_counter() - clock.started
+
+
 class Theirs(Side):
     """PEFT and Trainer as in their documentation: bf16, and a collator that pads to the longest sequence."""
 
@@ -128,41 +162,14 @@ class Theirs(Side):
         return out
 
     def epoch(self) -> float:
-        """Seconds of the steps of one epoch, without Trainer's setup."""
-        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+        from transformers import Trainer, TrainingArguments
 
-        class Clock(TrainerCallback):  # type: ignore[misc]
-            started = 0.0
-
-            def on_step_begin(self, *_: object, **__: object) -> None:
-                self.started = self.started or perf_counter()
-
-        class InOrder(Trainer):  # type: ignore[misc]
-            def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler[int]:
-                return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        arguments = TrainingArguments(
-            output_dir="unused",
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            max_grad_norm=CLIP,
-            bf16=True,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
         data = [{"input_ids": ids, "labels": labels} for ids, labels in self.train]
-        clock = Clock()
-        optimizers = (self.optimizer, None)
-        trainer = InOrder(self.model, arguments, _pad_batch, data, optimizers=optimizers, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        arguments = TrainingArguments(per_device_train_batch_size=BATCH, **ARGUMENTS)
+        trainer = Trainer(self.model, arguments, _pad_batch, data, optimizers=(self.optimizer, None))
+        seconds = seconds_of(trainer)
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        return perf_counter() - clock.started
+        return seconds
 
     def generate(self) -> float:
         if not hasattr(self, "plain"):
@@ -189,13 +196,16 @@ class Ours(Side):
         keep_freed_memory()
         fuse_rms_norms(model)
         self.attach(model)
+        task = self.task(model.train())
+        self.steps, self.steps_per_epoch = steps(task, FlatOptimizer(model)), len(task.batches)
+        return model
+
+    def task(self, model: Any) -> TrainingTask:
         windows = InMemoryDataset([as_window(encoded(example)) for example in self.train], [""] * len(self.train))
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
         )
-        task = TrainingTask.of_one(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
-        self.steps, self.steps_per_epoch = steps(task, FlatOptimizer(model)), len(task.batches)
-        return model
+        return TrainingTask.of_one(model, InOrder(windows, BATCH, 0), settings, Lora())
 
     def attach(self, model: Any) -> None:
         attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)

@@ -14,6 +14,7 @@ from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.tape import Ops, Tape, Value
 
 CHUNK = 64  # tokens that a gated delta net's kernel takes at once
+BLOCK = 128  # queries of a product of attention to short sequences
 SIMULATED_ENDS = 2  # of a run of blocks that repeat, simulate this many periods at each end and extrapolate the middle
 LONGEST_PERIOD = 6  # Gemma's: five blocks with sliding windows and one without
 
@@ -36,6 +37,8 @@ class Step(Ops):
         # all attention scores are in memory: by setting, or because there is no fused kernel
         self.eager = run.attention == "eager" or self.style.eager_only
         self.scores = run.scores or self.n * (run.span or run.sequence)  # weights per head that short attention saves
+        # weights per head of its largest product; of packed sequences that are shorter than a block some share one
+        self.product = min(self.scores, run.batch * BLOCK * max(BLOCK, run.span or run.sequence))
         self.base = method.trained_base(model)
         self.adapted = [
             [self.ranks.get(model.block_name(index) + linear.name, 0) for linear in model.adaptable(block)]
@@ -206,8 +209,10 @@ class Step(Ops):
         if self.eager:
             y = self._eager_attention(q, k, v, heads)
         elif self.run.attention == "short":
-            # our blockwise matrix products for short sequences save the weights, heads · T² per sequence
-            y = t.op(q, k, v, saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)])
+            # our blockwise matrix products for short sequences save the weights, heads · T² per sequence; of one block
+            # there are the scores too, and in backward the gradients of both
+            block = heads.queries * self.product * self.w
+            y = t.op(q, k, v, saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)], temp=block, back=2 * block)
         else:
             # flash attention saves q, k, v, the output, and a log-sum-exp per head and token in fp32, but no scores
             size = self.n * heads.queries * heads.value_size

@@ -124,6 +124,13 @@ def needs_shards(model: CausalLM, device: torch.device) -> bool:
     return dist.is_initialized() and bool(all_reduce_max(int(model_bytes(model) > free_bytes(device))))
 
 
+def is_sharded(model: CausalLM) -> bool:
+    """Whether `shard` has: such a model runs on all ranks at once or not at all."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model.body, FSDPModule)
+
+
 def shard(model: CausalLM, device: torch.device) -> None:
     """Shard the blocks' frozen weights over the ranks; a block's weights are gathered when it runs (FSDP2).
 

@@ -255,10 +255,12 @@ class _ShortAttention(torch.autograd.Function):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)
             d_weights = torch.bmm(d_rows, values.transpose(1, 2))  # (BG, R·t, s)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            del d_weights  # as large as the block's scores
             # added: the blocks of one long sequence share its first keys
             d_v[:, part.first : part.stop] += _tokens(torch.bmm(weights.transpose(1, 2), d_rows), B, G)
             d_k[:, part.first : part.stop] += _tokens(torch.bmm(d_scores.transpose(1, 2), rows), B, G)
             d_q[:, part.start : part.stop] = _tokens(torch.bmm(d_scores, keys), B, H)
+            del d_scores
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
 
 

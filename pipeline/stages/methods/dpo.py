@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pipeline.calc.method import FinetuningMethod
@@ -15,9 +16,11 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import lora, method
 
 if TYPE_CHECKING:
+    from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Job
+    from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached, Prepared
+    from pipeline.training.preferences.losses import Answers
 
 
 class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
@@ -73,32 +76,58 @@ STAGE = method(
 )
 
 
+@dataclass
+class HeldOut:
+    """The pairs that training does not see, if there are any, and what the model prefers of them before it."""
+
+    pairs: Answers | None = None
+    before: Mapping[str, float] = field(default_factory=dict)
+
+    def facts(self, model: CausalLM) -> Facts:
+        """The manifest's entry, after training."""
+        from pipeline.training.distributed import is_sharded
+        from pipeline.training.preferences.data import preferred
+
+        if self.pairs is None or is_sharded(model):
+            return {}
+        return {"preferences": {"before": self.before, "after": preferred(model, self.pairs)}}
+
+
 def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None, Attached]:
     """LoRA, new or of an earlier run, that is trained on preferences."""
     attached = yield from lora.attach(job, settings, base)
-    return replace(attached, prepare=partial(prepare, continues=bool(settings.init_from)))
+    held_out, save_files = HeldOut(), attached.save
+    assert save_files is not None
+
+    def save(out: Path) -> Facts:
+        return {**save_files(out), **held_out.facts(base.model)}
+
+    prepared = partial(prepare, continues=bool(settings.init_from), held_out=held_out)
+    return replace(attached, prepare=prepared, save=save)
 
 
 def prepare(
-    job: Job, settings: FinetuneDpo, base: Base, first: int, *, continues: bool
+    job: Job, settings: FinetuneDpo, base: Base, first: int, *, continues: bool, held_out: HeldOut
 ) -> Generator[Event, None, Prepared]:
     """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
     from pipeline.stages.finetune import Prepared
-    from pipeline.training.preferences.data import build_answers, with_reference
+    from pipeline.training.preferences.data import build_answers, preferred, with_reference
     from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
     from pipeline.training.step import Evaluation
 
     answers = yield from build_answers(job, settings, settings.loss, base)
     if settings.loss in WITH_REFERENCE:
         answers = yield from with_reference(job, base, answers, settings.reference == "base" or not continues)
-    training, held_out = answers
+    training, others = answers
+    if others is not None and settings.loss != "kto":  # whose answers are no pairs
+        held_out.pairs, held_out.before = others, preferred(base.model, others)
     whole = settings.loss == "orpo"
     batches = AnswerBatches(
         training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first, whole
     )
     evaluation = None
-    if held_out is not None:
-        in_order = AnswerBatches(held_out, settings.batch_size, None, whole=whole)
+    if others is not None:
+        in_order = AnswerBatches(others, settings.batch_size, None, whole=whole)
         evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
     return Prepared(batches, evaluation, PreferencePath(base.model, settings))
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.data.examples import Example, Window
+from pipeline.data.examples import IGNORED, Example, Window
 from pipeline.data.formats.messages import text_of
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.windows import Corpus, as_window
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
+from pipeline.models.base import CausalLM
 from pipeline.models.device import move_for_inference
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
@@ -192,18 +193,36 @@ def _restored(cache: Cache, key: str, folder: Path) -> bool:
         return False
 
 
-@torch.no_grad()
 def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, list[Tensor]]:
     """Of each sequence of each data set, the summed log-probability of its answer, in fp32 on the CPU."""
-    model, done, values = base.model, 0, list[Tensor]()
-    move_for_inference(model)
+    done, values = 0, list[Tensor]()
     for one in answers:
         sums = []
-        for start in range(0, len(one.windows), SCORED_TOGETHER):
-            batch = batch_of(one, range(start, min(start + SCORED_TOGETHER, len(one.windows))))
-            sums.append(likelihood(model, batch.to(model.device)).summed.cpu())
-            done += len(sums[-1])
+        for part in _summed(base.model, one):
+            sums.append(part)
+            done += len(part)
             yield Progress(done, total, "reference")
         values.append(torch.cat(sums))
-    model.to("cpu")  # the training loop moves it to its device, or shards it
     return values
+
+
+@torch.no_grad()
+def _summed(model: CausalLM, answers: Answers) -> Iterator[Tensor]:
+    """The same of one data set, some sequences at a time."""
+    move_for_inference(model)
+    for start in range(0, len(answers.windows), SCORED_TOGETHER):
+        batch = batch_of(answers, range(start, min(start + SCORED_TOGETHER, len(answers.windows))))
+        yield likelihood(model, batch.to(model.device)).summed.cpu()
+    model.to("cpu")  # the training loop moves it to its device, or shards it
+
+
+def preferred(model: CausalLM, pairs: Answers) -> dict[str, float]:
+    """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean log-probability per token.
+    `margin`: the mean difference, in nats per token.
+
+    Per token: of two sums the shorter answer has nearly always the higher one.
+    """
+    counts = torch.tensor([sum(label != IGNORED for label in window.labels) for window in pairs.windows])
+    means = torch.cat([*_summed(model, pairs)]) / counts
+    margins = means[::2] - means[1::2]
+    return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.double().mean().item()}

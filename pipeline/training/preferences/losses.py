@@ -206,13 +206,16 @@ class Preference(NamedTuple):
 
 def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings) -> Preference:
     """The loss of a batch, as TRL computes it. For what each of them is, see `PAIRED` and `kto`."""
+    drift: Tensor | None = None
+    if batch.mismatched is not None:  # before the activations that backward needs are in memory
+        assert batch.mismatched.reference is not None
+        with torch.no_grad():
+            drift = likelihood(model, batch.mismatched).summed - batch.mismatched.reference
     like = likelihood(model, batch)
     scores = like.summed / like.counts if batch.reference is None else like.summed - batch.reference
     rewards = settings.beta * scores.detach()
-    if batch.mismatched is not None:
-        assert batch.mismatched.reference is not None and batch.desirable is not None
-        with torch.no_grad():
-            drift = likelihood(model, batch.mismatched).summed - batch.mismatched.reference
+    if drift is not None:
+        assert batch.desirable is not None
         loss = kto(scores, batch.desirable, drift.mean().clamp(min=0), settings)
         return Preference(loss, rewards[batch.desirable], rewards[~batch.desirable])
     (chosen, rejected), (of_chosen, of_rejected) = scores.chunk(2), like.counts.chunk(2)

@@ -133,6 +133,14 @@ def test_batches_that_are_accumulated_are_one(project: Path) -> None:
         assert_close(found[1][name], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{"loss": "dpo"}, {"loss": "kto"}, {"loss": "orpo", "batch_size": 16}], ids=str)
+def test_the_peak_of_a_step_is_predicted(project: Path, changes: dict[str, object]) -> None:
+    trained(project, epochs=2, eval_share=0, **changes)
+    last = (project / f"runs/{STAGE}/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    assert 0.97 * measured <= predicted <= 1.1 * measured
+
+
 def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
     folder, _ = trained(project, loss="kto", eval_share=0)

@@ -1,31 +1,19 @@
 """Preference losses against TRL's own trainers on the same batches: losses, rewards and gradients; KTO's estimate of
 the divergence, ORPO's likelihood of the prompt."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from pipeline.adapters.attach import disable_adapter, tensors
+from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft import save_adapter
 from pipeline.data.examples import IGNORED, Window
-from pipeline.models.transformers_model import TransformersModel
-from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.training.losses import log_probs
-from pipeline.training.preferences.losses import Answers, answer_batch, batch_of, likelihood, preference
 from tests.helpers.real import ROWS, stock, toy, with_lora
+from tests.helpers.trl import CASES, compared
 
 
 def sequences(count: int, seed: int = 0) -> list[Window]:
@@ -41,153 +29,19 @@ def sequences(count: int, seed: int = 0) -> list[Window]:
     return found
 
 
-def answers_of(windows: Sequence[Window], **more: Any) -> Answers:
-    return Answers(windows, lambda n: f"f.jsonl:{n + 1}", ((range(len(windows) // 2), 1.0),), **more)
-
-
-class Both(NamedTuple):
-    """The same model and adapter here and in PEFT."""
-
-    ours: TransformersModel
-    theirs: Any
-    spec: AdapterSpec
-
-
-@pytest.fixture
-def both(tmp_path: Path) -> Both:
-    ours = toy("llama")
+@pytest.mark.parametrize("case", CASES)
+def test_losses_rewards_and_gradients_are_trls(tmp_path: Path, case: str) -> None:
+    ours, spec = toy("llama"), AdapterSpec(3, 6.0, ("q_proj", "v_proj"))
     plain = stock(ours)
     with_lora(ours)
-    spec = AdapterSpec(3, 6.0, ("q_proj", "v_proj"))
-    save_adapter(tmp_path, ours, spec, "base")
-    return Both(ours.train(), PeftModel.from_pretrained(plain, tmp_path, is_trainable=True), spec)
-
-
-def reference_of(model: TransformersModel, answers: Answers) -> Tensor:
-    with torch.no_grad(), disable_adapter(model):
-        return likelihood(model, batch_of(answers, range(len(answers.windows)))).summed
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {f"t{n}": n for n in range(ROWS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t2"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t1", bos_token="t0")
-
-
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-def ids_of(window: Window) -> list[int]:
-    return [*window.ids, window.labels[-1]]
-
-
-def mask_of(window: Window) -> list[int]:
-    return [0, *(int(label != IGNORED) for label in window.labels)]
-
-
-def inputs_of(windows: Sequence[Window], prefix: str = "") -> dict[str, Tensor]:
-    """TRL's batch: padded, with a mask of the answers."""
-    return {
-        f"{prefix}input_ids": padded([ids_of(one) for one in windows], 1),
-        f"{prefix}attention_mask": padded([[1] * len(ids_of(one)) for one in windows], 0),
-        f"{prefix}completion_mask": padded([mask_of(one) for one in windows], 0),
-    }
-
-
-def trainer_of(kind: Any, config: Any, model: Any, folder: Path, rows: dict[str, list[Any]], **options: Any) -> Any:
-    plain = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    args = config(str(folder / "trl"), **plain, **options)
-    trainer = kind(model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer())
-    if "ref" in model.peft_config:  # a copy of the adapter; without it, the reference is the base
-        model.delete_adapter("ref")
-    return trainer
-
-
-PAIR = {"prompt": ["t5 t6"], "chosen": ["t7 t8"], "rejected": ["t9"]}
-
-
-def of_dpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    trainer = trainer_of(DPOTrainer, DPOConfig, model, folder, PAIR, **options)
-    loss = trainer.compute_loss(trainer.model.train(), inputs_of([*windows[::2], *windows[1::2]]))
-    return loss, [trainer._metrics["train"][f"rewards/{name}"][0] for name in ("chosen", "rejected")]
-
-
-def of_kto(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    rows: dict[str, list[Any]] = {"prompt": ["t5", "t6"], "completion": ["t7", "t8"], "label": [True, False]}
-    trainer = trainer_of(KTOTrainer, KTOConfig, model, folder, rows, **options)
-    inputs = {**inputs_of(windows[::2]), **inputs_of(windows[1::2], "KL_"), "label": torch.tensor(LABELS)}
-    loss = trainer.compute_loss(trainer.model.train(), inputs)
-    return loss, []
-
-
-LABELS = [True, False, False]
-
-
-def concatenated(windows: Sequence[Window]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, some in (("chosen", windows[::2]), ("rejected", windows[1::2])):
-        found |= {f"{name}_{key}": value for key, value in inputs_of(some).items()}
-        marks = found.pop(f"{name}_completion_mask")
-        found[f"{name}_labels"] = found[f"{name}_input_ids"].masked_fill(marks == 0, IGNORED)
-    return found
-
-
-def of_cpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    trainer = trainer_of(CPOTrainer, CPOConfig, model, folder, PAIR, loss_type="simpo", cpo_alpha=0.0, **options)
-    loss, metrics = trainer.get_batch_loss_metrics(trainer.model.train(), concatenated(windows))
-    return loss, [metrics[f"rewards/{name}"] for name in ("chosen", "rejected")]
-
-
-def of_orpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    trainer = trainer_of(ORPOTrainer, ORPOConfig, model, folder, PAIR, **options)
-    loss, metrics = trainer.get_batch_loss_metrics(trainer.model.train(), concatenated(windows))
-    return loss, [float(metrics[f"rewards/{name}"]) for name in ("chosen", "rejected")]
-
-
-Theirs = Callable[..., tuple[Tensor, list[float]]]
-CASES: dict[str, tuple[dict[str, Any], Theirs, dict[str, Any]]] = {
-    "dpo": ({"loss": "dpo", "beta": 0.3}, of_dpo, {"beta": 0.3}),
-    "dpo with the chosen answers' likelihood": (
-        {"loss": "dpo", "beta": 0.2, "rpo_alpha": 0.7},
-        of_dpo,
-        {"beta": 0.2, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]},
-    ),
-    "ipo": ({"loss": "ipo", "beta": 0.4}, of_dpo, {"beta": 0.4, "loss_type": ["ipo"]}),
-    "kto": ({"loss": "kto", "beta": 0.2}, of_kto, {"beta": 0.2}),
-    "orpo": ({"loss": "orpo", "beta": 0.3}, of_orpo, {"beta": 0.3}),
-    "simpo": ({"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.7}, of_cpo, {"beta": 2.0, "simpo_gamma": 0.7}),
-    "simpo, smoothed": (
-        {"loss": "simpo", "beta": 2.0, "label_smoothing": 0.1},
-        of_cpo,
-        {"beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": 0.1},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_losses_rewards_and_gradients_are_trls(both: Both, tmp_path: Path, case: str) -> None:
-    given, theirs, options = CASES[case]
-    settings, windows = FinetuneDpo(**given), sequences(6)
-    desirable = {"desirable": LABELS} if settings.loss == "kto" else {}
-    answers = answers_of(windows, **desirable)
-    if settings.loss in ("dpo", "ipo", "kto"):
-        answers = answers_of(windows, reference=reference_of(both.ours, answers), **desirable)
-    batch = answer_batch(answers, range(3), whole=settings.loss == "orpo")
-    found = preference(both.ours, batch, settings)
-    torch.autograd.backward(found.loss)
-
-    loss, rewards = theirs(both.theirs, windows, tmp_path, **options)
-    torch.autograd.backward(loss)
-    assert_close(found.loss.detach(), loss.detach(), atol=1e-5, rtol=1e-5)
-    for mine, wanted in zip((found.chosen, found.rejected), rewards, strict=False):
-        assert mine.mean().item() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-    gradients = {name.replace(".default", ""): p.grad for name, p in both.theirs.named_parameters() if p.requires_grad}
-    for name, parameter in tensors(both.ours, both.spec).items():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0
-        assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
+    found = compared(ours, plain, spec, sequences(6), case, tmp_path)
+    assert_close(*found.losses, atol=1e-5, rtol=1e-5)
+    for mine, wanted in found.rewards:
+        assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert found.gradients.keys() == tensors(ours, spec).keys()
+    for mine, wanted in found.gradients.values():
+        assert mine.abs().max() > 0
+        assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
