@@ -107,8 +107,7 @@ class OurDpo(Ours):
             warmup_steps=0,
             beta=BETA,
         )
-        batches = InOrder(replace(answers, reference=reference), BATCH, 0)
-        learner = Learner(settings, batches)
+        learner = Learner(settings, InOrder(replace(answers, reference=reference), BATCH, 0))
         return TrainingTask(model, [learner], PreferencePath(model, settings), method=Dpo())
 
     def margin(self) -> float:

@@ -211,8 +211,10 @@ class Step(Ops):
         elif self.run.attention == "short":
             # our blockwise matrix products for short sequences save the weights, heads · T² per sequence; of one block
             # there are the scores too, and in backward the gradients of both
-            block = heads.queries * self.product * self.w
-            y = t.op(q, k, v, saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)], temp=block, back=2 * block)
+            product = heads.queries * self.product * self.w
+            y = t.op(
+                q, k, v, saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)], temp=product, back=2 * product
+            )
         else:
             # flash attention saves q, k, v, the output, and a log-sum-exp per head and token in fp32, but no scores
             size = self.n * heads.queries * heads.value_size

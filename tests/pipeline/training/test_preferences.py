@@ -39,9 +39,9 @@ def test_losses_rewards_and_gradients_are_trls(tmp_path: Path, case: str) -> Non
     for mine, wanted in found.rewards:
         assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     assert found.gradients.keys() == tensors(ours, spec).keys()
-    for mine, wanted in found.gradients.values():
-        assert mine.abs().max() > 0
-        assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
+    for gradient, theirs in found.gradients.values():
+        assert gradient.abs().max() > 0
+        assert_close(gradient, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
