@@ -233,7 +233,10 @@ class _Check:
         if not labels:
             cut = f"all labels are behind the cut at {kept:,} of {length:,} tokens" if any(encoded.trained[1:]) else ""
             text = f"nothing to train on: {cut or 'no token has a label'}."
-            self._add_problem("nothing to train on", "error", row, text)
+            if example.desirable is False:
+                self._warn("labelled false", row, "labelled false: only finetune_dpo with the loss kto trains on it.")
+            else:
+                self._add_problem("nothing to train on", "error", row, text)
         elif kept < length:
             lost = sum(encoded.trained[kept:])
             labels_lost = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"

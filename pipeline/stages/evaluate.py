@@ -93,6 +93,7 @@ def new_examples(job: Job) -> tuple[list[Example], int]:
         return read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns), 0
     trained = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
     own = [section for section in trained if isinstance(section, Training)]
+    own = [section for section in own if not section.COMPARES] or own
     splits = [(one.data_files, one.eval_data, one.eval_share, one.max_length) for one in own]
     if not splits or any(split != splits[0] for split in splits):
         raise UserError(

@@ -79,7 +79,9 @@ class Params:
     def source(self, section: str, key: str) -> str:
         """Where a value comes from: "--set", a params file, its training block, or "default"."""
         path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        if path not in self.sources and shared in self.sources and issubclass(self.kinds[section], Training):
+        kind = self.kinds[section]
+        inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
+        if inherits and path not in self.sources and shared in self.sources:
             return f"{self.sources[shared]}, {TRAINING}"
         return self.sources.get(path, "default")
 
@@ -167,7 +169,9 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     """What the file says of a section, on the training block if it trains, on the section's own defaults."""
     kind = params.kinds[name]
     types = hints(kind)
-    shared = params.training if issubclass(kind, Training) else {}
+    shared = {}
+    if issubclass(kind, Training):
+        shared = {key: value for key, value in params.training.items() if key not in kind.NOT_SHARED}
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
 
@@ -97,6 +97,9 @@ Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, D
 
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
+
+    NOT_SHARED: ClassVar[frozenset[str]] = frozenset()  # keys that the training block does not set for this section
+    COMPARES: ClassVar[bool] = False  # whether it learns from answers that are compared, not from examples to predict
 
     seed: Annotated[Seed, "of initial weights, batches and the data held out"] = 0
     data: Annotated[Data, "the examples to train on; a weight of 2: seen twice per epoch, 0.5: half of them"] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import UserError
@@ -15,6 +15,7 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import lora, method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached, Prepared
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
     """LoRA trained on pairs of answers, of which one is better, instead of on answers."""
+
+    NOT_SHARED: ClassVar[frozenset[str]] = frozenset({"window"})
+    COMPARES: ClassVar[bool] = True
 
     data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
         "data/preferences.de.jsonl"
@@ -104,9 +108,21 @@ def prepare(
 
 
 class Dpo(lora.Lora):
-    """Trains what LoRA does; a step reads two sequences an example."""
+    """LoRA on pairs of answers, with one copy of the model: its reference is the model without the adapter, or as it
+    was before training, whose log-probabilities are computed once."""
 
     name = "dpo"
+    columns = ("DPO", "DPO NF4")
+    aliases = {}  # noqa: RUF012 (none of LoRA's)
+    step = {"loss": "chunked"}  # noqa: RUF012 (as the trainer computes it)
+    answers = 2
+
+    @property
+    def title(self) -> str:
+        return f"DPO, {super().title}"
+
+    def notes(self, model: Architecture) -> list[str]:
+        return [*super().notes(model), "a batch of n pairs has 2n sequences; no second model is in memory"]
 
 
 COUNTED: FinetuningMethod = Dpo()

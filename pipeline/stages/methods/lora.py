@@ -122,7 +122,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         stored, continued = read_init(job, base.model, folder, settings.init_from)
         spec = replace(stored.spec, dropout=settings.lora_dropout)
     else:
-        spec = lora_spec(base.model, settings, new_rows(folder))
+        spec = lora_spec(base.model, settings, new_rows(folder), job.stage.section)
     pissa = settings.init_lora_weights == "pissa" and stored is None
     texts = retain = None
     if settings.retention_weight:
@@ -131,7 +131,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
-    yield from note_wide_rank(base.model)
+    yield from note_wide_rank(base.model, job.stage.section)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
     if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
@@ -177,7 +177,9 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
 
 
 @one_budget()
-def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
+def lora_spec(
+    model: CausalLM, settings: FinetuneLora, new: tuple[int, ...], section: str = "finetune_lora"
+) -> AdapterSpec:
     """Resolve the settings against the model. Raises UserError for a target or pattern that matches no layer."""
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
@@ -185,7 +187,7 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
     rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        _check_patterns(key, list(patterns), names)
+        _check_patterns(f"{section}.{key}", list(patterns), names)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -206,22 +208,22 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
     PEFT sorts patterns before matching, so that which of two applies would depend on their names.
     """
     for name in names:
-        matches = [pattern for pattern in patterns if end_match(pattern, name, f"finetune_lora.{key}")]
+        matches = [pattern for pattern in patterns if end_match(pattern, name, key)]
         if len(matches) > 1:
             raise UserError(
-                f"finetune_lora.{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
+                f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
                 "specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
-        if not any(end_match(pattern, name, f"finetune_lora.{key}") for name in names):
+        if not any(end_match(pattern, name, key) for name in names):
             adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
-                f"finetune_lora.{key}: {pattern!r} matches no layer that gets LoRA ({adapted}). "
-                "Fix the pattern, or add the layer to finetune_lora.target_modules."
+                f"{key}: {pattern!r} matches no layer that gets LoRA ({adapted}). "
+                f"Fix the pattern, or add the layer to {key.partition('.')[0]}.target_modules."
             )
 
 
-def note_wide_rank(model: CausalLM) -> Iterator[Event]:
+def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[Event]:
     """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more expressiveness (§2.4)."""
     from pipeline.adapters.attach import adapter_layers
     from pipeline.project.runner import Note
@@ -229,7 +231,7 @@ def note_wide_rank(model: CausalLM) -> Iterator[Event]:
     for name, layer in adapter_layers(model):
         rank, max_rank = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
         if rank > max_rank:
-            yield Note(f"finetune_lora.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
+            yield Note(f"{section}.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
             return
 
 

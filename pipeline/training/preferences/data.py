@@ -37,6 +37,8 @@ TENSORS = "log_probs.safetensors"
 class PairEncoder(Encoder):
     """Each pair as two encoded examples: its chosen answer and its rejected one. If one has no label, none has."""
 
+    labels_bad_answers = True
+
     def each(
         self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
     ) -> Iterator[tuple[Example, Encoded]]:
@@ -49,6 +51,8 @@ class PairEncoder(Encoder):
 @dataclass(frozen=True)
 class AnswerEncoder(Encoder):
     """Each answer by itself, for KTO: of a pair both. `desirable`: whether those that have labels are good ones."""
+
+    labels_bad_answers = True
 
     desirable: list[bool] = field(default_factory=list)
 

@@ -1,5 +1,6 @@
 """No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
 
 OTHER = {
     "columns": "{text: body}",
+    "finetune_dpo.columns": "{chosen: best}",
     "data": "data/fact_correction.de.txt",
     "target_modules": "[v_proj]",
     "feedforward_modules": "[fc1]",
@@ -64,6 +66,9 @@ OTHER = {
     "finetune_freeze.last_blocks": "2",
     "finetune_freeze.train_embeddings": "false",
     "finetune_lora.data": "data/fact_correction.de.txt",
+    **{"finetune_dpo.data": "pairs.jsonl", "finetune_dpo.eval_data": "pairs.jsonl", "finetune_dpo.max_length": "5"},
+    **{"finetune_dpo.loss": "simpo", "finetune_dpo.beta": "0.5", "finetune_dpo.label_smoothing": "0.1"},
+    **{"finetune_dpo.rpo_alpha": "1", "finetune_dpo.simpo_gamma": "2", "finetune_dpo.reference": "base"},
     "finetune_lora.rank": "2",
     "finetune_lora.alpha": "2",
     "finetune_lora.target_modules": "[v_proj]",
@@ -137,6 +142,10 @@ def section_of(key: str) -> str:
 # What must be set beside a field for it to count.
 WITH = {
     "columns": ["data=both.jsonl"],
+    "finetune_dpo.columns": ["data=more_pairs.jsonl"],
+    "finetune_dpo.simpo_gamma": ["loss=simpo"],
+    "finetune_dpo.reference": ["init_from=other_adapter"],
+    "finetune_dpo.max_length": ["epochs=1"],
     "evaluate.columns": ["new_data=both.jsonl"],
     "eval_steps": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
@@ -152,12 +161,14 @@ REFUSED = {  # alone, or always: it would count for nothing
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
     "pretrain.precision": "pretrain.precision applies only to an imported base",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
+    "finetune_dpo.window": "window must be 0: preferences are of whole answers",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
-    "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
+    "finetune_lora.retention_weight": "{stage}.retention_data is not. Set it to a data file",
 }
 ONLY_REFUSED = {
     "import.trust_remote_code",
     "pretrain.precision",
+    "finetune_dpo.window",
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
     "study_trajectory",
@@ -183,7 +194,10 @@ def stage_of(key: str) -> str:
 
 
 def of(table: dict[str, Any], key: str) -> Any:
-    return table.get(key, table.get(key.rpartition(".")[2]))
+    """The entry of a key; of dpo, which has LoRA's keys, theirs; or that of its name in any section."""
+    section, _, name = key.rpartition(".")
+    shared = f"finetune_lora.{name}" if section == "finetune_dpo" else key
+    return table.get(key, table.get(shared, table.get(name)))
 
 
 def test_every_field_has_another_value_to_try() -> None:
@@ -195,6 +209,9 @@ def prepared(project: Path) -> Path:
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
+    pairs = [json.loads(line) for line in (project / "data/preferences.de.jsonl").read_text("utf-8").splitlines()]
+    for name, rows in (("pairs", pairs[:5]), ("more_pairs", [pair | {"best": " im park"} for pair in pairs])):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shutil.copytree(project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True)
     said = (project / "data/document.yaml").read_text(encoding="utf-8")
     for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
@@ -257,7 +274,7 @@ def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path,
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
 def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
     stage = stage_of(key)
-    without_file = ["finetune_lora.retention_data="] if key == "finetune_lora.retention_weight" else []
+    without_file = [f"{stage}.retention_data="] if key.endswith(".retention_weight") else []
     with pytest.raises(UserError) as error:
         made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
     assert of(REFUSED, key).format(stage=stage) in str(error.value)

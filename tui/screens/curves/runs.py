@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
+    COLUMNS,
     DIVERGED,
     STOPPED,
     TABLE,
@@ -23,7 +24,7 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
 from pipeline.project.stage_graph import OTHER_LOOKS, Look, other_look
 from pipeline.workbench import GRAPH, open_project
-from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
+from tui.screens.curves.series import FACTS, HELD_OUT, Log
 from tui.services.file_tail import Change, FileTail, file_stamp
 from tui.widgets.line_chart import Curve, Range
 from tui.widgets.text import duration
@@ -142,7 +143,7 @@ class RunView:
 
         With early stopping (`patience`) it is the lowest, as the checkpoint of that one is kept, else the last.
         """
-        if values := curve_log.log.series[HELD_OUT].y:
+        if values := curve_log.log.series[HELD_OUT["loss"]].y:
             held_out = min(values) if self.run.params.get("patience") else values[-1]
             if isfinite(held_out):
                 return "held out", held_out
@@ -185,7 +186,7 @@ class RunView:
 
     def _curve_facts(self) -> Iterator[str]:
         yield f"loss {self.log.columns['loss'][-1]:.4g}"
-        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+        for name, label in FACTS.items():
             if values := self.log.series[name].y:
                 yield f"{label} {values[-1]:.4g}"
         if flat := self.log.flat(self.alive):
@@ -224,10 +225,10 @@ class Line:
         log = self.curve_log.log
         points = log.series[name].visible(*x, columns)
         stray = self.curve_log.outcome == DIVERGED
-        if name != "loss" or self.dim:
+        if name not in HELD_OUT or self.dim:
             return Curve(points, self.look.color, self.look.sign, dim=self.dim, stray=stray)
-        flat = log.flat(self.view.alive and not self.curve_log.outcome)
-        held_out = log.series[HELD_OUT].visible(*x, columns)
+        flat = log.flat(self.view.alive and not self.curve_log.outcome) if name == "loss" else None
+        held_out = log.series[HELD_OUT[name]].visible(*x, columns)
         return Curve(points, self.look.color, self.look.sign, flat[1] if flat else None, held_out, stray=stray)
 
     @property
@@ -265,8 +266,8 @@ class Runs:
         return sorted(lines, key=lambda line: (not line.dim, line.look == POINTED))
 
     def has_values(self, name: str) -> bool:
-        """Whether any visible run has values of a metric. Only divergence is optional."""
-        return name != QUANTITIES[-1] or any(log.series[name].y for _, view in self.visible() for log in view.logs)
+        """Whether any visible run has values of a metric; all have those that are not optional."""
+        return name in COLUMNS or any(log.series[name].y for _, view in self.visible() for log in view.logs)
 
     def toggle(self, key: str) -> None:
         self._user_toggled = True

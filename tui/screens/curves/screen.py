@@ -15,9 +15,10 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.artifact import write_file
+from pipeline.project.logs.run_log import OPTIONAL
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.runs import Line, Runs
-from tui.screens.curves.series import HELD_OUT, QUANTITIES
+from tui.screens.curves.series import FACTS, QUANTITIES
 from tui.widgets.line_chart import LossChart, Range, View, range_of, readable
 from tui.widgets.text import KeyedList
 
@@ -32,6 +33,8 @@ TITLES = {
     "loss": "loss (nats per token)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
+    "reward_margin": "reward margin, chosen − rejected",
+    "reward_accuracy": "share of pairs whose chosen answer has the higher reward",
     "divergence": "divergence from the base (nats per token)",
 }
 INDENT = 6
@@ -122,6 +125,8 @@ class CurvesScreen(WorkbenchScreen):
         Binding("c", "cursor", "Cursor", id="curves.cursor"),
         Binding("r", "panel('learning_rate')", "Rate", id="curves.learning_rate"),
         Binding("g", "panel('grad_norm')", "Gradient", id="curves.grad_norm"),
+        Binding("m", "panel('reward_margin')", "Margin", id="curves.reward_margin"),
+        Binding("a", "panel('reward_accuracy')", "Accuracy", id="curves.reward_accuracy"),
         Binding("d", "panel('divergence')", "Divergence", id="curves.divergence"),
         Binding("x", "export", "Export", id="curves.export"),
         Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
@@ -146,7 +151,7 @@ class CurvesScreen(WorkbenchScreen):
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._pointed = ""  # the highlighted adapter
         self._reading = False
-        self._has_divergence = False  # whether the footer offers the divergence panel
+        self._offered: list[str] = []  # panels that the footer offers
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
@@ -214,8 +219,9 @@ class CurvesScreen(WorkbenchScreen):
         self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
         self._update_list()
         # refresh_bindings rebuilds the footer, so not at every redraw
-        if self._has_divergence != self.runs.has_values("divergence"):
-            self._has_divergence = not self._has_divergence
+        offered = [name for name in QUANTITIES if self.runs.has_values(name)]
+        if self._offered != offered:
+            self._offered = offered
             self.refresh_bindings()
 
     def _step_range(self) -> Range:
@@ -227,7 +233,9 @@ class CurvesScreen(WorkbenchScreen):
         return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and self.runs.has_values(name)
+        """As the user said, else if there is room: of preferences their panels in place of rate and gradient."""
+        wanted = self.has_class("-tall") and (name in OPTIONAL or not self.runs.has_values("reward_margin"))
+        return self._panels.get(name, wanted) and self.runs.has_values(name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
@@ -401,7 +409,7 @@ def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
             continue
         loss = log.series["loss"]
         text.append(f"{loss.y[index]:.4g} (smoothed {loss.smooth[index]:.4g})")
-        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+        for name, label in FACTS.items():
             if (value := log.series[name].value_at(window.cursor)) is not None:
                 text.append(f", {label} {value:.4g}")
     return text
