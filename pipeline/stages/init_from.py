@@ -55,7 +55,7 @@ def _continued(job: Job, folder: Path) -> Continued:
     if not (folder / STATE).is_file() or not (folder / artifact.MANIFEST).is_file():
         return Continued()
     manifest = artifact.read_manifest(folder)
-    same = _order(manifest) == _order(job.input_facts)
+    same = bool(job.input_facts) and _order(manifest) == _order(job.input_facts)  # a trial has none
     return Continued(load_tensors(folder / STATE), manifest["optimizer"]["steps"] if same else 0)
 
 

@@ -22,6 +22,7 @@ KEYS = _by_other_name(
         "base_model_name_or_path",
         "train_from_scratch": "scratch finetune_scratch",
         "finetune_lora": "lora qlora finetune_qlora peft",
+        "finetune_dpo": "dpo ipo kto orpo simpo rlhf",
         "finetune_full": "full sft",
         "finetune_freeze": "freeze",
         "finetune_prefix": "prefix",
@@ -62,6 +63,10 @@ KEYS = _by_other_name(
         "patience": "early_stopping_patience",
         "save_steps": "checkpoint_every save_every save_interval checkpointing_steps",
         "init_from": "adapter_name_or_path lora_model_dir resume_adapter_file",
+        "beta": "pref_beta dpo_beta rl_beta",
+        "loss": "pref_loss",
+        "label_smoothing": "dpo_label_smoothing",
+        "rpo_alpha": "pref_ftx",
         "retention_data": "retain",
         "retention_weight": "retain_weight",
         "retention_batch_size": "retain_batch",
@@ -110,7 +115,9 @@ NO_COUNTERPART = _by_other_name(
         "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens batch_eval_metrics "
         "prediction_loss_only *_full_eval load_best_model_at_end metric_for_best_model greater_is_better "
         "include_for_metrics",
-        "only supervised fine-tuning is read": "rl training_mode pref_* dpo_* kto_* ppo_* reward_model* ref_model*",
+        "the reference is the same model, without the adapter or as it begins": "ref_model* ref_adapter* "
+        "precompute_ref_log_probs",
+        "only examples and preferences are learned from": "rl training_mode pref_bco_weight dpo_norm_loss dpo_use_* kto_* ppo_* reward_model*",
     }
 )
 COMMANDS = _by_other_name(
@@ -118,6 +125,7 @@ COMMANDS = _by_other_name(
         "train-from-scratch": "scratch",
         "train": "sft tune fine-tune fit",
         "lora": "qlora dora",
+        "dpo": "ipo kto orpo simpo rlhf",
         "prompt": "generate ask run infer",
         "chat": "talk repl interactive",
         "evaluate": "eval test",

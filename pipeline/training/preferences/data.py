@@ -1,11 +1,10 @@
-"""Pairs of answers and labelled answers as sequences, and their log-probabilities under the reference."""
+"""Encoded answers as the sequences of a data set, and their log-probabilities under the reference."""
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.data.examples import Example, Window
-from pipeline.data.formats.messages import text_of
-from pipeline.data.masking import Encoded, Encoder
+from pipeline.data.examples import Window
+from pipeline.data.masking import Encoded
+from pipeline.data.preferences import AnswerEncoder, PairEncoder
 from pipeline.data.windows import Corpus, as_window
-from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.models.device import move_for_inference
 from pipeline.models.load import Base
@@ -32,63 +30,6 @@ from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
 REFERENCE = "reference_log_probs"  # in the cache, beside the stages, and in the run folder
 TENSORS = "log_probs.safetensors"
-
-
-class PairEncoder(Encoder):
-    """Each pair as two encoded examples: its chosen answer and its rejected one. If one has no label, none has."""
-
-    labels_bad_answers = True
-
-    def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
-    ) -> Iterator[tuple[Example, Encoded]]:
-        both = super().each((answer for example in examples for answer in _pair(example)), on_error)
-        while pair := list(islice(both, 2)):
-            cut = not all(encoded.labels for _, encoded in pair)
-            yield from ((one, replace(e, trained=(False,) * len(e.ids)) if cut else e) for one, e in pair)
-
-
-@dataclass(frozen=True)
-class AnswerEncoder(Encoder):
-    """Each answer by itself, for KTO: of a pair both. `desirable`: whether those that have labels are good ones."""
-
-    labels_bad_answers = True
-
-    desirable: list[bool] = field(default_factory=list)
-
-    def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
-    ) -> Iterator[tuple[Example, Encoded]]:
-        for one, encoded in super().each((one for example in examples for one in _answers(example)), on_error):
-            if encoded.labels:  # the others are left out
-                self.desirable.append(bool(one.desirable))
-            yield one, encoded
-
-
-def _pair(example: Example) -> tuple[Example, Example]:
-    """Its chosen and its rejected answer, each as an example. Raises UserError."""
-    if example.rejected is None:
-        raise UserError(
-            f'{example.location}: a preference is a pair {{"prompt", "chosen", "rejected"}}; this row has one answer. '
-            "Add the other, or use `loss: kto` with labels."
-        )
-    chosen = replace(example, rejected=None, desirable=True)
-    if isinstance(example.rejected, str):
-        return chosen, replace(chosen, text=(example.prompt or "") + example.rejected, desirable=False)
-    turns = (*example.messages[: example.begin], *example.rejected)
-    before = frozenset(turn for turn in example.untrained if turn < example.begin)
-    return chosen, replace(chosen, text=text_of(turns), messages=turns, untrained=before, desirable=False)
-
-
-def _answers(example: Example) -> Sequence[Example]:
-    if example.rejected is not None:
-        return _pair(example)
-    if example.desirable is None:
-        raise UserError(
-            f'{example.location}: KTO takes answers {{"prompt", "completion", "label"}}, whose label is true or false, '
-            'or pairs {"prompt", "chosen", "rejected"}. Add the label.'
-        )
-    return (example,)
 
 
 class _Pairs(Sequence[Window]):
@@ -155,6 +96,9 @@ def with_reference(
     They are kept in the cache by what they depend on: a run that resumes, or has another loss, computes none.
     """
     given = [one for one in answers if one is not None]
+    if not job.input_facts:  # a trial: a step takes the same time and memory whatever the reference says
+        training, *held_out = (replace(one, reference=torch.zeros(len(one.windows))) for one in given)
+        return training, held_out[0] if held_out else None
     facts = _reference_facts(job, given, as_base)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     cache, folder = Cache(job.project.cache), job.run / REFERENCE

@@ -305,7 +305,8 @@ def preference_loss(tuned: LoadedModel, base: LoadedModel, pairs: Sequence[Examp
     def log_prob(of: LoadedModel, example: Example) -> Tensor:
         encoded = encode(example, of.tokenizer)
         ids, answered = torch.tensor(encoded.ids), torch.tensor(encoded.trained)
-        return of.model(ids[None, :-1])[0].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]][answered[1:]].sum()
+        found: Tensor = of.model(ids[None, :-1])[0].log_softmax(-1)
+        return found[torch.arange(len(ids) - 1), ids[1:]][answered[1:]].sum()
 
     losses = []
     for pair in pairs:
