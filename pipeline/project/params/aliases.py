@@ -117,7 +117,8 @@ NO_COUNTERPART = _by_other_name(
         "include_for_metrics",
         "the reference is the same model, without the adapter or as it begins": "ref_model* ref_adapter* "
         "precompute_ref_log_probs",
-        "only examples and preferences are learned from": "rl training_mode pref_bco_weight dpo_norm_loss dpo_use_* kto_* ppo_* reward_model*",
+        "only examples and preferences are learned from": "rl training_mode pref_bco_weight dpo_norm_loss "
+        "dpo_use_* kto_* ppo_* reward_model*",
     }
 )
 COMMANDS = _by_other_name(
