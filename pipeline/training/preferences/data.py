@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.training.data import build_corpora
+from pipeline.training.distributed import all_reduce, broadcast_tensors, is_main_process, shard_for_rank
 from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
@@ -96,25 +96,45 @@ def with_reference(
     They are kept in the cache by what they depend on: a run that resumes, or has another loss, computes none.
     """
     given = [one for one in answers if one is not None]
-    if not job.input_facts:  # a trial: a step takes the same time and memory whatever the reference says
-        training, *held_out = (replace(one, reference=torch.zeros(len(one.windows))) for one in given)
-        return training, held_out[0] if held_out else None
-    facts = _reference_facts(job, given, as_base)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    cache, folder = Cache(job.project.cache), job.run / REFERENCE
-    if not _restored(cache, key, folder):
-        total = sum(len(one.windows) for one in given)
-        yield Note(f"{job.stage.name}: log-probabilities of {total:,} answers under the reference are computed once")
-        with artifact.writing(folder) as out:
+    if not job.key:  # a trial: a step takes the same time and memory whatever the reference says
+        values = {str(n): torch.zeros(len(one.windows)) for n, one in enumerate(given)}
+    else:
+        kept = _Kept(job, given, as_base) if is_main_process() else None
+        values = broadcast_tensors(kept.read() if kept else {})
+        if not values:
+            total = sum(len(one.windows) for one in given)
+            yield Note(
+                f"{job.stage.name}: log-probabilities of {total:,} answers under the reference are computed once"
+            )
             with disable_adapter(base.model) if as_base else nullcontext():
                 values = yield from _log_probs(base, given, total)
-            save_tensors(out / TENSORS, {str(n): value for n, value in enumerate(values)})
-            artifact.seal(out, facts)
-        with suppress(OSError):  # the run goes on without the cache
-            cache.store(REFERENCE, key, folder)
-    found = load_tensors(folder / TENSORS)
-    training, *held_out = (replace(one, reference=found[str(n)]) for n, one in enumerate(given))
+            if kept:
+                kept.write(values)
+    training, *held_out = (replace(one, reference=values[str(n)]) for n, one in enumerate(given))
     return training, held_out[0] if held_out else None
+
+
+class _Kept:
+    """Log-probabilities in the run folder and in the cache, by what they depend on."""
+
+    def __init__(self, job: Job, answers: Sequence[Answers], as_base: bool) -> None:
+        self._facts = _reference_facts(job, answers, as_base)
+        self._key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        self._cache, self._folder = Cache(job.project.cache), job.run / REFERENCE
+
+    def read(self) -> dict[str, Tensor]:
+        """By the number of the data set; empty if there are none."""
+        with suppress(Damaged, OSError):
+            if self._cache.restore(REFERENCE, self._key, self._folder):
+                return load_tensors(self._folder / TENSORS)
+        return {}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        with artifact.writing(self._folder) as out:
+            save_tensors(out / TENSORS, values)
+            artifact.seal(out, self._facts)
+        with suppress(OSError):  # the run goes on without the cache
+            self._cache.store(REFERENCE, self._key, self._folder)
 
 
 def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Facts:
@@ -133,25 +153,22 @@ def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Fac
     }
 
 
-def _restored(cache: Cache, key: str, folder: Path) -> bool:
-    try:
-        return cache.restore(REFERENCE, key, folder)
-    except (Damaged, OSError):
-        return False
-
-
 @torch.no_grad()
-def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, list[Tensor]]:
-    """Of each sequence of each data set, the summed log-probability of its answer, in fp32 on the CPU."""
-    model, done, values = base.model, 0, list[Tensor]()
+def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, dict[str, Tensor]]:
+    """Of each sequence of each data set, by its number, the summed log-probability of its answer: fp32 on the CPU.
+
+    Each rank computes its share.
+    """
+    model, done, values = base.model, 0, dict[str, Tensor]()
     move_for_inference(model)
-    for one in answers:
-        sums = []
-        for start in range(0, len(one.windows), SCORED_TOGETHER):
-            batch = batch_of(one, range(start, min(start + SCORED_TOGETHER, len(one.windows))))
-            sums.append(likelihood(model, batch.to(model.device)).summed.cpu())
-            done += len(sums[-1])
+    for n, one in enumerate(answers):
+        values[str(n)] = sums = torch.zeros(len(one.windows))
+        for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
+            part = range(start, min(start + SCORED_TOGETHER, len(sums)))
+            batch = batch_of(one, part).to(model.device)
+            sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
+            done += len(part)
             yield Progress(done, total, "reference")
-        values.append(torch.cat(sums))
+        all_reduce(sums)
     model.to("cpu")  # the training loop moves it to its device, or shards it
     return values

@@ -213,7 +213,9 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
         assert batch.mismatched.reference is not None and batch.desirable is not None
         with torch.no_grad():
             drift = likelihood(model, batch.mismatched).summed - batch.mismatched.reference
-        loss = kto(scores, batch.desirable, drift.mean().clamp(min=0), settings)
+        mine = (float(drift.sum()), len(drift)) if batch.units else (0.0, 0)
+        total, count = all_reduce_numbers(*mine)  # of the batch, whose share on this rank it may be
+        loss = kto(scores, batch.desirable, max(total / count, 0.0), settings)
         return Preference(loss, rewards[batch.desirable], rewards[~batch.desirable])
     (chosen, rejected), (of_chosen, of_rejected) = scores.chunk(2), like.counts.chunk(2)
     loss = PAIRED[settings.loss](chosen, rejected, of_chosen, of_rejected, settings).mean()
@@ -222,7 +224,7 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
     return Preference(loss, rewards[: batch.units], rewards[batch.units :])
 
 
-def kto(scores: Tensor, desirable: Tensor, divergence: Tensor, settings: PreferenceSettings) -> Tensor:
+def kto(scores: Tensor, desirable: Tensor, divergence: float, settings: PreferenceSettings) -> Tensor:
     """Ethayarajh et al. 2024, eq. 8, with both weights 1: 1 − σ(±β(score − divergence))."""
     sign = desirable.to(scores.dtype) * 2 - 1
     return (1 - torch.sigmoid(sign * settings.beta * (scores - divergence))).mean()
