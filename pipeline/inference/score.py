@@ -269,7 +269,7 @@ def quality(
 
 
 class Cost(NamedTuple):
-    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and mean KL(reference‖it)."""
+    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and KL(reference‖it)."""
 
     loss: float
     right: float

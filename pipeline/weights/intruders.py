@@ -1,9 +1,9 @@
 """Intruder dimensions: strong directions of a fine-tuned matrix that the base's has no counterpart of.
 
 Shuttleworth et al. 2024 (arXiv 2410.21228): a left singular vector u of W + ΔW among the `top` largest is an intruder
-if |cos(u, uᵢ)| < ε for every left singular vector uᵢ of W. They find that LoRA's forgetting lies there, and that scaling
-their singular values down wins most of it back. Matrices are read a block of rows at a time, and held in memory only
-if they have up to `FULL_COLUMNS` rows.
+if |cos(u, uᵢ)| < ε for every left singular vector uᵢ of W. They find that LoRA's forgetting lies there, and that
+scaling their singular values down wins most of it back. Matrices are read a block of rows at a time, and held in
+memory only if they have up to `FULL_COLUMNS` rows.
 """
 
 import math
