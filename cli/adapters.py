@@ -252,7 +252,7 @@ def compress(
         ]
         print_table(columns, cells, right=columns[1:])
         before, after = ((folder / WEIGHTS).stat().st_size / 1000 for folder in (path, out))
-        print_line(f"{out}  {before:,.0f} → {after:,.0f} kB, {error:.2%} of ‖ΔW‖ cut off, all modules together")
+        print_line(f"{out}  {before:,.0f} → {after:,.0f} kB, {error:.2%} off, all modules together")
     models = {"adapter": path, "base": None, "compressed": out}
     quality = costs(base, models, examples, trust_remote_code) if examples else {}
     if as_json:

@@ -149,8 +149,8 @@ def test_an_adapters_intruders_are_those_of_the_merged_model(kind: str, base: Pa
     suffixes = (*SPECS[kind].targets, *(name for name in SPECS[kind].saved if name != "lm_head"))
     assert found and all(name.endswith(suffixes) for name in found)
     for name, one in found.items():
-        weights = (source[f"{name}.weight"].double().numpy() for source in (load_weights(base), merged))
-        wanted = by_definition(*weights, 10, 0.7)
+        before, after = (source[f"{name}.weight"].double().numpy() for source in (load_weights(base), merged))
+        wanted = by_definition(before, after, 10, 0.7)
         assert {i.position: i.similarity for i in one.intruders} == pytest.approx(wanted, abs=1e-4)
     assert any(one.intruders for one in found.values())
     whole = {one.pair.module: one.intruders for one in searched(base, tmp_path / "merged")}
