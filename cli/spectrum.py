@@ -112,21 +112,17 @@ def _intruders(
 ) -> None:
     """`search`: how many singular vectors of each matrix, and ε."""
     from cli.console import follow, print_costs, print_json, print_line
-    from pipeline.adapters.config import CONFIG
     from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import costs
-    from pipeline.weights.intruders import damp, intruders_of
+    from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
 
     if (factor is None) != (out is None):
         raise UserError("--damp and --out must be used together to write a damped adapter. Add the other one.")
     if data is not None and out is None:
         raise UserError("--data compares the damped adapter. Add --damp and --out.")
-    if out is not None and not (tuned / CONFIG).is_file():
-        raise UserError(
-            f"--damp writes an adapter, and {tuned} is a full model. Extract its LoRA first: `lora spectrum {base} "
-            f"{tuned} --rank 64 --out DIR`."
-        )
+    if out is not None:
+        refuse_undampable(tuned, out)
     examples = read_examples(data, str(data)) if data else []
     searched = follow(intruders_of(base, tuned, *search, trust_remote_code), "intruders")
     if not as_json:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import adaptable
-from pipeline.adapters.config import CONFIG
+from pipeline.adapters.config import CONFIG, read_spec
+from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation
@@ -125,7 +126,7 @@ def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterato
         reads = {one.name: (one.weight, partial(read_blocks, stored[one.name])) for one in differences.deltas}
     for name, module in modules:
         key = stored_name(f"{name}.weight", stored)
-        if key not in reads:
+        if key not in reads or len(stored[key].info.shape) != 2:
             continue
         (rows, columns), (before, after) = stored[key].info.shape, reads[key]
         if is_conv1d(module):  # stored as (I, O)
@@ -171,21 +172,32 @@ def damped(update: LowRank, vectors: Tensor, after: Read, factor: float) -> LowR
     return LowRank(a, b, 1.0)
 
 
+def refuse_undampable(source: Path, out: Path) -> None:
+    """Raises UserError unless `source` is LoRA, and `out` is new or an earlier result."""
+    if not (source / CONFIG).is_file():
+        raise UserError(
+            f"--damp writes an adapter, and {source} is none. Of a full model, extract one first: `lora spectrum BASE "
+            f"{source} --rank 64 --out DIR`."
+        )
+    refuse_virtual(source)
+    if read_spec(source).dora:
+        raise UserError(
+            f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. Train it again with "
+            "finetune_lora.dora=false."
+        )
+    refuse_other(out, "damp", [source])
+
+
 def damp(
     base: Path, source: Path, out: Path, searched: list[Searched], factor: float, params: Mapping[str, float]
 ) -> None:
     """Write the adapter `source` to `out` with the singular values of its intruders times `factor`.
 
     W + ΔW becomes W + ΔW + (factor − 1)·Σ uσvᵀ over the intruders, so W's share of them is scaled too, as in the paper.
-    Raises UserError for DoRA, and if there is no intruder.
+    Raises UserError if there is no intruder, and as `refuse_undampable`.
     """
-    refuse_other(out, "damp", [source])
+    refuse_undampable(source, out)
     change = load_update(source)
-    if change.spec.dora:
-        raise UserError(
-            f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. Train it again with "
-            "finetune_lora.dora=false."
-        )
     low_rank = dict(change.low_rank)
     found = [one for one in searched if one.intruders and one.pair.module in low_rank]
     if not found:

@@ -111,7 +111,9 @@ REFUSED = [
     (SPECTRUM, "base strong --damp 0.5", "--damp and --out must be used together"),
     (SPECTRUM, "base strong --intruders --out x", "--damp and --out must be used together"),
     (SPECTRUM, "base strong --intruders --data some.txt", "Add --damp and --out"),
-    (SPECTRUM, "base tuned --damp 0.5 --out x", "Extract its LoRA first"),
+    (SPECTRUM, "base tuned --damp 0.5 --out x", "extract one first"),
+    (SPECTRUM, "base strong --damp 0.5 --out tuned", "tuned exists and holds other files"),
+    (SPECTRUM, "base dora --damp 0.5 --out x", "dora was trained with DoRA"),
     (SPECTRUM, "base nowhere --intruders", "nowhere is not a folder"),
     (SPECTRUM, "strong base --intruders", "strong is an adapter"),
 ]
@@ -122,6 +124,7 @@ def test_each_wrong_request_is_one_message(
     cli: Lora, root: Path, command: list[str], arguments: str, reason: str
 ) -> None:
     checkpoint(root / "wide", d_model=32)
+    adapter(root / "dora", root / "base", AdapterSpec(2, 2.0, ("q_proj",), dora=True))
     assert reason in refusal(cli(*command, *arguments.split(), cwd=root))
     assert not (root / "x").exists()
 
