@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
 app = group()
-adapters = group(help="List, verify, compare, combine, compress, export adapters.", invoke_without_command=True)
+adapters = group(help="List, compare, combine, compress, export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 adapters.command(hidden=True, help=HELP)(export)  # its former place
 

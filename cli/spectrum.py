@@ -47,7 +47,7 @@ def spectrum(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
 ) -> None:
-    """Singular values of a fine-tuning; extract its LoRA; intruders.
+    """Singular values of a fine-tuning; LoRA; intruders.
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
