@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -266,3 +266,27 @@ def quality(
     return {
         name: Quality(loss, right, agreement(choices, tuned_choices)) for name, (loss, right, choices) in scores.items()
     }
+
+
+class Cost(NamedTuple):
+    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and KL(reference‖it)."""
+
+    loss: float
+    right: float
+    divergence: float
+
+
+def costs(
+    base: Path, adapters: Mapping[str, Path | None], examples: Sequence[Example], trust_remote_code: bool = False
+) -> dict[str, Cost]:
+    """What each of several adapters of one base (None: the base alone) costs on the examples, against the first.
+
+    Two models are in memory at a time.
+    """
+    reference: EvalScores | None = None
+    found = {}
+    for name, adapter in adapters.items():
+        scored = score(load(base, adapter, trust_remote_code=trust_remote_code), examples, reference)
+        reference = reference or scored
+        found[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
+    return found
