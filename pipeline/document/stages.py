@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from math import inf
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -14,11 +15,11 @@ from pipeline.stages.registry import STAGES as PRODUCT
 
 
 def find_studies() -> dict[str, ModuleType]:
-    """Name → module of each study, in the document's order: by the numbers of its first section."""
+    """Name → module of each study, in the document's order: by the numbers of its first section, others last."""
 
-    def order(found: tuple[str, ModuleType]) -> list[int]:
+    def order(found: tuple[str, ModuleType]) -> list[float]:
         first = found[1].PLACE.partition(",")[0]
-        return [int(number) for number in first.removeprefix("§").split(".")]
+        return [int(number) for number in first[1:].split(".")] if first[0] == "§" else [inf]
 
     found = {
         module.name: import_module(f"{studies.__name__}.{module.name}") for module in iter_modules(studies.__path__)
