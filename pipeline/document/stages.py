@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from math import inf
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -15,11 +14,11 @@ from pipeline.stages.registry import STAGES as PRODUCT
 
 
 def find_studies() -> dict[str, ModuleType]:
-    """Name → module of each study, in the document's order: by the numbers of its first section, others last."""
+    """Name → module of each study, in the document's order: by the numbers of its first section."""
 
-    def order(found: tuple[str, ModuleType]) -> list[float]:
+    def order(found: tuple[str, ModuleType]) -> list[int]:
         first = found[1].PLACE.partition(",")[0]
-        return [int(number) for number in first[1:].split(".")] if first[0] == "§" else [inf]
+        return [int(number) for number in first.removeprefix("§").split(".")]
 
     found = {
         module.name: import_module(f"{studies.__name__}.{module.name}") for module in iter_modules(studies.__path__)

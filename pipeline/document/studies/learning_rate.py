@@ -22,7 +22,7 @@ from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.registry import COLORS
 
-PLACE = "LoRA Without Regret"
+PLACE = "§5, LoRA Without Regret"
 FULL, ALL, ATTENTION, FEED_FORWARD = "full", "all-linear", "attention", "feed_forward"
 MARKERS = "osv^D<>ph*"
 

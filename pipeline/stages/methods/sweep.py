@@ -19,7 +19,6 @@ from msgspec import Meta, field, structs
 from pipeline.errors import UserError
 from pipeline.project.advice import advised_learning_rate
 from pipeline.project.params.schema import (
-    ALLOW_EMPTY,
     Count,
     File,
     ReadBy,
@@ -65,7 +64,9 @@ SWEPT = (  # keys of finetune_lora in which adapters that train together can dif
 
 def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
     """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple. Raises UserError."""
-    if isinstance(values, list) and values:
+    if values in (None, "", [], {}):
+        return {}
+    if isinstance(values, list):
         return tuple(_read_grid(grid, f"{key}[{n}]", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
@@ -106,11 +107,11 @@ def _read_search(value: Any, key: str, origin: ValueSource) -> str:
     return str(value)
 
 
-GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, or a list of such mappings"
+GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or empty"
 SEARCH_RULE = f"one of {', '.join(SEARCHES)}"
 Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
 OneGrid = Mapping[str, Any]
-Grid = Annotated[OneGrid | tuple[OneGrid, ...], ALLOW_EMPTY, ReadBy(_read_grid, GRID_RULE)]
+Grid = Annotated[OneGrid | tuple[OneGrid, ...], ReadBy(_read_grid, GRID_RULE)]
 
 
 class FinetuneSweep(Section, frozen=True, kw_only=True):
@@ -155,18 +156,18 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
                 f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every value. List values, or "
                 "set search to random and trials to a number."
             )
-        if draws:
-            search.check(self)
-        adapters = (
-            min(self.trials, self.generation if search.passes(self) > 1 else self.trials) if draws else count(self)
-        )
-        if adapters > MAX_ADAPTERS:
-            key, less = ("trials", "Lower it") if draws else ("grid", "Shorten its lists")
+        if not draws and (combinations := count(self)) > MAX_ADAPTERS:
             raise UserError(
-                f"{key} has {adapters} combinations; at most {MAX_ADAPTERS} adapters can train together. {less}."
+                f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train together. Shorten "
+                "its lists."
             )
-        if not draws:
-            search.check(self)
+        key = "generation" if search.passes(self) > 1 else "trials"
+        if draws and getattr(self, key) > MAX_ADAPTERS:
+            raise UserError(
+                f"{key} must be at most {MAX_ADAPTERS}, the adapters that can train together, got "
+                f"{getattr(self, key)}. Lower it."
+            )
+        search.check(self)
 
 
 def check(project: Project) -> None:
