@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load as tensors
 
 from pipeline.data.formats import read_examples
 from pipeline.errors import UserError
@@ -142,11 +143,9 @@ def test_halving_stops_the_worst_and_the_others_end_as_in_a_plain_sweep(mini: Pa
             assert mine.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
         assert row.get("dropped", False) == (row["steps"] < total)
     (winner,) = live
-    from safetensors.torch import load as tensors
-
-    mine = tensors((mini / f"artifacts/sweep/{winner}/adapter_model.safetensors").read_bytes())
+    found = tensors((mini / f"artifacts/sweep/{winner}/adapter_model.safetensors").read_bytes())
     for key, tensor in tensors(weights[winner]).items():
-        assert float((mine[key] - tensor).norm()) <= 1e-5 * (1 + 10 * float(tensor.norm()))
+        assert float((found[key] - tensor).norm()) <= 1e-5 * (1 + 10 * float(tensor.norm()))
     assert choose(halved) == winner
     assert sum("is not among the 4 lowest" in event.text for event in events if isinstance(event, Note)) == 4
 
@@ -189,7 +188,7 @@ def test_optuna_is_told_what_each_adapter_of_a_generation_lost_and_asks_for_the_
         asked.append([*tried])
         return optuna.ask(own, tried)
 
-    monkeypatch.setitem(SEARCHES, "optuna", SEARCHES["optuna"]._replace(ask=watched))  # type: ignore[index]
+    monkeypatch.setitem(SEARCHES, "optuna", SEARCHES["optuna"]._replace(ask=watched))
     given = given_({"learning_rate": RATES, "rank": [1, 2, 4]}, "optuna", "trials=5", "generation=2")
     rows, _ = swept(mini, given, force=True)
     assert [len(tried) for tried in asked] == [0, 2, 4] and len(rows) == 5

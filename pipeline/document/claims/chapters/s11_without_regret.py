@@ -8,10 +8,9 @@ from itertools import pairwise
 
 from pipeline.document.claims import Chapter, Result, at_most, between
 from pipeline.document.claims.sources import Record, Sources, n, times
-from pipeline.document.studies.learning_rate import ALL, ATTENTION, FEED_FORWARD, FULL
 
 chapter = Chapter()
-BEST = "learning_rate/best"
+BEST, ALL = "learning_rate/best", "all-linear"
 STEP = "3.4 ×"  # between two rates that are tried: 1, 3, 10, …
 
 
@@ -32,7 +31,7 @@ with chapter.section("LoRA Without Regret") as claim:
         words="about 10 ×",
     )
     def regret_ten_times(m: Sources) -> Result:
-        full, adapters = m.of_any_base.row(BEST, targets=FULL), _adapters(m.of_any_base)
+        full, adapters = m.of_any_base.row(BEST, targets="full"), _adapters(m.of_any_base)
         ratios = {f"rank {row.rank}": row.learning_rate / full.learning_rate for row in adapters}
         rates = ", ".join(f"{_rate(row)} at rank {row.rank}" for row in adapters)
         return (
@@ -53,7 +52,7 @@ with chapter.section("LoRA Without Regret") as claim:
 
     @claim("LoRA on attention alone learns less than on the feed-forward layers with as many parameters", True)
     def regret_feed_forward(m: Sources) -> Result:
-        attention, forward = m.of_any_base.rows(BEST, targets=(ATTENTION, FEED_FORWARD))
+        attention, forward = m.of_any_base.rows(BEST, targets=("attention", "feed_forward"))
         return {
             "in the mean": forward.loss < attention.loss,
             "beyond the spread over seeds": forward.loss.high < attention.loss.low,
@@ -68,7 +67,7 @@ with chapter.section("LoRA Without Regret") as claim:
         words="reaches: within 0.05 nats",
     )
     def regret_like_full(m: Sources) -> Result:
-        full, adapters = m.of_any_base.row(BEST, targets=FULL), _adapters(m.of_any_base)
+        full, adapters = m.of_any_base.row(BEST, targets="full"), _adapters(m.of_any_base)
         above = {f"rank {row.rank}": row.loss - full.loss for row in adapters}
         losses = ", ".join(f"{n(row.loss)} at rank {row.rank}" for row in adapters)
         return above, f"nats per token above it: {n(full.loss)} in full; LoRA {losses}"
