@@ -25,6 +25,7 @@ EXTRAS = {  # what each is for
     **dict.fromkeys(("gguf", "sentencepiece", "protobuf", "accelerate"), ".gguf files need it, `lora-workbench[gguf]`"),
     "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
     **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
+    "optuna": "`search: optuna` of a sweep needs it, `lora-workbench[optuna]`",
     "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
     "lm-eval": "`lora evaluate --harness` needs it, `lora-workbench[harness]`",
 }

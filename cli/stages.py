@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import json
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from cli.options import (
     SetOption,
     TrustOption,
     WidthOption,
+    finite,
     group,
     project_of,
 )
@@ -32,8 +34,6 @@ from cli.options import (
 if TYPE_CHECKING:
     from pipeline.evaluation.harness import Folders, HarnessOptions
     from pipeline.project.stage_graph import Project, Stage
-
-SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 
 
 def _method_names() -> list[str]:
@@ -48,7 +48,7 @@ def _method(name: str) -> Any:
     stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
-    command = _trains(stage.name, _print_sweep) if stage.kind == "adapters" else _distributes(stage)
+    command = _sweep if stage.kind == "adapters" else _distributes(stage)
     one.command(name, help=summary)(command)
     return get_command(one)
 
@@ -75,8 +75,8 @@ def _runs(name: str) -> Callable[..., None]:
     return command
 
 
-def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
-    """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
+def _trains(name: str) -> Callable[..., None]:
+    """The command of a stage that trains in one process."""
 
     def command(
         params: ParamsOption = DEFAULT_PARAMS,
@@ -85,8 +85,6 @@ def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callabl
         checkpoint_every: CheckpointOption = None,
     ) -> None:
         run_stage(name, params, overrides, force, checkpoint_every)
-        if show and not UNDER_DVC:
-            show(project_of(params, overrides))
 
     return command
 
@@ -152,17 +150,77 @@ def _print_plan(project: Project, stage: Stage) -> None:
     print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
 
 
-def _print_sweep(project: Project) -> None:
-    """The table of a sweep's adapters."""
-    from cli.console import print_table
+def _sweep(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = None,
+    over: Annotated[
+        list[str] | None,
+        Option(metavar="KEY", help="Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."),
+    ] = None,
+    max_divergence: Annotated[
+        float | None, Option(min=0, callback=finite, help="Choose among adapters that are this close to the base.")
+    ] = None,
+    apply: Annotated[bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")] = False,
+) -> None:
+    """The command of a sweep, which also chooses among what it made."""
+    overrides = [*(overrides or ())]
+    if over:
+        from pipeline.errors import UserError
+        from pipeline.stages.methods.sweep import grid_around
+
+        if any(override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides):
+            raise UserError("--over makes the grid, which --set finetune_sweep.grid does too. Leave one of them out.")
+        overrides.append(f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}")
+    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
+    if not UNDER_DVC:
+        _choose(project_of(params, overrides), max_divergence, apply)
+
+
+def _choose(project: Project, max_divergence: float | None, apply: bool) -> None:
+    """Print the table of a sweep's adapters and which of them to take; write its values into the params file."""
+    from cli.console import print_line, print_note, print_table
+    from pipeline.evaluation.selection import choose, loss_of, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
 
+    table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
+    front = pareto(table)
+    numbers = {"trained": ("trainable", ","), "steps": ("steps", ","), "loss": ("final_loss", ".4f")}
+    numbers |= {"held out": ("eval_loss", ".4f"), **({"divergence": ("divergence", ".4f")} if front else {})}
     rows = []
-    for name, end in read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`").items():
-        losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
-        rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
-    print_table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS)
+    for name, end in table.items():
+        cells = ["" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()]
+        rows.append((name, *cells, *(["yes" if name in front else ""] if front else []), end["state"]))
+    print_table(("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers))
+    best = choose(table, max_divergence)
+    row = table[best]
+    kind = "loss" if row["eval_loss"] is None else "held-out loss"
+    divergence = f", divergence {row['divergence']:.4f}" if front else ""
+    print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
+    if row["eval_loss"] is None:
+        print_note("No examples are held out: the training loss decides. Set finetune_lora.eval_share, such as to 0.1.")
+    if apply:
+        _apply(project, row["values"])
+
+
+def _apply(project: Project, values: Mapping[str, Any]) -> None:
+    """Write an adapter's values into finetune_lora of the params file, and print the lines that changed."""
+    from difflib import unified_diff
+
+    from cli.console import print_line
+    from pipeline.errors import UserError
+    from pipeline.project.params.edit import save
+
+    path = project.params_path
+    if project.parent and "finetune_lora" in project.parent.params.written - project.params.written:
+        raise UserError(f"--apply: finetune_lora is a section of {project.params.project}. Set it there by hand.")
+    before = path.read_text(encoding="utf-8")
+    save(path, {f"finetune_lora.{key}": value for key, value in values.items()}, project.graph.sections)
+    lines = unified_diff(before.splitlines(), path.read_text(encoding="utf-8").splitlines(), n=0, lineterm="")
+    changed = [line for line in [*lines][2:] if line[0] in "+-"]
+    print_line("\n".join([f"{path.name}:", *changed]) if changed else f"{path.name} has these values already.")
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -72,7 +72,7 @@ class TrainingTask:
     `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
     the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
     do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
-    continues.
+    continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay.
     """
 
     model: CausalLM
@@ -83,6 +83,7 @@ class TrainingTask:
     sharded: bool | None = None
     less_memory: str = ""
     state: Mapping[str, Tensor] | None = None
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of_one(
@@ -155,12 +156,12 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
     learners, evaluation = task.learners, task.evaluation
     for number in range(done, task.total):
         for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
-            if evaluation is not None and evaluation.should_stop(n):
+            if evaluation is not None and (why := evaluation.why_stop(n)):
                 name = learners[n].name
                 what = f"{name} stopped after step {number}: its"
                 if not name:
                     what = f"stopped at step {number} of {task.total}: the"
-                learners[n].stop(number, f"{what} evaluation loss no longer improves")
+                learners[n].stop(number, f"{what} evaluation loss {why}")
         results = _finite_gradients(task, optimizer, number)
         if not results:
             return
@@ -172,7 +173,7 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
         optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
         rewards, held_out = dict[str, Any](task.path.measured()), dict[int, float]()
         if evaluation is not None and evaluation.due(number + 1, task.total):
-            held_out = evaluation.after_step(task.path, optimizer, [*results])
+            held_out = evaluation.after_step(task.path, optimizer, [*results], number + 1)
             if task.path.rewards:
                 rewards["eval_accuracy"] = task.path.measured()["reward_accuracy"]
         epoch = number // len(task.batches) + 1
@@ -340,7 +341,8 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator
         discard_checkpoints(job.run)  # before the logs are overwritten: a checkpoint is unusable without them
         if task.learners[0].name:  # logs of adapters that are no longer in the sweep
             for log in job.run.glob(f"*/{LOSS}"):
-                shutil.rmtree(log.parent)
+                if log.parent.name not in task.earlier:
+                    shutil.rmtree(log.parent)
         if task.state is not None and not optimizer.take_over(task.state):
             yield Note(f"{job.stage.name}: the optimizer's state is of other settings and is not used")
         return 0
@@ -433,7 +435,7 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
     if task.learners[0].name:
         ended = [learner for learner in task.learners if learner.stopped is not None]
         states = {x.name: {"state": DIVERGED if x.diverged else STOPPED, "steps": x.stopped} for x in ended}
-        write_run_outcomes(job.run, states)
+        write_run_outcomes(job.run, {**task.earlier, **states})
 
 
 def predicted_peak(task: TrainingTask, number: int) -> int:

@@ -91,6 +91,9 @@ OTHER = {
     "adapter_precision": "bf16",
     "quantization": "nf4",
     "finetune_sweep.grid": "{rank: [2]}",
+    **{"finetune_sweep.search": "random", "finetune_sweep.trials": "1", "finetune_sweep.search_seed": "3"},
+    **{"finetune_sweep.reduction_factor": "2", "finetune_sweep.sampler": "qmc", "finetune_sweep.generation": "3"},
+    "finetune_sweep.old_data": "other.txt",
     "merge.prompts": "other.yaml",
     "merge.max_logit_difference": "1e-12",
     "evaluate.old_data": "other.txt",
@@ -117,6 +120,11 @@ OTHER = {
     **{f"study_{name}.new_data": "data/fact_correction.de.txt" for name in ("methods", "rank", "forgetting")},
     **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
     **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
+    "study_learning_rate.data": "data/fact_correction.de.txt",
+    "study_learning_rate.eval_data": "other.txt",
+    **{"study_learning_rate.learning_rates": "[2e-3]", "study_learning_rate.full_rates": "[2e-3]"},
+    **{"study_learning_rate.ranks": "[3]", "study_learning_rate.alpha": "8"},
+    **{f"study_learning_rate.{part}_rank": "2" for part in ("attention", "feed_forward")},
     "study_forgetting.every": "2",
     **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
     **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
@@ -139,6 +147,7 @@ def section_of(key: str) -> str:
     return TOP_LEVEL.get(key) or key.partition(".")[0]
 
 
+RANGE, OF_OPTUNA = "grid={learning_rate: {low: 1e-4, high: 1e-2, log: true}}", ("sampler", "generation")
 # What must be set beside a field for it to count.
 WITH = {
     "columns": ["data=both.jsonl"],
@@ -150,6 +159,11 @@ WITH = {
     "eval_steps": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
     "import.dtype": ["base=toy"],
+    "finetune_sweep.search": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "trials=3", "eval"],
+    "finetune_sweep.trials": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=3"],
+    "finetune_sweep.search_seed": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=2"],
+    "finetune_sweep.reduction_factor": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "eval"],
+    **{f"finetune_sweep.{key}": [RANGE, "search=optuna", "trials=6", "generation=2", "eval"] for key in OF_OPTUNA},
     "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
     "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
@@ -245,7 +259,8 @@ def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
 ) -> None:
     stage = stage_of(key)
-    beside = [one if one == "base=toy" else f"{stage}.{one}" for one in of(WITH, key) or []]
+    own = {"base=toy": "base=toy", "eval": "finetune_lora.eval_share=0.3"}  # beside a sweep's own keys
+    beside = [own.get(one) or f"{stage}.{one}" for one in of(WITH, key) or []]
     needs_toy = key in ("base", "import.dtype", "expand_vocab.special_tokens")
     if needs_toy:
         toy_checkpoint(project / "toy")
