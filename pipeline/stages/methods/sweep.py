@@ -160,12 +160,18 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
     """Name → settings of each adapter, in the grid's order; only `base` if the grid is empty.
 
-    Raises UserError for an invalid or duplicate combination, for too many, and for an adapter to train on from.
+    Raises UserError for an invalid or duplicate combination, for too many, and for an adapter to train on from or
+    on experts.
     """
     if base.init_from:
         raise UserError(
             f"finetune_lora.init_from is {base.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
             "finetune lora`."
+        )
+    if base.target_parameters:
+        raise UserError(
+            f"finetune_lora.target_parameters is {', '.join(base.target_parameters)}, but adapters on experts train "
+            "alone. Unset it, or use `lora finetune lora`."
         )
     keys, lists = list(sweep.grid), list(sweep.grid.values())
     if (count := prod(map(len, lists))) > MAX_ADAPTERS:
