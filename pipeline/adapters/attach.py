@@ -85,8 +85,8 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
             "Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
+    add_experts(model, spec, dtype, init)  # before a linear's weight gets another name: it is refused by its own
     add_lora(model, names, spec, dtype, init)
-    add_experts(model, spec, dtype, init)
     if model.shape.tied and saves_embedding_or_head(model, spec):
         untie(model)
     modules = dict(model.named_modules())

@@ -207,9 +207,8 @@ def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
     """Raises UserError for an adapter on stacked experts: only its own module knows which factors belong together."""
     if spec.parameters:
         raise UserError(
-            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}): it can be merged and exported "
-            "merged, but not compared, combined, or exported alone. Use `lora merge --adapter` or `lora prompt "
-            "--adapter`."
+            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only PEFT and this "
+            "project read as an adapter. Merge it: `lora export --format merged`."
         )
 
 

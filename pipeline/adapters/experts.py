@@ -109,8 +109,9 @@ class LoRAExperts(AdapterLayer):
     ) -> Tensor:
         """One expert's projection of its rows (n, I), with its update if it has one: (n, O)."""
         base: Any = self.base
-        weight = getattr(base, name)[expert]
-        bias = getattr(base, f"{name}_bias")[expert] if base.has_bias else None
+        # cast where two models are compared in fp32, block by block: only a module's own parameters are wide then
+        weight = getattr(base, name)[expert].to(x.dtype)
+        bias = getattr(base, f"{name}_bias")[expert].to(x.dtype) if base.has_bias else None
         out = F.linear(x, weight.T if self.transposed else weight, bias)
         if name in factors:
             a, b, scale = factors[name][expert]

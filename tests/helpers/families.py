@@ -63,6 +63,10 @@ MIXTURES = {
         tied=False,
         linears=8,
     ),
+    # stacks (E, I, O), with biases, gate and up by turns
+    "gpt_oss": Family(
+        "gpt_oss", {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}, tied=False
+    ),
 }
 OTHERS = {  # a head with a bias; attention that is not left to transformers' interface
     "phi": Family("phi", WIDE, tied=False),

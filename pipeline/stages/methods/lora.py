@@ -142,7 +142,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
     yield from note_wide_rank(base.model)
-    yield from note_experts(base.model, spec)
+    yield from note_experts(base.model, spec, settings.quantization)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
     if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
@@ -249,12 +249,15 @@ def note_wide_rank(model: CausalLM) -> Iterator[Event]:
             return
 
 
-def note_experts(model: CausalLM, spec: AdapterSpec) -> Iterator[Event]:
-    """Yields a note if the model has experts that no LoRA reaches: most of a mixture's weights are theirs."""
+def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
+    """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not quantized."""
     from pipeline.adapters.experts import expert_parameters
     from pipeline.project.runner import Note
 
-    if not spec.parameters and (names := expert_parameters(model)):
+    names = expert_parameters(model)
+    if names and quantization != "none":
+        yield Note(f"finetune_lora.quantization {quantization} is of linears: the experts keep their precision")
+    if names and not spec.parameters:
         yield Note(
             f"experts get no LoRA: name them, finetune_lora.target_parameters=[{', '.join(names)}], to train them too"
         )
