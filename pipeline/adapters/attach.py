@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
-from pipeline.adapters.experts import add_experts, expert_layers
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
@@ -85,7 +84,10 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
             "Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
-    add_experts(model, spec, dtype, init)  # before a linear's weight gets another name: it is refused by its own
+    if spec.parameters:  # before linears: a weight of theirs is refused by its own name
+        from pipeline.adapters.experts import add_experts  # most models have none
+
+        add_experts(model, spec, dtype, init)
     add_lora(model, names, spec, dtype, init)
     if model.shape.tied and saves_embedding_or_head(model, spec):
         untie(model)
@@ -196,6 +198,8 @@ class AdapterScale:
     """
 
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
+        from pipeline.adapters.experts import expert_layers
+
         updates = (update for _, layer in expert_layers(model) for update in layer.by_parameter().values())
         scaled = (*(layer for _, layer in adapter_layers(model)), *updates)
         self._lora = [(layer, layer.scale) for layer in scaled]

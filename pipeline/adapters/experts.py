@@ -202,7 +202,6 @@ def add_experts(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None =
 
     Raises UserError for a wrong name, or an option that does not work with them.
     """
-    if spec.parameters:
-        refuse_with_experts(spec, init)
+    refuse_with_experts(spec, init)
     for name, parameters in resolve_parameters(model, spec.parameters).items():
         model.set_submodule(name, LoRAExperts(model.get_submodule(name), name, parameters, spec, dtype, init))

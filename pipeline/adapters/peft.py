@@ -22,7 +22,6 @@ from pipeline.adapters.config import (
     read_spec,
     refuse_options,
 )
-from pipeline.adapters.experts import stacked_shapes
 from pipeline.adapters.folder import Fingerprint, refuse_foreign, refuse_pickle
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, LoRALinear, fan_in_fan_out, weight_of
 from pipeline.errors import UserError
@@ -203,7 +202,11 @@ def _refuse_large_ranks(
     model: CausalLM, spec: AdapterSpec, names: list[str], values: Mapping[str, Tensor], path: Path
 ) -> None:
     """Raises UserError for a rank above that of every tensor in the file, before memory is allocated for it."""
-    expected = stacked_shapes(model, spec)
+    expected = dict[str, tuple[int, ...]]()
+    if spec.parameters:
+        from pipeline.adapters.experts import stacked_shapes
+
+        expected = stacked_shapes(model, spec)
     for name in names:
         layer = model.get_submodule(name)
         key = f"{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"

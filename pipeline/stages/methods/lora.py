@@ -193,12 +193,15 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
     """Resolve the settings against the model. Raises UserError for a target or pattern that matches no layer."""
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
-    from pipeline.adapters.experts import resolve_parameters
 
     rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
-    stacked = resolve_parameters(model, settings.target_parameters)
-    adapted = [*names, *(f"{name}.{parameter}" for name, own in stacked.items() for parameter in own)]
+    adapted = list(names)
+    if settings.target_parameters:
+        from pipeline.adapters.experts import resolve_parameters
+
+        stacked = resolve_parameters(model, settings.target_parameters)
+        adapted += [f"{name}.{parameter}" for name, own in stacked.items() for parameter in own]
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         _check_patterns(key, list(patterns), adapted)
     return AdapterSpec(
@@ -251,8 +254,11 @@ def note_wide_rank(model: CausalLM) -> Iterator[Event]:
 
 def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
     """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not quantized."""
-    from pipeline.adapters.experts import expert_parameters
     from pipeline.project.runner import Note
+
+    if all(parameter.ndim < 3 for parameter in model.parameters()):  # most models: the module below is not loaded
+        return
+    from pipeline.adapters.experts import expert_parameters
 
     names = expert_parameters(model)
     if names and quantization != "none":
@@ -389,6 +395,8 @@ class Lora(FinetuningMethod):
         super().check()
         if self.embeddings == "new_rows" and not self.new_rows:
             raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
+        if not self.targets and not self.target_parameters:
+            raise UserError("targets is empty and matches no linear layer. Name linears, or --target-parameters.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UserError(f"alpha must be more than 0, got {self.alpha:g}.")
         if not 0 <= self.lora_dropout < 1:

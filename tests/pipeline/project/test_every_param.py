@@ -67,7 +67,7 @@ OTHER = {
     "finetune_lora.rank": "2",
     "finetune_lora.alpha": "2",
     "finetune_lora.target_modules": "[v_proj]",
-    "target_parameters": "[mlp.experts.down_proj]",
+    "finetune_lora.target_parameters": "[mlp.experts.down_proj]",
     "finetune_lora.rank_pattern": "{v_proj: 2}",
     "finetune_lora.alpha_pattern": "{v_proj: 2}",
     "finetune_lora.dora": "true",
@@ -155,7 +155,7 @@ REFUSED = {  # alone, or always: it would count for nothing
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
     "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
-    "target_parameters": "The base has no experts that are stacked",
+    "finetune_lora.target_parameters": "The base has no experts that are stacked",
 }
 ONLY_REFUSED = {
     "import.trust_remote_code",
