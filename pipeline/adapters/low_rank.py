@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
+from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec, refuse_experts
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.adapters.peft import read_tensors
@@ -124,6 +124,7 @@ def load_update(folder: Path) -> LowRankUpdate:
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
     # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
     spec = read_spec(folder, row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
+    refuse_experts(folder, spec)
     again = "Train or import the adapter again."
     low_rank = {}
     for embedding, (a_key, b_key) in enumerate(_KEYS):

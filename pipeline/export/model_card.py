@@ -221,8 +221,9 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         yield f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
     if "stored" in manifest.get("parameters", {}):
         yield f"trained with rank {params['rank']} and saved relative to the original base, which doubles the rank"
-    if targets := config.get("target_modules"):
-        yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
+    for key in ("target_modules", "target_parameters"):
+        if targets := config.get(key):
+            yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
     if (kind := quantization_of(adapter)) != "none" and not merged:
         yield f"{quantization_note(kind)}. Load the base in {kind}, or merge the adapter into it"
     if origin and origin.dequantized:

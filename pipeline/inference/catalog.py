@@ -141,7 +141,9 @@ def describe(folder: Path) -> Model:
     if (folder / CONFIG).exists():
         kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
         names = config.get("target_modules")
+        stacked = config.get("target_parameters")
         targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
+        targets += tuple(str(name).removeprefix("mlp.") for name in stacked) if isinstance(stacked, list) else ()
         if virtual:
             targets = (f"{config['num_virtual_tokens']} virtual tokens",)
     else:

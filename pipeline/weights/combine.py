@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of
+from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of, refuse_experts
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank, svd, tensors_of, truncated
 from pipeline.errors import UserError
@@ -177,6 +177,7 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False,
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter)
+    refuse_experts(adapter, spec)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():
         name = parameter.removesuffix(".weight")

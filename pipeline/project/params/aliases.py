@@ -108,7 +108,7 @@ NO_COUNTERPART = _by_other_name(
         "ignore_data_skip enable_jit_checkpoint",
         "an adapter is trained on the base, a new one unless init_from names one": "create_new_adapter inference_mode",
         "LoRA goes on every block; name linears in target_modules": "num_layers lora_layers* *layers_to_transform "
-        "layers_pattern exclude_modules target_parameters",
+        "layers_pattern exclude_modules",
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": "trust_remote_code",
         "held-out examples are chosen by eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
         "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
