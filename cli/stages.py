@@ -210,12 +210,16 @@ def merge(
 
 @app.command()
 def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
-    """Compare all variants → artifacts/evaluation."""
-    from cli.project import report
+    """Compare all variants → artifacts/evaluation.
+
+    Exits with 1 where a model does not keep evaluate.limits.
+    """
+    from cli.project import refuse_broken, report
 
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
+    refuse_broken(project_of(params, overrides), shown=not UNDER_DVC)
 
 
 def run_stage(
