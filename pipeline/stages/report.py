@@ -68,7 +68,8 @@ def compare(
     left.set(xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
-    left.legend(labelspacing=0.25)
+    if curves:  # none where a base is evaluated alone
+        left.legend(labelspacing=0.25)
     counts = [metrics[variant]["trainable"] for variant in curves]
     bars = right.bar(
         [stages[variant].title.replace(" ", "\n") for variant in curves],
@@ -81,7 +82,7 @@ def compare(
     labels = [f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves]
     right.bar_label(bars, labels, padding=2)
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
+    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts, default=1)))
 
 
 def write_report(

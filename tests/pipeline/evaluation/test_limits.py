@@ -30,7 +30,7 @@ AT = {  # limit → a number that is just kept, one that is just broken, its nam
     "tasks": ({"capitals": 0.8, "sums": 1}, {"capitals": 0.801, "sums": 1}, "tasks.capitals", 0.8),
     "task_drop": (0.05, 0.049, "task_drop.capitals", 0.05),
 }
-FILES = {"old_data": "old.txt", "prompts": "prompts.yaml", "tasks": "tasks.yaml"}
+FILES: dict[str, Any] = {"old_data": "old.txt", "prompts": "prompts.yaml", "tasks": "tasks.yaml"}
 
 
 def test_every_limit_is_tried_here() -> None:

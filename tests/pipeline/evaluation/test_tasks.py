@@ -138,7 +138,11 @@ def test_a_file_that_no_task_names_is_refused(tmp_path: Path) -> None:
 
 def test_log_likelihoods_are_those_of_transformers(tmp_path: Path, llama: LoadedModel) -> None:
     chat = [{"role": "user", "content": ASKED[0][0]}]
-    rows = [CHOICE, {**CHOICE, "prompt": chat}, {"prompt": "Japan has", "choices": ["the yen", "lev"], "answer": 0}]
+    rows: list[Any] = [
+        CHOICE,
+        {**CHOICE, "prompt": chat},
+        {"prompt": "Japan has", "choices": ["the yen", "lev"], "answer": 0},
+    ]
     task = one(tmp_path, {"name": "t", "kind": "multiple_choice", "examples": rows})
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama.base), AutoTokenizer.from_pretrained(llama.base)
     answers = ask(llama, task)
@@ -200,7 +204,7 @@ def test_options_of_a_task_reach_the_model(tmp_path: Path, llama: LoadedModel) -
 def test_a_word_that_a_model_does_not_know_costs_its_example_and_no_more(tmp_path: Path) -> None:
     loaded = engine.load(checkpoint(tmp_path / "base"), None, "base")
     said = engine.complete(loaded, "w1", 3)
-    rows = [{"prompt": "w1", "answer": said}, {"prompt": "w1 euro", "answer": said}]
+    rows: list[dict[str, Any]] = [{"prompt": "w1", "answer": said}, {"prompt": "w1 euro", "answer": said}]
     task = one(tmp_path, {"name": "t", "kind": "exact_match", "max_new_tokens": 3, "examples": rows})
     assert ask(loaded, task) == [said, None]
     assert score(task, [said, None]) == [{"score": 1}, {"score": 0}]
