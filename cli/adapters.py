@@ -19,7 +19,7 @@ app.add_typer(adapters, name="adapters")
 adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
-COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "limits", "state")
+COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "gate", "state")
 
 
 @adapters.callback()
@@ -67,7 +67,7 @@ def show(
             adapter.problem or "verified",
         )
         rows.append(row)
-    shown = [n for n, name in enumerate(COLUMNS) if name != "limits" or any(adapter.gate for adapter in found)]
+    shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
     cells = [[row[n] for n in shown] for row in rows]
     print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"))
 

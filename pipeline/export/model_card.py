@@ -272,7 +272,7 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
 
     if metrics.get("gate"):
-        yield f"limits that were set for it: {metrics['gate']}"
+        yield f"gate, the limits that were set for it: {metrics['gate']}"
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:

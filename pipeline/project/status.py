@@ -99,7 +99,7 @@ class Status:
         manifest = artifact.read_manifest(folder)
         reasons = tuple(differences(manifest, now))
         gate = badge(manifest) if stage.kind == "evaluation" else None
-        return ("changed", reasons) if reasons else ("current", (f"limits {gate}",) if gate else ())
+        return ("changed", reasons) if reasons else ("current", (f"gate {gate}",) if gate else ())
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)

@@ -2,7 +2,10 @@
 shown where exactly this model was measured."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import pytest
 
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
+from pipeline.project.new_project import write_project
 from pipeline.project.status import Status
 from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers.projects import folder_bytes, save
+from tests.helpers.projects import ROOT, folder_bytes, save
 
 BROKEN = "evaluate.limits={answers_kept: 1.0, new_loss: 100, variants: [lora, full]}"
 KEPT = "evaluate.limits={answers_kept: 0.0, task_drop: 1.0, tasks: {currencies: 0.0}, variants: lora}"
@@ -74,13 +78,13 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
         return [catalog.check(catalog.describe(folder), limited, measured).gate for folder in (adapter, full)]
 
     assert badges() == [None, None]
-    assert "limits" not in cli("adapters", cwd=limited)[1]
+    assert "gate" not in cli("adapters", cwd=limited)[1]
     assert cli("evaluate", "--set", KEPT, cwd=limited)[0] == 0
     assert badges() == ["passed", None], "full had none to keep"
-    assert "limits that were set for it: passed" in card(adapter)
+    assert "gate, the limits that were set for it: passed" in card(adapter)
     assert "task currencies: score" in card(adapter)
-    listed = cli("adapters", cwd=limited)[1].splitlines()
-    assert [word for word in ("limits", "passed") if word in " ".join(listed)] == ["limits", "passed"]
+    heading, row = cli("adapters", cwd=limited)[1].splitlines()
+    assert ("gate" in heading, "passed" in row) == (True, True)
     cli("evaluate", "--set", BROKEN, cwd=limited)
     assert badges() == ["failed: 1 limit", "failed: 1 limit"]
     assert json.loads(cli("adapters", "--json", cwd=limited)[1])[0]["gate"] == "failed: 1 limit"
@@ -88,7 +92,7 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
         cli("finetune", "lora", "--set", "finetune_lora.seed=5", cwd=limited)[0] == 0
     )  # another adapter, not measured
     assert badges() == [None, "failed: 1 limit"]
-    assert "limits" not in card(adapter)
+    assert "gate" not in card(adapter)
 
 
 def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli: Lora) -> None:
@@ -98,10 +102,34 @@ def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli:
 
     save(limited / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
     assert cli("evaluate", cwd=limited)[0] == 1
-    assert state() == ("current", ("limits failed: 1 limit",))
+    assert state() == ("current", ("gate failed: 1 limit",))
     tasks = limited / "data/tasks.de.yaml"
     tasks.write_text(tasks.read_text(encoding="utf-8").replace("answer: bett", "answer: sofa"), encoding="utf-8")
     assert state() == ("changed", ("data/tasks.de.yaml changed",))
+
+
+@pytest.mark.slow
+def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(limited: Path) -> None:
+    params = limited / "params.yaml"
+    save(params, {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
+    write_project(open_project(params), params.read_text(encoding="utf-8"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "evaluate"]
+
+    def repro() -> tuple[bool, str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
+        done = subprocess.run(command, cwd=limited, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode == 0, done.stdout + done.stderr
+
+    for _ in range(2):  # again, as DVC locks no stage that failed
+        ended_well, said = repro()
+        assert (ended_well, "answers_kept  at least 1" in said) == (False, True), said
+        assert "error: evaluate.limits: 1 limit is broken, by lora." in said
+        assert not metrics(limited)["gate"]["passed"]
+    save(params, {"evaluate.limits": {"answers_kept": 0.0, "variants": ["lora"]}})
+    assert repro()[0]
+    ended_well, said = repro()
+    assert (ended_well, "didn't change, skipping" in said) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ class Entry:
 
     @property
     def gate(self) -> str:
-        """What to add to the state: whether it keeps the limits that were set for it."""
-        return f", limits {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
+        """What to add to the state: whether it keeps evaluate.limits."""
+        return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
 
     @property
     def sort_key(self) -> tuple[int, list[str | float]]:
