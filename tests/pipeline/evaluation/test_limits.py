@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.evaluation.kinds import KINDS
 from pipeline.evaluation.limits import verdict
 from pipeline.project.gate import badge
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.project.params.sections import LIMITS, Evaluate
+from tests.helpers.projects import ROOT
 
 MEASURED: dict[str, Any] = {
     "new_loss": 2.0,
@@ -33,8 +35,10 @@ AT = {  # limit → a number that is just kept, one that is just broken, its nam
 FILES: dict[str, Any] = {"old_data": "old.txt", "prompts": "prompts.yaml", "tasks": "tasks.yaml"}
 
 
-def test_every_limit_is_tried_here() -> None:
+def test_every_limit_and_every_kind_is_tried_and_documented() -> None:
     assert {*AT, "variants"} == set(LIMITS)
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in (*LIMITS, *KINDS) if f"\n| `{name}` |" not in page] == []
 
 
 @pytest.mark.parametrize("limit", AT)
