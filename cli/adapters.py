@@ -22,7 +22,7 @@ app.add_typer(adapters, name="adapters")
 adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
-COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")
+COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "gate", "state")
 
 
 @adapters.callback()
@@ -66,10 +66,13 @@ def show(
             f"{adapter.size / 1000:,.0f} kB",
             number(adapter.final_loss, ".3f"),
             number(adapter.forgetting, "+.3f"),
+            adapter.gate or "",
             adapter.problem or "verified",
         )
         rows.append(row)
-    print_table(COLUMNS, rows, right=("rank", "size", "loss", "forgot"))
+    shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
+    cells = [[row[n] for n in shown] for row in rows]
+    print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"))
 
 
 @adapters.command()

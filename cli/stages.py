@@ -289,12 +289,12 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare all variants → artifacts/evaluation.
+    """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
 
     With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
     be your own; a task may run Python code.
     """
-    from cli.project import report
+    from cli.project import refuse_broken, report
     from pipeline.errors import UserError
 
     if harness:
@@ -310,6 +310,7 @@ def evaluate(
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
+    refuse_broken(project_of(params, overrides), shown=not UNDER_DVC)
 
 
 def _run_harness(

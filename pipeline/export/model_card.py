@@ -264,10 +264,16 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"loss on the new data: {metrics['new_loss']:.4f} nats per token"
     if "new_completed" in metrics:
         yield f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}"
+    for name, scores in metrics.get("tasks", {}).items():
+        between = f"95% interval {scores['low']:.3f} to {scores['high']:.3f}"
+        yield f"task {name}: score {scores['score']:.3f} over {scores['n']:,} examples, {between}"
     if forgetting := metrics.get("forgetting"):
         yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats per token"
         yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats per token"
         yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
+
+    if metrics.get("gate"):
+        yield f"gate, the limits that were set for it: {metrics['gate']}"
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:

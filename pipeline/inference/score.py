@@ -103,11 +103,13 @@ def score(
 @dataclass(frozen=True)
 class AnswerScore:
     """Joint probability of an answer's tokens after a prompt (None if it has no tokens), whether the greedy
-    completion begins with it, and the most likely next tokens."""
+    completion begins with it, the most likely next tokens, and the logarithm of the probability, which is not 0 where
+    that of a long answer is."""
 
     probability: float | None
     first: bool
     top: list[TokenProbability]
+    log_probability: float | None = None  # nats
 
 
 @torch.no_grad()
@@ -127,7 +129,8 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
             continue
         tokens = torch.tensor(answer)
         token_log_p = log_p.gather(1, tokens[:, None])
-        scores.append(AnswerScore(float(token_log_p.sum().exp()), bool((log_p.argmax(dim=-1) == tokens).all()), top))
+        total, first = token_log_p.sum(), bool((log_p.argmax(dim=-1) == tokens).all())
+        scores.append(AnswerScore(float(total.exp()), first, top, float(total)))
     return scores
 
 

@@ -95,6 +95,58 @@ DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "colu
 Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
 
 
+def _read_files(value: Any, key: str, origin: ValueSource) -> str | tuple[str, ...]:
+    """As it is written, checked. Raises UserError."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise UserError(f"{key} must be {FILES_RULE}, got {value!r}. {origin.edit(key)}")
+    if twice := [file for number, file in enumerate(files) if file in files[:number]]:
+        raise UserError(f"{key} has {twice[0]!r} twice. Remove one of them from {origin.of(key)}.")
+    return value if isinstance(value, str) else tuple(files)
+
+
+def _read_limits(value: Any, key: str, origin: ValueSource) -> dict[str, Any]:
+    """As it is written, checked. Raises UserError."""
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{key} must be a mapping of limits, such as {LIMITS_EXAMPLE}, got {value!r}. {origin.edit(key)}"
+        )
+    reject_unknown_keys(value, list(LIMITS), f"{key}.", origin)
+    return {name: check_value(LIMITS[name], limit, f"{key}.{name}", origin) for name, limit in value.items()}
+
+
+def _read_scores(value: Any, key: str, origin: ValueSource) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(
+            f"{key} must be a mapping of tasks to scores, such as {{capitals: 0.8}}, got {value!r}. {origin.edit(key)}"
+        )
+    return {name: check_value(Score, score, f"{key}.{name}", origin) for name, score in value.items()}
+
+
+FILES_RULE = "a file, or a list of files"
+Files = Annotated[str | tuple[str, ...], ALLOW_EMPTY, ReadBy(_read_files, FILES_RULE)]
+Score = Annotated[float, Meta(ge=0, le=1)]
+LIMITS: Mapping[str, Any] = {  # as metrics.json has the numbers; see `evaluation/limits.py`
+    "new_loss": Annotated[Weight, "most loss on the new sentences, in nats per token"],
+    "old_loss_rise": Annotated[float, "most that the loss on old_data may rise above the base's, in nats per token"],
+    "answers_kept": Annotated[Score, "least share of the base's first choices on old_data that stay"],
+    "divergence": Annotated[Weight, "most KL divergence from the base on old_data, in nats per token"],
+    "must_keep": Annotated[Score, "least share of the must_keep prompts that keep their answer"],
+    "tasks": Annotated[
+        Mapping[str, float], ReadBy(_read_scores, "a mapping of tasks to scores"), "least score of each task"
+    ],
+    "task_drop": Annotated[Score, "most that any task's score may be below the base's"],
+    "variants": Annotated[tuple[str, ...], "the variants that must keep the limits; without it all that are trained"],
+}
+LIMITS_EXAMPLE = "{old_loss_rise: 0.1, tasks: {capitals: 0.8}}"
+LIMITS_RULE = "a mapping of limits: " + "; ".join(f"{name}, {note.__metadata__[-1]}" for name, note in LIMITS.items())
+Limits = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_limits, LIMITS_RULE)]
+MEASURED_ON = {  # limit → the key of evaluate without which it is not measured
+    **dict.fromkeys(("old_loss_rise", "answers_kept", "divergence"), "old_data"),
+    **{"must_keep": "prompts", "tasks": "tasks", "task_drop": "tasks"},
+}
+
+
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
 
@@ -249,5 +301,25 @@ class Evaluate(Section, frozen=True, kw_only=True):
     prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
     max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
     sample_answers: Annotated[Steps, "prompts of new_data that every variant answers, for the report"] = 2
+    tasks: Annotated[
+        Files, "tasks of your own, and the data and scorer files that they name (a scorer's code is run); empty: none"
+    ] = ""
+    limits: Annotated[Limits, "what trained models must keep to; where one does not, `lora evaluate` exits with 1"] = (
+        field(default_factory=dict)
+    )
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a limit on what is not measured."""
+        for limit in self.limits:
+            if (key := MEASURED_ON.get(limit)) and not getattr(self, key):
+                raise UserError(
+                    f"limits.{limit} is set, but evaluate.{key} names no file to measure it on. Name one, or remove "
+                    "the limit."
+                )
+
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """The paths of `tasks`."""
+        return tuple(filter(None, (self.tasks,) if isinstance(self.tasks, str) else self.tasks))

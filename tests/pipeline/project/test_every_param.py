@@ -100,6 +100,8 @@ OTHER = {
     "evaluate.old_data": "other.txt",
     "evaluate.new_data": "data/fact_correction.de.txt",
     "evaluate.prompts": "other.yaml",
+    "evaluate.tasks": "tasks.yaml",
+    "evaluate.limits": "{new_loss: 0.001}",
     "evaluate.top_k": "2",
     "evaluate.max_examples": "3",
     "evaluate.sample_answers": "1",
@@ -230,6 +232,8 @@ def test_every_field_has_another_value_to_try() -> None:
 
 def prepared(project: Path) -> Path:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    task = "[{name: t, kind: contains, examples: [{prompt: der hund, answer: park}]}]"
+    (project / "tasks.yaml").write_text(task, encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")

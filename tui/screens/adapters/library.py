@@ -48,6 +48,11 @@ class Entry:
         return self.verdict.state if self.verdict else CHECKING
 
     @property
+    def gate(self) -> str:
+        """What to add to the state: whether it keeps evaluate.limits."""
+        return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
+
+    @property
     def sort_key(self) -> tuple[int, list[str | float]]:
         """Pipeline models in ORDER, then all others by name."""
         kind = "adapter" if self.model.kind == "adapter" else self.model.method

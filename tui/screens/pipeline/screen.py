@@ -301,7 +301,11 @@ class PipelineScreen(WorkbenchScreen):
         elif any(state.state == "stopped" for state in stages):
             self.workbench.log_message("Stopped. Run again to resume from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
-            self.workbench.log_message("All stages are up to date.")
+            gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
+            is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
+            self.workbench.log_message(
+                " ".join(["All stages are up to date.", *gates]), "error" if is_broken else "information"
+            )
         elif disk_usage(self.workbench.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.workbench.log_message(
                 "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"
