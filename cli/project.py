@@ -26,6 +26,7 @@ EXTRAS = {  # what each is for
     "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
     **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
     "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
+    "lm-eval": "`lora evaluate --harness` needs it, `lora-workbench[harness]`",
 }
 
 

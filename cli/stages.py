@@ -18,6 +18,7 @@ from cli.options import (
     CheckpointOption,
     ForceOption,
     Group,
+    JsonOption,
     Lazy,
     ParamsOption,
     PromptsOption,
@@ -29,6 +30,7 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.harness import Folders, HarnessOptions
     from pipeline.project.stage_graph import Project, Stage
 
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
@@ -209,13 +211,74 @@ def merge(
 
 
 @app.command()
-def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
-    """Compare all variants → artifacts/evaluation."""
-    from cli.project import report
+def evaluate(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    harness: Annotated[
+        list[str] | None, Option("--harness", metavar="TASK", help="Run a task of lm-evaluation-harness instead.")
+    ] = None,
+    include_path: Annotated[Path | None, Option(help="Folder of more tasks for --harness, as YAML files.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first examples of each task of --harness.")] = None,
+    num_fewshot: Annotated[int | None, Option(min=0, help="Examples before each question of --harness.")] = None,
+    apply_chat_template: Annotated[
+        bool, Option("--apply-chat-template", help="Ask the questions of --harness in the chat template.")
+    ] = False,
+    adapter: Annotated[
+        list[Path] | None, Option(help="Adapter for --harness instead of the project's models, with its base.")
+    ] = None,
+    base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare all variants → artifacts/evaluation.
 
+    With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
+    be your own; a task may run Python code.
+    """
+    from cli.project import report
+    from pipeline.errors import UserError
+
+    if harness:
+        from pipeline.evaluation.harness import HarnessOptions, named
+
+        options = HarnessOptions(harness, include_path, limit, num_fewshot, apply_chat_template)
+        outside = named(base, adapter or ()) if base or adapter else None
+        _run_harness(options, outside, params, overrides, trust_remote_code, as_json)
+        return
+    given = (option is not None for option in (include_path, limit, num_fewshot, adapter, base))
+    if any((*given, apply_chat_template, trust_remote_code, as_json)):
+        raise UserError("Without --harness TASK, evaluate takes --params, --set and --force alone.")
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
+
+
+def _run_harness(
+    options: HarnessOptions,
+    models: Folders | None,
+    params: Path,
+    overrides: list[str] | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Score `models`, or else the project's, and show the table, or print the document."""
+    from cli.console import print_json, print_note, print_table
+    from pipeline.errors import UserError
+    from pipeline.evaluation.harness import run, table
+    from pipeline.inference.engine import variant_folders
+
+    if models is None:
+        project = project_of(params, overrides)
+        models, trust_remote_code = variant_folders(project), project.params.origin.trust_remote_code
+    if not models:
+        raise UserError("There is no model yet. Run `dvc repro`, or name one with --base or --adapter.")
+    document = run(models, options, trust_remote_code, print_note)
+    if as_json:
+        print_json(document)
+        return
+    columns, rows = table(document)
+    print_table(columns, rows, right=columns[2:])
 
 
 def run_stage(

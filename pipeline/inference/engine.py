@@ -62,12 +62,20 @@ def load(
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 
+def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
+    """Base and adapter of every model that the project's stages, and its parent's, have produced so far, in the order
+    of the report."""
+    folders = {
+        name: (project.artifact(base), project.artifact(adapter) if adapter else None)
+        for name, (base, adapter) in project.variants.items()
+    }
+    return {name: pair for name, pair in folders.items() if all(each is None or each.is_dir() for each in pair)}
+
+
 def variants(project: Project) -> Iterator[LoadedModel]:
-    """Every model that the project's stages, and its parent's, have produced so far, in the order of the report."""
-    for name, (base, adapter) in project.variants.items():  # a generator: one large model is in memory at a time
-        folders = project.artifact(base), project.artifact(adapter) if adapter else None
-        if all(folder is None or folder.is_dir() for folder in folders):
-            yield load(*folders, name, project.params.origin.trust_remote_code)
+    """The models of `variant_folders`."""
+    for name, folders in variant_folders(project).items():  # a generator: one large model is in memory at a time
+        yield load(*folders, name, project.params.origin.trust_remote_code)
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
