@@ -141,12 +141,8 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
-<<<<<<< HEAD
     yield from note_wide_rank(base.model, job.stage.section)
-=======
-    yield from note_wide_rank(base.model)
     yield from note_experts(base.model, spec, settings.quantization)
->>>>>>> i23-experts
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
     if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
@@ -209,11 +205,7 @@ def lora_spec(
         stacked = resolve_parameters(model, settings.target_parameters)
         adapted += [f"{name}.{parameter}" for name, own in stacked.items() for parameter in own]
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-<<<<<<< HEAD
-        _check_patterns(f"{section}.{key}", list(patterns), names)
-=======
-        _check_patterns(key, list(patterns), adapted)
->>>>>>> i23-experts
+        _check_patterns(f"{section}.{key}", list(patterns), adapted)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,

@@ -184,6 +184,11 @@ def check(project: Project) -> None:
             f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
             "finetune lora`."
         )
+    if settings.target_parameters:
+        raise UserError(
+            f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but adapters on experts "
+            "train alone. Unset it, or use `lora finetune lora`."
+        )
     if search.passes(sweep) == 1:
         variants(settings, sweep)
 
@@ -345,7 +350,6 @@ def _train_pass(
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
     """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the grid is empty.
 
-<<<<<<< HEAD
     Raises UserError for an invalid or duplicate combination.
     """
     return {name: lora for name, (_, lora) in _adapters(base, SEARCHES[sweep.search].ask(sweep, ()), ()).items()}
@@ -353,28 +357,6 @@ def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora
 
 def _adapters(base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str]) -> dict[str, Adapter]:
     """Name → values and settings of each combination; a name is none of `taken`. Raises UserError as `variants`."""
-=======
-    Raises UserError for an invalid or duplicate combination, for too many, and for an adapter to train on from or
-    on experts.
-    """
-    if base.init_from:
-        raise UserError(
-            f"finetune_lora.init_from is {base.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
-            "finetune lora`."
-        )
-    if base.target_parameters:
-        raise UserError(
-            f"finetune_lora.target_parameters is {', '.join(base.target_parameters)}, but adapters on experts train "
-            "alone. Unset it, or use `lora finetune lora`."
-        )
-    keys, lists = list(sweep.grid), list(sweep.grid.values())
-    if (count := prod(map(len, lists))) > MAX_ADAPTERS:
-        raise UserError(
-            f"finetune_sweep.grid has {count} combinations; at most {MAX_ADAPTERS} adapters can train together. "
-            "Shorten its lists."
-        )
-    combinations = [dict(zip(keys, values, strict=True)) for values in product(*lists)]
->>>>>>> i23-experts
     twice = next((values for n, values in enumerate(combinations) if values in combinations[:n]), None)
     if twice is not None:
         raise UserError(f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them.")

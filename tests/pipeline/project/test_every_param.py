@@ -180,21 +180,15 @@ REFUSED = {  # alone, or always: it would count for nothing
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "finetune_dpo.window": "window must be 0: preferences are of whole answers",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
-<<<<<<< HEAD
     "finetune_lora.retention_weight": "{stage}.retention_data is not. Set it to a data file",
-=======
-    "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
     "finetune_lora.target_parameters": "The base has no experts that are stacked",
->>>>>>> i23-experts
 }
 ONLY_REFUSED = {
     "import.trust_remote_code",
     "pretrain.precision",
-<<<<<<< HEAD
     "finetune_dpo.window",
-=======
+    "finetune_dpo.target_parameters",
     "finetune_lora.target_parameters",  # tests/pipeline/adapters/test_experts.py has bases with experts
->>>>>>> i23-experts
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
     "study_trajectory",
