@@ -66,7 +66,7 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
     """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple. Raises UserError."""
     if values in (None, "", [], {}):
         return {}
-    if isinstance(values, list):
+    if isinstance(values, list) and not any(isinstance(grid, list) for grid in values):
         return tuple(_read_grid(grid, f"{key}[{n}]", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
@@ -102,9 +102,9 @@ def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any
 
 
 def _read_search(value: Any, key: str, origin: ValueSource) -> str:
-    if value not in SEARCHES:
+    if not isinstance(value, str) or value not in SEARCHES:
         raise UserError(f"{key} must be {SEARCH_RULE}, got {value!r}. {origin.edit(key)}")
-    return str(value)
+    return value
 
 
 GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or empty"

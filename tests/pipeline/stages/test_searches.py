@@ -353,7 +353,9 @@ def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(mini: Pat
         (["search=halving", "sampler=gp"], "finetune_sweep.sampler is gp, but search halving does not read it."),
         (["search=halving", "grid={rank: [1, 2]}"], "finetune_sweep.reduction_factor is 3, but there are only 2"),
         (["search=halving"], "finetune_sweep.search halving compares held-out losses, but there is no evaluation set."),
-        (["grid=[]", "search=3"], "finetune_sweep.search must be one of"),
+        (["search=[grid]"], "finetune_sweep.search must be one of"),
+        (["grid=[[{rank: [1]}]]"], "finetune_sweep.grid must be a mapping of keys to lists of values"),
+        (["grid=[3]"], "finetune_sweep.grid[0] must be a mapping of keys to lists of values"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_in_one_line(cli: Any, mini: Path, given: list[str], message: str) -> None:
