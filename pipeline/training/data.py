@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from shutil import copyfile
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM
 from pipeline.models.load import Base, count, save_base
-from pipeline.project.logs.run_log import LOSS
+from pipeline.project.logs.run_log import LOSS, SAMPLES
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
@@ -131,14 +132,16 @@ def _build_corpus(
     return corpus
 
 
-def save_curve(job: Job) -> None:
-    """Copy the run's loss.csv into the artifact."""
-    copyfile(job.run / LOSS, job.out / LOSS)
+def save_logs(run: Path, out: Path) -> None:
+    """Copy the logs of a run folder that two runs write alike into the artifact: loss.csv, and samples.jsonl if any."""
+    copyfile(run / LOSS, out / LOSS)
+    if (run / SAMPLES).exists():
+        copyfile(run / SAMPLES, out / SAMPLES)
 
 
 @torch.no_grad()
 def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None) -> Facts:
-    """Write the trained model and its loss curve; returns their facts for the manifest.
+    """Write the trained model and its logs; returns their facts for the manifest.
 
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
     trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
@@ -153,5 +156,5 @@ def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from
             stored = model.get_parameter(name)
             stored.copy_(stored.float() + (weights - stored.to(dtype).float()))
     save_base(job.out, Base(model, base.tokenizer))
-    save_curve(job)
+    save_logs(job.run, job.out)
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

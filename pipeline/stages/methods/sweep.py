@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from math import prod
-from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import field, structs
@@ -114,6 +113,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import load_retention_texts
+    from pipeline.training.samples import read_prompts
     from pipeline.training.step import Evaluation
 
     params = job.project.params
@@ -153,7 +153,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         evaluation = Evaluation(in_order, every, settings.patience, len(learners))
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
-    yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less))
+    prompts = read_prompts(job, settings, base)
+    yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less, prompts=prompts))
     return _save_adapters(job, base, grid, specs, learners)
 
 
@@ -246,6 +247,7 @@ def _save_adapters(
     from pipeline.project import provenance
     from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, TABLE, final_loss, read_steps
     from pipeline.stages.finetune import save_adapter_of
+    from pipeline.training.data import save_logs
 
     folder = job.project.artifact("expand_vocab")
     total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
@@ -270,7 +272,7 @@ def _save_adapters(
         with only_adapter(base.model, number):
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
-        copyfile(job.run / name / LOSS, out / LOSS)
+        save_logs(job.run / name, out)
         facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}
         artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     artifact.write_json(job.out / TABLE, rows)
