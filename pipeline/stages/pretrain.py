@@ -11,9 +11,8 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Import, Pretrain
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.methods.full import COUNTED as FULL
-from pipeline.training.data import prepare_data, save_checkpoint, training_examples
+from pipeline.training.data import prepare_data, read_prompts, save_checkpoint, training_examples
 from pipeline.training.loop import TrainingTask, train
-from pipeline.training.samples import read_prompts
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:

@@ -60,8 +60,8 @@ from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneL
 from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
+    from pipeline.training.data import Prompts
     from pipeline.training.retention import RetentionLoss
-    from pipeline.training.samples import Prompts
 
 T = TypeVar("T")
 STATE = "state.safetensors"  # a checkpoint's tensors

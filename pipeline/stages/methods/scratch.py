@@ -52,9 +52,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     Raises UserError, and whatever `train` raises.
     """
     from pipeline.models.load import stored_precision
-    from pipeline.training.data import prepare_data, save_checkpoint
+    from pipeline.training.data import prepare_data, read_prompts, save_checkpoint
     from pipeline.training.loop import TrainingTask, train
-    from pipeline.training.samples import read_prompts
 
     settings = job.project.section(job.stage)
     folder = job.artifact("expand_vocab")

@@ -109,11 +109,10 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     from pipeline.models.load import DTYPES, load_base
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
-    from pipeline.training.data import build_datasets
+    from pipeline.training.data import build_datasets, read_prompts
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import load_retention_texts
-    from pipeline.training.samples import read_prompts
     from pipeline.training.step import Evaluation
 
     params = job.project.params
