@@ -132,6 +132,14 @@ DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "colu
 Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
 
 
+class Tracking(Section, frozen=True, kw_only=True):
+    """Where runs are shown while they go on. It stands above the sections, as it changes nothing that is made."""
+
+    report_to: Annotated[
+        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
+    ] = ()
+
+
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
 

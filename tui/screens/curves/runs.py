@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files.file_tail import Change, FileTail, file_stamp
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
     COLUMNS,
@@ -25,7 +26,6 @@ from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
 from pipeline.project.stage_graph import OTHER_LOOKS, Look, other_look
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.curves.series import FACTS, HELD_OUT, Log
-from tui.services.file_tail import Change, FileTail, file_stamp
 from tui.widgets.line_chart import Curve, Range
 from tui.widgets.text import duration
 
