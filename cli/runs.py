@@ -25,28 +25,29 @@ def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: 
 
     from cli.console import print_json, print_line, print_table
     from pipeline.project.logs.run_log import final_loss, read_steps
+    from pipeline.project.logs.runs import SHORT_KEY
 
     rows = []
     for run in _find(project_of(params)):
         for curve in run.curves:
             steps = read_steps(curve.loss)
-            row = {"run": run.curve_label(curve.name), "steps": len(steps), "loss": final_loss(steps)}
-            rows.append({**row, "finished": bool(run.key), "when": run.when})
+            row = {"key": run.key[:SHORT_KEY], "run": run.curve_label(curve.name), "steps": len(steps)}
+            rows.append({**row, "loss": final_loss(steps), "when": run.when})
     if as_json:
         print_json(rows)
         return
     cells = [
         (
+            str(row["key"] or "unfinished"),
             str(row["run"]),
             f"{row['steps']:,}",
             "" if row["loss"] is None else f"{row['loss']:.4f}",
-            "finished" if row["finished"] else "",
             datetime.fromtimestamp(float(str(row["when"]))).strftime("%Y-%m-%d %H:%M"),
         )
         for row in rows
     ]
-    print_table(("run", "steps", "loss", "", "when"), cells, right=("steps", "loss"))
-    print_line('\nSend finished ones with `lora runs export "RUN" --to TRACKER`.')
+    print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
+    print_line("\nSend finished ones with `lora runs export KEY --to TRACKER`.")
 
 
 @runs.command()
@@ -54,7 +55,7 @@ def export(
     to: Annotated[str, Option("--to", metavar="TRACKER", help="dvclive, mlflow, tensorboard, trackio or wandb.")],
     name: Annotated[
         str | None,
-        Argument(metavar="[RUN]", help="As `lora runs` lists it; a stage: its last. Omit: the last of every stage."),
+        Argument(metavar="[RUN]", help="Its key in `lora runs`, or a stage for its last. Omit: the last of each."),
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     out: Annotated[Path | None, Option(help="Folder of the tracker's runs, instead of its own.")] = None,
@@ -98,12 +99,12 @@ def _find(project: "Project") -> "list[Run]":
 def _select(found: "list[Run]", name: str | None) -> "list[Run]":
     """The runs that are meant. Raises UserError if there is none."""
     from pipeline.errors import UserError
+    from pipeline.project.logs.runs import SHORT_KEY
 
     last = {run.stage: run for run in reversed(found)}
-    chosen = [run for run in found if run.label == name] or ([last[name]] if name in last else [])
+    chosen = [run for run in found if run.key[:SHORT_KEY] == name] or ([last[name]] if name in last else [])
     if name is None:
         chosen = list(reversed(last.values()))
     if not chosen:
-        known = ", ".join(run.label for run in found) or "none: train first"
-        raise UserError(f"There is no run {name or ''}. Known: {known}.")
+        raise UserError(f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys.")
     return chosen
