@@ -40,6 +40,7 @@ COMMANDS = {
     "export": ("cli.export", "Export an adapter for another program, or merged."),
     "push": ("cli.export", "Push an export of an adapter to the Hugging Face hub."),
     "data": ("cli.data", "Check, show and convert data files."),
+    "runs": ("cli.runs", "List training runs; send finished ones to a tracker."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),
 }

@@ -27,6 +27,9 @@ EXTRAS = {  # what each is for
     "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
     **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
     "optuna": "`search: optuna` of a sweep needs it, `lora-workbench[optuna]`",
+    **dict.fromkeys(
+        ("tensorboard", "trackio", "wandb", "mlflow", "dvclive"), "report_to can name it, `lora-workbench[trackers]`"
+    ),
     "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
     "lm-eval": "`lora evaluate --harness` needs it, `lora-workbench[harness]`",
 }
@@ -46,7 +49,7 @@ def show_params(
     from cli.console import print_json, print_line
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
-    from pipeline.project.params.load import key_path
+    from pipeline.project.params.load import TOP_LEVEL, key_path
     from pipeline.project.params.schema import hints
 
     params = project_of(path, overrides).params
@@ -54,7 +57,8 @@ def show_params(
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    rows = {"base": (params.origin.base, params.source("import", "base"))} if section is None else {}
+    above = {"base": params.origin.base, "report_to": params.report_to} if section is None else {}
+    rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
     rows |= {
         key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
         for name in names
@@ -82,12 +86,12 @@ def explain(
     from pipeline.errors import UserError
     from pipeline.project.params.aliases import KEYS, suggest
     from pipeline.project.params.edit import dump_inline
-    from pipeline.project.params.load import TOP_LEVEL, TRAINING, key_path
+    from pipeline.project.params.load import TOP_LEVEL, TRACKING, TRAINING, key_path
     from pipeline.project.params.schema import Section, hints, meaning, rule
-    from pipeline.project.params.sections import Training
+    from pipeline.project.params.sections import Tracking, Training
     from pipeline.workbench import GRAPH
 
-    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections}
+    kinds: dict[str, type[Section]] = {TRACKING: Tracking, TRAINING: Training, **GRAPH.sections}
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)

@@ -33,7 +33,11 @@ from cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.evaluation.harness import Folders, HarnessOptions
+    from pipeline.project.logs.follower import Follower
+    from pipeline.project.runner import Event, Job
     from pipeline.project.stage_graph import Project, Stage
+
+FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 
 def _method_names() -> list[str]:
@@ -354,15 +358,23 @@ def run_stage(
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
     from pipeline.project.process_rank import world
-    from pipeline.project.runner import Event, Facts, Job, run
+    from pipeline.project.runner import Facts, run
 
     project = project_of(params, overrides)
     stage = project.stage(name)
     if stage.check:  # what is wrong is said first
         stage.check(project)
 
+    followers: list[Follower] = []
+    if project.params.report_to:
+        from pipeline.project.logs.follower import check
+
+        check(project.params.report_to)
+
     def work(job: Job) -> Generator[Event, None, Facts]:
         yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
+        if project.params.report_to and stage.trains and world().is_main_process:
+            followers.extend((yield from _start_trackers(job)))
         return (yield from stage.run(replace(job, sharded=shard)))
 
     if world().world_size == 1:
@@ -376,6 +388,7 @@ def run_stage(
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
+    _finish_trackers(followers)
     # One line: where the artifact is and what can be said of it at once.
     parts, folder = [project.artifact_name(name)], project.artifact(name)
     if parameters := manifest.get("parameters"):
@@ -389,3 +402,48 @@ def run_stage(
     if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
+
+
+def _start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
+    """A process for each tracker of `report_to`; a note on each that is not installed."""
+    from pipeline.project.logs import run_state
+    from pipeline.project.logs.follower import Followed, Follower, missing
+    from pipeline.project.runner import Note
+
+    project, stage, journal, started = job.project, job.stage, run_state.read(job.run), list[Follower]()
+    for name in project.params.report_to if journal else ():
+        if why := missing(name):
+            yield Note(f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to {name}`")
+            continue
+        followed = Followed(
+            root=str(project.root),
+            stage=stage.name,
+            sweeps=stage.kind == "adapters",
+            key=job.key,
+            params=job.input_facts["params"],
+            artifact=str(project.cache / stage.name / job.key),
+            run=str(job.run),
+            started=journal.started if journal else 0.0,
+        )
+        try:
+            started.append(Follower(name, followed))
+        except OSError as error:  # no process, no folder: not the training's concern
+            yield Note(f"{stage.name}: report_to: {name} cannot be started: {error.strerror}")
+            continue
+        yield Note(f"{stage.name}: {name} follows the run: {started[-1].view}", routine=True)
+    return started
+
+
+def _finish_trackers(followers: list[Follower]) -> None:
+    """Give the trackers a moment to read the end of the run, and say which of them failed or are still at it."""
+    from time import monotonic
+
+    from cli.console import print_note
+
+    until = monotonic() + FINISHING
+    for one in followers:
+        if not one.wait(max(0.0, until - monotonic())):
+            print_note(f"{one.name} is still reading the run's log, and ends by itself.")
+        elif problem := one.problem():
+            again = f"Send the run with `lora runs export --to {one.name}`"
+            print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")

@@ -16,7 +16,7 @@ from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
 from pipeline.models.device import move_for_inference
-from pipeline.models.generate import GREEDY, Sampling, finite, generate
+from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
 from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import Attention
@@ -79,18 +79,8 @@ def variants(project: Project) -> Iterator[LoadedModel]:
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError if it is empty, too long, or has a word that is not in the vocabulary."""
-    unknown, ids = loaded.tokenizer.unknown_words(text), loaded.tokenizer.encode(text)
-    if not ids:
-        raise UserError("The prompt is empty. Give at least one word.")
-    if unknown:
-        raise UserError(
-            f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its "
-            "training data, or add them with expand_vocab."
-        )
-    if len(ids) > loaded.model.max_length:
-        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}.")
-    return ids
+    """The prompt's ids. Raises UserError as `encode_prompt` does."""
+    return encode_prompt(loaded.name, loaded.model, loaded.tokenizer, text)
 
 
 @torch.no_grad()

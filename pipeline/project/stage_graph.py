@@ -99,6 +99,11 @@ class Stage(Struct, frozen=True, eq=False):
         return self.kind in ("study", "figures", "claims")
 
     @property
+    def trains(self) -> bool:
+        """Whether it writes a run log: a method, or MiniGPT's pretraining."""
+        return bool(self.look) or self.name == "pretrain"
+
+    @property
     def path(self) -> str:
         """Its output relative to the project, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"

@@ -28,10 +28,12 @@ from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import (
     DIVERGED,
     LOSS,
+    SAMPLES,
     STOPPED,
     Peak,
     RunLog,
     Step,
+    count_lines,
     in_units,
     read_steps,
     write_run_outcomes,
@@ -58,6 +60,7 @@ from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneL
 from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
+    from pipeline.training.data import Prompts
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
@@ -72,7 +75,8 @@ class TrainingTask:
     `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
     the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
     do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
-    continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay.
+    continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay. `prompts`: what
+    the learners answer while they train.
     """
 
     model: CausalLM
@@ -84,6 +88,7 @@ class TrainingTask:
     less_memory: str = ""
     state: Mapping[str, Tensor] | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prompts: "Prompts | None" = None
 
     @classmethod
     def of_one(
@@ -95,10 +100,11 @@ class TrainingTask:
         evaluation: Evaluation | None = None,
         retain: "RetentionLoss | None" = None,
         sharded: bool | None = None,
+        prompts: "Prompts | None" = None,
     ) -> "TrainingTask":
         """The task of one learner: whatever parameters of `model` require a gradient."""
         learner = Learner(settings, batches, retain)
-        return cls(model, [learner], OneLearner(model), evaluation, method, sharded)
+        return cls(model, [learner], OneLearner(model), evaluation, method, sharded, prompts=prompts)
 
     @property
     def settings(self) -> Training:
@@ -263,7 +269,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             # lines after the checkpoint are from steps that a killed run took and this one takes again
             folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
             folder.mkdir(exist_ok=True)
-            columns = evaluation is not None, learner.retain is not None, task.path.rewards
+            columns = evaluation is not None, learner.retain is not None, task.path.rewards, task.prompts is not None
             logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, *columns)))
         signals = stack.enter_context(_held_signals())
         try:
@@ -274,6 +280,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                     logs[n].append(record, Peak(predicted, live.peak), device.type)
                     done = record.step
                 yield from _tell_stops(job, task)
+                _append_samples(task, logs, [*by_learner], done)
                 stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
                 if stop or done % (job.checkpoint_every or task.settings.save_steps) == 0:
                     _save(job, task, logs, optimizer, done)
@@ -367,8 +374,8 @@ def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
                 reason = "it was made with other params, data or code"
                 continue
             logs = {job.run / name: lines for name, lines in meta["logs"].items()}
-            if short := [path for path, lines in logs.items() if len(read_steps(path)) < lines]:
-                reason = f"{short[0]} does not reach step {logs[short[0]]}"
+            if short := [path for path, lines in logs.items() if _lines(path) < lines]:
+                reason = f"{short[0]} has fewer than {logs[short[0]]} lines"
                 continue
             return meta["step"], load_tensors(folder / STATE), None
         except (UserError, KeyError) as error:
@@ -376,10 +383,32 @@ def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
     return 0, {}, reason
 
 
+def _lines(path: Path) -> int:
+    """The number of a log's valid lines."""
+    return count_lines(path) if path.name == SAMPLES else len(read_steps(path))
+
+
+def _append_samples(task: TrainingTask, logs: Sequence[RunLog], learners: Sequence[int], step: int) -> None:
+    """The answers of the learners that took the step, if it is one after which they answer."""
+    if task.prompts is None:
+        return
+    every = task.prompts.every or task.settings.eval_steps or len(task.batches)
+    if step % every and step != task.total:
+        return
+    for n in learners:
+        if not task.learners[n].name:
+            logs[n].append_samples(task.prompts.answers(step))
+            continue
+        from pipeline.adapters.batched import only_adapter
+
+        with only_adapter(task.model, n):
+            logs[n].append_samples(task.prompts.answers(step))
+
+
 def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int) -> None:
     """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and evaluation.
 
-    It also holds each log's number of steps: a resumed run goes on in the logs, so without them it is unusable.
+    It also holds each log's number of lines: a resumed run goes on in the logs, so without them it is unusable.
     """
     if not is_main_process():
         return
@@ -390,6 +419,8 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
     progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
+    if task.prompts is not None:
+        lines |= {path: count_lines(job.run / path) for x in learners for path in [(Path(x.name) / SAMPLES).as_posix()]}
     target = job.run / f"checkpoint-{done:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, {**optimizer.state(), **progress, **evaluation})

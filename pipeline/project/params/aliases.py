@@ -90,9 +90,9 @@ NO_COUNTERPART = _by_other_name(
         "group_by_length length_column_name tf32 torch_compile* liger* use_liger* enable_liger* use_unsloth* "
         "lora_*_kernel neat_packing padding_free plugins optim_target_modules torch_empty_cache_steps use_cache "
         "train_sampling_strategy *_checkpointing_kwargs",
-        "a run logs to loss.csv and runs/, and to no service": "report_to wandb* mlflow* comet* swanlab* trackio* "
-        "*tensorboard* logging_* log_* run_name plot_loss steps_per_report project include_*tokens* disable_tqdm "
-        "debug",
+        "`report_to`, above the sections, names the trackers of runs": "report_to wandb* mlflow* comet* swanlab* "
+        "trackio* *tensorboard* logging_* log_* run_name plot_loss steps_per_report project include_*tokens* "
+        "disable_tqdm debug",
         "results go to artifacts/, each stage to its folder": "*output_dir adapter_path adapter_file save_strategy "
         "save_total_limit save_only_model save_on_each_node save_safetensors saves_per_epoch save_first_step",
         "nothing is uploaded": "push_to_hub* hub_*",

@@ -88,9 +88,46 @@ def change_paths(data: Any, change: Callable[[str], str]) -> Any:
     return {**data, "path": change(data["path"])} if isinstance(data, Mapping) else change(data)
 
 
+def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any]:
+    """As it is written, checked. Raises UserError."""
+    if not isinstance(value, dict) or "prompts" not in value:
+        raise UserError(f"{key} must be {SAMPLES_RULE}, got {value!r}. {origin.edit(key)}")
+    reject_unknown_keys(value, ["prompts", *SAMPLE_NUMBERS], f"{key}.", origin)
+    for name, kind in SAMPLE_NUMBERS.items():
+        if name in value:
+            check_value(kind, value[name], f"{key}.{name}", origin)
+    prompts = value["prompts"]
+    if not isinstance(prompts, list) or not prompts:
+        raise UserError(f"{key}.prompts must be a list of prompts, got {prompts!r}. {origin.edit(key)}")
+    for number, prompt in enumerate(prompts):
+        if not _is_prompt(prompt):
+            raise UserError(
+                f"{key}.prompts[{number}] must be a text, or a list of messages such as {{role: user, content: …}}, "
+                f"got {prompt!r}. {origin.edit(key)}"
+            )
+    return value
+
+
+def _is_prompt(value: Any) -> bool:
+    """A text, or messages of a chat: neither empty, nor with half of a character, which no tokenizer takes."""
+    if isinstance(value, str):
+        return bool(value.strip()) and value == value.encode(errors="ignore").decode()
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(turn, dict)
+        and turn.keys() == {"role", "content"}
+        and all(isinstance(part, str) and _is_prompt(part) for part in turn.values())
+        for turn in value
+    )
+
+
 COLUMNS_RULE = "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
 DATA_RULE = "a file or folder, or a list of them, each a path or {path: …, weight: …, columns: …}"
 Columns = Annotated[Mapping[str, str], ALLOW_EMPTY, ReadBy(_read_columns, COLUMNS_RULE)]
+SAMPLES_RULE = "a mapping such as {prompts: [der hund], every: 50, max_tokens: 20}"
+SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count}
+Samples = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_samples, SAMPLES_RULE)]
 DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
 Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
 
@@ -147,6 +184,14 @@ MEASURED_ON = {  # limit → the key of evaluate without which it is not measure
 }
 
 
+class Tracking(Section, frozen=True, kw_only=True):
+    """Where runs are shown while they go on. It stands above the sections, as it changes nothing that is made."""
+
+    report_to: Annotated[
+        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
+    ] = ()
+
+
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
 
@@ -194,6 +239,11 @@ class Training(Section, frozen=True, kw_only=True):
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
     ] = 0
+    samples: Annotated[
+        Samples,
+        "prompts, texts or chat messages, that the model answers greedily while it trains, in samples.jsonl; every: "
+        "steps between answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
+    ] = field(default_factory=dict)
     save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
 
     def __post_init__(self) -> None:

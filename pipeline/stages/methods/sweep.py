@@ -287,7 +287,7 @@ def _train_pass(
     from pipeline.models.load import DTYPES, load_base
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
-    from pipeline.training.data import build_datasets
+    from pipeline.training.data import build_datasets, read_prompts
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import RetentionLoss, load_retention_texts
@@ -333,7 +333,8 @@ def _train_pass(
         evaluation = Evaluation(in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs)
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
-    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier)
+    prompts = read_prompts(job, settings, base)
+    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier, prompts=prompts)
     yield from train(job, task)
     measured: dict[int, dict[str, Any]] = {n: {} for n in range(len(learners))}
     if evaluation is not None:
@@ -451,6 +452,7 @@ def _save_adapters(
     from pipeline.project import provenance
     from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, final_loss, read_steps
     from pipeline.stages.finetune import save_adapter_of
+    from pipeline.training.data import save_logs
 
     folder = job.project.artifact("expand_vocab")
     commit = provenance.commit(job.stage.module)
@@ -477,7 +479,7 @@ def _save_adapters(
         with only_adapter(base.model, number):
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
-        shutil.copyfile(job.run / name / LOSS, out / LOSS)
+        save_logs(job.run / name, out)
         facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}
         artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     return rows

@@ -41,6 +41,7 @@ OTHER = {
     "precision": "bf16",
     "gradient_checkpointing": "full",
     "save_steps": "1",
+    "samples": "{prompts: [der hund]}",
     "eval_share": "0.3",
     "eval_data": "data/pretrain.de.txt",
     "eval_steps": "2",

@@ -12,6 +12,7 @@ from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore, Signature, signature
+from pipeline.files.file_tail import file_stamp
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import (
     Measurements,
@@ -24,7 +25,6 @@ from pipeline.inference.catalog import (
     model_folders,
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from tui.services.file_tail import file_stamp
 
 # Display order, from left to right.
 ORDER = ("import", "pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")

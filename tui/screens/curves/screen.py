@@ -10,11 +10,12 @@ from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.color import Color
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.artifact import write_file
+from pipeline.files.text import printable
 from pipeline.project.logs.run_log import OPTIONAL
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.runs import Line, Runs
@@ -128,6 +129,7 @@ class CurvesScreen(WorkbenchScreen):
         Binding("m", "panel('reward_margin')", "Margin", id="curves.reward_margin"),
         Binding("a", "panel('reward_accuracy')", "Accuracy", id="curves.reward_accuracy"),
         Binding("d", "panel('divergence')", "Divergence", id="curves.divergence"),
+        Binding("s", "samples", "Samples", id="curves.samples"),
         Binding("x", "export", "Export", id="curves.export"),
         Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
@@ -151,13 +153,16 @@ class CurvesScreen(WorkbenchScreen):
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._pointed = ""  # the highlighted adapter
         self._reading = False
-        self._offered: list[str] = []  # panels that the footer offers
+        self._offered: list[str] = []  # what the footer offers of panels and samples
+        self._samples_shown = False
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
         with Vertical(id="charts"):
             for name in QUANTITIES:
                 yield LossChart(TITLES[name], id=name)
+        with VerticalScroll(id="samples"):
+            yield Static()
         yield Static(id="mode")
         yield RunList()
         yield Static(EMPTY, id="nothing")
@@ -216,10 +221,14 @@ class CurvesScreen(WorkbenchScreen):
                 loss = name == "loss"
                 view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
                 chart.draw([line.curve(name, x, chart.columns) for line in lines], view)
+        samples = self.query_one("#samples")
+        samples.display = self._samples_shown and self.runs.has_answers()
+        if samples.display:
+            samples.query_one(Static).update(samples_text(lines, self.window.cursor))
         self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
         self._update_list()
         # refresh_bindings rebuilds the footer, so not at every redraw
-        offered = [name for name in QUANTITIES if self.runs.has_values(name)]
+        offered = [name for name in QUANTITIES if self.runs.has_values(name)] + ["samples"] * self.runs.has_answers()
         if self._offered != offered:
             self._offered = offered
             self.refresh_bindings()
@@ -240,6 +249,8 @@ class CurvesScreen(WorkbenchScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
             return self.runs.has_values(str(parameters[0]))
+        if action == "samples":
+            return self.runs.has_answers()
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
@@ -336,6 +347,11 @@ class CurvesScreen(WorkbenchScreen):
         self._panels[name] = visible
         self.redraw()
 
+    def action_samples(self) -> None:
+        """Show or hide what the runs answer, at the cursor or at their newest step."""
+        self._samples_shown = not self._samples_shown
+        self.redraw()
+
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
@@ -386,6 +402,22 @@ class CurvesScreen(WorkbenchScreen):
                 y = range_of(curves)
             panels.append(panel(TITLES[name], labels, curves, y, log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
+
+
+def samples_text(shown: Sequence[Line], cursor: float | None) -> Text:
+    """The answers of each run, and of a sweep's best and highlighted adapter: at the cursor, or the newest."""
+    text = Text()
+    for line in shown:
+        answers = [] if line.dim else line.curve_log.answers_at(cursor)
+        if not answers:
+            continue
+        name = line.view.run.curve_label(line.curve_log.name)
+        text.append(f"{line.look.sign} {name}, step {answers[0].step:,}\n", "bold")
+        for sample in answers:
+            answer = "(not finite)" if sample.answer is None else printable(sample.answer)
+            text.append(f"  {printable(sample.prompt)} ", "dim").append(f"→ {answer}\n")
+    text.rstrip()
+    return text
 
 
 def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:

@@ -15,6 +15,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
+from pipeline.files.file_tail import file_stamp
 from pipeline.project.params import edit
 from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
@@ -23,7 +24,6 @@ from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
-from tui.services.file_tail import file_stamp
 from tui.services.pipeline_process import Running
 from tui.widgets.form import Form, format_value
 
