@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta, field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.advice import advised_learning_rate
 from pipeline.project.params.schema import (
     Count,
     File,
@@ -34,7 +33,7 @@ from pipeline.project.params.schema import (
 )
 from pipeline.project.stage_graph import Look, Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
-from pipeline.stages.searches import SEARCHES, Trial, Values, count, grids
+from pipeline.stages.searches import NAMES, Trial, Values, count, grids, search_of
 
 if TYPE_CHECKING:
     from pipeline.adapters.batched import AdapterRouting
@@ -66,8 +65,8 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
     """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple. Raises UserError."""
     if values in (None, "", [], {}):
         return {}
-    if isinstance(values, list) and not any(isinstance(grid, list) for grid in values):
-        return tuple(_read_grid(grid, f"{key}[{n}]", origin) for n, grid in enumerate(values))
+    if isinstance(values, list) and all(isinstance(grid, dict) for grid in values):
+        return tuple(_read_grid(grid, f"{key}.{n}", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
     for name in values:
@@ -102,13 +101,13 @@ def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any
 
 
 def _read_search(value: Any, key: str, origin: ValueSource) -> str:
-    if not isinstance(value, str) or value not in SEARCHES:
+    if not isinstance(value, str) or value not in NAMES:
         raise UserError(f"{key} must be {SEARCH_RULE}, got {value!r}. {origin.edit(key)}")
     return value
 
 
 GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or empty"
-SEARCH_RULE = f"one of {', '.join(SEARCHES)}"
+SEARCH_RULE = f"one of {', '.join(NAMES)}"
 Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
 OneGrid = Mapping[str, Any]
 Grid = Annotated[OneGrid | tuple[OneGrid, ...], ReadBy(_read_grid, GRID_RULE)]
@@ -125,7 +124,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     search: Annotated[
         str,
         ReadBy(_read_search, SEARCH_RULE),
-        "; ".join(f"{name} {search.about}" for name, search in SEARCHES.items()),
+        "how combinations are chosen: every one of the grid, drawn at random, by successive halving or by Optuna",
     ] = "grid"
     trials: Annotated[Steps, "combinations to draw from the grid; 0: all of them"] = 0
     search_seed: Annotated[Seed, "of what is drawn"] = 0
@@ -140,11 +139,11 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Raises UserError for a key that the search does not read, and for a grid that it cannot search."""
-        search = SEARCHES[self.search]
+        search = search_of(self.search)
         unread = (f for f in structs.fields(FinetuneSweep) if f.name in SEARCH_KEYS and f.name not in search.reads)
         for f in unread:
             if getattr(self, f.name) != f.default:
-                readers = " or ".join(name for name, other in SEARCHES.items() if f.name in other.reads)
+                readers = " or ".join(name for name in NAMES if f.name in search_of(name).reads)
                 raise UserError(
                     f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read it. Remove it, or "
                     f"set search to {readers}."
@@ -173,7 +172,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
 def check(project: Project) -> None:
     """Raises UserError for a grid that cannot be trained, and for a search that lacks what it compares."""
     settings, sweep = project.params.finetune_lora, project.params.finetune_sweep
-    search = SEARCHES[sweep.search]
+    search = search_of(sweep.search)
     if search.compares and not (settings.eval_share or settings.eval_data):
         raise UserError(
             f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no evaluation set. Set "
@@ -222,7 +221,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
     check(job.project)
     settings, sweep = job.project.params.finetune_lora, job.project.params.finetune_sweep
-    search = SEARCHES[sweep.search]
+    search = search_of(sweep.search)
     passes, rows, tried = search.passes(sweep), dict[str, Any](), list[Trial]()
     for number in range(passes):
         asked = search.ask(sweep, tried)
@@ -329,7 +328,7 @@ def _train_pass(
     if held_out is not None:
         steps = len(learners[0].batches)
         in_order = Batches(held_out, settings.batch_size, seed=None)
-        rungs = SEARCHES[sweep.search].rungs(sweep, len(learners), settings.total_steps(steps))
+        rungs = search_of(sweep.search).rungs(sweep, len(learners), settings.total_steps(steps))
         evaluation = Evaluation(in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs)
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
@@ -353,7 +352,7 @@ def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora
 
     Raises UserError for an invalid or duplicate combination.
     """
-    return {name: lora for name, (_, lora) in _adapters(base, SEARCHES[sweep.search].ask(sweep, ()), ()).items()}
+    return {name: lora for name, (_, lora) in _adapters(base, search_of(sweep.search).ask(sweep, ()), ()).items()}
 
 
 def _adapters(base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str]) -> dict[str, Adapter]:
@@ -371,6 +370,8 @@ def _adapters(base: FinetuneLora, combinations: Sequence[Values], taken: Iterabl
 
 def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
     """Key → values to try around the advised ones, for `--over`. Raises UserError for a key without such values."""
+    from pipeline.project.advice import advised_learning_rate
+
     lora = project.params.finetune_lora
     rate = advised_learning_rate(project)
     known: dict[str, list[Any]] = {

@@ -1,10 +1,10 @@
-"""How a sweep chooses the combinations that it trains. A search is one file here, found by its name.
+"""How a sweep chooses the combinations that it trains. A search is one file here, `SEARCH`, found by its name.
 
-Reading one imports no torch, and no library that only one of them needs.
+Only the one that a sweep uses is imported. That imports no torch, and no library that only another needs.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from math import prod
@@ -51,7 +51,7 @@ def _no_rungs(_settings: SearchSettings, _adapters: int, _steps: int) -> dict[in
 
 
 class Search(NamedTuple):
-    """`about`: what it does, for its key's meaning. `reads`: the keys of finetune_sweep that it reads beside the grid.
+    """`reads`: the keys of finetune_sweep that it reads beside the grid.
 
     `ask(settings, tried)`: the combinations of the next pass, given those of all before; the same answer each time.
     `draws(settings)`: whether it draws from the grid, which may then have ranges. `passes`: how many there are at
@@ -59,7 +59,6 @@ class Search(NamedTuple):
     train on after it. `check(settings)` raises UserError.
     """
 
-    about: str
     ask: Callable[[SearchSettings, Sequence[Trial]], list[Values]]
     draws: Callable[[SearchSettings], bool]
     reads: tuple[str, ...] = ()
@@ -105,9 +104,10 @@ def rounded(value: float, low: float, high: float) -> float:
     return min(high, max(low, float(f"{value:.3g}")))
 
 
-def _find() -> Iterator[tuple[str, Search]]:
-    for module in pkgutil.iter_modules(__path__):
-        yield module.name, import_module(f"{__name__}.{module.name}").SEARCH
+NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
-SEARCHES: Mapping[str, Search] = dict(_find())
+def search_of(name: str) -> Search:
+    """The search of one of `NAMES`."""
+    search: Search = import_module(f"{__name__}.{name}").SEARCH
+    return search

@@ -2,4 +2,4 @@
 
 from pipeline.stages.searches import Search, combinations
 
-SEARCH = Search("trains every combination", lambda settings, _tried: combinations(settings), lambda _settings: False)
+SEARCH = Search(lambda settings, _tried: combinations(settings), lambda _settings: False)

@@ -30,7 +30,6 @@ def _check(settings: SearchSettings) -> None:
 
 
 SEARCH = Search(
-    "trains every combination, or `trials` drawn ones, and stops the worse ones early",
     lambda settings, _tried: draw(settings) if settings.trials else combinations(settings),
     lambda settings: bool(settings.trials),
     reads=("trials", "search_seed", "reduction_factor"),

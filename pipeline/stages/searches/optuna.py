@@ -62,7 +62,6 @@ def _check(settings: SearchSettings) -> None:
 
 
 SEARCH = Search(
-    "draws `generation` combinations per pass by one of Optuna's samplers",
     ask,
     lambda _settings: True,
     reads=("trials", "search_seed", "sampler", "generation"),

@@ -35,7 +35,6 @@ def _value(options: Any, share: float) -> Any:
 
 
 SEARCH = Search(
-    "draws `trials` combinations",
     lambda settings, _tried: draw(settings),
     lambda _settings: True,
     reads=("trials", "search_seed"),

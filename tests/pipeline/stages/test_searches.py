@@ -20,7 +20,7 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, run
 from pipeline.stages.methods.sweep import FinetuneSweep, grid_around, variants
 from pipeline.stages.methods.sweep import run as sweep
-from pipeline.stages.searches import SEARCHES, Trial, halving, optuna, random
+from pipeline.stages.searches import Trial, halving, optuna, random
 from pipeline.workbench import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.process import Forked
@@ -182,13 +182,13 @@ def killed(root: Path, overrides: Sequence[str], step: int) -> None:
 def test_optuna_is_told_what_each_adapter_of_a_generation_lost_and_asks_for_the_next(
     mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = list[list[Trial]]()
+    asked, plain = list[list[Trial]](), optuna.ask
 
     def watched(own: Any, tried: Sequence[Trial]) -> Any:
         asked.append([*tried])
-        return optuna.ask(own, tried)
+        return plain(own, tried)
 
-    monkeypatch.setitem(SEARCHES, "optuna", SEARCHES["optuna"]._replace(ask=watched))
+    monkeypatch.setattr(optuna, "SEARCH", optuna.SEARCH._replace(ask=watched))
     given = given_({"learning_rate": RATES, "rank": [1, 2, 4]}, "optuna", "trials=5", "generation=2")
     rows, _ = swept(mini, given, force=True)
     assert [len(tried) for tried in asked] == [0, 2, 4] and len(rows) == 5
@@ -355,7 +355,8 @@ def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(mini: Pat
         (["search=halving"], "finetune_sweep.search halving compares held-out losses, but there is no evaluation set."),
         (["search=[grid]"], "finetune_sweep.search must be one of"),
         (["grid=[[{rank: [1]}]]"], "finetune_sweep.grid must be a mapping of keys to lists of values"),
-        (["grid=[3]"], "finetune_sweep.grid[0] must be a mapping of keys to lists of values"),
+        (["grid=[{rank: [0]}]"], "finetune_sweep.grid.0.rank must be at least 1, got 0. Change it in --set."),
+        (["grid=[3]"], "finetune_sweep.grid must be a mapping of keys to lists of values"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_in_one_line(cli: Any, mini: Path, given: list[str], message: str) -> None:
