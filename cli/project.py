@@ -91,7 +91,7 @@ def explain(
     from pipeline.project.params.sections import Tracking, Training
     from pipeline.workbench import GRAPH
 
-    kinds: dict[str, type[Section]] = {TRACKING: Tracking, TRAINING: Training, **GRAPH.sections}
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, TRACKING: Tracking}
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)

@@ -60,7 +60,10 @@ def export(
     params: ParamsOption = DEFAULT_PARAMS,
     out: Annotated[Path | None, Option(help="Folder of the tracker's runs, instead of its own.")] = None,
 ) -> None:
-    """Send finished runs to a tracker, as report_to does while they go on; steps that it has are not sent again."""
+    """Send finished runs to a tracker.
+
+    By the same code as report_to does while they go on; steps that it has are not sent again.
+    """
     from cli.console import print_line, print_note
     from pipeline.errors import UserError
     from pipeline.project.logs.follower import Followed, Follower, check, missing

@@ -82,7 +82,7 @@ class Params:
     def source(self, section: str, key: str) -> str:
         """Where a value comes from: "--set", a params file, its training block, or "default"."""
         path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        kind = self.kinds[section]
+        kind = Tracking if section == TRACKING else self.kinds[section]
         inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
         if inherits and path not in self.sources and shared in self.sources:
             return f"{self.sources[shared]}, {TRAINING}"
