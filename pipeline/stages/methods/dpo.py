@@ -69,9 +69,9 @@ STAGE = method(
     output="dpo_adapter",
     kind="adapter",
     data=("data", "eval_data", "retention_data", "init_from"),
-    summary="Train on preferences: dpo, ipo, kto, orpo, simpo",
+    summary="Train on preferences",
     title="DPO",
-    look=Look("#56B4E9", "◆", (0, (5, 1, 1, 1)), ".."),
+    look=Look("#56B4E9", "▶", (0, (5, 1, 1, 1)), "oo"),
     order=3.5,
     pretrained={**lora.STAGE.pretrained, "learning_rate": 2e-5, "epochs": 1},
 )
