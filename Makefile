@@ -57,7 +57,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/
 	@cd smollm2-plain && dvc repro && lora report
 	@cd smollm2-qlora && dvc repro evaluate && lora report
-	@cd smollm2 && dvc repro evaluate study_knowledge_correction && lora report
+	@cd smollm2 && dvc repro evaluate study_knowledge_correction study_learning_rate && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
 	@pytest -n 2 tests/journeys/test_smollm2.py

@@ -13,12 +13,12 @@ from textual.app import App, ComposeResult
 from textual.widget import Widget
 
 from bench.measure import Row, in_turns
+from pipeline.files.file_tail import FileTail
 from pipeline.project.logs.run_log import COLUMNS, step_parser
 from pipeline.project.logs.run_log import Row as LogRow
 from pipeline.project.stage_graph import Look, other_look
 from pipeline.stages.registry import STAGES
 from tui.screens.curves.series import Log
-from tui.services.file_tail import FileTail
 from tui.widgets.line_chart import Curve, LossChart, View
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050

@@ -1,9 +1,9 @@
-"""`lora adapters`: list, verify, compare, combine, import and export adapters."""
+"""`lora adapters`: list, verify, compare, combine, compress, import and export adapters."""
 
 from math import isfinite
 from os.path import commonprefix
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Context, Option
@@ -12,14 +12,17 @@ from cli.export import HELP, export
 from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, OutOption, TrustOption, finite, group
 from pipeline.weights import foreign
 
-Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
+if TYPE_CHECKING:
+    from pipeline.weights.compare import Interference
+
+Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
 app = group()
-adapters = group(help="List, verify, compare, combine, export adapters.", invoke_without_command=True)
+adapters = group(help="List, compare, combine, compress, export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
-COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")
+COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "gate", "state")
 
 
 @adapters.callback()
@@ -63,10 +66,13 @@ def show(
             f"{adapter.size / 1000:,.0f} kB",
             number(adapter.final_loss, ".3f"),
             number(adapter.forgetting, "+.3f"),
+            adapter.gate or "",
             adapter.problem or "verified",
         )
         rows.append(row)
-    print_table(COLUMNS, rows, right=("rank", "size", "loss", "forgot"))
+    shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
+    cells = [[row[n] for n in shown] for row in rows]
+    print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"))
 
 
 @adapters.command()
@@ -114,11 +120,8 @@ def diff(
         return
     for key, (here, there) in settings.items():
         print_line(f"{key}: {here} | {there}")
-    # What the names have in common, up to a dot, heads their column: the whole of each would leave no room.
-    names = [row.module for row in rows]
-    shared = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (not paths)
-    shared = shared[: shared.rfind(".") + 1]
-    columns = (shared or "module", "‖one‖", "‖other‖", "‖one−other‖", "outputs", "inputs")
+    shared = _shared_prefix([row.module for row in rows])
+    columns = (shared or "module", "‖one‖", "‖other‖", "‖one−other‖", "cosine", "outputs", "inputs")
     cells = [
         (
             row.module.removeprefix(shared),
@@ -136,25 +139,32 @@ def diff(
     print_line("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).")
 
 
+def _shared_prefix(names: list[str]) -> str:
+    """What the names have in common, up to a dot. It heads their column: the whole of each would leave no room."""
+    shared = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (not paths)
+    return shared[: shared.rfind(".") + 1]
+
+
 @adapters.command()
 def combine(
     paths: Annotated[list[Path], Argument(metavar="PATH...", help="Two or more adapter folders with the same base.")],
     out: OutOption,
     weights: Annotated[str | None, Option(help="Comma-separated weights, one per adapter; default: 1 each.")] = None,
-    method: Annotated[Method, Option(help="cat is exact; svd, ties and dare report their error.")] = "cat",
+    method: Annotated[Method, Option(help="cat is exact; all others report their error.")] = "cat",
     rank: Annotated[int, Option(min=1, help="Rank of the result (svd, ties, dare).")] = 8,
     density: Annotated[
-        float, Option(min=0.01, max=1, callback=finite, help="Fraction of values to keep (ties, dare).")
+        float, Option(min=0.01, max=1, callback=finite, help="Fraction of values to keep (ties, dare, knots).")
     ] = 0.5,
     seed: Annotated[int, Option(min=0, help="Random seed (dare).")] = 0,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Combine adapters into one by a weighted sum.
 
-    Exact (cat), or at a smaller rank.
+    Exact (cat), at a smaller rank, or aligned first (knots). Prints how much they interfere before it writes.
     """
-    from cli.console import print_line
+    from cli.console import print_json, print_line
     from pipeline.adapters.folder import common_base
     from pipeline.errors import UserError
     from pipeline.weights.combine import CombineOptions
@@ -172,8 +182,88 @@ def combine(
             f"--weights must be {count} comma-separated numbers, one per adapter and not all 0, got {weights!r}."
         )
     options = CombineOptions(method, rank, density, seed)
-    error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code)
+    shown: list[Interference] = []
+    show = shown.extend if as_json else _print_interference
+    error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code, show)
+    if as_json:
+        pairs = [{**pair._asdict(), "modules": [row._asdict() for row in pair.modules]} for pair in shown]
+        print_json({"folder": str(out), "method": method, "error": error, "interference": pairs})
+        return
     print_line(f"{out}  {method} of {count} adapters, {error:.2%} off their exact sum")
+
+
+def _print_interference(pairs: "list[Interference]") -> None:
+    """A row for each pair of adapters, and the modules where they agree and disagree most."""
+    from cli.console import number, print_line, print_table
+
+    columns = ("adapters", "cosine", "lowest", "highest", "outputs", "inputs")
+    rows = []
+    for pair in pairs:
+        cosines = [row.cosine for row in pair.modules if row.cosine is not None]
+        shares = (pair.cosine, min(cosines, default=None), max(cosines, default=None), pair.outputs, pair.inputs)
+        rows.append((f"{pair.first}, {pair.second}", *(number(share, ".2f") for share in shares)))
+    print_table(columns, rows, right=columns[1:])
+    print_line(
+        "cosine of their updates, of all modules together, and of the modules with the lowest and highest: 0 if they "
+        "are independent, −1 if they are opposed."
+    )
+    print_line("outputs, inputs: share of directions in common, mean over modules (`lora adapters diff` lists them).")
+
+
+@adapters.command()
+def compress(
+    path: AdapterArgument,
+    out: OutOption,
+    rank: Annotated[int | None, Option(min=1, help="Highest rank of each module.")] = None,
+    energy: Annotated[
+        float | None, Option(min=0.01, max=1, callback=finite, help="Share of ‖ΔW‖² that each module keeps, as 0.99.")
+    ] = None,
+    data: Annotated[
+        Path | None, Option(help="Data file to compare base, adapter and compressed adapter on; loads them.")
+    ] = None,
+    base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Lower an adapter's rank, with what that costs.
+
+    Train big, compress after: the nearest update of each module.
+    """
+    from dataclasses import asdict
+
+    from cli.console import number, print_costs, print_json, print_line, print_table
+    from pipeline.adapters.config import WEIGHTS
+    from pipeline.adapters.folder import base_of
+    from pipeline.data.formats import read_examples
+    from pipeline.errors import UserError
+    from pipeline.inference.score import costs
+    from pipeline.weights.compress import Limit, compress_adapter, total_error
+
+    if (rank is None) == (energy is None):
+        raise UserError("compress needs either --rank or --energy. Add one, such as --energy 0.99.")
+    base = base or base_of(path)
+    examples = read_examples(data, str(data)) if data else []
+    rows = compress_adapter(path, base, out, Limit(rank, energy), trust_remote_code)
+    error = total_error(rows)
+    if not as_json:  # shown before the models are loaded, which may fail
+        shared = _shared_prefix([row.module for row in rows])
+        columns = (shared or "module", "‖ΔW‖", "rank", "now", "error")
+        names = [row.module.removeprefix(shared) for row in rows]
+        cells = [
+            (name, number(row.size, ".3f"), str(row.before), str(row.after), f"{row.error:.2%}")
+            for name, row in zip(names, rows, strict=True)
+        ]
+        print_table(columns, cells, right=columns[1:])
+        before, after = ((folder / WEIGHTS).stat().st_size / 1000 for folder in (path, out))
+        print_line(f"{out}  {before:,.0f} → {after:,.0f} kB, {error:.2%} off, all modules together")
+    models = {"adapter": path, "base": None, "compressed": out}
+    quality = costs(base, models, examples, trust_remote_code) if examples else {}
+    if as_json:
+        modules = [{**asdict(row), "error": row.error} for row in rows]
+        scores = {name: cost._asdict() for name, cost in quality.items()}
+        print_json({"folder": str(out), "error": error, "modules": modules, "quality": scores})
+    else:
+        print_costs(quality)
 
 
 IMPORT = "Import an adapter that was trained elsewhere."

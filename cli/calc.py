@@ -194,7 +194,7 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
         stdout.print(f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False)
 
     run = next(reversed(columns.values()))[1]
-    step = f"{run.batch} × {run.sequence:,} tokens, {run.attention}, checkpointing {run.checkpointing}"
+    step = f"{run.size}, {run.attention}, checkpointing {run.checkpointing}"
     _headline("memory of a step, GiB", f"{step}, {run.loss} logits")
     used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
     cells = [("base in", *(r.precision for _, r, _ in columns.values()))]
@@ -338,7 +338,7 @@ def _print_fit(
     verdict = "fits" if fits else "does not fit"
     stdout.print(Text(f"{shapes.name}, {method.title}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
     room = f"{device.label}, {in_units(device.bytes)}" if name else device.label
-    stdout.print(f"on {room}; {run.batch} × {run.sequence:,} tokens", markup=False)
+    stdout.print(f"on {room}; {run.size}", markup=False)
     if fits:
         rows = [(key, capped(value, LARGEST.get(key))) for key, value in most.items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.files.text import OBEYED, printable
 
 if TYPE_CHECKING:
+    from pipeline.inference.score import Cost
     from pipeline.project.runner import Event
 
 Result = TypeVar("Result")
@@ -51,6 +52,14 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """`table` on stdout."""
     stdout.print(table(columns, rows, right=right))
+
+
+def print_costs(costs: "Mapping[str, Cost]") -> None:
+    """A row for each model, the first of which is what the others are compared with; nothing without models."""
+    if costs:
+        columns = ("model", "loss", "right", f"KL to {next(iter(costs))}")
+        rows = [(name, f"{c.loss:.4f}", f"{c.right:.1%}", f"{c.divergence:.4f}") for name, c in costs.items()]
+        print_table(columns, rows, right=columns[1:])
 
 
 class _Column:

@@ -101,6 +101,7 @@ def train(
     Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory here, each with a
     reason; --set replaces any of them. After a stop, the same command goes on.
     """
+    from cli.project import refuse_broken
     from cli.stages import run_stage
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
@@ -124,6 +125,7 @@ def train(
     for name in open_project(params).stages:
         run_stage(name, params, None, False)
     _print_results(open_project(params), out)
+    refuse_broken(open_project(params))
 
 
 def _request(

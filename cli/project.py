@@ -11,6 +11,7 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, fin
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
+    from pipeline.project.stage_graph import Project
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -25,7 +26,12 @@ EXTRAS = {  # what each is for
     **dict.fromkeys(("gguf", "sentencepiece", "protobuf", "accelerate"), ".gguf files need it, `lora-workbench[gguf]`"),
     "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
     **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
+    "optuna": "`search: optuna` of a sweep needs it, `lora-workbench[optuna]`",
+    **dict.fromkeys(
+        ("tensorboard", "trackio", "wandb", "mlflow", "dvclive"), "report_to can name it, `lora-workbench[trackers]`"
+    ),
     "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
+    "lm-eval": "`lora evaluate --harness` needs it, `lora-workbench[harness]`",
 }
 
 
@@ -43,7 +49,7 @@ def show_params(
     from cli.console import print_json, print_line
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
-    from pipeline.project.params.load import key_path
+    from pipeline.project.params.load import TOP_LEVEL, key_path
     from pipeline.project.params.schema import hints
 
     params = project_of(path, overrides).params
@@ -51,7 +57,8 @@ def show_params(
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    rows = {"base": (params.origin.base, params.source("import", "base"))} if section is None else {}
+    above = {"base": params.origin.base, "report_to": params.report_to} if section is None else {}
+    rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
     rows |= {
         key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
         for name in names
@@ -79,12 +86,12 @@ def explain(
     from pipeline.errors import UserError
     from pipeline.project.params.aliases import KEYS, suggest
     from pipeline.project.params.edit import dump_inline
-    from pipeline.project.params.load import TOP_LEVEL, TRAINING, key_path
+    from pipeline.project.params.load import TOP_LEVEL, TRACKING, TRAINING, key_path
     from pipeline.project.params.schema import Section, hints, meaning, rule
-    from pipeline.project.params.sections import Training
+    from pipeline.project.params.sections import Tracking, Training
     from pipeline.workbench import GRAPH
 
-    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections}
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, TRACKING: Tracking}
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)
@@ -122,17 +129,22 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
-    from pipeline.stages.report import comparison, legend
+    from pipeline.stages.report import TASKS, by_variant, comparison, legend, task_scores
 
     project = project_of(params)
     folder = project.artifact("evaluate")
     metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
     try:
-        columns, rows = comparison(metrics)
+        columns, rows = comparison(by_variant(metrics))
+        task_columns, task_rows = task_scores(by_variant(metrics))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
     print_line(f"\n{legend(columns)}\n")
+    if task_rows:
+        print_table(task_columns, task_rows, right=task_columns[2:])
+        print_line(f"\n{TASKS}\n")
+    print_gate(metrics)
     there = (folder / "report.md").exists()
     print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours.")
     claims = folder.parent / "claims/report.md"
@@ -142,6 +154,43 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         old = outdated(project, [name])
         if name in old:
             warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
+
+
+def print_gate(metrics: Mapping[str, Any]) -> None:
+    """Whether the models keep evaluate.limits, and a table of what was broken."""
+    from cli.console import print_line, print_table
+    from pipeline.stages.report import broken_limits
+
+    if not (gate := metrics.get("gate")):
+        return
+    if gate["passed"]:
+        print_line(f"limits: kept by {', '.join(gate['variants'])}\n")
+        return
+    columns, rows = broken_limits(gate)
+    print_line("limits broken:")
+    print_table(columns, rows, right=("measured",))
+    print_line("")
+
+
+def refuse_broken(project: "Project", shown: bool = False) -> None:
+    """Raises UserError if the last evaluation broke evaluate.limits, so that the command ends with 1.
+
+    `shown`: the table of what was broken was printed already.
+    """
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
+
+    metrics = read_json(project.artifact("evaluate") / "metrics.json", "Run `lora evaluate`")
+    if not shown:
+        print_gate(metrics)
+    gate = metrics.get("gate")
+    if gate and not gate["passed"]:
+        names = ", ".join(dict.fromkeys(one["variant"] for one in gate["broken"]))
+        count = len(gate["broken"])
+        raise UserError(
+            f"evaluate.limits: {count} {'limit is' if count == 1 else 'limits are'} broken, by {names}. Train again "
+            "with other settings, or change the limits."
+        )
 
 
 def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:

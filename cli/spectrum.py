@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from cli.options import JsonOption, TrustOption, group
+from cli.options import JsonOption, TrustOption, finite, group
 
 if TYPE_CHECKING:
     from pipeline.weights.extract import Spectra
+    from pipeline.weights.intruders import Searched
     from pipeline.weights.spectrum import Measured
 
 app = group()
@@ -28,13 +29,25 @@ def spectrum(
         Literal["all", "none"], Option(help="Changed embedding and head: save in full, or leave out.")
     ] = "all",
     data: Annotated[
-        Path | None, Option(help="Data file to compare base, tuned and base + LoRA on; loads all three.")
+        Path | None, Option(help="Data file to compare base, tuned and what is written on; loads all three.")
+    ] = None,
+    intruders: Annotated[
+        bool, Option("--intruders", help="List intruder dimensions instead (Shuttleworth et al. 2024).")
+    ] = False,
+    top: Annotated[int, Option(min=1, max=64, help="Largest singular vectors to look for intruders in.")] = 10,
+    epsilon: Annotated[
+        float,
+        Option(min=0, max=1, callback=finite, help="Intruders have a lower |cos| with each singular vector of BASE."),
+    ] = 0.5,
+    damp: Annotated[
+        float | None,
+        Option(min=0, max=1, callback=finite, help="Scale the intruders by this in the adapter --out; 0 removes them."),
     ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
 ) -> None:
-    """Singular values of a fine-tuning; extract its LoRA.
+    """Singular values of a fine-tuning; LoRA; intruders.
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
@@ -50,6 +63,11 @@ def spectrum(
         raise UserError(
             "--csv has one row per tensor and cannot include the results of --data. Use --json, or omit --csv."
         )
+    if intruders or damp is not None:
+        if rank is not None or as_csv:
+            raise UserError("--intruders and --damp exclude --rank and --csv. Run the command once for each.")
+        _intruders(base, tuned, (top, epsilon), damp, out, data, trust_remote_code, as_json)
+        return
     if (rank is None) != (out is None):
         raise UserError("--rank and --out must be used together to extract a LoRA. Add the other one.")
     show = _print_json if as_json else _print_csv if as_csv else _print_tables
@@ -80,6 +98,81 @@ def spectrum(
         columns = ("model", "loss", "right", "as tuned")
         rows = [(name, f"{q.loss:.4f}", f"{q.right:.1%}", f"{q.as_tuned:.1%}") for name, q in answers.items()]
         print_table(columns, rows, right=columns[1:])
+
+
+def _intruders(
+    base: Path,
+    tuned: Path,
+    search: tuple[int, float],
+    factor: float | None,
+    out: Path | None,
+    data: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """`search`: how many singular vectors of each matrix, and ε."""
+    from cli.console import follow, print_costs, print_json, print_line
+    from pipeline.data.formats import read_examples
+    from pipeline.errors import UserError
+    from pipeline.inference.score import costs
+    from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
+
+    if (factor is None) != (out is None):
+        raise UserError("--damp and --out must be used together to write a damped adapter. Add the other one.")
+    if data is not None and out is None:
+        raise UserError("--data compares the damped adapter. Add --damp and --out.")
+    if out is not None:
+        refuse_undampable(tuned, out)
+    examples = read_examples(data, str(data)) if data else []
+    searched = follow(intruders_of(base, tuned, *search, trust_remote_code), "intruders")
+    if not as_json:
+        _print_intruders(searched, *search)
+    if out is not None and factor is not None:
+        damp(base, tuned, out, searched, factor, dict(zip(("top", "epsilon"), search, strict=True)))
+    models = {"tuned": tuned, "base": None, "damped": out}
+    quality = costs(base, models, examples, trust_remote_code) if examples else {}
+    if as_json:
+        matrices = [
+            {
+                "name": one.pair.module,
+                "complete": one.complete,
+                "intruders": [intruder._asdict() for intruder in one.intruders],
+            }
+            for one in searched
+        ]
+        scores = {name: cost._asdict() for name, cost in quality.items()}
+        head = dict(zip(("top", "epsilon"), search, strict=True))
+        print_json({**head, "matrices": matrices, "damped": out and str(out), "quality": scores})
+    else:
+        if out is not None:
+            print_line(f"{out}  intruders scaled by {factor:g}")
+        print_costs(quality)
+
+
+def _print_intruders(searched: "list[Searched]", top: int, epsilon: float) -> None:
+    """A row for each matrix with intruders; below it their number, and what was not compared."""
+    from cli.console import print_line, print_table
+    from pipeline.weights.spectrum import MAX_VALUES
+
+    found = [one for one in searched if one.intruders]
+    rows = []
+    for one in found:
+        at = " ".join(str(intruder.position) for intruder in one.intruders)
+        first, similar = one.intruders[0].value, max(intruder.similarity for intruder in one.intruders)
+        rows.append((short(one.pair.module), str(len(one.intruders)), at, f"{first:.2f}", f"{similar:.2f}"))
+    if rows:
+        columns = ("matrix", "intruders", "at", "largest σ", "most alike")
+        print_table(columns, rows, right=("intruders", "largest σ", "most alike"))
+    count = sum(len(one.intruders) for one in found)
+    print_line(
+        f"{count} intruder{'s' * (count != 1)} in {len(found)} of {len(searched)} matrices: among the {top} largest "
+        f"left singular vectors of each, those whose |cos| with every one of the base's is below {epsilon:g}."
+    )
+    if wide := sum(not one.complete for one in searched):
+        print_line(
+            f"Of {wide} wide matri{'ces' if wide > 1 else 'x'} only the {MAX_VALUES} largest were compared, estimated: "
+            "a counterpart further down is not seen, so there may be fewer intruders."
+        )
 
 
 def _facts(tensor: "Measured") -> dict[str, Any]:

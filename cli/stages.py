@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import json
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,20 +19,25 @@ from cli.options import (
     CheckpointOption,
     ForceOption,
     Group,
+    JsonOption,
     Lazy,
     ParamsOption,
     PromptsOption,
     SetOption,
     TrustOption,
     WidthOption,
+    finite,
     group,
     project_of,
 )
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.harness import Folders, HarnessOptions
+    from pipeline.project.logs.follower import Follower
+    from pipeline.project.runner import Event, Job
     from pipeline.project.stage_graph import Project, Stage
 
-SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
+FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 
 def _method_names() -> list[str]:
@@ -46,7 +52,7 @@ def _method(name: str) -> Any:
     stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
-    command = _trains(stage.name, _print_sweep) if stage.kind == "adapters" else _distributes(stage)
+    command = _sweep if stage.kind == "adapters" else _distributes(stage)
     one.command(name, help=summary)(command)
     return get_command(one)
 
@@ -73,8 +79,8 @@ def _runs(name: str) -> Callable[..., None]:
     return command
 
 
-def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
-    """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
+def _trains(name: str) -> Callable[..., None]:
+    """The command of a stage that trains in one process."""
 
     def command(
         params: ParamsOption = DEFAULT_PARAMS,
@@ -83,8 +89,6 @@ def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callabl
         checkpoint_every: CheckpointOption = None,
     ) -> None:
         run_stage(name, params, overrides, force, checkpoint_every)
-        if show and not UNDER_DVC:
-            show(project_of(params, overrides))
 
     return command
 
@@ -150,17 +154,77 @@ def _print_plan(project: Project, stage: Stage) -> None:
     print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
 
 
-def _print_sweep(project: Project) -> None:
-    """The table of a sweep's adapters."""
-    from cli.console import print_table
+def _sweep(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = None,
+    over: Annotated[
+        list[str] | None,
+        Option(metavar="KEY", help="Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."),
+    ] = None,
+    max_divergence: Annotated[
+        float | None, Option(min=0, callback=finite, help="Choose among adapters that are this close to the base.")
+    ] = None,
+    apply: Annotated[bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")] = False,
+) -> None:
+    """The command of a sweep, which also chooses among what it made."""
+    overrides = [*(overrides or ())]
+    if over:
+        from pipeline.errors import UserError
+        from pipeline.stages.methods.sweep import grid_around
+
+        if any(override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides):
+            raise UserError("--over makes the grid, which --set finetune_sweep.grid does too. Leave one of them out.")
+        overrides.append(f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}")
+    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
+    if not UNDER_DVC:
+        _choose(project_of(params, overrides), max_divergence, apply)
+
+
+def _choose(project: Project, max_divergence: float | None, apply: bool) -> None:
+    """Print the table of a sweep's adapters and which of them to take; write its values into the params file."""
+    from cli.console import print_line, print_note, print_table
+    from pipeline.evaluation.selection import choose, loss_of, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
 
+    table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
+    front = pareto(table)
+    numbers = {"trained": ("trainable", ","), "steps": ("steps", ","), "loss": ("final_loss", ".4f")}
+    numbers |= {"held out": ("eval_loss", ".4f"), **({"divergence": ("divergence", ".4f")} if front else {})}
     rows = []
-    for name, end in read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`").items():
-        losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
-        rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
-    print_table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS)
+    for name, end in table.items():
+        cells = ["" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()]
+        rows.append((name, *cells, *(["yes" if name in front else ""] if front else []), end["state"]))
+    print_table(("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers))
+    best = choose(table, max_divergence)
+    row = table[best]
+    kind = "loss" if row["eval_loss"] is None else "held-out loss"
+    divergence = f", divergence {row['divergence']:.4f}" if front else ""
+    print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
+    if row["eval_loss"] is None:
+        print_note("No examples are held out: the training loss decides. Set finetune_lora.eval_share, such as to 0.1.")
+    if apply:
+        _apply(project, row["values"])
+
+
+def _apply(project: Project, values: Mapping[str, Any]) -> None:
+    """Write an adapter's values into finetune_lora of the params file, and print the lines that changed."""
+    from difflib import unified_diff
+
+    from cli.console import print_line
+    from pipeline.errors import UserError
+    from pipeline.project.params.edit import save
+
+    path = project.params_path
+    if project.parent and "finetune_lora" in project.parent.params.written - project.params.written:
+        raise UserError(f"--apply: finetune_lora is a section of {project.params.project}. Set it there by hand.")
+    before = path.read_text(encoding="utf-8")
+    save(path, {f"finetune_lora.{key}": value for key, value in values.items()}, project.graph.sections)
+    lines = unified_diff(before.splitlines(), path.read_text(encoding="utf-8").splitlines(), n=0, lineterm="")
+    changed = [line for line in [*lines][2:] if line[0] in "+-"]
+    print_line("\n".join([f"{path.name}:", *changed]) if changed else f"{path.name} has these values already.")
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
@@ -209,13 +273,75 @@ def merge(
 
 
 @app.command()
-def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
-    """Compare all variants → artifacts/evaluation."""
-    from cli.project import report
+def evaluate(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    harness: Annotated[
+        list[str] | None, Option("--harness", metavar="TASK", help="Run a task of lm-evaluation-harness instead.")
+    ] = None,
+    include_path: Annotated[Path | None, Option(help="Folder of more tasks for --harness, as YAML files.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first examples of each task of --harness.")] = None,
+    num_fewshot: Annotated[int | None, Option(min=0, help="Examples before each question of --harness.")] = None,
+    apply_chat_template: Annotated[
+        bool, Option("--apply-chat-template", help="Ask the questions of --harness in the chat template.")
+    ] = False,
+    adapter: Annotated[
+        list[Path] | None, Option(help="Adapter for --harness instead of the project's models, with its base.")
+    ] = None,
+    base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
 
+    With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
+    be your own; a task may run Python code.
+    """
+    from cli.project import refuse_broken, report
+    from pipeline.errors import UserError
+
+    if harness:
+        from pipeline.evaluation.harness import HarnessOptions, named
+
+        options = HarnessOptions(harness, include_path, limit, num_fewshot, apply_chat_template)
+        outside = named(base, adapter or ()) if base or adapter else None
+        _run_harness(options, outside, params, overrides, trust_remote_code, as_json)
+        return
+    given = (option is not None for option in (include_path, limit, num_fewshot, adapter, base))
+    if any((*given, apply_chat_template, trust_remote_code, as_json)):
+        raise UserError("Without --harness TASK, evaluate takes --params, --set and --force alone.")
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
+    refuse_broken(project_of(params, overrides), shown=not UNDER_DVC)
+
+
+def _run_harness(
+    options: HarnessOptions,
+    models: Folders | None,
+    params: Path,
+    overrides: list[str] | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Score `models`, or else the project's, and show the table, or print the document."""
+    from cli.console import print_json, print_note, print_table
+    from pipeline.errors import UserError
+    from pipeline.evaluation.harness import run, table
+    from pipeline.inference.engine import variant_folders
+
+    if models is None:
+        project = project_of(params, overrides)
+        models, trust_remote_code = variant_folders(project), project.params.origin.trust_remote_code
+    if not models:
+        raise UserError("There is no model yet. Run `dvc repro`, or name one with --base or --adapter.")
+    document = run(models, options, trust_remote_code, print_note)
+    if as_json:
+        print_json(document)
+        return
+    columns, rows = table(document)
+    print_table(columns, rows, right=columns[2:])
 
 
 def run_stage(
@@ -232,15 +358,23 @@ def run_stage(
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
     from pipeline.project.process_rank import world
-    from pipeline.project.runner import Event, Facts, Job, run
+    from pipeline.project.runner import Facts, run
 
     project = project_of(params, overrides)
     stage = project.stage(name)
     if stage.check:  # what is wrong is said first
         stage.check(project)
 
+    followers: list[Follower] = []
+    if project.params.report_to:
+        from pipeline.project.logs.follower import check
+
+        check(project.params.report_to)
+
     def work(job: Job) -> Generator[Event, None, Facts]:
         yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
+        if project.params.report_to and stage.trains and world().is_main_process:
+            followers.extend((yield from _start_trackers(job)))
         return (yield from stage.run(replace(job, sharded=shard)))
 
     if world().world_size == 1:
@@ -254,6 +388,7 @@ def run_stage(
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
+    _finish_trackers(followers)
     # One line: where the artifact is and what can be said of it at once.
     parts, folder = [project.artifact_name(name)], project.artifact(name)
     if parameters := manifest.get("parameters"):
@@ -267,3 +402,48 @@ def run_stage(
     if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
+
+
+def _start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
+    """A process for each tracker of `report_to`; a note on each that is not installed."""
+    from pipeline.project.logs import run_state
+    from pipeline.project.logs.follower import Followed, Follower, missing
+    from pipeline.project.runner import Note
+
+    project, stage, journal, started = job.project, job.stage, run_state.read(job.run), list[Follower]()
+    for name in project.params.report_to if journal else ():
+        if why := missing(name):
+            yield Note(f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to {name}`")
+            continue
+        followed = Followed(
+            root=str(project.root),
+            stage=stage.name,
+            sweeps=stage.kind == "adapters",
+            key=job.key,
+            params=job.input_facts["params"],
+            artifact=str(project.cache / stage.name / job.key),
+            run=str(job.run),
+            started=journal.started if journal else 0.0,
+        )
+        try:
+            started.append(Follower(name, followed))
+        except OSError as error:  # no process, no folder: not the training's concern
+            yield Note(f"{stage.name}: report_to: {name} cannot be started: {error.strerror}")
+            continue
+        yield Note(f"{stage.name}: {name} follows the run: {started[-1].view}", routine=True)
+    return started
+
+
+def _finish_trackers(followers: list[Follower]) -> None:
+    """Give the trackers a moment to read the end of the run, and say which of them failed or are still at it."""
+    from time import monotonic
+
+    from cli.console import print_note
+
+    until = monotonic() + FINISHING
+    for one in followers:
+        if not one.wait(max(0.0, until - monotonic())):
+            print_note(f"{one.name} is still reading the run's log, and ends by itself.")
+        elif problem := one.problem():
+            again = f"Send the run with `lora runs export --to {one.name}`"
+            print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")

@@ -38,7 +38,7 @@ def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Full names of the layers that get LoRA in PEFT: linears, and the embedding if it is named.
 
-    Raises UserError if there are none, or if a name matches nothing.
+    Raises UserError if there are none and no experts either, or if a name matches nothing.
     """
     embedding = getattr(model, "embedding_name", "")
     layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
@@ -50,7 +50,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
             layers = [name for name in layers if name != embedding]
         matches = select_linears(layers, wanted, getattr(model, "head_name", HEAD))
     names = [name for name in matches if not spec.excludes(name)]
-    if not names:
+    if not names and not spec.parameters:
         raise UserError(
             f"target_modules: {spec.targets!r} matches no layer that is not excluded. "
             "Check exclude_modules and layers_to_transform."
@@ -84,6 +84,10 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
             "Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
+    if spec.parameters:  # before linears: a weight of theirs is refused by its own name
+        from pipeline.adapters.experts import add_experts  # most models have none
+
+        add_experts(model, spec, dtype, init)
     add_lora(model, names, spec, dtype, init)
     if model.shape.tied and saves_embedding_or_head(model, spec):
         untie(model)
@@ -194,7 +198,11 @@ class AdapterScale:
     """
 
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
-        self._lora = [(layer, layer.scale) for _, layer in adapter_layers(model)]
+        from pipeline.adapters.experts import expert_layers
+
+        updates = (update for _, layer in expert_layers(model) for update in layer.by_parameter().values())
+        scaled = (*(layer for _, layer in adapter_layers(model)), *updates)
+        self._lora = [(layer, layer.scale) for layer in scaled]
         self._trained = [
             (parameter, _base_values(key, base, spec), parameter.data)
             for key, parameter in tensors(model, spec).items()

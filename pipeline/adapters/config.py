@@ -34,7 +34,7 @@ _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
 _READ = {  # PEFT's options that are supported
     "peft_type",
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
 _HARMLESS = {  # those without effect once an adapter is trained; any other must be empty
@@ -52,7 +52,7 @@ _RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row.
+    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row, `parameters` are stacked experts'.
 
     A name matches every module whose full name ends with it; in `saved` even within a word, as in PEFT: norm also
     matches input_layernorm. A string instead of a list is a pattern for the full name, or all-linear. The keys of
@@ -72,6 +72,7 @@ class AdapterSpec:
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()  # empty: all
     lists: tuple[str, ...] = ()  # names of the module lists that `layers` index; empty: any
+    parameters: tuple[str, ...] = ()  # by the end of their full names; neither `excluded` nor `layers` apply to them
 
     def rank_of(self, module: str) -> int:
         """The rank of the module with this full name."""
@@ -157,12 +158,15 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "lora_dropout": spec.dropout,
         "fan_in_fan_out": transposed,  # PEFT warns where it differs from the layers
         "init_lora_weights": True,  # whatever it started from: another value may make PEFT change the base again
-        "target_modules": _to_json(spec.targets),
+        # null would mean PEFT's default for the model
+        "target_modules": _to_json(spec.targets) or [],
         "exclude_modules": _to_json(spec.excluded),
         "layers_to_transform": list(spec.layers) or None,
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
         "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
+        # PEFT below 0.17 does not know the key
+        **({"target_parameters": list(spec.parameters)} if spec.parameters else {}),
     }
 
 
@@ -185,7 +189,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
     return AdapterSpec(
         rank=config.number("r", config.get("r"), whole=True),
         alpha=config.number("lora_alpha", config.get("lora_alpha")),
-        targets=config.names("target_modules", needed=True, may_be_pattern=True),
+        targets=config.names("target_modules", needed=not config.get("target_parameters"), may_be_pattern=True),
         saved=tuple(config.names("modules_to_save")),
         rows=config.rows(embedding),
         ranks={key: config.number("rank_pattern", n, whole=True) for key, n in config.pattern("rank_pattern").items()},
@@ -195,7 +199,17 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
         excluded=config.names("exclude_modules", may_be_pattern=True),
         layers=config.layers(),
         lists=config.lists(),
+        parameters=config.names("target_parameters"),
     )
+
+
+def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
+    """Raises UserError for an adapter on stacked experts: only its own module knows which factors belong together."""
+    if spec.parameters:
+        raise UserError(
+            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only PEFT and this "
+            "project read as an adapter. Merge it: `lora export --format merged`."
+        )
 
 
 def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]) -> None:

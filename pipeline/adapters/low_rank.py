@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
+from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec, refuse_experts
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.adapters.peft import read_tensors
@@ -61,13 +61,33 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
     return values
 
 
+def svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """U (O, k), σ (k,) and Vᵀ (k, I) of s·BA, in fp64, largest σ first; k = min(O, I, R).
+
+    The singular vectors are those of the small STᵀ of `singular_values`, times Q and P.
+    """
+    q, s = torch.linalg.qr(update.scale * update.b.double())  # (O, min(O, R)), (min(O, R), R)
+    p, t = torch.linalg.qr(update.a.double().T)  # (I, min(I, R)), (min(I, R), R)
+    left, values, right = torch.linalg.svd(s @ t.T, full_matrices=False)
+    return q @ left, values, right @ p.T
+
+
+def truncated(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool = False) -> LowRank:
+    """The first `rank` of singular triples, U (O, k), σ (k,), Vᵀ (k, I), as factors of scale 1, in fp32."""
+    root = values[:rank].sqrt()  # √S in both factors, so that their norms are similar
+    return LowRank((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding)
+
+
+def inner_product(one: LowRank, other: LowRank) -> float:
+    """⟨s₁B₁A₁, s₂B₂A₂⟩, the sum of the products of their entries, without the (O, I) products."""
+    products = (one.b.double().T @ other.b.double()) * (one.a.double() @ other.a.double().T)  # (R₁, R₂)
+    return one.scale * other.scale * float(products.sum())
+
+
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
     """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k = min(O, I, R)."""
-    q, s = torch.linalg.qr(update.b.double())  # (O, min(O, R)), (min(O, R), R)
-    p, t = torch.linalg.qr(update.a.double().T)  # (I, min(I, R)), (min(I, R), R)
-    left, _, right = torch.linalg.svd(s @ t.T)
-    count = min(update.rank, *left.shape, *right.shape)
-    return (q @ left)[:, :count], (p @ right.T)[:, :count]
+    left, _, right = svd(update)
+    return left, right.T
 
 
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
@@ -104,6 +124,7 @@ def load_update(folder: Path) -> LowRankUpdate:
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
     # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
     spec = read_spec(folder, row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
+    refuse_experts(folder, spec)
     again = "Train or import the adapter again."
     low_rank = {}
     for embedding, (a_key, b_key) in enumerate(_KEYS):

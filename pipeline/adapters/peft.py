@@ -202,14 +202,20 @@ def _refuse_large_ranks(
     model: CausalLM, spec: AdapterSpec, names: list[str], values: Mapping[str, Tensor], path: Path
 ) -> None:
     """Raises UserError for a rank above that of every tensor in the file, before memory is allocated for it."""
+    expected = dict[str, tuple[int, ...]]()
+    if spec.parameters:
+        from pipeline.adapters.experts import stacked_shapes
+
+        expected = stacked_shapes(model, spec)
+    for name in names:
+        layer = model.get_submodule(name)
+        key = f"{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
+        expected[key] = (spec.rank_of(name), weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1])
     shapes = {key: tuple(value.shape) for key, value in values.items() if key.endswith(_A_KEYS)}
     largest = max((shape[0] for shape in shapes.values() if shape), default=0)
-    for name in names:
-        if (rank := spec.rank_of(name)) > largest:
-            layer = model.get_submodule(name)
-            key = f"{PREFIX}{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
-            inputs = weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1]
-            refuse_difference({key: (rank, inputs)}, {key: shapes[key]} if key in shapes else {}, str(path))
+    for key, shape in ((PREFIX + key, shape) for key, shape in expected.items()):
+        if shape[0] > largest:
+            refuse_difference({key: shape}, {key: shapes[key]} if key in shapes else {}, str(path))
 
 
 @torch.no_grad()

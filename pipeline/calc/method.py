@@ -76,6 +76,8 @@ class FinetuningMethod:
     columns: ClassVar[tuple[str, str]] = ("", "")  # headings beside other methods: as given, and with the base in NF4
     adapter: ClassVar[bool] = True  # trains no linear of the base, so the base may be quantized
     low_rank: ClassVar[bool] = False  # the linears that it adapts get A and B
+    step: ClassVar[Mapping[str, Any]] = {}  # defaults of the step that it implies
+    answers: ClassVar[int] = 1  # sequences of an example: 2 for a pair of answers
     short_attention: ClassVar[bool] = (
         True  # whether the kernel for short sequences runs: not with more keys than queries
     )
@@ -287,6 +289,8 @@ def configure(model: Architecture, methods: Mapping[str, FinetuningMethod], name
             "precision": "fp32" if ours else "bf16",
             "checkpointing": "none" if ours else "full",
             "context": 0 if ours else CONTEXT,
+            "answers": method.answers,
+            **method.step,
             **implied,
             **step,
         }

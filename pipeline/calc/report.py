@@ -183,7 +183,7 @@ def explain(
 
     size, blocks = run.tokens * model.hidden * run.width, len(model.blocks)
     inputs = sum(run.checkpointed(index) for index in range(blocks))
-    each = f"{run.batch} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
+    each = f"{run.rows} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
     if inputs == blocks:
         total = f"{blocks * size / GIB:.2f} GiB"
         kept = f"{blocks} blocks keep their input, {each} each ({total}); and what the peak's phase works with"

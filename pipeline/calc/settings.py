@@ -161,8 +161,9 @@ class TrainingConfig:
     attention: str = option("sdpa", "Attention: sdpa (flash and similar) or eager.", choices=("sdpa", "eager", "short"))
     loss: str = option(
         "full",
-        "Logits in memory at once: full, labels or chunked.",
+        "Logits in memory at once: full, labels or chunked; default: full, for pairs of answers chunked.",
         choices=("full", "labels", "chunked", "divergence"),
+        automatic=True,
     )
     label_share: float = option(1.0, "Fraction of tokens with a label (labels, chunked).")
     chunk: int = option(1024, "Labels per chunk (chunked).", least=1)
@@ -176,18 +177,29 @@ class TrainingConfig:
         0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
     )
     cpu: bool = False  # our kernels for CPUs run: norms that save their input and a number per row
+    answers: int = 1  # sequences of an example: 2 for a pair of answers, each of up to `sequence` tokens
     sequences: int = 0  # packed into the rows; 0: one per row
     span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
     scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
 
     @property
+    def rows(self) -> int:
+        return self.batch * self.answers
+
+    @property
+    def size(self) -> str:
+        """The batch in words."""
+        pairs = f" pairs × {self.answers}" if self.answers > 1 else ""
+        return f"{self.batch}{pairs} × {self.sequence:,} tokens"
+
+    @property
     def tokens(self) -> int:
-        return self.batch * self.sequence
+        return self.rows * self.sequence
 
     @property
     def virtual_places(self) -> int:
         """Number of sequences, each of which begins with the virtual tokens."""
-        return self.sequences or self.batch
+        return self.sequences or self.rows
 
     @property
     def labels(self) -> int:

@@ -50,12 +50,12 @@ class Step(Ops):
     def forward(self) -> Value:
         """The loss."""
         t, run, model, style = self.tape, self.run, self.model, self.style
-        width, length = model.embedding_width, self.n // run.batch
+        width, length = model.embedding_width, self.n // run.rows
         # an operation keeps the phase and kind in which it was recorded: what its backward allocates counts there too
         t.phase, self.trains = "forward, embeddings", self.base.rest
         self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]  # alive for the whole step
         if run.attention == "short" and not self.eager:  # a mask with one row per query of a group of heads
-            self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.batch), self.w)
+            self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.rows), self.w)
         trained = [self.embedding] if self.base.ends else []
         x = t.op(elements=run.tokens * width, width=self.w, saves=[ids], weights=trained)
         x = t.op(x, temp=x.elements * x.width) if run.neftune_alpha else x  # the noise itself
@@ -363,7 +363,7 @@ class Step(Ops):
         """softmax(qkᵀ·scale + mask)·v with all scores in memory: (B, H, T, keys)."""
         t = self.tape
         keys = k.elements // (heads.keys * heads.size)  # of all sequences
-        scores = heads.queries * (self.n // self.run.batch) * keys
+        scores = heads.queries * (self.n // self.run.rows) * keys
         if heads.keys < heads.queries:  # repeated for each query head
             k = t.op(k, elements=keys * heads.queries * heads.size)
             v = t.op(v, elements=keys * heads.queries * heads.value_size)

@@ -19,6 +19,7 @@ from pipeline.data.containers import Reading
 from pipeline.data.examples import Example, content_digest, is_held_out
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
+from pipeline.data.preferences import pair
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
@@ -162,8 +163,11 @@ class _Check:
             if self._tokenizer is None:
                 deque(examples, maxlen=0)
             else:
-                for example, encoded in Encoder(self._tokenizer).each(examples, self._refuse_example):
-                    self._add_tokens(example, encoded)
+                for example, encoded in Encoder(self._tokenizer).each(_with_rejected(examples), self._refuse_example):
+                    if isinstance(example, _Rejected):
+                        self._add_rejected(encoded)
+                    else:
+                        self._add_tokens(example, encoded)
         except UserError as error:  # about the file, or what it holds from here on
             match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
             row = int(match[1]) if match else None
@@ -208,7 +212,7 @@ class _Check:
             yield example
 
     def _refuse_example(self, example: Example, error: UserError) -> None:
-        self._encoded += 1
+        self._encoded += not isinstance(example, _Rejected)
         text = _without_location(error, example.file, example.line)
         self._add_problem("not tokenized", "error", example.line, text)
 
@@ -233,11 +237,19 @@ class _Check:
         if not labels:
             cut = f"all labels are behind the cut at {kept:,} of {length:,} tokens" if any(encoded.trained[1:]) else ""
             text = f"nothing to train on: {cut or 'no token has a label'}."
-            self._add_problem("nothing to train on", "error", row, text)
+            if example.desirable is False:
+                self._warn("labelled false", row, "labelled false: only finetune_dpo with the loss kto trains on it.")
+            else:
+                self._add_problem("nothing to train on", "error", row, text)
         elif kept < length:
             lost = sum(encoded.trained[kept:])
             labels_lost = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
             self._warn("truncated", row, f"truncated from {length:,} to {kept:,} tokens; {labels_lost}.")
+
+    def _add_rejected(self, encoded: Encoded) -> None:
+        """The length of a pair is that of its longer answer. What the worse one would train is not counted."""
+        if self._lengths and not self._held_out[self._encoded - 1]:
+            self._lengths[-1] = max(self._lengths[-1], len(encoded.ids))
 
     def report(self, eval_share: float) -> DataReport:
         """Called once, after the last file."""
@@ -318,6 +330,17 @@ def suggest_max_length(p99: int, longest: int, positions: int | None = None) -> 
     """The 99 % quantile, or the longest example if it is near, as a multiple of 64 that the model has positions for."""
     length = -(-(longest if longest <= NEAR * p99 else p99) // STEP) * STEP
     return min(length, positions or length)
+
+
+class _Rejected(Example):
+    """The worse answer of the pair that comes before it."""
+
+
+def _with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
+    for example in examples:
+        yield example
+        if example.rejected is not None:
+            yield _Rejected(**vars(pair(example)[1]))
 
 
 def _without_location(error: UserError, file: str, row: int | None) -> str:

@@ -118,6 +118,9 @@ class _Rows:
         for example in iter_examples(self._source, self.name, columns=self._columns, reading=self.reading):
             own = self.reading.format
             format_ = self._format or own
+            if example.desirable is False and format_ != own:
+                self._changed["answers labelled false left out"] += 1
+                continue
             if self._texts_only and format_ != "text":
                 raise UserError(
                     f"{example.location}: a .txt file holds texts alone, and this row is written as {format_}. Name "
@@ -142,6 +145,8 @@ class _Rows:
         if example.rejected is not None and format_ != "preference":
             self._changed["rejected answers left out"] += 1
             example = replace(example, rejected=None)
+        if format_ != "unpaired_preference":
+            example = replace(example, desirable=None)
         if format_ in OF_MESSAGES and not example.messages:
             if example.prompt is None:
                 raise _CannotHold("it has no prompt that an assistant could answer")
@@ -169,7 +174,7 @@ def digest(example: Example) -> bytes:
     """16 bytes of all that an example is trained by. The order of keys counts, as templates write it."""
     parts = [
         *(example.text, example.prompt, example.messages),
-        *(sorted(example.untrained), example.tools, example.rejected),
+        *(sorted(example.untrained), example.tools, example.rejected, example.desirable),
     ]
     return sha256(json.dumps(parts).encode()).digest()[:16]
 
@@ -207,7 +212,7 @@ def _messages(example: Example) -> Record:
 
 
 def _chat_prompt(example: Example) -> Record:
-    split = _first_trained(example)
+    split = example.begin or _first_trained(example)
     return {"prompt": _turns(example, 0, split), "completion": _turns(example, split), **_tools(example)}
 
 
@@ -218,11 +223,16 @@ def _preference(example: Example) -> Record:
         return {"prompt": prompt, **texts} if prompt else texts
     if not example.rejected:
         raise _CannotHold("it has no rejected answer")
-    split = _first_trained(example)
+    split = example.begin or _first_trained(example)
     if example.rejected[0]["role"] != "assistant":  # the prompts differ, and an example does not know where they begin
         raise _CannotHold("its rejected answer does not begin with an assistant turn")
     answers = {"chosen": _turns(example, split), "rejected": list(example.rejected)}
     return {"prompt": _turns(example, 0, split), **answers, **_tools(example)}
+
+
+def _unpaired_preference(example: Example) -> Record:
+    answer = _chat_prompt(example) if example.messages else _prompt_completion(example)
+    return {**answer, "label": bool(example.desirable)}
 
 
 def _alpaca(example: Example) -> Record:
@@ -250,6 +260,7 @@ FORMATS: dict[str, Callable[[Example], Record]] = {
     "text": _text,
     "chat_prompt": _chat_prompt,
     "preference": _preference,
+    "unpaired_preference": _unpaired_preference,
 }
 
 
@@ -387,6 +398,8 @@ def _write_table(file: BinaryIO, rows: _Rows, container: str) -> None:
 def _arrow_type(key: str, turns: Iterable[str]) -> Any:
     import pyarrow as pa
 
+    if key == "label":
+        return pa.bool_()
     if turns:
         order = sorted(turns, key=lambda name: (name not in ("role", "from"), name))
         return pa.list_(pa.struct([(name, pa.bool_() if name == "train" else pa.string()) for name in order]))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from os.path import commonprefix
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` with its settings, for one example or for many: chat templates are rendered ahead, on another core."""
+    """`encode` with its settings, for one example or for many: chat templates are rendered ahead, on another core.
+
+    `labels_bad_answers`: whether an answer that its row calls a bad one is labelled too, to learn what to avoid.
+    """
+
+    labels_bad_answers: ClassVar[bool] = False
 
     tokenizer: Tokenizer
     max_length: int = 0
@@ -113,6 +119,8 @@ class Encoder:
         else:
             ids = _append_end(tokenizer.encode(example.text), tokenizer)
             trained = (True,) * len(ids)
+        if example.desirable is False and not self.labels_bad_answers:
+            trained = (False,) * len(ids)
         length = min(len(ids), self.max_length or len(ids))
         if self.positions is not None and length > self.positions - self.virtual:
             less, lower = "", ""

@@ -93,9 +93,9 @@ class Run:
     sections: Mapping[str, Any]
 
 
-def sweep_run(name: str, base: FinetuneLora, grid: Mapping[str, Iterable[Any]]) -> Run:
-    """A run that trains an adapter for each combination of the grid's values in one pass, each in a subfolder."""
-    values = FinetuneSweep(grid={key: tuple(options) for key, options in grid.items()})
+def sweep_run(name: str, base: FinetuneLora, *grids: Mapping[str, Iterable[Any]]) -> Run:
+    """A run that trains an adapter for each combination of a grid's values in one pass, each in a subfolder."""
+    values = FinetuneSweep(grid=tuple({key: tuple(options) for key, options in grid.items()} for grid in grids))
     return Run(name, "finetune_sweep", {"finetune_lora": base, "finetune_sweep": values})
 
 

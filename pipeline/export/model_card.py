@@ -221,8 +221,9 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         yield f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
     if "stored" in manifest.get("parameters", {}):
         yield f"trained with rank {params['rank']} and saved relative to the original base, which doubles the rank"
-    if targets := config.get("target_modules"):
-        yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
+    for key in ("target_modules", "target_parameters"):
+        if targets := config.get(key):
+            yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
     if (kind := quantization_of(adapter)) != "none" and not merged:
         yield f"{quantization_note(kind)}. Load the base in {kind}, or merge the adapter into it"
     if origin and origin.dequantized:
@@ -263,10 +264,16 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"loss on the new data: {metrics['new_loss']:.4f} nats per token"
     if "new_completed" in metrics:
         yield f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}"
+    for name, scores in metrics.get("tasks", {}).items():
+        between = f"95% interval {scores['low']:.3f} to {scores['high']:.3f}"
+        yield f"task {name}: score {scores['score']:.3f} over {scores['n']:,} examples, {between}"
     if forgetting := metrics.get("forgetting"):
         yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats per token"
         yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats per token"
         yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
+
+    if metrics.get("gate"):
+        yield f"gate, the limits that were set for it: {metrics['gate']}"
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:

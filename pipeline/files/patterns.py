@@ -1,4 +1,4 @@
-"""Matches untrusted regular expressions against a model's module names, with a time limit.
+"""Matches untrusted regular expressions, of a model's module names or of answers, with a time limit.
 
 An adapter from elsewhere has patterns in its config, and `re` never ends on some of them, such as (\\w|.|_)*\\d. The
 module `regex` matches the same and has a timeout.
@@ -65,6 +65,11 @@ def end_match(pattern: str, name: str, key: str) -> bool:
     return _within_budget("match", end_pattern(pattern), pattern, name, key) is not None
 
 
+def search(pattern: str, text: str, key: str) -> bool:
+    """Whether it matches somewhere in the text. Raises UserError when time is up."""
+    return _within_budget("search", pattern, pattern, text, key, "an answer", "nested repetitions") is not None
+
+
 def end_pattern(pattern: str) -> str:
     """The pattern that `end_match` matches."""
     return rf"(.*\.)?({pattern})$"
@@ -84,7 +89,15 @@ def block_pattern(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<block>\d+)\."
 
 
-def _within_budget(method: str, anchored: str, original: str, name: str, key: str) -> Any:
+def _within_budget(
+    method: str,
+    anchored: str,
+    original: str,
+    name: str,
+    key: str,
+    against: str = "the model's modules",
+    avoid: str = "nested repetitions, or list the module names",
+) -> Any:
     left = _left.get() or [BUDGET]
     start = perf_counter()
     try:
@@ -94,8 +107,8 @@ def _within_budget(method: str, anchored: str, original: str, name: str, key: st
     except TimeoutError:
         shown = original if len(original) <= 200 else f"{original[:200]}…"
         raise UserError(
-            f"{key}: matching {shown!r} against the model's modules must take at most {BUDGET:g} s, but takes longer. "
-            "Avoid nested repetitions, or list the module names."
+            f"{key}: matching {shown!r} against {against} must take at most {BUDGET:g} s, but takes longer. "
+            f"Avoid {avoid}."
         ) from None
     left[0] -= perf_counter() - start
     return match

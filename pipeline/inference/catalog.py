@@ -17,6 +17,7 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
 from pipeline.files.safetensors_file import read_header
 from pipeline.files.text import natural_sort_key
+from pipeline.project.gate import badge
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.stage_graph import Project
 
@@ -31,7 +32,8 @@ VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 class Adapter:
     """One adapter folder. `problem` is the reason why it would be rejected; None in other fields means unknown.
 
-    `rank` is that of the saved files; a PiSSA adapter is saved with twice its `trained_rank`.
+    `rank` is that of the saved files; a PiSSA adapter is saved with twice its `trained_rank`. `gate`: "passed", or how
+    many of evaluate.limits it breaks.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Adapter:
     size: int
     final_loss: float | None
     forgetting: float | None
+    gate: str | None
     problem: str | None
 
 
@@ -74,6 +77,7 @@ class VerificationResult:
     state: str
     reason: str | None = None
     forgetting: float | None = None  # increase of the loss on the old sentences, in nats per token
+    gate: str | None = None  # "passed", or how many of evaluate.limits it breaks
 
 
 def adapters(
@@ -85,6 +89,7 @@ def adapters(
         if not (folder / CONFIG).exists():
             continue
         model = describe(folder)
+        digest = artifact.contents_digest(contents(folder))
         trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get("rank")
         described.append(
             Adapter(
@@ -96,7 +101,8 @@ def adapters(
                 base=model.base,
                 size=model.size,
                 final_loss=model.final_loss,
-                forgetting=_measured_forgetting(artifact.contents_digest(contents(folder)), measurements),
+                forgetting=_measured_forgetting(digest, measurements),
+                gate=measurements.get(digest, {}).get("gate"),
                 problem=_find_problem(model, root, fingerprint, contents),
             )
         )
@@ -141,7 +147,9 @@ def describe(folder: Path) -> Model:
     if (folder / CONFIG).exists():
         kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
         names = config.get("target_modules")
+        stacked = config.get("target_parameters")
         targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
+        targets += tuple(str(name).removeprefix("mlp.") for name in stacked) if isinstance(stacked, list) else ()
         if virtual:
             targets = (f"{config['num_virtual_tokens']} virtual tokens",)
     else:
@@ -237,7 +245,9 @@ def check(
             return VerificationResult(UNBOUND, NOT_CHECKED)
         adapter = model.kind == "adapter"  # verified above
         manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        return VerificationResult(VERIFIED, None, _measured_forgetting(artifact.sealed_digest(manifest), measurements))
+        digest = artifact.sealed_digest(manifest)
+        gate = measurements.get(digest, {}).get("gate")
+        return VerificationResult(VERIFIED, None, _measured_forgetting(digest, measurements), gate)
     except UserError as error:
         return VerificationResult(REFUSED, str(error))
     except OSError as error:
@@ -255,7 +265,7 @@ def _measured_forgetting(digest: str, measurements: Measurements) -> float | Non
 
 
 def measured(roots: Iterable[Path]) -> Measurements:
-    """Metrics of the evaluations in `roots` by sha256 of the artifact; the first evaluation wins."""
+    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its `gate`; the first evaluation wins."""
     measurements: dict[str, Mapping[str, Any]] = {}
     for path in (path for root in roots for path in sorted(root.glob("*/metrics.json"))):
         # a folder without manifest is no evaluation, and other tools write a metrics.json too
@@ -263,5 +273,6 @@ def measured(roots: Iterable[Path]) -> Measurements:
             manifest = artifact.read_manifest(path.parent)
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
-                measurements.setdefault(manifest["inputs"][name], metrics[variant])
+                numbers = {**metrics[variant], "gate": badge(manifest, variant)}
+                measurements.setdefault(manifest["inputs"][name], numbers)
     return measurements

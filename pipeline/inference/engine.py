@@ -16,7 +16,7 @@ from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
 from pipeline.models.device import move_for_inference
-from pipeline.models.generate import GREEDY, Sampling, finite, generate
+from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
 from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import Attention
@@ -62,27 +62,25 @@ def load(
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 
+def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
+    """Base and adapter of every model that the project's stages, and its parent's, have produced so far, in the order
+    of the report."""
+    folders = {
+        name: (project.artifact(base), project.artifact(adapter) if adapter else None)
+        for name, (base, adapter) in project.variants.items()
+    }
+    return {name: pair for name, pair in folders.items() if all(each is None or each.is_dir() for each in pair)}
+
+
 def variants(project: Project) -> Iterator[LoadedModel]:
-    """Every model that the project's stages, and its parent's, have produced so far, in the order of the report."""
-    for name, (base, adapter) in project.variants.items():  # a generator: one large model is in memory at a time
-        folders = project.artifact(base), project.artifact(adapter) if adapter else None
-        if all(folder is None or folder.is_dir() for folder in folders):
-            yield load(*folders, name, project.params.origin.trust_remote_code)
+    """The models of `variant_folders`."""
+    for name, folders in variant_folders(project).items():  # a generator: one large model is in memory at a time
+        yield load(*folders, name, project.params.origin.trust_remote_code)
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError if it is empty, too long, or has a word that is not in the vocabulary."""
-    unknown, ids = loaded.tokenizer.unknown_words(text), loaded.tokenizer.encode(text)
-    if not ids:
-        raise UserError("The prompt is empty. Give at least one word.")
-    if unknown:
-        raise UserError(
-            f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its "
-            "training data, or add them with expand_vocab."
-        )
-    if len(ids) > loaded.model.max_length:
-        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}.")
-    return ids
+    """The prompt's ids. Raises UserError as `encode_prompt` does."""
+    return encode_prompt(loaded.name, loaded.model, loaded.tokenizer, text)
 
 
 @torch.no_grad()

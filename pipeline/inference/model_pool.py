@@ -34,9 +34,11 @@ def view(model: CausalLM) -> CausalLM:
 class ResidentBase:
     """A loaded checkpoint, with the `signature` of its files when it was loaded."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool, quantization: Quantization) -> None:
+    def __init__(
+        self, folder: Path, trust_remote_code: bool, quantization: Quantization, loaded: LoadedModel | None = None
+    ) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
-        self.loaded = engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
+        self.loaded = loaded or engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
@@ -125,6 +127,12 @@ class ModelPool:
         self._models[name] = model
         device_for(model.loaded.model)  # called for its side effect: sets the number of threads for this model
         return model, resident
+
+    def add(self, loaded: LoadedModel) -> None:
+        """Take a model that is loaded already; with its adapter, if it has one, it counts as a base."""
+        alone = replace(loaded, adapter=None)
+        base = ResidentBase(loaded.base, False, quantization_of(loaded.adapter), alone)
+        self._models[loaded.name] = Resident(alone, base, ())
 
     def unload(self, name: str) -> None:
         """Drop a model. Raises UserError if it is not loaded."""

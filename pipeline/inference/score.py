@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -103,11 +103,13 @@ def score(
 @dataclass(frozen=True)
 class AnswerScore:
     """Joint probability of an answer's tokens after a prompt (None if it has no tokens), whether the greedy
-    completion begins with it, and the most likely next tokens."""
+    completion begins with it, the most likely next tokens, and the logarithm of the probability, which is not 0 where
+    that of a long answer is."""
 
     probability: float | None
     first: bool
     top: list[TokenProbability]
+    log_probability: float | None = None  # nats
 
 
 @torch.no_grad()
@@ -127,7 +129,8 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
             continue
         tokens = torch.tensor(answer)
         token_log_p = log_p.gather(1, tokens[:, None])
-        scores.append(AnswerScore(float(token_log_p.sum().exp()), bool((log_p.argmax(dim=-1) == tokens).all()), top))
+        total, first = token_log_p.sum(), bool((log_p.argmax(dim=-1) == tokens).all())
+        scores.append(AnswerScore(float(total.exp()), first, top, float(total)))
     return scores
 
 
@@ -266,3 +269,27 @@ def quality(
     return {
         name: Quality(loss, right, agreement(choices, tuned_choices)) for name, (loss, right, choices) in scores.items()
     }
+
+
+class Cost(NamedTuple):
+    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and KL(reference‖it)."""
+
+    loss: float
+    right: float
+    divergence: float
+
+
+def costs(
+    base: Path, adapters: Mapping[str, Path | None], examples: Sequence[Example], trust_remote_code: bool = False
+) -> dict[str, Cost]:
+    """What each of several adapters of one base (None: the base alone) costs on the examples, against the first.
+
+    Two models are in memory at a time.
+    """
+    reference: EvalScores | None = None
+    found = {}
+    for name, adapter in adapters.items():
+        scored = score(load(base, adapter, trust_remote_code=trust_remote_code), examples, reference)
+        reference = reference or scored
+        found[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
+    return found

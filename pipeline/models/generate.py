@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels.decode import fast_decoding
+
+if TYPE_CHECKING:
+    from pipeline.data.tokenizers.word import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,51 @@ class SampledToken(NamedTuple):
     probability: float
 
 
+def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
+    """The prompt's ids. Raises UserError if it is empty, too long, or has a word that is not in the vocabulary."""
+    unknown, ids = tokenizer.unknown_words(text), tokenizer.encode(text)
+    if not ids:
+        raise UserError("The prompt is empty. Give at least one word.")
+    if unknown:
+        raise UserError(
+            f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its training data, "
+            "or add them with expand_vocab."
+        )
+    if len(ids) > model.max_length:
+        raise UserError(f"The prompt has {len(ids)} tokens; {name} takes {model.max_length}.")
+    return ids
+
+
 def generate(
-    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
+    model: CausalLM,
+    prompt: Sequence[int],
+    ends: Container[int],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    packed: bool = True,
 ) -> Iterator[int]:
     """Yields up to `limit` token ids after `prompt`, stopping before a token of `ends` or after the last position."""
-    return (token.id for token in stream(model, prompt, ends, limit, sampling) if token.id not in ends)
+    return (token.id for token in stream(model, prompt, ends, limit, sampling, packed) if token.id not in ends)
 
 
 @torch.no_grad()
 def stream(
-    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
+    model: CausalLM,
+    prompt: Sequence[int],
+    ends: Container[int],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    packed: bool = True,
 ) -> Iterator[SampledToken]:
     """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled; a token of `ends` is the last.
 
-    Raises UserError if the logits are not finite.
+    `packed`: whether a copy of the weights in a faster layout may be made and kept (`fast_decoding`). Raises UserError
+    if the logits are not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): first the prompt, then one token per step
-    with fast_decoding(model):
+    with fast_decoding(model) if packed else nullcontext():
         for _ in range(min(limit, model.max_length - len(prompt))):
             # Sampled on the CPU, so that a seed means the same on every device.
             logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()  # (V,)

@@ -77,6 +77,13 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
     return advice
 
 
+def advised_learning_rate(project: Project) -> float:
+    """The rate to sweep around: the advised one on an imported base with Adam, elsewhere the project's own."""
+    settings = project.params.section("finetune_lora")
+    known = project.params.origin.imports and settings.optimizer != "sgd"  # the rates compared are Adam's
+    return LEARNING_RATE if known else float(settings.learning_rate)
+
+
 @rule("learning_rate", "rank", source=REGRET, imported_only=True)
 def learning_rate(settings: Any, _: Facts) -> Answer:
     """The best rate of LoRA is about 10 times full fine-tuning's (15 in short runs), at ranks from 1 to 512."""

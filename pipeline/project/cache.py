@@ -6,20 +6,31 @@ extra space; they are read-only, because an edit in place would change both copi
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
 
+FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")  # that determine an artifact
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+def cache_key(facts: Mapping[str, Any]) -> str:
+    """The key of the artifact with these facts in its manifest; empty if one is missing."""
+    if any(name not in facts for name in FACTS):
+        return ""
+    return hashlib.sha256(json.dumps({name: facts[name] for name in FACTS}, sort_keys=True).encode()).hexdigest()
 
 
 class Damaged(Exception):

@@ -29,7 +29,18 @@ HERE = provenance.ROOT  # a clone of the repository, or the folder of the instal
 DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_defaults"
 DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
 IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
-IGNORED_BY_GIT = "/artifacts/\n/runs/\n/.lora-cache/\n/dvc_plots/\n*.gguf\n"
+# Of the artifacts git has the metrics alone: `dvc exp show` reads those of an experiment from its commit.
+IGNORED_BY_GIT = """\
+/artifacts/*
+!/artifacts/evaluation/
+/artifacts/evaluation/*
+!/artifacts/evaluation/metrics.json
+/runs/
+/.lora-cache/
+/dvc_plots/
+*.gguf
+"""
+IGNORED_IN_DVC = "/config.local\n/tmp\n/cache\n"  # as `dvc init` writes it where there is git
 # no_scm: DVC must not look for the git repository that a project may lie in. type: links, or a real model takes its
 # space twice, in artifacts/ and in DVC's cache.
 DVC_CONFIG = """\
@@ -255,6 +266,7 @@ def _init_dvc(folder: Path) -> None:
             f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
         )
     (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
+    (folder / ".dvc/.gitignore").write_text(IGNORED_IN_DVC, encoding="utf-8")
 
 
 def render_dvc_yaml(project: Project, code: str | None = None) -> str:

@@ -1,8 +1,6 @@
 """Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy in the cache."""
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +12,7 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project import provenance
-from pipeline.project.cache import Cache, Damaged
+from pipeline.project.cache import Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.stage_graph import Project, Stage
 
@@ -128,7 +126,7 @@ def _make(
     """Put the artifact in place, from the cache or by running the work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     manifest = input_facts(project, stage)
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    key = cache_key(manifest)
     cache = Cache(project.cache)
     if not force and (yield from _restore(cache, stage, key, target)):
         return

@@ -22,12 +22,18 @@ T = TypeVar("T")
 OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
 OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
+EXPERIMENTS = (".dvc", "tmp", "exps")  # below a project: where `dvc exp run --queue` and `--temp` run copies of it
 
 
 def cache_folder(root: Path) -> Path:
-    """The cache's folder: in the project, or LORA_CACHE, which several projects can share."""
-    shared = os.environ.get("LORA_CACHE")
-    return Path(shared) if shared else root / CACHE
+    """The cache's folder: in the project, or LORA_CACHE, which several projects can share.
+
+    A copy that DVC made for an experiment uses the cache of its project: its own would be removed with it.
+    """
+    if shared := os.environ.get("LORA_CACHE"):
+        return Path(shared)
+    copies = next((folder for folder in root.parents if folder.parts[-3:] == EXPERIMENTS), None)
+    return (copies.parents[2] if copies else root) / CACHE
 
 
 class Look(NamedTuple):
@@ -91,6 +97,11 @@ class Stage(Struct, frozen=True, eq=False):
     def is_measurement(self) -> bool:
         """Whether it measures the document's statements and makes no model."""
         return self.kind in ("study", "figures", "claims")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it writes a run log: a method, or MiniGPT's pretraining."""
+        return bool(self.look) or self.name == "pretrain"
 
     @property
     def path(self) -> str:

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.digest_cache import DigestStore, Signature, signature
 from pipeline.project import provenance
+from pipeline.project.gate import badge
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import Digests, changed_inputs, input_facts
@@ -24,7 +25,7 @@ State = Literal["missing", "current", "changed", "waits", "running", "failed", "
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's state; `reasons`: what changed or went wrong; `run`: the journal of its last run."""
+    """A stage's state; `reasons`: what changed or went wrong, or if limits are kept; `run`: its last run's journal."""
 
     stage: Stage
     state: State
@@ -95,8 +96,10 @@ class Status:
             return "changed", (str(error),)
         except OSError as error:
             return "changed", (f"{error.filename}: {error.strerror}",)
-        reasons = tuple(differences(artifact.read_manifest(folder), now))
-        return ("changed", reasons) if reasons else ("current", ())
+        manifest = artifact.read_manifest(folder)
+        reasons = tuple(differences(manifest, now))
+        gate = badge(manifest) if stage.kind == "evaluation" else None
+        return ("changed", reasons) if reasons else ("current", (f"gate {gate}",) if gate else ())
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)

@@ -9,8 +9,12 @@ from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
+from pipeline.evaluation.answers import Answers
+from pipeline.evaluation.limits import verdict
+from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
+from pipeline.inference.catalog import BASES
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import (
     AnswerScore,
@@ -25,7 +29,7 @@ from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_step
 from pipeline.project.params.sections import Evaluate, Training
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
-from pipeline.stages.report import draw_comparison, write_report
+from pipeline.stages.report import draw_comparison, stages_by_variant, write_report
 from pipeline.training.data import held_out_examples, training_examples
 
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
@@ -34,15 +38,18 @@ SAMPLE_TOKENS = 64  # of a sample answer at most: it shows how a model answers, 
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Evaluate all variants on the same sentences and prompts → metrics, predictions, samples, report.md and the
+    """Evaluate all variants on the same sentences, prompts and tasks → metrics, predictions, samples, report.md and the
     picture.
 
-    The manifest's `variants` maps each variant to the artifact that was measured.
+    The manifest's `variants` maps each variant to the artifact that was measured; its `gate` says which limits they
+    keep.
     """
     settings, project = job.project.params.evaluate, job.project
     for stage in project.needs(job.stage):
         job.artifact(stage)
     prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
+    answers = Answers(read_tasks(project.root, settings.task_files))
+    limited = _limited(project, settings, answers.tasks, prompts)
     new, max_length = new_examples(job)
     metrics: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
@@ -57,18 +64,43 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         numbers |= _score_new(loaded, new, settings, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         samples[loaded.name] = _samples(loaded, new, settings.sample_answers)
-        numbers |= {**_count_prompts(predictions[loaded.name]), **_cost(project, loaded.name)}
+        numbers |= {**_count_prompts(predictions[loaded.name]), **answers.add(loaded), **_cost(project, loaded.name)}
         yield Progress(done, len(project.variants), loaded.name)
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
     curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
     for variant, steps in curves.items():
         metrics[variant] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
-    write_json(job.out / METRICS, metrics)
-    write_json(job.out / PREDICTIONS, predictions)
+    gate = {"gate": verdict(settings.limits, metrics, limited)} if limited else {}
+    write_json(job.out / METRICS, {**metrics, **gate})
+    write_json(job.out / PREDICTIONS, {**predictions, **answers.predictions()})
     write_json(job.out / SAMPLES, samples)
     draw_comparison(job.out / PICTURE, project, curves, metrics)
-    write_report(job.out / REPORT, project, metrics, predictions, samples)
-    return {"variants": {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}}
+    write_report(job.out / REPORT, project, {**metrics, **gate}, predictions, samples)
+    measured = {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}
+    return {"variants": measured, **gate}
+
+
+def _limited(project: Project, settings: Evaluate, tasks: Sequence[Task], prompts: Sequence[Prompt]) -> list[str]:
+    """The variants that must keep evaluate.limits; none without limits. Raises UserError for what is not measured."""
+    limits = settings.limits
+    trained = [name for name, stage in stages_by_variant(project).items() if stage.method not in BASES]
+    chosen = list(limits.get("variants", trained)) if limits.keys() - {"variants"} else []
+    if unknown := [name for name in chosen if name not in trained]:
+        raise UserError(
+            f"evaluate.limits.variants: {unknown[0]} is not a trained variant of this project. It has "
+            f"{', '.join(trained)}."
+        )
+    names = [task.name for task in tasks]
+    if unknown := [name for name in limits.get("tasks", ()) if name not in names]:
+        raise UserError(
+            f"evaluate.limits.tasks: there is no task {unknown[0]!r}. evaluate.tasks has {', '.join(names)}."
+        )
+    if "must_keep" in limits and not any(prompt.rule == "must_keep" for prompt in prompts):
+        raise UserError(
+            f"evaluate.limits.must_keep is set, but {settings.prompts} has no must_keep prompts. Add some, or remove "
+            "the limit."
+        )
+    return chosen
 
 
 def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Example]:
@@ -93,6 +125,7 @@ def new_examples(job: Job) -> tuple[list[Example], int]:
         return read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns), 0
     trained = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
     own = [section for section in trained if isinstance(section, Training)]
+    own = [section for section in own if not section.COMPARES] or own
     splits = [(one.data_files, one.eval_data, one.eval_share, one.max_length) for one in own]
     if not splits or any(split != splits[0] for split in splits):
         raise UserError(

@@ -15,7 +15,7 @@ from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.init_from import Continued, save_state
 from pipeline.training.batches import Batches
-from pipeline.training.data import prepare_data, save_checkpoint, save_curve
+from pipeline.training.data import prepare_data, read_prompts, save_checkpoint, save_logs
 from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatOptimizer
@@ -81,6 +81,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
         attached.counted,
         sharded=job.sharded if attached.shardable else False,
         state=continued.state,
+        prompts=read_prompts(job, settings, base),
     )
 
     def save(optimizer: FlatOptimizer) -> Facts:
@@ -88,7 +89,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
             # trained in another precision: what changed is added to the base as it is stored
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
-        save_curve(job)
+        save_logs(job.run, job.out)
         state = save_state(job, optimizer, continued.seen) if getattr(settings, "save_optimizer", False) else {}
         return {**save_adapter_of(job, base, attached.save, job.out, trainable), **state}
 

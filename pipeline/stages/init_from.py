@@ -14,6 +14,7 @@ from pipeline.files import artifact
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import data_files
+from pipeline.training.distributed import broadcast_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,8 @@ def _continued(job: Job, folder: Path) -> Continued:
     if not (folder / STATE).is_file() or not (folder / artifact.MANIFEST).is_file():
         return Continued()
     manifest = artifact.read_manifest(folder)
-    same = _order(manifest) == _order(job.input_facts)
+    # a trial has no facts, and other ranks have none either
+    same = broadcast_object(bool(job.input_facts) and _order(manifest) == _order(job.input_facts))
     return Continued(load_tensors(folder / STATE), manifest["optimizer"]["steps"] if same else 0)
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
-from pipeline.project.params.sections import AdapterTraining
+from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.stages.registry import COUNTED
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def choose(
     examples = data.examples
     recipe.set(f"{TRAINING}.window", 0)
     epochs = next(epochs for least, epochs in EPOCHS if examples >= least)
-    if f"{TRAINING}.max_steps" not in given:
+    if f"{TRAINING}.max_steps" not in given and any("epochs" not in stage.pretrained for stage in stages):
         recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
     recipe.set(f"{TRAINING}.schedule", "linear")
     if f"{TRAINING}.warmup_steps" not in given:
@@ -99,15 +99,20 @@ def choose(
 def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
     """The settings of a method's section: those that its file has for pretrained bases, LoRA's rank by the data."""
     name = stage.section
+    compares = issubclass(stage.settings, Training) and stage.settings.COMPARES
     for key, value in stage.pretrained.items():
         if key != "precision":  # of all methods alike
-            recipe.set(f"{name}.{key}", value)
+            why = "preferences are learned in one pass, or a few" if compares and key == "epochs" else ""
+            recipe.set(f"{name}.{key}", value, why)
     if "rank" not in stage.pretrained:
         return
     keys = {key: f"{name}.{key}" for key in ("rank", "alpha", "target_modules", "learning_rate", "train_embeddings")}
     recipe.set(keys["train_embeddings"], "none")
     recipe.set(keys["target_modules"], ["all-linear"], "learns more than attention alone (LoRA Without Regret)")
-    recipe.set(keys["learning_rate"], stage.pretrained["learning_rate"], "10 × full fine-tuning's, at any rank")
+    why = "10 × full fine-tuning's, at any rank"
+    if compares:
+        why = "a tenth of what examples take: an answer that is pushed away takes others along"
+    recipe.set(keys["learning_rate"], stage.pretrained["learning_rate"], why)
     tokens, trained = data.trained_tokens or 0, 0
     for rank in RANKS:
         recipe.set(keys["rank"], rank)
@@ -173,9 +178,9 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
     method = COUNTED[stage.method].with_params(settings)
     quantization = getattr(settings, "quantization", "none")
     run = TrainingConfig(
-        sequence=settings.batch_size * length,
+        sequence=settings.batch_size * method.answers * length,
         span=length,
-        sequences=settings.batch_size,
+        sequences=settings.batch_size * method.answers,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
         trainer="ours",

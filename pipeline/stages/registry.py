@@ -90,7 +90,7 @@ EVALUATE = Stage(
     method="evaluate",
     settings=Evaluate,
     needs=tuple(stage.name for stage in MODELS if stage.variant),
-    data=("old_data", "new_data", "prompts"),
+    data=("old_data", "new_data", "prompts", "tasks"),
     compares=True,
     loads=tuple(stage.module for stage in METHODS.values() if stage.kind == "adapter"),
     summary="Compare all variants",

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.limits import MINIMUMS
 from pipeline.project.logs.run_log import Step, epoch_means, flat_from
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
@@ -26,6 +27,10 @@ SCRATCH = (
     "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such a model is.\n"
 )
 MISSING = "–"
+TASK_COLUMNS = ("task", "model", "score", "95% interval", "change", "its interval", "n")
+TASKS = (
+    "score: mean over the n examples, from 0 to 1. change: from the base's, example by example. Intervals: bootstrap."
+)
 UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 
 
@@ -63,7 +68,8 @@ def compare(
     left.set(xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
-    left.legend(labelspacing=0.25)
+    if curves:  # none where a base is evaluated alone
+        left.legend(labelspacing=0.25)
     counts = [metrics[variant]["trainable"] for variant in curves]
     bars = right.bar(
         [stages[variant].title.replace(" ", "\n") for variant in curves],
@@ -76,7 +82,7 @@ def compare(
     labels = [f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves]
     right.bar_label(bars, labels, padding=2)
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
+    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts, default=1)))
 
 
 def write_report(
@@ -88,16 +94,71 @@ def write_report(
 ) -> None:
     """The comparison as a page to read."""
     titles = {variant: stage.title for variant, stage in stages_by_variant(project).items()}
+    gate, metrics = metrics.get("gate"), by_variant(metrics)
     columns, rows = comparison(metrics)
+    task_columns, task_rows = task_scores(metrics)
     parts = [
         "# What was learned, what was forgotten\n",
+        *([_gate_part(gate, titles)] if gate else []),
         _table([column.replace("\n", " ") for column in columns], [[titles[name], *cells] for name, *cells in rows]),
         _findings(metrics, columns, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
+        *([f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))] if task_rows else []),
         *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
         *_sample_tables(samples, titles),
     ]
     path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Each variant's numbers: what metrics.json holds beside its `gate`."""
+    return {name: numbers for name, numbers in metrics.items() if name != "gate"}
+
+
+def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each task and variant, for report and terminal; no rows without tasks."""
+    rows = [
+        [task, variant, f"{scores['score']:.3f}", _interval(scores), *_difference(scores), f"{scores['n']:,}"]
+        for task in dict.fromkeys(task for numbers in metrics.values() for task in numbers.get("tasks", {}))
+        for variant, numbers in metrics.items()
+        for scores in (numbers["tasks"][task],)
+    ]
+    return list(TASK_COLUMNS), rows
+
+
+def _difference(scores: Mapping[str, Any]) -> tuple[str, str]:
+    difference = scores.get("difference")
+    return (f"{difference['score']:+.3f}", _interval(difference, "+")) if difference else (MISSING, "")
+
+
+def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
+    return f"{numbers['low']:{sign}.3f} to {numbers['high']:{sign}.3f}"
+
+
+def broken_limits(gate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each limit that was broken, for report and terminal."""
+    rows = [
+        [
+            one["variant"],
+            one["limit"],
+            f"at {'least' if one['limit'].partition('.')[0] in MINIMUMS else 'most'} {one['wanted']:g}",
+            "not measured" if one["value"] is None else f"{one['value']:.6g}",
+        ]
+        for one in gate["broken"]
+    ]
+    return ["model", "limit", "wanted", "measured"], rows
+
+
+def _gate_part(gate: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    if gate["passed"]:
+        return f"**Limits:** kept by {', '.join(titles[name] for name in gate['variants'])}.\n"
+    columns, rows = broken_limits(gate)
+    return "**Limits broken:**\n\n" + _table(columns, _titled(rows, titles, 0))
+
+
+def _titled(rows: Sequence[Sequence[str]], titles: Mapping[str, str], at: int) -> list[list[str]]:
+    """The rows with the variant's title in column `at`."""
+    return [[titles[cell] if n == at else cell for n, cell in enumerate(row)] for row in rows]
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

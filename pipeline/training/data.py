@@ -1,7 +1,10 @@
-"""What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
+"""What every training stage does around the loop: settings → batches and prompts before it, trained model → checkpoint
+after."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from shutil import copyfile
 
 import torch
@@ -14,12 +17,14 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM
 from pipeline.models.load import Base, count, save_base
-from pipeline.project.logs.run_log import LOSS
+from pipeline.project.logs.run_log import LOSS, SAMPLES, Sample
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
 from pipeline.training.step import Evaluation
+
+MAX_TOKENS = 20  # of a sample's answer, as `lora prompt`
 
 
 def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
@@ -131,14 +136,69 @@ def _build_corpus(
     return corpus
 
 
-def save_curve(job: Job) -> None:
-    """Copy the run's loss.csv into the artifact."""
-    copyfile(job.run / LOSS, job.out / LOSS)
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as evaluations."""
+
+    base: Base
+    texts: Sequence[str]
+    ids: Sequence[Sequence[int]]
+    every: int
+    limit: int
+
+    def answers(self, step: int) -> list[Sample]:
+        """The model's greedy answers as it is now. They change nothing that is trained: no random number is drawn."""
+        model = self.base.model
+        model.eval()
+        try:
+            return [Sample(step, text, self._answer(ids)) for text, ids in zip(self.texts, self.ids, strict=True)]
+        finally:
+            model.train()
+
+    def _answer(self, ids: Sequence[int]) -> str | None:
+        from pipeline.models.generate import generate
+
+        tokenizer = self.base.tokenizer
+        decode_next = tokenizer.stream()
+        # Not packed: a second copy of the weights would stay in memory, which the predicted peak does not have.
+        tokens = generate(self.base.model, ids, tokenizer.end_ids, self.limit, packed=False)
+        try:
+            return "".join(map(decode_next, tokens)).strip()
+        except UserError:  # not finite: the next step finds it out, and says it better
+            return None
+
+
+def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
+    """The prompts of the stage's `samples`; None without. Raises UserError for one that the model cannot read."""
+    if not settings.samples:
+        return None
+    from pipeline.models.generate import encode_prompt  # with the decoder, which other runs do not load
+
+    texts, ids = list[str](), list[Sequence[int]]()
+    for number, prompt in enumerate(settings.samples["prompts"]):
+        key = f"{job.stage.section}.samples.prompts[{number}]"
+        is_chat = not isinstance(prompt, str)
+        if is_chat and not base.tokenizer.has_template:
+            raise UserError(f"{key} has messages, but the base has no chat template. Give it as a text.")
+        try:
+            text = base.tokenizer.render(prompt, True) if is_chat else prompt
+            ids.append(encode_prompt("the base", base.model, base.tokenizer, text))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        texts.append(prompt[-1]["content"] if is_chat else prompt)
+    return Prompts(base, texts, ids, settings.samples.get("every", 0), settings.samples.get("max_tokens", MAX_TOKENS))
+
+
+def save_logs(run: Path, out: Path) -> None:
+    """Copy the logs of a run folder that two runs write alike into the artifact: loss.csv, and samples.jsonl if any."""
+    copyfile(run / LOSS, out / LOSS)
+    if (run / SAMPLES).exists():
+        copyfile(run / SAMPLES, out / SAMPLES)
 
 
 @torch.no_grad()
 def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None) -> Facts:
-    """Write the trained model and its loss curve; returns their facts for the manifest.
+    """Write the trained model and its logs; returns their facts for the manifest.
 
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
     trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
@@ -153,5 +213,5 @@ def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from
             stored = model.get_parameter(name)
             stored.copy_(stored.float() + (weights - stored.to(dtype).float()))
     save_base(job.out, Base(model, base.tokenizer))
-    save_curve(job)
+    save_logs(job.run, job.out)
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -28,10 +28,12 @@ from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import (
     DIVERGED,
     LOSS,
+    SAMPLES,
     STOPPED,
     Peak,
     RunLog,
     Step,
+    count_lines,
     in_units,
     read_steps,
     write_run_outcomes,
@@ -58,6 +60,7 @@ from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneL
 from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
+    from pipeline.training.data import Prompts
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
@@ -72,7 +75,8 @@ class TrainingTask:
     `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
     the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
     do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
-    continues.
+    continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay. `prompts`: what
+    the learners answer while they train.
     """
 
     model: CausalLM
@@ -83,6 +87,8 @@ class TrainingTask:
     sharded: bool | None = None
     less_memory: str = ""
     state: Mapping[str, Tensor] | None = None
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prompts: "Prompts | None" = None
 
     @classmethod
     def of_one(
@@ -94,10 +100,11 @@ class TrainingTask:
         evaluation: Evaluation | None = None,
         retain: "RetentionLoss | None" = None,
         sharded: bool | None = None,
+        prompts: "Prompts | None" = None,
     ) -> "TrainingTask":
         """The task of one learner: whatever parameters of `model` require a gradient."""
         learner = Learner(settings, batches, retain)
-        return cls(model, [learner], OneLearner(model), evaluation, method, sharded)
+        return cls(model, [learner], OneLearner(model), evaluation, method, sharded, prompts=prompts)
 
     @property
     def settings(self) -> Training:
@@ -155,12 +162,12 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
     learners, evaluation = task.learners, task.evaluation
     for number in range(done, task.total):
         for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
-            if evaluation is not None and evaluation.should_stop(n):
+            if evaluation is not None and (why := evaluation.why_stop(n)):
                 name = learners[n].name
                 what = f"{name} stopped after step {number}: its"
                 if not name:
                     what = f"stopped at step {number} of {task.total}: the"
-                learners[n].stop(number, f"{what} evaluation loss no longer improves")
+                learners[n].stop(number, f"{what} evaluation loss {why}")
         results = _finite_gradients(task, optimizer, number)
         if not results:
             return
@@ -172,7 +179,7 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
         optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
         rewards, held_out = dict[str, Any](task.path.measured()), dict[int, float]()
         if evaluation is not None and evaluation.due(number + 1, task.total):
-            held_out = evaluation.after_step(task.path, optimizer, [*results])
+            held_out = evaluation.after_step(task.path, optimizer, [*results], number + 1)
             if task.path.rewards:
                 rewards["eval_accuracy"] = task.path.measured()["reward_accuracy"]
         epoch = number // len(task.batches) + 1
@@ -262,7 +269,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             # lines after the checkpoint are from steps that a killed run took and this one takes again
             folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
             folder.mkdir(exist_ok=True)
-            columns = evaluation is not None, learner.retain is not None, task.path.rewards
+            columns = evaluation is not None, learner.retain is not None, task.path.rewards, task.prompts is not None
             logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, *columns)))
         signals = stack.enter_context(_held_signals())
         try:
@@ -273,6 +280,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                     logs[n].append(record, Peak(predicted, live.peak), device.type)
                     done = record.step
                 yield from _tell_stops(job, task)
+                _append_samples(task, logs, [*by_learner], done)
                 stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
                 if stop or done % (job.checkpoint_every or task.settings.save_steps) == 0:
                     _save(job, task, logs, optimizer, done)
@@ -340,7 +348,8 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator
         discard_checkpoints(job.run)  # before the logs are overwritten: a checkpoint is unusable without them
         if task.learners[0].name:  # logs of adapters that are no longer in the sweep
             for log in job.run.glob(f"*/{LOSS}"):
-                shutil.rmtree(log.parent)
+                if log.parent.name not in task.earlier:
+                    shutil.rmtree(log.parent)
         if task.state is not None and not optimizer.take_over(task.state):
             yield Note(f"{job.stage.name}: the optimizer's state is of other settings and is not used")
         return 0
@@ -365,8 +374,8 @@ def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
                 reason = "it was made with other params, data or code"
                 continue
             logs = {job.run / name: lines for name, lines in meta["logs"].items()}
-            if short := [path for path, lines in logs.items() if len(read_steps(path)) < lines]:
-                reason = f"{short[0]} does not reach step {logs[short[0]]}"
+            if short := [path for path, lines in logs.items() if _lines(path) < lines]:
+                reason = f"{short[0]} has fewer than {logs[short[0]]} lines"
                 continue
             return meta["step"], load_tensors(folder / STATE), None
         except (UserError, KeyError) as error:
@@ -374,10 +383,32 @@ def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
     return 0, {}, reason
 
 
+def _lines(path: Path) -> int:
+    """The number of a log's valid lines."""
+    return count_lines(path) if path.name == SAMPLES else len(read_steps(path))
+
+
+def _append_samples(task: TrainingTask, logs: Sequence[RunLog], learners: Sequence[int], step: int) -> None:
+    """The answers of the learners that took the step, if it is one after which they answer."""
+    if task.prompts is None:
+        return
+    every = task.prompts.every or task.settings.eval_steps or len(task.batches)
+    if step % every and step != task.total:
+        return
+    for n in learners:
+        if not task.learners[n].name:
+            logs[n].append_samples(task.prompts.answers(step))
+            continue
+        from pipeline.adapters.batched import only_adapter
+
+        with only_adapter(task.model, n):
+            logs[n].append_samples(task.prompts.answers(step))
+
+
 def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int) -> None:
     """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and evaluation.
 
-    It also holds each log's number of steps: a resumed run goes on in the logs, so without them it is unusable.
+    It also holds each log's number of lines: a resumed run goes on in the logs, so without them it is unusable.
     """
     if not is_main_process():
         return
@@ -388,6 +419,8 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
     progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
+    if task.prompts is not None:
+        lines |= {path: count_lines(job.run / path) for x in learners for path in [(Path(x.name) / SAMPLES).as_posix()]}
     target = job.run / f"checkpoint-{done:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, {**optimizer.state(), **progress, **evaluation})
@@ -433,7 +466,7 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
     if task.learners[0].name:
         ended = [learner for learner in task.learners if learner.stopped is not None]
         states = {x.name: {"state": DIVERGED if x.diverged else STOPPED, "steps": x.stopped} for x in ended}
-        write_run_outcomes(job.run, states)
+        write_run_outcomes(job.run, {**task.earlier, **states})
 
 
 def predicted_peak(task: TrainingTask, number: int) -> int:

@@ -104,13 +104,14 @@ class RetentionLoss:
 
 
 def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> Generator[Event, None, Dataset | None]:
-    """The texts of finetune_lora.retention_data, encoded; the base completes prompts. None if unset.
+    """The texts of the settings' retention_data, encoded; the base completes prompts. None if unset.
 
     Raises UserError for a weight without a file.
     """
     if settings.retention_weight and not settings.retention_data:
         raise UserError(
-            "finetune_lora.retention_weight is set, but finetune_lora.retention_data is not. Set it to a data file."
+            f"{job.stage.section}.retention_weight is set, but {job.stage.section}.retention_data is not. Set it to a "
+            "data file."
         )
     if not settings.retains:
         return None

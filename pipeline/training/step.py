@@ -256,34 +256,45 @@ def _times(values: Tensor, factors: Sequence[float]) -> Tensor:
     return values if factors[0] == 1 else values * factors[0]
 
 
+@torch.no_grad()
+def mean_losses(
+    path: LossPath, batches: Batches, live: Sequence[int], losses_of: Callable[[StepBatch], Tensor]
+) -> dict[int, float]:
+    """Learner → the mean of `losses_of` over all batches, in nats per token."""
+    sums, counts = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+    for number in range(len(batches)):
+        for batch in path.batches(dict.fromkeys(live, batches), number):
+            with path.route(batch):
+                losses = losses_of(batch).view(-1).tolist()
+            for (n, count), loss in zip(batch.weights.items(), losses, strict=True):
+                sums[n] += loss * count  # an idle batch counts 0
+                counts[n] += count
+    reduced = all_reduce_numbers(*sums.values(), *counts.values())
+    return {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
+
+
 class Evaluation:
     """Evaluates every `every` steps and after the last. With `patience` above 0, training returns the best weights.
 
+    `rungs`: step → how many learners train on after it, those with the lowest losses; it is evaluated there too.
     Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
     """
 
-    def __init__(self, batches: Batches, every: int, patience: int, learners: int = 1) -> None:
-        self._batches, self._every, self._patience = batches, every, patience
+    def __init__(
+        self, batches: Batches, every: int, patience: int, learners: int = 1, rungs: Mapping[int, int] | None = None
+    ) -> None:
+        self._batches, self._every, self._patience, self._rungs = batches, every, patience, rungs or {}
+        self._left = torch.zeros(learners, dtype=torch.int64)  # of one that is out: how many trained on at its rung
         self._best = torch.full((learners,), torch.inf, dtype=torch.float64)
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
 
     def due(self, step: int, last: int) -> bool:
-        return step % self._every == 0 or step == last
+        return step % self._every == 0 or step == last or step in self._rungs
 
-    @torch.no_grad()
-    def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
+    def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int], step: int) -> dict[int, float]:
         """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
-        sums, counts = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
-        for number in range(len(self._batches)):
-            for batch in path.batches(dict.fromkeys(live, self._batches), number):
-                with path.route(batch):
-                    losses = path.losses(batch).view(-1).tolist()
-                for (n, count), loss in zip(batch.weights.items(), losses, strict=True):
-                    sums[n] += loss * count  # an idle batch counts 0
-                    counts[n] += count
-        reduced = all_reduce_numbers(*sums.values(), *counts.values())
-        means = {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
+        means = mean_losses(path, self._batches, live, path.losses)
         for n, mean in means.items():  # NaN is never the best: no comparison with it holds
             if mean >= self._best[n] or math.isnan(mean):
                 self._waited[n] += 1
@@ -292,11 +303,21 @@ class Evaluation:
             if self._patience:
                 self._weights = optimizer.weights.clone() if self._weights is None else self._weights
                 self._weights[n] = optimizer.weights[n]
+        if left := self._rungs.get(step):
+            for n in sorted(means, key=lambda n: (math.isnan(means[n]), means[n]))[left:]:
+                self._left[n] = left
         return means
 
-    def should_stop(self, learner: int) -> bool:
-        """Whether the last `patience` evaluations of this learner were no better than its best one."""
-        return bool(self._patience) and int(self._waited[learner]) >= self._patience
+    def dropped(self, learner: int) -> bool:
+        """Whether it was stopped at a rung."""
+        return bool(self._left[learner])
+
+    def why_stop(self, learner: int) -> str:
+        """What of its evaluation loss ends a learner's training; empty if it trains on."""
+        if left := int(self._left[learner]):
+            return "is not the lowest" if left == 1 else f"is not among the {left} lowest"
+        # the last `patience` evaluations were no better than its best one
+        return "no longer improves" if self._patience and int(self._waited[learner]) >= self._patience else ""
 
     def restore_best(self, optimizer: FlatOptimizer) -> None:
         if self._weights is not None:
@@ -304,8 +325,11 @@ class Evaluation:
 
     def state(self) -> dict[str, Tensor]:
         best = {} if self._weights is None else {"best_weights": self._weights}
-        return {"best_loss": self._best, "waited": self._waited, **best}
+        rungs = {"left": self._left} if self._rungs else {}
+        return {"best_loss": self._best, "waited": self._waited, **rungs, **best}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._best, self._waited = state["best_loss"].clone(), state["waited"].clone()
         self._weights = state.get("best_weights")
+        if self._rungs:
+            self._left = state["left"].clone()

@@ -1,5 +1,5 @@
 """Adapters as one low-rank update per module, the form that servers accept, and their combination into one adapter:
-linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024)."""
+linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024), KnOTS (Stoica et al. 2025)."""
 
 import math
 import re
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of
+from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of, refuse_experts
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
-from pipeline.adapters.low_rank import LowRank, tensors_of
+from pipeline.adapters.low_rank import LowRank, svd, tensors_of, truncated
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import tensor_locations
@@ -27,7 +27,7 @@ from pipeline.weights.merge import attach_to_meta_model, find_location, merge_ed
 from pipeline.weights.streaming import AddLowRank, RescaleRows, SetRows, read_rows
 
 Updates = dict[str, LowRank]  # by full module name
-Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
+Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
 
 
 class Part(NamedTuple):
@@ -93,21 +93,9 @@ def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRa
 
 
 def _truncate(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
-    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the factors only.
-
-    With B = QS and Aᵀ = PT, the singular vectors of BA are Q and P times those of STᵀ.
-    """
+    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the factors only."""
     exact = concatenate(parts)
-    q, s = torch.linalg.qr(exact.b.double())
-    p, t = torch.linalg.qr(exact.a.double().T)
-    left, values, right = torch.linalg.svd(s @ t.T)
-    return _factors_from_svd(q @ left, values, right @ p.T, options.rank, exact.embedding)
-
-
-def _factors_from_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool) -> LowRank:
-    rank = min(rank, len(values))
-    root = values[:rank].sqrt()  # √S in both factors, so that their norms are similar
-    return LowRank((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding)
+    return truncated(*svd(exact), options.rank, exact.embedding)
 
 
 def _dense(
@@ -117,7 +105,26 @@ def _dense(
     deltas = torch.stack([update.delta() for update, _ in parts])  # (adapters, O, I)
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
     left, values, right = torch.linalg.svd(merge(deltas, weights, options.density), full_matrices=False)
-    return _factors_from_svd(left, values, right, options.rank, parts[0].update.embedding)
+    return truncated(left, values, right, options.rank, parts[0].update.embedding)
+
+
+def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
+    """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI); of rank ΣR, not truncated.
+
+    Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code. With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁ … Sₙ], U is Q
+    times the left singular vectors of [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the small [S₁T₁ᵀ … SₙTₙᵀ].
+    """
+    scaled = torch.cat([update.scale * update.b.double() for update, _ in parts], dim=1)  # (O, ΣR)
+    q, s = torch.linalg.qr(scaled)
+    shares = s.split([update.rank for update, _ in parts], dim=1)  # (min(O, ΣR), Rᵢ) each
+    inputs = [update.a.double() for update, _ in parts]
+    small = torch.cat([share @ torch.linalg.qr(a.T).R.T for share, a in zip(shares, inputs, strict=True)], dim=1)
+    left = torch.linalg.svd(small, full_matrices=False).U  # (min(O, ΣR), k)
+    aligned = torch.stack([left.T @ share @ a for share, a in zip(shares, inputs, strict=True)])  # (adapters, k, I)
+    aligned[aligned.abs() < 1e-12 * aligned.abs().max()] = 0  # rounding leaves a zero slightly off, and it would vote
+    weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
+    merged = _ties(aligned, weights, options.density)
+    return LowRank(merged.float(), (q @ left).float(), 1.0, parts[0].update.embedding)
 
 
 def _ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
@@ -157,6 +164,7 @@ _METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRan
     "ties": partial(_dense, _ties),
     "dare": partial(_dense, _dare),
     "dare-ties": partial(_dense, _dare_ties),
+    "knots": _knots,
 }
 
 
@@ -169,6 +177,7 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False,
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter)
+    refuse_experts(adapter, spec)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():
         name = parameter.removesuffix(".weight")
@@ -230,16 +239,22 @@ def peft_format(
 
 
 def _adapter_spec(updates: Mapping[str, LowRank], model: CausalLM) -> AdapterSpec:
-    """Settings with the most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry each."""
-    (rank, scale), _ = Counter((update.rank, update.scale) for update in updates.values()).most_common(1)[0]
-    others = {name: update for name, update in updates.items() if (update.rank, update.scale) != (rank, scale)}
     embedding = [model.embedding_name.rsplit(".", 1)[-1]] if model.embedding_name in updates else []
     linears = [name for name in updates if name != model.embedding_name]
     return AdapterSpec(
-        rank=rank,
-        alpha=scale * rank,
+        **ranks_and_alphas(updates),
         targets=tuple(sorted((*(short_targets(model, linears) if linears else ()), *embedding))),
-        ranks={re.escape(name): update.rank for name, update in others.items()},
-        alphas={re.escape(name): update.scale * update.rank for name, update in others.items()},
         dora=any(update.magnitude is not None for update in updates.values()),
     )
+
+
+def ranks_and_alphas(updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    """The most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry each."""
+    (rank, scale), _ = Counter((update.rank, update.scale) for update in updates.values()).most_common(1)[0]
+    others = {name: update for name, update in updates.items() if (update.rank, update.scale) != (rank, scale)}
+    return {
+        "rank": rank,
+        "alpha": scale * rank,
+        "ranks": {re.escape(name): update.rank for name, update in others.items()},
+        "alphas": {re.escape(name): update.scale * update.rank for name, update in others.items()},
+    }

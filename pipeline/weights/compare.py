@@ -1,16 +1,18 @@
-"""Compare two adapters: their settings, the norms of their updates and the overlap of their subspaces."""
+"""Compare adapters: their settings, the norms and cosines of their updates, and the overlap of their subspaces."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.config import lies_in
-from pipeline.adapters.low_rank import LowRank, LowRankUpdate
+from pipeline.adapters.low_rank import LowRank, LowRankUpdate, inner_product
 from pipeline.calc.target_modules import ALL_LINEAR, matches_target
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
@@ -18,16 +20,17 @@ from pipeline.weights.combine import Part, concatenate
 
 
 class MatrixComparison(NamedTuple):
-    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, and the overlap of their subspaces.
+    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, cosine, and overlap of their subspaces.
 
-    `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces of the two updates: 0 if they
-    are orthogonal, 1 if the smaller lies in the larger; None if one adapter has no update.
+    `cosine`: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖. `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces
+    of the two updates: 0 if they are orthogonal, 1 if the smaller lies in the larger. None if one has no update.
     """
 
     module: str
     first: float
     second: float
     difference: float
+    cosine: float | None
     outputs: float | None
     inputs: float | None
 
@@ -91,11 +94,44 @@ def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterato
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
             sizes = [0.0 if update is None else norm(update) for update in (first, second)]
-            yield MatrixComparison(name, sizes[0], sizes[1], max(sizes), None, None)
+            yield MatrixComparison(name, sizes[0], sizes[1], max(sizes), None, None, None)
             continue
         difference = norm(concatenate([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
-        yield MatrixComparison(name, norm(first), norm(second), difference, *shared)
+        sizes = [norm(first), norm(second)]
+        cosine = inner_product(first, second) / math.prod(sizes) if all(sizes) else None
+        yield MatrixComparison(name, sizes[0], sizes[1], difference, cosine, *shared)
+
+
+class Interference(NamedTuple):
+    """How much the updates of two adapters, by their numbers from 1, meet in the modules that both change.
+
+    `cosine` is that of all modules together: 1 if they are the same up to a factor, 0 if they are independent, −1 if
+    they are opposed; modules of only one adapter count in its norm. `outputs` and `inputs` are means over the modules.
+    """
+
+    first: int
+    second: int
+    cosine: float | None
+    outputs: float | None
+    inputs: float | None
+    modules: list[MatrixComparison]
+
+
+def interference(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float]) -> Iterator[Interference]:
+    """How much each pair of weighted adapters of one model meets, computed from their factors."""
+    weighted = [
+        {name: replace(update, scale=weight * update.scale) for name, update in adapter.items()}
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    for (first, one), (second, other) in combinations(enumerate(weighted, start=1), 2):
+        rows = [row for row in modules(one, other) if row.cosine is not None]
+        sizes = [math.sqrt(math.fsum(norm(update) ** 2 for update in adapter.values())) for adapter in (one, other)]
+        products = math.fsum(inner_product(one[row.module], other[row.module]) for row in rows)
+        cosine = products / math.prod(sizes) if all(sizes) else None
+        shares = zip(*((row.outputs, row.inputs) for row in rows), strict=True)
+        outputs, inputs = (fmean(share) for share in shares) if rows else (None, None)
+        yield Interference(first, second, cosine, outputs, inputs, rows)
 
 
 class ParameterDifference(NamedTuple):

@@ -1,16 +1,19 @@
-"""Adapter artifacts that no stage trains: imported from elsewhere, or combined from other adapters."""
+"""Adapter artifacts that no stage trains: imported from elsewhere, or made of other adapters."""
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
+from pipeline.adapters.attach import PREFIX
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, config_of, read_config
 from pipeline.adapters.folder import quantization_of, refuse_virtual
+from pipeline.adapters.lora import ROWS
+from pipeline.adapters.low_rank import LowRankUpdate, tensors_of
 from pipeline.adapters.peft import COPY, load_adapter
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
@@ -22,7 +25,8 @@ from pipeline.models.load import skeleton
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project import provenance
 from pipeline.weights import foreign
-from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, write_updates
+from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, ranks_and_alphas, write_updates
+from pipeline.weights.compare import Interference, interference
 from pipeline.weights.merge import attach_to_meta_model
 
 # The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit, mlx-community/Qwen3-8B-4bit, …-AWQ
@@ -38,10 +42,12 @@ def combine_adapters(
     base: Path,
     out: Path,
     trust_remote_code: bool = False,
+    show: Callable[[list[Interference]], object] = list,
 ) -> float:
     """Write the combination of adapters of one base to `out`; returns its relative distance from the exact sum.
 
-    Trained token rows become low-rank updates of embedding and head. Raises UserError.
+    `show` is called with how much they interfere, before anything is written. Trained token rows become low-rank
+    updates of embedding and head. Raises UserError.
     """
     for source in sources:
         refuse_virtual(source)
@@ -52,9 +58,9 @@ def combine_adapters(
             "adapters of one quantization."
         )
     refuse_other(out, "combine", sources)
-    updates, error = combine(
-        [low_rank_updates(base, source, trust_remote_code) for source in sources], weights, options
-    )
+    adapters = [low_rank_updates(base, source, trust_remote_code) for source in sources]
+    updates, error = combine(adapters, weights, options)
+    show(list(interference(adapters, weights)))
     with artifact.writing(out) as folder:
         spec = write_updates(folder, dict(updates), skeleton(base, trust_remote_code), str(base))
         copy_tokenizer(base, folder)
@@ -68,6 +74,29 @@ def combine_adapters(
         }
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": options.seed, "error": error})
     return error
+
+
+def write_changed(
+    source: Path, change: LowRankUpdate, base: Path, out: Path, method: str, module: str, params: Mapping[str, Any]
+) -> None:
+    """Write the adapter `source` to `out` with the low-rank updates of `change`, which `module` computed.
+
+    All else stays as it was: DoRA's magnitudes, token rows, modules trained in full, other settings.
+    """
+    spec = replace(change.spec, **ranks_and_alphas(change.low_rank), rslora=False)
+    pairs = [tensors_of(name, update) for name, update in change.low_rank.items()]
+    rows = {f"{PREFIX}{name}{ROWS}": values for name, (_, values) in change.rows.items()}
+    whole = {PREFIX + name: values for name, values in change.whole.items()}
+    with artifact.writing(out) as folder:
+        save_tensors(folder / WEIGHTS, {key: value for pair in (*pairs, rows, whole) for key, value in pair.items()})
+        transposed = bool(read_config(source).get("fan_in_fan_out"))
+        artifact.write_json(folder / CONFIG, config_of(spec, str(base), transposed))
+        copy_tokenizer(base, folder)
+        copy_template(source, folder)
+        ranks = {"rank": spec.rank, "alpha": spec.alpha, "quantization": quantization_of(source)}
+        manifest = build_manifest(method, module, base, {**params, **ranks})
+        inputs = {source.resolve().name: artifact.digest(source)}
+        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
 
 
 class Imported(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, TokenRows, factors, fan_in_fan_out
 from pipeline.adapters.peft import COPY, load_adapter, other_embedding
@@ -28,6 +29,7 @@ from pipeline.models.save import load_tensors
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.weights.streaming import (
     AddLowRank,
+    AddToExperts,
     Edit,
     Merge,
     Replace,
@@ -43,6 +45,8 @@ from pipeline.weights.streaming import (
 
 CERTIFICATE = "certificate.json"
 NOTE_BELOW = 0.9  # share of an update that must survive rounding; below it a note is shown
+# The names of an expert's own tensors in files, in the order in which transformers stacks them.
+SEPARATE = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # safetensors' names
 RATIO_TOLERANCE = 1e-3  # on top of rounding; an update merged twice has ratio 2
 
@@ -143,7 +147,13 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
         for name in quantizable(model):
             transposed = is_conv1d(model.get_submodule(name))
             quantizers[f"{name}.weight"] = partial(dequantized, kind=kind, transposed=transposed)
-    edits = merge_edits(model, attach_to_meta_model(model, base, stored, adapter))
+    edits: dict[str, Edit] = {}
+    for name, edit in merge_edits(model, attach_to_meta_model(model, base, stored, adapter)).items():
+        separate = separate_edits(name, edit, stored) if isinstance(edit, AddToExperts) else {}
+        shapes |= {tensor: (len(one.left), one.right.shape[1]) for tensor, one in separate.items()}
+        edits.update(separate)
+        if not separate:
+            edits[name] = edit
     names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *quantizers}}
     absent = [name for name in tied if names[name] not in stored]
     for name in edits.keys() | quantizers:
@@ -206,6 +216,11 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
     edits: dict[str, Edit] = {}
     for name, layer in adapter_layers(model):
         edits[f"{name}.weight"] = layer_edit(layer)
+    for name, experts in expert_layers(model):
+        for projection, update in experts.by_parameter().items():
+            A, B = (factor.detach() for factor in update.pairs())  # (E, R, I), (E, O, R)
+            left, right = (A.mT, B.mT) if experts.transposed else (B, A)
+            edits[f"{name}.{projection}"] = AddToExperts(left, right, update.scale)
     for name, module in model.named_modules():
         if isinstance(module, TokenRows):
             short_name = name.rsplit(".", 1)[-1]
@@ -217,6 +232,29 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
         if (name := key.removeprefix(PREFIX)) in plain:  # trained in full
             edits[name] = Replace(parameter.detach())
     return edits
+
+
+def separate_edits(name: str, edit: AddToExperts, stored: Collection[str]) -> dict[str, AddLowRank]:
+    """The edit of a stacked parameter as edits of the tensors that files hold for each expert, by stored name.
+
+    Empty if they hold the stack itself, or neither. transformers stacks Mixtral's w1 on w3, others' gate on up.
+    """
+    if stored_name(name, stored):
+        return {}
+    module, _, projection = name.rpartition(".")
+    for folder in (module, module.replace(".mlp.", ".block_sparse_moe.")):
+        for parts in SEPARATE[projection]:
+            first = stored_name(f"{folder}.0.{parts[0]}.weight", stored)
+            if first is None:
+                continue
+            place = first.removesuffix(f"0.{parts[0]}.weight")
+            size = edit.left.shape[1] // len(parts)  # rows of the stack that each of the parts has
+            return {
+                f"{place}{expert}.{part}.weight": edit.of(expert, slice(number * size, (number + 1) * size))
+                for expert in range(len(edit.left))
+                for number, part in enumerate(parts)
+            }
+    return {}
 
 
 def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:

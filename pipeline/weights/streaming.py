@@ -83,6 +83,38 @@ class AddLowRank:
 
 
 @dataclass(frozen=True)
+class AddToExperts:
+    """Wₑ + s·leftₑ·rightₑ for stacked W (E, n, m), left (E, n, R) and right (E, R, m).
+
+    A row of the tensor is all of one expert, (n·m).
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def of(self, expert: int, rows: slice = slice(None)) -> AddLowRank:
+        """The edit of some rows of one expert's own matrix."""
+        return AddLowRank(self.left[expert, rows], self.right[expert], self.scale)
+
+    def _each(self, rows: slice, *stacked: Tensor) -> Iterator[tuple[AddLowRank, list[Tensor]]]:
+        shape = self.left.shape[1], self.right.shape[2]
+        for place, expert in enumerate(range(rows.start, rows.stop)):
+            yield self.of(expert), [weight[place].view(shape) for weight in stacked]
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        return torch.stack([edit(w, slice(None)).flatten() for edit, (w,) in self._each(rows, weight)])
+
+    def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over the experts `rows`."""
+        products = [edit.dot_products(o, n, slice(None)) for edit, (o, n) in self._each(rows, old, new)]
+        return sum(dot for dot, _ in products), sum(size for _, size in products)
+
+    def with_norms(self, _blocks: Iterable[Rows]) -> "AddToExperts":
+        return self
+
+
+@dataclass(frozen=True)
 class RescaleRows:
     """DoRA: m/‖V‖·V for V = W + s·left·right, with magnitude m (O,) per output.
 
@@ -121,7 +153,7 @@ class RescaleRows:
         return float(((new - old) * update).sum()), float(update.square().sum())
 
 
-Update = AddLowRank | RescaleRows
+Update = AddLowRank | AddToExperts | RescaleRows
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,17 @@ def test_its_overlap_is_that_of_the_dense_updates_singular_spaces(cli: Lora, roo
         assert [rows[name]["outputs"], rows[name]["inputs"]] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_its_cosine_is_that_of_the_dense_updates(cli: Lora, root: Path) -> None:
+    one, other = dense(root / "one"), dense(root / "other")
+    _, rows = diff(cli, "one", "other", root)
+    for name, row in rows.items():
+        wanted = torch.cosine_similarity(one[name].flatten(), other[name].flatten(), 0) if name in other else None
+        assert row["cosine"] == (None if wanted is None else pytest.approx(float(wanted), abs=1e-9))
+
+
 def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, root: Path) -> None:
     for row in diff(cli, "one", "one", root)[1].values():
-        assert (row["outputs"], row["inputs"]) == pytest.approx((1, 1))
+        assert (row["outputs"], row["inputs"], row["cosine"]) == pytest.approx((1, 1, 1))
         assert row["difference"] <= 1e-6 * row["first"]
 
 

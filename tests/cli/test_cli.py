@@ -357,6 +357,8 @@ COMMANDS_WITH_FLOATS = {  # what each needs besides, so that it runs
     "calc": [],
     "data check": ["data/finetune.de.txt"],
     "adapters combine": ["artifacts/lora_adapter", "artifacts/lora_adapter", "--out", "both", "--method", "ties"],
+    "adapters compress": ["artifacts/lora_adapter", "--out", "small"],
+    "spectrum": ["artifacts/expanded", "artifacts/lora_adapter", "--out", "damped"],
     "cache prune": [],
 }
 

@@ -1,5 +1,6 @@
 """`lora adapters combine`: its result, output and errors."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
+from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.weights.combine import Method
 from pipeline.weights.import_adapter import import_adapter
@@ -64,6 +66,39 @@ def test_the_command_makes_what_verify_and_peft_accept_and_says_how_far_off_it_i
 def test_without_weights_each_adapter_has_weight_1(cli: Lora, root: Path) -> None:
     assert cli("adapters", "combine", "x", "y", "--out", "both", cwd=root)[0] == 0
     torch.testing.assert_close(changed(root, "both"), changed(root, "x") + changed(root, "y"), atol=1e-5, rtol=1e-4)
+
+
+def test_how_much_adapters_interfere_is_shown_before_anything_is_written(
+    cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("No room.")
+
+    monkeypatch.setattr("pipeline.weights.import_adapter.write_updates", fail)
+    code, out, err = cli("adapters", "combine", "x", "y", "narrow", "--out", "both", cwd=root)
+    assert (code, err) == (1, "error: No room.\n") and not (root / "both").exists()
+    assert [line.split()[:2] for line in out.splitlines()[1:4]] == [["1,", "2"], ["1,", "3"], ["2,", "3"]]
+    assert max(map(len, out.splitlines()[:4])) <= 80
+
+
+def test_the_cosine_of_two_adapters_is_that_of_all_they_change(cli: Lora, root: Path) -> None:
+    options = ["--weights", "0.7,-0.2", "--out", "both", "--json"]
+    code, out, err = cli("adapters", "combine", "y", "narrow", *options, cwd=root)
+    assert (code, err) == (0, "")
+    (pair,) = json.loads(out)["interference"]
+    one, other = changed(root, "y"), changed(root, "narrow")
+    assert pair["cosine"] == pytest.approx(-float(torch.cosine_similarity(one, other, 0)), abs=1e-5)
+    shares = [[row["outputs"], row["inputs"]] for row in pair["modules"]]
+    assert all(row["module"].endswith("q_proj") for row in pair["modules"]) and len(shares) == 2
+    assert [pair["outputs"], pair["inputs"]] == pytest.approx([sum(share) / 2 for share in zip(*shares, strict=True)])
+    (same,) = json.loads(cli("adapters", "combine", "y", "y", "--out", "both", "--json", cwd=root)[1])["interference"]
+    assert [same["cosine"], same["outputs"], same["inputs"]] == pytest.approx([1, 1, 1])
+
+
+def test_adapters_that_share_no_module_do_not_interfere(cli: Lora, root: Path) -> None:
+    adapter(root / "values", root / "base", AdapterSpec(2, 3.0, ("v_proj",)))
+    code, out, _ = cli("adapters", "combine", "narrow", "values", "--out", "both", cwd=root)
+    assert code == 0 and out.splitlines()[1].split() == ["1,", "2", "0.00", "–", "–", "–", "–"]
 
 
 def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli: Lora, root: Path) -> None:

@@ -166,6 +166,18 @@ def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: P
     dvc(here / "two", "status")  # every key that dvc.yaml names is in the params file
 
 
+def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli: Lora) -> None:
+    rows = [{"prompt": q, "chosen": a, "rejected": f"I think {a}"} for (_, q), (_, a), *_ in CHATS]
+    (here / "prefers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = ("train", "--base", "toy", "--data", "prefers.jsonl", "--methods", "dpo", "--out", "preferring")
+    code, out, err = cli(*asked, cwd=here)
+    assert code == 0, err
+    assert "preferences are learned in one pass" in out and "dpo: loss on held-out examples" in out
+    assert load(here / "preferring/params.yaml").finetune_dpo.data == "../prefers.jsonl"
+    header = (here / "preferring/artifacts/dpo_adapter/loss.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header.endswith("eval_loss,reward_chosen,reward_rejected,reward_margin,reward_accuracy,eval_accuracy")
+
+
 def test_tokens_that_are_added_need_the_stage_that_adds_them(here: Path, cli: Lora) -> None:
     asked = ("new", "tools", "--base", "toy", "--data", "chats.json", "--set", "expand_vocab.special_tokens=[<tool>]")
     code, _, err = cli(*asked, cwd=here)

@@ -55,6 +55,19 @@ FAMILIES = {
     "opt": Family("opt", {**OPT, "max_position_embeddings": 64}, begins=END, linears=14),  # its BOS is its EOS
     "mixtral": Family("mixtral", {**WIDE, "num_local_experts": 4, "router_jitter_noise": 0.1}, tied=False, linears=8),
 }
+MIXTURES = {
+    "mixtral": FAMILIES["mixtral"],
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": []},
+        tied=False,
+        linears=8,
+    ),
+    # stacks (E, I, O), with biases, gate and up by turns
+    "gpt_oss": Family(
+        "gpt_oss", {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}, tied=False
+    ),
+}
 OTHERS = {  # a head with a bias; attention that is not left to transformers' interface
     "phi": Family("phi", WIDE, tied=False),
     "bloom": Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),

@@ -194,6 +194,8 @@ BRIEF = (
     *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
     *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
     *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
+    *("study_learning_rate.epochs=2", "study_learning_rate.ranks=[1, 2]", "study_learning_rate.full_rates=[1e-3]"),
+    "study_learning_rate.learning_rates=[1e-3, 3e-3]",
     "study_forgetting.every=1",
     *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
 )

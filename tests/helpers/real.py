@@ -23,7 +23,7 @@ from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Gradient, Learner, OneLearner, gradients
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import FAMILIES, MIXTURES
 from tests.helpers.projects import make_one
 
 ROWS = 97
@@ -31,7 +31,7 @@ ROWS = 97
 
 def toy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **settings: Any) -> TransformersModel:
     """A family's toy with random weights, their logits far apart."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **MIXTURES}[name]
     ids = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = {**family.config, **ids, "tie_word_embeddings": family.tied, "model_type": family.kind, **settings}
     model = from_config(config, torch.float32)

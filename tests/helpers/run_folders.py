@@ -102,3 +102,12 @@ def hold(folder: Path) -> TextIO:
 def write_methods(root: Path) -> None:
     for stage in ("finetune_full", "finetune_freeze", "finetune_lora"):
         write_run(root, stage)
+
+
+def write_samples(
+    folder: Path, answers: Mapping[int, str | None], prompt: str = "die währung von bulgarien ist"
+) -> None:
+    """The samples of a run: step → its answer."""
+    rows = ({"step": step, "prompt": prompt, "answer": answer} for step, answer in answers.items())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "samples.jsonl").write_text(text, encoding="utf-8")

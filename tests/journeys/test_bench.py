@@ -1,12 +1,14 @@
 """The benchmarks on MiniGPT, in a few steps: they call what the trainer is made of, and nothing else runs them."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import methods, sweep, training
+from bench import compress, methods, sweep, training
 from bench.measure import Row
+from tests.helpers.bases import toy_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +35,18 @@ def test_every_row_is_measured(benchmark: Callable[[], Iterator[Row]], rows: int
     measured = list(benchmark())
     assert len(measured) == rows
     assert all(row.ratio and row.ratio > 0 for row in measured)
+
+
+def test_compressing_damping_and_combining_have_a_table_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_checkpoint(tmp_path / "toy", max_position_embeddings=128)
+    monkeypatch.setenv("LORA_BENCH_BASE", str(tmp_path / "toy"))
+    for name, value in (("TRAINED", 16), ("HELD_OUT", 4), ("EPOCHS", 1), ("EPSILON", 1.0)):
+        monkeypatch.setattr(compress, name, value)
+    compress.main()
+    tables = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
+    assert [len(rows) - 2 for rows in tables] == [12, 5, 10]
+    assert all(len({row.count("|") for row in rows}) == 1 for rows in tables)
+    same, removed = tables[1][2].split("|")[2:], tables[1][-1].split("|")[2:]
+    assert tables[0][4].split("|")[4:7] == same[:3] != removed[:3]  # at factor 1 it is the adapter as trained

@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.document.claims.check import verdicts
 from pipeline.document.tables import read_table
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
+from pipeline.workbench import open_project
 from tests.helpers.projects import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
@@ -63,6 +65,17 @@ def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps
         assert plain["kept"] < keep / 2
         assert kept["kept"] >= 0.75 * keep
         assert kept["divergence"] < plain["divergence"] / 10
+
+
+def test_ten_times_the_rate_at_every_rank_and_attention_learns_as_well_as_feed_forward() -> None:
+    """What LoRA Without Regret says, in the ledger."""
+    rows = {row["id"]: row for row in verdicts(open_project(PROJECT / "params.yaml"))}
+    for claim in ("regret-ten-times", "regret-rank-independent", "regret-like-full"):
+        assert rows[claim]["verdict"] == "holds", rows[claim]["why"]
+    best = {row["targets"]: row for row in read_table(MADE / "studies/learning_rate/best.csv")}
+    attention, forward = (best[targets] for targets in ("attention", "feed_forward"))
+    assert attention["trained"] == pytest.approx(forward["trained"], rel=0.02)
+    assert attention["loss"] == pytest.approx(forward["loss"], abs=0.03), "here the post's difference is not seen"
 
 
 def test_the_base_did_not_know_it() -> None:

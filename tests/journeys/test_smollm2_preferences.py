@@ -1,7 +1,6 @@
 """What `make smollm2` made of preferences on a real model, and TRL's losses on it. `make check-smollm2` runs this."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import IGNORED, Window
-from pipeline.files import artifact
 from pipeline.models.transformers_model import load_pretrained
-from tests.helpers.projects import ROOT, lora
+from tests.helpers.projects import ROOT
 from tests.helpers.trl import CASES, compared
 
 PROJECT = ROOT / "smollm2-preferences"

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, chat_prompt, prompt_completion
 
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # a .csv file holds texts, others numbers too
+
 
 def detect(record: Record) -> bool:
-    return isinstance(record.get("label"), bool) and "prompt" in record and "completion" in record
+    return str(record.get("label")).lower() in LABELS and "prompt" in record and "completion" in record
 
 
 def read(record: Record, file: str, line: int) -> Example:
     read_answer = chat_prompt.read if chat_prompt.detect(record) else prompt_completion.read
-    return replace(read_answer(record, file, line), desirable=record["label"])
+    return replace(read_answer(record, file, line), desirable=LABELS[str(record["label"]).lower()])
 
 
 FORMAT = Format(

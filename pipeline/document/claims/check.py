@@ -143,7 +143,9 @@ def page(rows: Sequence[Row], project: Project) -> str:
         by_section.setdefault(row["section"], []).append(row)
     parts: dict[str, list[str]] = {section: [] for section in by_section}
     for place, text in (*_figures(project), *_studies(project)):
-        section = re.findall(r"§([\d.]+)", place)[0].rstrip(".")  # the first of "Figure 1, §2" or "§2.4, §5"
+        # a section by its name, or the first number of "Figure 1, §2" or "§2.4, §5"
+        named = next((name for name in place.split(", ") if name in parts), "")
+        section = named or re.findall(r"§([\d.]+)", place)[0].rstrip(".")
         while section and section not in parts:  # the nearest enclosing section that has claims
             section = section.rpartition(".")[0]
         parts[section or list(parts)[-1]].append(text)

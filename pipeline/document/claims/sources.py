@@ -49,6 +49,12 @@ class Sources:
     """The measurements of a project. Raises MissingArtifact for a file that does not exist, and UserError."""
 
     project: Project
+    any_base: bool = False  # whether a claim is also about other bases than MiniGPT
+
+    @cached_property
+    def of_any_base(self) -> "Sources":
+        """The same for claims that the document does not make of MiniGPT alone."""
+        return Sources(self.project, any_base=True)
 
     def artifact(self, path: str) -> Record:
         """A JSON file below artifacts/."""
@@ -113,7 +119,7 @@ class Sources:
 
     def _file(self, path: str) -> Path:
         """A file below artifacts/ that a stage made. Raises MissingArtifact with the command that makes it."""
-        pure, project = PurePosixPath(path), self._minigpt()
+        pure, project = PurePosixPath(path), self.project if self.any_base else self._minigpt()
         stages = (stage for name, stage in project.graph.stages.items() if name != "import")  # MiniGPT is trained
         made_by = next((stage for stage in stages if pure.is_relative_to(stage.output)), None)
         if made_by is None or ".." in pure.parts:

@@ -67,6 +67,13 @@ class Config:
             raise UserError(f"{self.path}: {key} must be one of {known}, got {abbreviate_repr(value)}. Edit the file.")
         self.section = default if value is None else sections[value]
 
+    def choose_preferences(self, key: str, losses: Mapping[str, str]) -> None:
+        """Preferences in place of examples if `key` says so, and the loss that a value stands for."""
+        if self.section == "finetune_lora" and (loss := losses.get(str(self.rest.get(key)))):
+            self.section = "finetune_dpo"
+            self.take(key, "loss", loss)
+            del self.rest[key]
+
     def take(self, theirs: str, ours: str, value: Any) -> None:
         """A value of the section, if it has such a key. Raises UserError if it breaks the key's rule."""
         if ours == "base":

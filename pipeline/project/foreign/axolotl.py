@@ -1,10 +1,14 @@
-"""Axolotl (.yml): `adapter` is the method, `datasets` a list of `{path: …}`, `lora_target_linear: true` all-linear."""
+"""Axolotl (.yml): `adapter` is the method, `datasets` a list of `{path: …}`, `lora_target_linear: true` all-linear.
+
+`rl` says that it learns from preferences, and how.
+"""
 
 from pipeline.project.foreign import Config, Format
 
 
 def read(config: Config) -> None:
     config.choose("adapter", {"lora": "finetune_lora", "qlora": "finetune_lora"}, default="finetune_full")
+    config.choose_preferences("rl", {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo")})
     datasets = config.rest.pop("datasets", None) or []
     for each in datasets if isinstance(datasets, list) else [datasets]:
         config.take_files("datasets", each.get("path") if isinstance(each, dict) else each)

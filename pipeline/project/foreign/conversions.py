@@ -24,6 +24,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
         **{name: name for name in ("bf16", "fp16", "fp32")},
     },
+    "loss": {"sigmoid": "dpo", **{name: name for name in ("ipo", "orpo", "simpo")}},
     "init_lora_weights": {"True": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"},
 }
 SAME: Mapping[str, Any] = {  # as it always is here

@@ -1,4 +1,4 @@
-"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs.
+"""The run log: `loss.csv` and `samples.jsonl`, deterministic, and `telemetry.csv`, which differs between runs.
 
 A sweep has one of each per adapter, and `sweep.json`: how each ended.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 from pipeline.files.artifact import write_file
 
-LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
+LOSS, TELEMETRY, SAMPLES = "loss.csv", "telemetry.csv", "samples.jsonl"
 TABLE = "sweep.json"  # adapter → outcome; in the run folder only those that ended so far
 DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"
 
@@ -56,6 +56,23 @@ class Peak:
 
     predicted: int = 0
     measured: int = 0
+
+
+class Sample(NamedTuple):
+    """A prompt and its greedy answer after a step; None if the model's outputs were not finite."""
+
+    step: int
+    prompt: str
+    answer: str | None
+
+
+def parse_sample(line: str) -> Sample:
+    """A line of samples.jsonl. Raises ValueError."""
+    try:
+        row = json.loads(line)
+        return Sample(int(row["step"]), str(row["prompt"]), None if row["answer"] is None else str(row["answer"]))
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 class Telemetry(NamedTuple):
@@ -130,8 +147,16 @@ def read_steps(path: Path) -> list[Step]:
     return steps
 
 
+def count_lines(path: Path) -> int:
+    """The whole lines of a file: 0 if it cannot be read."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 class RunLog:
-    """Appends to loss.csv and telemetry.csv of a run folder. Lines after `at_step` are dropped when it is opened.
+    """Appends to the logs of a run folder. Lines after `at_step` are dropped when it is opened.
 
     Seconds and tokens per second in the telemetry count from the opening of the log.
     """
@@ -147,6 +172,7 @@ class RunLog:
         evaluated: bool = False,
         retained: bool = False,
         rewarded: bool = False,
+        sampled: bool = False,
     ) -> None:
         wanted = {
             "eval_loss": evaluated,
@@ -155,16 +181,22 @@ class RunLog:
             "eval_accuracy": evaluated and rewarded,
         }
         self._columns = (*COLUMNS, *(name for name in OPTIONAL if wanted[name]))
-        self._loss = _open_at(folder / LOSS, self._columns, at_step)
-        self._telemetry = _open_at(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)
+        self._loss = _open_at(folder / LOSS, ",".join(self._columns) + "\n", at_step)
+        self._telemetry = _open_at(folder / TELEMETRY, ",".join(TELEMETRY_COLUMNS) + "\n", at_step)
+        self._files = [self._loss, self._telemetry]
+        if sampled:
+            self._samples = _open_at(folder / SAMPLES, "", at_step)
+            self._files.append(self._samples)
+        else:  # those of an earlier run with other settings
+            (folder / SAMPLES).unlink(missing_ok=True)
         self._start, self._tokens = time.perf_counter(), at_tokens
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loss.close()
-        self._telemetry.close()
+        for file in self._files:
+            file.close()
 
     def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # Peak is immutable
         values = [getattr(step, name) for name in self._columns]
@@ -177,11 +209,16 @@ class RunLog:
             f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )
 
+    def append_samples(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self._samples.write(json.dumps(sample._asdict(), ensure_ascii=False) + "\n")
+        self._samples.flush()
+
     def sync(self) -> None:
         """Flush the logs to disk. Called before writing a checkpoint that relies on them."""
         # A resumed run drops the lines after its checkpoint's step and writes them again. Lines before it are nowhere
         # else: a checkpoint that survives a power cut without them would leave a gap in the curve.
-        for file in (self._loss, self._telemetry):
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
 
@@ -192,19 +229,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _open_at(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
-    """Open `path` for appending, truncated after the line of `at_step`.
+def _open_at(path: Path, header: str, at_step: int) -> TextIO:
+    """Open `path` for appending, truncated after the lines of `at_step`. A line's first number is its step.
 
     It is truncated in place, so that a kill at any moment keeps the lines before.
     """
-    header = ",".join(columns) + "\n"
     if not at_step or not path.exists():
         path.write_text(header, encoding="utf-8")
         return path.open("a", encoding="utf-8")
     keep = 0
     with path.open("rb+") as file:
         for line in file:
-            number = line.split(b",", 1)[0]
+            number = line.split(b",", 1)[0].removeprefix(b'{"step": ')
             if not line.endswith(b"\n") or (number.isdigit() and int(number) > at_step):
                 break
             keep += len(line)

@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
-from pipeline.project.logs.run_log import DIVERGED, LOSS, TELEMETRY, read_run_outcomes
+from pipeline.project.cache import cache_key
+from pipeline.project.logs.run_log import DIVERGED, LOSS, SAMPLES, TELEMETRY, read_run_outcomes
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
 
 SHORT_KEY = 8  # characters of a cache key in a label
@@ -25,6 +26,10 @@ class LogFiles:
     loss: Path
     telemetry: Path | None
 
+    @property
+    def samples(self) -> Path:
+        return self.loss.with_name(SAMPLES)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -32,6 +37,7 @@ class Run:
 
     `folder`: the run folder if this is the stage's last run, which may still be running. `params`: the settings it ran
     with, as in JSON. `when`: the logs' last change in seconds since the epoch. `sweeps`: whether it is a sweep's.
+    `key`: its artifact's in the cache; empty where the run has made none.
     """
 
     stage: str
@@ -42,6 +48,7 @@ class Run:
     params: Mapping[str, Any]
     when: float
     sweeps: bool = False
+    key: str = ""
 
     def curve_label(self, curve: str) -> str:
         """The label of one of its curves, unique among all runs."""
@@ -104,7 +111,7 @@ def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) 
 
 def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
     """The stages that train, which the project has itself or from its parent; without a project, all of the graph."""
-    every = [*(stage for stage in graph.product.values() if stage.look), graph.stages["pretrain"]]
+    every = sorted((stage for stage in graph.product.values() if stage.trains), key=lambda stage: not stage.look)
     return [stage for stage in every if project is None or stage.name in project.readable]
 
 
@@ -117,10 +124,10 @@ def _stat(path: Path) -> tuple[int, int]:
     return info.st_ino, info.st_mtime_ns
 
 
-def _curves(folder: Path, stage: Stage, telemetry: bool = True) -> tuple[LogFiles, ...]:
+def curves(folder: Path, sweeps: bool, telemetry: bool = True) -> tuple[LogFiles, ...]:
     """The curves with logs in `folder`: one, or one per adapter of a sweep."""
     folders = [folder]
-    if stage.kind == "adapters":
+    if sweeps:
         logs = folder.glob(f"[!.]*/{LOSS}")
         folders = sorted((log.parent for log in logs), key=lambda path: natural_sort_key(path.name))
     return tuple(
@@ -140,13 +147,13 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     reference = finished[0].manifest if finished else {}
     candidates = finished
     # A run folder has no manifest. Its settings are those of the artifact with the same logs, else the current ones.
-    folder = home_root / RUNS / stage.name
-    curves, digests = _curves(folder, stage), dict[str, str | None]()
-    for curve in curves:
+    folder, sweeps = home_root / RUNS / stage.name, stage.kind == "adapters"
+    found, digests = curves(folder, sweeps), dict[str, str | None]()
+    for curve in found:
         with suppress(OSError):
             digests[curve.name] = artifact.file_digest(curve.loss)
     if digests:
-        running = _Logs(folder, curves, digests, {"params": now})
+        running = _Logs(folder, found, digests, {"params": now})
         manifest = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
         candidates = [replace(running, manifest=manifest), *finished]
     # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run folder has no key.
@@ -164,7 +171,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             own = [part for part in ("inputs", "code") if part in logs.manifest]
             parts = [f" other {part}" for part in own if logs.manifest[part] != reference.get(part)]
         label = stage.name
-        if stage.kind == "adapters":
+        if sweeps:
             count = len(logs.curves)
             label += f"  {count} adapter{'s' if count > 1 else ''}{',' if parts else ''}"
         label += ",".join(parts)
@@ -172,8 +179,8 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             label = f"{label} ({logs.folder.name[:SHORT_KEY]})"
         labels.add(label)
         run_folder = folder if logs.folder == folder else None
-        sweeps = stage.kind == "adapters"
-        yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps)
+        key = cache_key(logs.manifest)
+        yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps, key)
 
 
 def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
@@ -183,14 +190,14 @@ def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
     except UserError:
         return None
     digests: dict[str, str | None] = {}
-    curves = _curves(folder, stage, telemetry=False)
-    for curve in curves:
+    found = curves(folder, stage.kind == "adapters", telemetry=False)
+    for curve in found:
         digest = manifest["files"].get(str(curve.loss.relative_to(folder)))
         if not isinstance(digest, str) or not curve.loss.is_file():
             return None
         digests[curve.name] = digest
     diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
-    return _Logs(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest) if curves else None
+    return _Logs(folder, found, {**dict.fromkeys(diverged), **digests}, manifest) if found else None
 
 
 def _abbreviate(value: Any) -> str:

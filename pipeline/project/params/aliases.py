@@ -22,6 +22,7 @@ KEYS = _by_other_name(
         "base_model_name_or_path",
         "train_from_scratch": "scratch finetune_scratch",
         "finetune_lora": "lora qlora finetune_qlora peft",
+        "finetune_dpo": "dpo ipo kto orpo simpo rlhf",
         "finetune_full": "full sft",
         "finetune_freeze": "freeze",
         "finetune_prefix": "prefix",
@@ -62,6 +63,10 @@ KEYS = _by_other_name(
         "patience": "early_stopping_patience",
         "save_steps": "checkpoint_every save_every save_interval checkpointing_steps",
         "init_from": "adapter_name_or_path lora_model_dir resume_adapter_file",
+        "beta": "pref_beta dpo_beta rl_beta",
+        "loss": "pref_loss",
+        "label_smoothing": "dpo_label_smoothing",
+        "rpo_alpha": "pref_ftx",
         "retention_data": "retain",
         "retention_weight": "retain_weight",
         "retention_batch_size": "retain_batch",
@@ -85,9 +90,9 @@ NO_COUNTERPART = _by_other_name(
         "group_by_length length_column_name tf32 torch_compile* liger* use_liger* enable_liger* use_unsloth* "
         "lora_*_kernel neat_packing padding_free plugins optim_target_modules torch_empty_cache_steps use_cache "
         "train_sampling_strategy *_checkpointing_kwargs",
-        "a run logs to loss.csv and runs/, and to no service": "report_to wandb* mlflow* comet* swanlab* trackio* "
-        "*tensorboard* logging_* log_* run_name plot_loss steps_per_report project include_*tokens* disable_tqdm "
-        "debug",
+        "`report_to`, above the sections, names the trackers of runs": "report_to wandb* mlflow* comet* swanlab* "
+        "trackio* *tensorboard* logging_* log_* run_name plot_loss steps_per_report project include_*tokens* "
+        "disable_tqdm debug",
         "results go to artifacts/, each stage to its folder": "*output_dir adapter_path adapter_file save_strategy "
         "save_total_limit save_only_model save_on_each_node save_safetensors saves_per_epoch save_first_step",
         "nothing is uploaded": "push_to_hub* hub_*",
@@ -103,14 +108,17 @@ NO_COUNTERPART = _by_other_name(
         "ignore_data_skip enable_jit_checkpoint",
         "an adapter is trained on the base, a new one unless init_from names one": "create_new_adapter inference_mode",
         "LoRA goes on every block; name linears in target_modules": "num_layers lora_layers* *layers_to_transform "
-        "layers_pattern exclude_modules target_parameters",
+        "layers_pattern exclude_modules",
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": "trust_remote_code",
         "held-out examples are chosen by eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
         "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
         "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens batch_eval_metrics "
         "prediction_loss_only *_full_eval load_best_model_at_end metric_for_best_model greater_is_better "
         "include_for_metrics",
-        "only supervised fine-tuning is read": "rl training_mode pref_* dpo_* kto_* ppo_* reward_model* ref_model*",
+        "the reference is the same model, without the adapter or as it begins": "ref_model* ref_adapter* "
+        "precompute_ref_log_probs",
+        "only examples and preferences are learned from": "rl training_mode pref_bco_weight dpo_norm_loss "
+        "dpo_use_* kto_* ppo_* reward_model*",
     }
 )
 COMMANDS = _by_other_name(
@@ -118,6 +126,7 @@ COMMANDS = _by_other_name(
         "train-from-scratch": "scratch",
         "train": "sft tune fine-tune fit",
         "lora": "qlora dora",
+        "dpo": "ipo kto orpo simpo rlhf",
         "prompt": "generate ask run infer",
         "chat": "talk repl interactive",
         "evaluate": "eval test",

@@ -15,13 +15,15 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Import, Training, change_paths
+from pipeline.project.params.sections import Import, Tracking, Training, change_paths
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
-TOP_LEVEL: Mapping[str, str] = {"base": "import"}  # keys above the sections → the section that holds them in memory
+TRACKING, REPORT_TO = "tracking", "report_to"
+# keys above the sections → the section that holds them in memory; `tracking` is no stage's, so nothing is made again
+TOP_LEVEL: Mapping[str, str] = {"base": "import", REPORT_TO: TRACKING}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Params:
     `training`: the block of defaults for what trains, the file's own on that of the file that it builds on. `sources`:
     section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
     builds on, relative to its folder; empty where it stands alone. `file`: its name. `named`: the sections that it
-    names; `base` alone gives a project the stage that makes it.
+    names; `base` alone gives a project the stage that makes it. `report_to`: the trackers that show its runs.
     """
 
     kinds: Kinds = field(compare=False)
@@ -43,6 +45,7 @@ class Params:
     project: str = ""
     file: str = field(default="params.yaml", compare=False)
     named: frozenset[str] = field(default=frozenset(), compare=False)
+    report_to: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def written(self) -> frozenset[str]:
@@ -79,7 +82,9 @@ class Params:
     def source(self, section: str, key: str) -> str:
         """Where a value comes from: "--set", a params file, its training block, or "default"."""
         path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        if path not in self.sources and shared in self.sources and issubclass(self.kinds[section], Training):
+        kind = Tracking if section == TRACKING else self.kinds[section]
+        inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
+        if inherits and path not in self.sources and shared in self.sources:
             return f"{self.sources[shared]}, {TRAINING}"
         return self.sources.get(path, "default")
 
@@ -114,6 +119,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
     # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
+    report_to = check_value(hints(Tracking)[REPORT_TO], above.pop(REPORT_TO, []), REPORT_TO, origin)
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
             raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}.")
@@ -131,7 +137,9 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
-    params = Params(kinds, {}, tree, training, sources, project, path.name, named)
+    if report_to:
+        sources[REPORT_TO] = origin.of(REPORT_TO)
+    params = Params(kinds, {}, tree, training, sources, project, path.name, named, tuple(dict.fromkeys(report_to)))
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
@@ -145,7 +153,8 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     """
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     training = {**parent.training, **params.training}
-    own = replace(params, training=training, sources={**sources, **params.sources})
+    report_to = params.report_to or parent.report_to
+    own = replace(params, training=training, sources={**sources, **params.sources}, report_to=report_to)
     # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
     # its file, where its own block counts: the artifacts that the child reads were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == "--set")
@@ -167,7 +176,9 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     """What the file says of a section, on the training block if it trains, on the section's own defaults."""
     kind = params.kinds[name]
     types = hints(kind)
-    shared = params.training if issubclass(kind, Training) else {}
+    shared = {}
+    if issubclass(kind, Training):
+        shared = {key: value for key, value in params.training.items() if key not in kind.NOT_SHARED}
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
 
@@ -88,15 +88,115 @@ def change_paths(data: Any, change: Callable[[str], str]) -> Any:
     return {**data, "path": change(data["path"])} if isinstance(data, Mapping) else change(data)
 
 
+def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any]:
+    """As it is written, checked. Raises UserError."""
+    if not isinstance(value, dict) or "prompts" not in value:
+        raise UserError(f"{key} must be {SAMPLES_RULE}, got {value!r}. {origin.edit(key)}")
+    reject_unknown_keys(value, ["prompts", *SAMPLE_NUMBERS], f"{key}.", origin)
+    for name, kind in SAMPLE_NUMBERS.items():
+        if name in value:
+            check_value(kind, value[name], f"{key}.{name}", origin)
+    prompts = value["prompts"]
+    if not isinstance(prompts, list) or not prompts:
+        raise UserError(f"{key}.prompts must be a list of prompts, got {prompts!r}. {origin.edit(key)}")
+    for number, prompt in enumerate(prompts):
+        if not _is_prompt(prompt):
+            raise UserError(
+                f"{key}.prompts[{number}] must be a text, or a list of messages such as {{role: user, content: …}}, "
+                f"got {prompt!r}. {origin.edit(key)}"
+            )
+    return value
+
+
+def _is_prompt(value: Any) -> bool:
+    """A text, or messages of a chat: neither empty, nor with half of a character, which no tokenizer takes."""
+    if isinstance(value, str):
+        return bool(value.strip()) and value == value.encode(errors="ignore").decode()
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(turn, dict)
+        and turn.keys() == {"role", "content"}
+        and all(isinstance(part, str) and _is_prompt(part) for part in turn.values())
+        for turn in value
+    )
+
+
 COLUMNS_RULE = "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
 DATA_RULE = "a file or folder, or a list of them, each a path or {path: …, weight: …, columns: …}"
 Columns = Annotated[Mapping[str, str], ALLOW_EMPTY, ReadBy(_read_columns, COLUMNS_RULE)]
+SAMPLES_RULE = "a mapping such as {prompts: [der hund], every: 50, max_tokens: 20}"
+SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count}
+Samples = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_samples, SAMPLES_RULE)]
 DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
 Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
 
 
+def _read_files(value: Any, key: str, origin: ValueSource) -> str | tuple[str, ...]:
+    """As it is written, checked. Raises UserError."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise UserError(f"{key} must be {FILES_RULE}, got {value!r}. {origin.edit(key)}")
+    if twice := [file for number, file in enumerate(files) if file in files[:number]]:
+        raise UserError(f"{key} has {twice[0]!r} twice. Remove one of them from {origin.of(key)}.")
+    return value if isinstance(value, str) else tuple(files)
+
+
+def _read_limits(value: Any, key: str, origin: ValueSource) -> dict[str, Any]:
+    """As it is written, checked. Raises UserError."""
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{key} must be a mapping of limits, such as {LIMITS_EXAMPLE}, got {value!r}. {origin.edit(key)}"
+        )
+    reject_unknown_keys(value, list(LIMITS), f"{key}.", origin)
+    return {name: check_value(LIMITS[name], limit, f"{key}.{name}", origin) for name, limit in value.items()}
+
+
+def _read_scores(value: Any, key: str, origin: ValueSource) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(
+            f"{key} must be a mapping of tasks to scores, such as {{capitals: 0.8}}, got {value!r}. {origin.edit(key)}"
+        )
+    return {name: check_value(Score, score, f"{key}.{name}", origin) for name, score in value.items()}
+
+
+FILES_RULE = "a file, or a list of files"
+Files = Annotated[str | tuple[str, ...], ALLOW_EMPTY, ReadBy(_read_files, FILES_RULE)]
+Score = Annotated[float, Meta(ge=0, le=1)]
+LIMITS: Mapping[str, Any] = {  # as metrics.json has the numbers; see `evaluation/limits.py`
+    "new_loss": Annotated[Weight, "most loss on the new sentences, in nats per token"],
+    "old_loss_rise": Annotated[float, "most that the loss on old_data may rise above the base's, in nats per token"],
+    "answers_kept": Annotated[Score, "least share of the base's first choices on old_data that stay"],
+    "divergence": Annotated[Weight, "most KL divergence from the base on old_data, in nats per token"],
+    "must_keep": Annotated[Score, "least share of the must_keep prompts that keep their answer"],
+    "tasks": Annotated[
+        Mapping[str, float], ReadBy(_read_scores, "a mapping of tasks to scores"), "least score of each task"
+    ],
+    "task_drop": Annotated[Score, "most that any task's score may be below the base's"],
+    "variants": Annotated[tuple[str, ...], "the variants that must keep the limits; without it all that are trained"],
+}
+LIMITS_EXAMPLE = "{old_loss_rise: 0.1, tasks: {capitals: 0.8}}"
+LIMITS_RULE = "a mapping of limits: " + "; ".join(f"{name}, {note.__metadata__[-1]}" for name, note in LIMITS.items())
+Limits = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_limits, LIMITS_RULE)]
+MEASURED_ON = {  # limit → the key of evaluate without which it is not measured
+    **dict.fromkeys(("old_loss_rise", "answers_kept", "divergence"), "old_data"),
+    **{"must_keep": "prompts", "tasks": "tasks", "task_drop": "tasks"},
+}
+
+
+class Tracking(Section, frozen=True, kw_only=True):
+    """Where runs are shown while they go on. It stands above the sections, as it changes nothing that is made."""
+
+    report_to: Annotated[
+        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
+    ] = ()
+
+
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
+
+    NOT_SHARED: ClassVar[frozenset[str]] = frozenset()  # keys that the training block does not set for this section
+    COMPARES: ClassVar[bool] = False  # whether it learns from answers that are compared, not from examples to predict
 
     seed: Annotated[Seed, "of initial weights, batches and the data held out"] = 0
     data: Annotated[Data, "the examples to train on; a weight of 2: seen twice per epoch, 0.5: half of them"] = (
@@ -139,6 +239,11 @@ class Training(Section, frozen=True, kw_only=True):
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
     ] = 0
+    samples: Annotated[
+        Samples,
+        "prompts, texts or chat messages, that the model answers greedily while it trains, in samples.jsonl; every: "
+        "steps between answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
+    ] = field(default_factory=dict)
     save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
 
     def __post_init__(self) -> None:
@@ -246,5 +351,25 @@ class Evaluate(Section, frozen=True, kw_only=True):
     prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
     max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
     sample_answers: Annotated[Steps, "prompts of new_data that every variant answers, for the report"] = 2
+    tasks: Annotated[
+        Files, "tasks of your own, and the data and scorer files that they name (a scorer's code is run); empty: none"
+    ] = ""
+    limits: Annotated[Limits, "what trained models must keep to; where one does not, `lora evaluate` exits with 1"] = (
+        field(default_factory=dict)
+    )
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a limit on what is not measured."""
+        for limit in self.limits:
+            if (key := MEASURED_ON.get(limit)) and not getattr(self, key):
+                raise UserError(
+                    f"limits.{limit} is set, but evaluate.{key} names no file to measure it on. Name one, or remove "
+                    "the limit."
+                )
+
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """The paths of `tasks`."""
+        return tuple(filter(None, (self.tasks,) if isinstance(self.tasks, str) else self.tasks))

@@ -10,7 +10,7 @@ import yaml
 
 
 def load(text: str) -> Any:
-    """The text's value. Raises ValueError for a text that is not YAML, and for an invalid date."""
+    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date and for too deep nesting."""
     try:
         try:
             return yaml.load(text, _UniqueKeysInC)
@@ -18,6 +18,8 @@ def load(text: str) -> Any:
             return yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def has_alias(text: str) -> bool:
@@ -31,6 +33,8 @@ class _Unique(yaml.constructor.SafeConstructor):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key_node.start_mark)
             key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)

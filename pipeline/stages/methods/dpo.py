@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import UserError
@@ -16,6 +16,7 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import lora, method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
     """LoRA trained on pairs of answers, of which one is better, instead of on answers."""
+
+    NOT_SHARED: ClassVar[frozenset[str]] = frozenset({"window"})
+    COMPARES: ClassVar[bool] = True
 
     data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
         "data/preferences.de.jsonl"
@@ -68,9 +72,9 @@ STAGE = method(
     output="dpo_adapter",
     kind="adapter",
     data=("data", "eval_data", "retention_data", "init_from"),
-    summary="Train on preferences: dpo, ipo, kto, orpo, simpo",
+    summary="Train on preferences",
     title="DPO",
-    look=Look("#56B4E9", "◆", (0, (5, 1, 1, 1)), ".."),
+    look=Look("#56B4E9", "▶", (0, (5, 1, 1, 1)), "oo"),
     order=3.5,
     pretrained={**lora.STAGE.pretrained, "learning_rate": 2e-5, "epochs": 1},
 )
@@ -119,7 +123,7 @@ def prepare(
     if settings.loss in WITH_REFERENCE:
         answers = yield from with_reference(job, base, answers, settings.reference == "base" or not continues)
     training, others = answers
-    if others is not None and settings.loss != "kto":  # whose answers are no pairs
+    if others is not None and settings.loss != "kto" and job.key:  # whose answers are no pairs; a trial asks for none
         held_out.pairs, held_out.before = others, preferred(base.model, others)
     whole = settings.loss == "orpo"
     batches = AnswerBatches(
@@ -133,9 +137,21 @@ def prepare(
 
 
 class Dpo(lora.Lora):
-    """Trains what LoRA does; a step reads two sequences an example."""
+    """LoRA on pairs of answers, with one copy of the model: its reference is the model without the adapter, or as it
+    was before training, whose log-probabilities are computed once."""
 
     name = "dpo"
+    columns = ("DPO", "DPO NF4")
+    aliases = {}  # noqa: RUF012 (none of LoRA's)
+    step = {"loss": "chunked"}  # noqa: RUF012 (as the trainer computes it)
+    answers = 2
+
+    @property
+    def title(self) -> str:
+        return f"DPO, {super().title}"
+
+    def notes(self, model: Architecture) -> list[str]:
+        return [*super().notes(model), "a batch of n pairs has 2n sequences; no second model is in memory"]
 
 
 COUNTED: FinetuningMethod = Dpo()

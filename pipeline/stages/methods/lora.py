@@ -20,11 +20,11 @@ from pipeline.calc.method import (
     projections,
 )
 from pipeline.calc.settings import QLORA, option
-from pipeline.calc.target_modules import ALL_LINEAR, GROUPS
+from pipeline.calc.target_modules import ALL_LINEAR, GROUPS, matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Share, Weight
+from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Names, Rate, Share, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
@@ -50,11 +50,16 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
     alpha: Annotated[Rate, "the update is scaled by alpha / rank"] = 1.0
     target_modules: Annotated[
-        tuple[str, ...],
+        Names,
         "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained base take all-linear, "
         "which learns more than attention with as many parameters (LoRA Without Regret, 2025; PEFT's benchmark); leave "
         "the feed-forward layers out to save memory, or to reproduce Hu et al. 2022",
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    target_parameters: Annotated[
+        Names,
+        "stacked weights of a mixture's experts that get LoRA, by the end of their names: mlp.experts.gate_up_proj, "
+        "mlp.experts.down_proj. target_modules leaves experts out, as they are no linears",
+    ] = ()
     rank_pattern: Annotated[
         Ranks, "other ranks by the end of a module's name (a pattern, as in PEFT), such as {v_proj: 8}"
     ] = field(default_factory=dict)
@@ -80,6 +85,11 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     retention_data: Annotated[File, "texts on which answers must stay the base's"] = ""
     retention_weight: Annotated[Weight, "weight of the KL divergence from the base on these texts; 0: off"] = 0.0
     retention_batch_size: Annotated[Count, "these texts per step"] = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.target_modules and not self.target_parameters:
+            raise UserError("target_modules is empty, and so is target_parameters: nothing gets LoRA. Set one of them.")
 
     @property
     def retains(self) -> bool:
@@ -122,7 +132,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         stored, continued = read_init(job, base.model, folder, settings.init_from)
         spec = replace(stored.spec, dropout=settings.lora_dropout)
     else:
-        spec = lora_spec(base.model, settings, new_rows(folder))
+        spec = lora_spec(base.model, settings, new_rows(folder), job.stage.section)
     pissa = settings.init_lora_weights == "pissa" and stored is None
     texts = retain = None
     if settings.retention_weight:
@@ -131,7 +141,8 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
-    yield from note_wide_rank(base.model)
+    yield from note_wide_rank(base.model, job.stage.section)
+    yield from note_experts(base.model, spec, settings.quantization)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
     if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
@@ -150,7 +161,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
 def _describe_init(job: Job, settings: FinetuneLora, spec: AdapterSpec, continued: Continued) -> Event:
     from pipeline.project.runner import Note
 
-    targets = spec.targets if isinstance(spec.targets, str) else ", ".join(spec.targets)
+    targets = spec.targets if isinstance(spec.targets, str) else ", ".join((*spec.targets, *spec.parameters))
     begins = f", after its {continued.seen} steps on the same data" if continued.seen else ""
     state = " and its optimizer's state" if continued.state else ""
     return Note(
@@ -173,19 +184,28 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
         embeddings="all" if spec.saved else "new_rows" if rows else "none",
         new_rows=rows,
         pissa=pissa,
+        target_parameters=spec.parameters,
     )
 
 
 @one_budget()
-def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
+def lora_spec(
+    model: CausalLM, settings: FinetuneLora, new: tuple[int, ...], section: str = "finetune_lora"
+) -> AdapterSpec:
     """Resolve the settings against the model. Raises UserError for a target or pattern that matches no layer."""
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
 
     rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
+    adapted = list(names)
+    if settings.target_parameters:
+        from pipeline.adapters.experts import resolve_parameters
+
+        stacked = resolve_parameters(model, settings.target_parameters)
+        adapted += [f"{name}.{parameter}" for name, own in stacked.items() for parameter in own]
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        _check_patterns(key, list(patterns), names)
+        _check_patterns(f"{section}.{key}", list(patterns), adapted)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -197,6 +217,7 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
         dropout=settings.lora_dropout,
         saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
+        parameters=settings.target_parameters,
     )
 
 
@@ -206,22 +227,22 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
     PEFT sorts patterns before matching, so that which of two applies would depend on their names.
     """
     for name in names:
-        matches = [pattern for pattern in patterns if end_match(pattern, name, f"finetune_lora.{key}")]
+        matches = [pattern for pattern in patterns if end_match(pattern, name, key)]
         if len(matches) > 1:
             raise UserError(
-                f"finetune_lora.{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
+                f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
                 "specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
-        if not any(end_match(pattern, name, f"finetune_lora.{key}") for name in names):
+        if not any(end_match(pattern, name, key) for name in names):
             adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
-                f"finetune_lora.{key}: {pattern!r} matches no layer that gets LoRA ({adapted}). "
-                "Fix the pattern, or add the layer to finetune_lora.target_modules."
+                f"{key}: {pattern!r} matches no layer that gets LoRA ({adapted}). "
+                f"Fix the pattern, or add the layer to {key.partition('.')[0]}.target_modules."
             )
 
 
-def note_wide_rank(model: CausalLM) -> Iterator[Event]:
+def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[Event]:
     """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more expressiveness (§2.4)."""
     from pipeline.adapters.attach import adapter_layers
     from pipeline.project.runner import Note
@@ -229,8 +250,25 @@ def note_wide_rank(model: CausalLM) -> Iterator[Event]:
     for name, layer in adapter_layers(model):
         rank, max_rank = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
         if rank > max_rank:
-            yield Note(f"finetune_lora.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
+            yield Note(f"{section}.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
             return
+
+
+def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
+    """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not quantized."""
+    from pipeline.project.runner import Note
+
+    if all(parameter.ndim < 3 for parameter in model.parameters()):  # most models: the module below is not loaded
+        return
+    from pipeline.adapters.experts import expert_parameters
+
+    names = expert_parameters(model)
+    if names and quantization != "none":
+        yield Note(f"finetune_lora.quantization {quantization} is of linears: the experts keep their precision")
+    if names and not spec.parameters:
+        yield Note(
+            f"experts get no LoRA: name them, finetune_lora.target_parameters=[{', '.join(names)}], to train them too"
+        )
 
 
 def new_rows(expanded: Path) -> tuple[int, ...]:
@@ -263,7 +301,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, settings:
 
 
 def _parse_targets(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
@@ -312,6 +350,11 @@ class Lora(FinetuningMethod):
         "none", "Train embedding and head with LoRA: none, all or new_rows.", choices=("none", "all", "new_rows")
     )
     new_rows: int = option(0, "Number of embedding rows to train; sets --embeddings new_rows.", least=0)
+    target_parameters: tuple[str, ...] = option(
+        (),
+        "A mixture's experts: mlp.experts.gate_up_proj,mlp.experts.down_proj.",
+        parse=_parse_targets,
+    )
     pissa: bool = False  # our trainer keeps the initial A and B; PEFT changes the base instead
 
     @property
@@ -333,10 +376,12 @@ class Lora(FinetuningMethod):
         name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
         rows = f", {self.trained_rows} new rows" if self.trained_rows else ""
         ends = ", embeddings and head" if self.embeddings == "all" else rows
-        return f"{name} r={self.rank} on {', '.join(self.targets)}{ends}"
+        return f"{name} r={self.rank} on {', '.join((*self.targets, *self.target_parameters))}{ends}"
 
     def params(self) -> Mapping[str, Any]:
-        targets = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
+        targets: dict[str, Any] = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
+        if self.target_parameters:
+            targets["target_parameters"] = list(self.target_parameters)
         return {"rank": self.rank, "alpha": self.effective_alpha, "lora_dropout": self.lora_dropout, **targets}
 
     def with_params(self, settings: FinetuneLora) -> Lora:
@@ -352,6 +397,8 @@ class Lora(FinetuningMethod):
         super().check()
         if self.embeddings == "new_rows" and not self.new_rows:
             raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
+        if not self.targets and not self.target_parameters:
+            raise UserError("targets is empty and matches no linear layer. Name linears, or --target-parameters.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UserError(f"alpha must be more than 0, got {self.alpha:g}.")
         if not 0 <= self.lora_dropout < 1:
@@ -366,14 +413,26 @@ class Lora(FinetuningMethod):
     # what it trains
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        return {name: self._rank_of(name, model) for name in matching_linears(model, self.targets)}
+        named = {name: self._rank_of(name) for name in matching_linears(model, self.targets)}
+        if model.style.split_experts:  # named as two linears, an expert's gate and up get a rank each
+            named |= {name: self._rank_of(name, 2) for name in named if name.endswith("experts.gate_up_proj")}
+        return named | {name: self._rank_of(name) for name in self._stacked(model)}
 
-    def _rank_of(self, name: str, model: Architecture) -> int:
+    def _stacked(self, model: Architecture) -> list[str]:
+        """Full names of the experts' parameters that target_parameters means. Raises UserError."""
+        experts = [name for name, linear in model.linears() if linear.experts > 1]
+        for target in self.target_parameters:
+            if not any(matches_suffix(name, target) for name in experts):
+                known = ", ".join(dict.fromkeys(linear.name for _, linear in model.linears() if linear.experts > 1))
+                raise UserError(
+                    f"target_parameters: {target!r} matches no stacked experts. The model has {known or 'none'}."
+                )
+        return [name for name in experts if any(matches_suffix(name, target) for target in self.target_parameters)]
+
+    def _rank_of(self, name: str, factor: int = 1) -> int:
         """Rank by the first matching pattern, `(.*\\.)?(pattern)$` as in PEFT."""
-        # an expert's gate and up are one tensor, but get a rank each
-        fused = model.style.split_experts and name.endswith("experts.gate_up_proj")
         ranks = (rank for pattern, rank in self.rank_pattern if end_match(pattern, name, "rank_pattern"))
-        return next(ranks, 2 * self.rank if fused else self.rank)
+        return next(ranks, factor * self.rank)
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
         """Parameters of A and B, and DoRA's magnitude, one per output (Liu et al. 2024)."""
@@ -414,12 +473,19 @@ class Lora(FinetuningMethod):
         if wide:
             p = min(wide, key=lambda p: min(p.inputs, p.outputs))
             texts.append(f"rank {p.rank} is more than {p.name} can use: its rank is at most {min(p.inputs, p.outputs)}")
-        with_experts = any(p.experts > 1 for p in adapted)
+        with_experts = any(p.experts > 1 for p in adapted) and not self.target_parameters
         if with_experts and model.style.split_experts:
-            texts.append("experts' gate and up are one tensor: it gets a rank for each, twice the rank, as in PEFT")
+            texts.append(
+                "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as in PEFT; "
+                "training here adapts them by target_parameters"
+            )
         elif with_experts:
             texts.append("experts are one tensor a layer: PEFT adapts them by target_parameters, not target_modules")
-        elif ALL_LINEAR in self.targets and any(linear.experts > 1 for linear in model.blocks[-1].linears):
+        elif (
+            ALL_LINEAR in self.targets
+            and not self.target_parameters
+            and any(linear.experts > 1 for linear in model.blocks[-1].linears)
+        ):
             texts.append("all-linear leaves these experts out, as PEFT does; feed_forward adapts them")
         return texts
 

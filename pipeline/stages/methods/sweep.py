@@ -1,22 +1,39 @@
-"""A sweep: one LoRA adapter per combination of a grid, all trained in one pass on one frozen base."""
+"""A sweep: one LoRA adapter per combination of a grid, trained together in one pass on one frozen base.
+
+The searches in `stages/searches` say which combinations, `evaluation/selection` which of the adapters to take.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from itertools import product
-from math import prod
-from shutil import copyfile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from msgspec import field, structs
+from msgspec import Meta, field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import ALLOW_EMPTY, ReadBy, Section, ValueSource, check_value, effective, hints
+from pipeline.project.params.schema import (
+    Count,
+    File,
+    ReadBy,
+    Section,
+    Seed,
+    Steps,
+    ValueSource,
+    check_value,
+    effective,
+    hints,
+    reject_unknown_keys,
+    value_type,
+)
 from pipeline.project.stage_graph import Look, Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
+from pipeline.stages.searches import NAMES, Trial, Values, count, grids, search_of
 
 if TYPE_CHECKING:
     from pipeline.adapters.batched import AdapterRouting
@@ -28,6 +45,8 @@ if TYPE_CHECKING:
 
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
+PASSES = "passes"  # below the run folder: finished ones of a sweep that has several
+SEARCH_KEYS = ("trials", "search_seed", "reduction_factor", "sampler", "generation")  # that only some searches read
 ABBREVIATIONS = {
     "learning_rate": "lr",
     "target_modules": "targets",
@@ -42,42 +61,135 @@ SWEPT = (  # keys of finetune_lora in which adapters that train together can dif
 )
 
 
-def _read_grid(values: Any, key: str, origin: ValueSource) -> dict[str, tuple[Any, ...]]:
-    """Key of finetune_lora → the values to try. Raises UserError."""
+def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
+    """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple. Raises UserError."""
+    if values in (None, "", [], {}):
+        return {}
+    if isinstance(values, list) and all(isinstance(grid, dict) for grid in values):
+        return tuple(_read_grid(grid, f"{key}.{n}", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
-    for name, options in values.items():
+    for name in values:
         if name not in SWEPT:
             known = ", ".join(SWEPT)
             raise UserError(
                 f"{key}.{name}: adapters that train together can differ in {known} only. {origin.edit(key)}"
             )
-        if not isinstance(options, list) or not options:
-            raise UserError(
-                f"{key}.{name} must be a list of values, such as [1, 2], got {options!r}. {origin.edit(key)}"
-            )
-    types = hints(FinetuneLora)
-    return {
-        name: tuple(check_value(types[name], value, f"{key}.{name}", origin) for value in options)
-        for name, options in values.items()
-    }
+    return {name: _read_options(name, options, f"{key}.{name}", origin) for name, options in values.items()}
 
 
-GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}"
-Grid = Annotated[Mapping[str, tuple[Any, ...]], ALLOW_EMPTY, ReadBy(_read_grid, GRID_RULE)]
+def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any:
+    """A list of values of finetune_lora's key `name` as a tuple, or {low, high, log}. Raises UserError."""
+    hint = hints(FinetuneLora)[name]
+    if isinstance(options, list) and options:
+        return tuple(check_value(hint, value, key, origin) for value in options)
+    if not isinstance(options, dict) or not {"low", "high"} <= options.keys():
+        raise UserError(
+            f"{key} must be a list of values, such as [1, 2], or a range such as {{low: 1, high: 8}}, got "
+            f"{options!r}. {origin.edit(key)}"
+        )
+    reject_unknown_keys(options, ["low", "high", "log"], f"{key}.", origin)
+    if value_type(FinetuneLora, name) not in (int, float):
+        raise UserError(f"{key} has no numbers between two values. List them instead. {origin.edit(key)}")
+    low, high = (check_value(hint, options[end], f"{key}.{end}", origin) for end in ("low", "high"))
+    log = check_value(bool, options.get("log", False), f"{key}.log", origin)
+    if low >= high:
+        raise UserError(f"{key}.low must be below high = {high:g}, got {low:g}. {origin.edit(key)}")
+    if log and low <= 0:
+        raise UserError(f"{key}.low must be more than 0 in a logarithmic range, got {low:g}. {origin.edit(key)}")
+    return {"low": low, "high": high, "log": log}
+
+
+def _read_search(value: Any, key: str, origin: ValueSource) -> str:
+    if not isinstance(value, str) or value not in NAMES:
+        raise UserError(f"{key} must be {SEARCH_RULE}, got {value!r}. {origin.edit(key)}")
+    return value
+
+
+GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or empty"
+SEARCH_RULE = f"one of {', '.join(NAMES)}"
+Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
+OneGrid = Mapping[str, Any]
+Grid = Annotated[OneGrid | tuple[OneGrid, ...], ReadBy(_read_grid, GRID_RULE)]
 
 
 class FinetuneSweep(Section, frozen=True, kw_only=True):
     """One adapter per combination of these values of finetune_lora's keys, trained in one pass."""
 
-    grid: Annotated[Grid, "values of finetune_lora's keys: one adapter per combination, trained in one pass"] = field(
-        default_factory=lambda: {"rank": (1, 2, 4, 8)}
+    grid: Annotated[
+        Grid,
+        "values of finetune_lora's keys; where the search draws from it also ranges, such as "
+        "{learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}}",
+    ] = field(default_factory=lambda: {"rank": (1, 2, 4, 8)})
+    search: Annotated[
+        str,
+        ReadBy(_read_search, SEARCH_RULE),
+        "how combinations are chosen: every one of the grid, drawn at random, by successive halving or by Optuna",
+    ] = "grid"
+    trials: Annotated[Steps, "combinations to draw from the grid; 0: all of them"] = 0
+    search_seed: Annotated[Seed, "of what is drawn"] = 0
+    reduction_factor: Annotated[int, Meta(ge=2, le=MAX_ADAPTERS), "of halving: one adapter in so many trains on"] = 3
+    sampler: Annotated[Literal["tpe", "gp", "qmc"], "Optuna's sampler: TPE, Gaussian process, quasi-Monte Carlo"] = (
+        "tpe"
     )
+    generation: Annotated[Count, "combinations that Optuna's sampler draws at once, for one pass"] = 8
+    old_data: Annotated[
+        File, "texts on which each adapter's divergence from the base is measured at the end; empty: it is not"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a key that the search does not read, and for a grid that it cannot search."""
+        search = search_of(self.search)
+        unread = (f for f in structs.fields(FinetuneSweep) if f.name in SEARCH_KEYS and f.name not in search.reads)
+        for f in unread:
+            if getattr(self, f.name) != f.default:
+                readers = " or ".join(name for name in NAMES if f.name in search_of(name).reads)
+                raise UserError(
+                    f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read it. Remove it, or "
+                    f"set search to {readers}."
+                )
+        draws = search.draws(self)
+        ranges = [key for grid in grids(self) for key, options in grid.items() if isinstance(options, Mapping)]
+        if ranges and not draws:
+            raise UserError(
+                f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every value. List values, or "
+                "set search to random and trials to a number."
+            )
+        if not draws and (combinations := count(self)) > MAX_ADAPTERS:
+            raise UserError(
+                f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train together. Shorten "
+                "its lists."
+            )
+        key = "generation" if search.passes(self) > 1 else "trials"
+        if draws and getattr(self, key) > MAX_ADAPTERS:
+            raise UserError(
+                f"{key} must be at most {MAX_ADAPTERS}, the adapters that can train together, got "
+                f"{getattr(self, key)}. Lower it."
+            )
+        search.check(self)
 
 
 def check(project: Project) -> None:
-    """Raises UserError for a grid that cannot be trained."""
-    variants(project.params.finetune_lora, project.params.finetune_sweep)
+    """Raises UserError for a grid that cannot be trained, and for a search that lacks what it compares."""
+    settings, sweep = project.params.finetune_lora, project.params.finetune_sweep
+    search = search_of(sweep.search)
+    if search.compares and not (settings.eval_share or settings.eval_data):
+        raise UserError(
+            f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no evaluation set. Set "
+            "finetune_lora.eval_share, such as to 0.1, or finetune_lora.eval_data."
+        )
+    if settings.init_from:
+        raise UserError(
+            f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
+            "finetune lora`."
+        )
+    if settings.target_parameters:
+        raise UserError(
+            f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but adapters on experts "
+            "train alone. Unset it, or use `lora finetune lora`."
+        )
+    if search.passes(sweep) == 1:
+        variants(settings, sweep)
 
 
 STAGE = Stage(
@@ -88,7 +200,7 @@ STAGE = Stage(
     method="sweep",
     settings=FinetuneSweep,
     needs=("expand_vocab",),
-    data=("data", "eval_data", "retention_data"),
+    data=("data", "eval_data", "retention_data", "finetune_sweep.old_data"),
     settings_from="finetune_lora",
     summary="Train one adapter per combination of a grid",
     title="LoRA sweep",
@@ -99,10 +211,74 @@ STAGE = Stage(
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train the grid → an adapter folder for each combination, and sweep.json with the outcome of each.
+    """Train what the search asks for → an adapter folder for each combination, and sweep.json with their outcomes.
 
     Raises UserError, and whatever `train` raises.
     """
+    from pipeline.files import artifact
+    from pipeline.models.load import count, skeleton
+    from pipeline.project.logs.run_log import DIVERGED, TABLE
+
+    check(job.project)
+    settings, sweep = job.project.params.finetune_lora, job.project.params.finetune_sweep
+    search = search_of(sweep.search)
+    passes, rows, tried = search.passes(sweep), dict[str, Any](), list[Trial]()
+    for number in range(passes):
+        asked = search.ask(sweep, tried)
+        if not asked:
+            break
+        adapters = _adapters(settings, asked, rows)
+        if passes == 1:
+            made = yield from _train_pass(job, adapters, {})
+        else:
+            made = yield from _waiting_pass(job, adapters, rows, number, passes)
+        rows |= made
+        losses = [None if row["state"] == DIVERGED else row["eval_loss"] for row in made.values()]
+        tried += map(Trial, asked, losses)
+    for name in rows if passes > 1 else ():
+        for waiting in (job.run / PASSES).glob(f"*/{name}"):
+            shutil.move(waiting, job.out / name)
+    shutil.rmtree(job.run / PASSES, ignore_errors=True)
+    artifact.write_json(job.out / TABLE, rows)
+    folder, trust = job.project.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
+    trained = sum(row["trainable"] for row in rows.values())
+    return {"adapters": rows, "parameters": {"total": count(skeleton(folder, trust))["total"], "trainable": trained}}
+
+
+def _waiting_pass(
+    job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], number: int, passes: int
+) -> Generator[Event, None, dict[str, Any]]:
+    """Train a pass of several. Its adapters wait in the run folder, so that a killed sweep goes on with the next."""
+    from pipeline.files import artifact
+    from pipeline.project.runner import Progress, discard_checkpoints
+
+    folder, key = job.run / PASSES / str(number), f"{job.key} {number}"
+    asked = json.loads(json.dumps([values for values, _ in adapters.values()]))
+    with suppress(UserError, KeyError):
+        made = artifact.verify(folder)
+        if made["key"] == key and [row["values"] for row in made["adapters"].values()] == asked:
+            return dict(made["adapters"])
+    with artifact.writing(folder) as out:
+        training = _train_pass(replace(job, out=out, key=key), adapters, earlier)
+        while True:
+            try:
+                event = next(training)
+            except StopIteration as stop:
+                rows: dict[str, Any] = stop.value
+                break
+            if isinstance(event, Progress):
+                done, total = number * event.total + event.done, passes * event.total
+                event = Progress(done, total, f"pass {number + 1} of {passes}  {event.text}")
+            yield event
+        artifact.seal(out, {"key": key, "adapters": rows})
+    discard_checkpoints(job.run)
+    return rows
+
+
+def _train_pass(
+    job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any]
+) -> Generator[Event, None, dict[str, Any]]:
+    """Train adapters together, saved in `job.out`. Returns name → outcome; `earlier`: those of the passes before."""
     import torch
 
     from pipeline.adapters.attach import attach
@@ -110,14 +286,14 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     from pipeline.models.load import DTYPES, load_base
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
-    from pipeline.training.data import build_datasets
+    from pipeline.training.data import build_datasets, read_prompts
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
-    from pipeline.training.retention import load_retention_texts
-    from pipeline.training.step import Evaluation
+    from pipeline.training.retention import RetentionLoss, load_retention_texts
+    from pipeline.training.step import Evaluation, mean_losses
 
     params = job.project.params
-    settings, grid = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
+    settings, sweep = params.finetune_lora, params.finetune_sweep
     if settings.precision == "fp16":
         raise UserError(
             "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
@@ -125,10 +301,12 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     folder = job.artifact("expand_vocab")
     base = load_base(folder, settings.precision, params.origin.trust_remote_code, settings.quantization)
     dataset, held_out = yield from build_datasets(job, settings, base)
-    max_weight = max(lora.retention_weight for lora in grid.values())
+    max_weight = max(lora.retention_weight for _, lora in adapters.values())
     texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
+    kept = structs.replace(settings, retention_data=sweep.old_data, retention_weight=float(bool(sweep.old_data)))
+    old = yield from load_retention_texts(job, kept, base)
     specs = {}
-    for name, lora in grid.items():
+    for name, (_, lora) in adapters.items():
         with _add_name_to_error(name):
             specs[name] = lora_spec(base.model, lora, new_rows(folder))
     notes: list[Event] = []
@@ -140,52 +318,77 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             attach(base.model, specs[name], DTYPES[lora.adapter_precision], lora.init_lora_weights)
         notes.extend(note_wide_rank(base.model))
 
-    routing = attach_many(base.model, [partial(attach_one, name, lora) for name, lora in grid.items()])
+    routing = attach_many(base.model, [partial(attach_one, name, lora) for name, (_, lora) in adapters.items()])
     yield from dict.fromkeys(notes)
-    learners = [_learner(base, routing, name, lora, dataset, texts) for name, lora in grid.items()]
+    learners = [_learner(base, routing, name, lora, dataset, texts) for name, (_, lora) in adapters.items()]
     for learner in learners:
         with _add_name_to_error(learner.name):
             refuse_long_warmup(learner.settings, len(learner.batches), job.stage.section)
     evaluation = None
     if held_out is not None:
-        every = settings.eval_steps or len(learners[0].batches)
+        steps = len(learners[0].batches)
         in_order = Batches(held_out, settings.batch_size, seed=None)
-        evaluation = Evaluation(in_order, every, settings.patience, len(learners))
+        rungs = search_of(sweep.search).rungs(sweep, len(learners), settings.total_steps(steps))
+        evaluation = Evaluation(in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs)
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
-    yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less))
-    return _save_adapters(job, base, grid, specs, learners)
+    prompts = read_prompts(job, settings, base)
+    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier, prompts=prompts)
+    yield from train(job, task)
+    measured: dict[int, dict[str, Any]] = {n: {} for n in range(len(learners))}
+    if evaluation is not None:
+        measured = {n: {"dropped": True} if evaluation.dropped(n) else {} for n in measured}
+    if old is not None:
+        retain = RetentionLoss(base.model, old, kept, routing.base)
+        live = [n for n, learner in enumerate(learners) if not learner.diverged]
+        in_order = Batches(old, settings.retention_batch_size, seed=None)
+        for n, mean in mean_losses(path, in_order, live, lambda batch: path.divergences(batch, retain)).items():
+            measured[n]["divergence"] = mean
+    return _save_adapters(job, base, adapters, specs, learners, measured)
 
 
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
-    """Name → settings of each adapter, in the grid's order; only `base` if the grid is empty.
+    """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the grid is empty.
 
-    Raises UserError for an invalid or duplicate combination, for too many, and for an adapter to train on from.
+    Raises UserError for an invalid or duplicate combination.
     """
-    if base.init_from:
-        raise UserError(
-            f"finetune_lora.init_from is {base.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
-            "finetune lora`."
-        )
-    keys, lists = list(sweep.grid), list(sweep.grid.values())
-    if (count := prod(map(len, lists))) > MAX_ADAPTERS:
-        raise UserError(
-            f"finetune_sweep.grid has {count} combinations; at most {MAX_ADAPTERS} adapters can train together. "
-            "Shorten its lists."
-        )
-    combinations = [dict(zip(keys, values, strict=True)) for values in product(*lists)]
+    return {name: lora for name, (_, lora) in _adapters(base, search_of(sweep.search).ask(sweep, ()), ()).items()}
+
+
+def _adapters(base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str]) -> dict[str, Adapter]:
+    """Name → values and settings of each combination; a name is none of `taken`. Raises UserError as `variants`."""
     twice = next((values for n, values in enumerate(combinations) if values in combinations[:n]), None)
     if twice is not None:
         raise UserError(f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them.")
-    names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations])
-    adapters: dict[str, FinetuneLora] = {}
+    names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations], taken)
+    adapters: dict[str, Adapter] = {}
     for name, values in zip(names, combinations, strict=True):
         with _add_name_to_error(name):
-            adapters[name] = structs.replace(base, **values)
+            adapters[name] = values, structs.replace(base, **values)
     return adapters
 
 
-def _adapter_name(values: Mapping[str, Any]) -> str:
+def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """Key → values to try around the advised ones, for `--over`. Raises UserError for a key without such values."""
+    from pipeline.project.advice import advised_learning_rate
+
+    lora = project.params.finetune_lora
+    rate = advised_learning_rate(project)
+    known: dict[str, list[Any]] = {
+        "learning_rate": [float(f"{rate * 3.0**n:.2g}") for n in range(-2, 3)],
+        "rank": sorted({max(1, int(lora.rank * 2.0**n)) for n in range(-2, 3)}),
+        "alpha": [lora.alpha * 2.0**n for n in range(-2, 3)],
+        "target_modules": [["attention"], ["feed_forward"], ["all-linear"]],
+    }
+    if unknown := [key for key in keys if key not in known]:
+        raise UserError(
+            f"--over takes one of {', '.join(known)}, got {unknown[0]}. Write the values of another key into "
+            "finetune_sweep.grid."
+        )
+    return {key: known[key] for key in keys}
+
+
+def _adapter_name(values: Values) -> str:
     """Such as rank-4_seed-0, a valid folder name on every file system."""
     return "_".join(f"{ABBREVIATIONS.get(key, key)}-{_format_value(value)}" for key, value in values.items())
 
@@ -198,13 +401,14 @@ def _format_value(value: Any) -> str:
     return re.sub(r"[^\w.=+-]+", "~", f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _disambiguate(names: Iterable[str]) -> list[str]:
+def _disambiguate(names: Iterable[str], taken: Iterable[str]) -> list[str]:
     """Truncate long names, and append numbers to duplicates."""
-    unique: list[str] = []
+    used, unique = set(taken), list[str]()
     for name in names:
         short, number = name[:MAX_NAME], 2
-        while short in unique:
+        while short in used:
             short, number = f"{name[:MAX_NAME]}.{number}", number + 1
+        used.add(short)
         unique.append(short)
     return unique
 
@@ -235,33 +439,39 @@ def _learner(
 def _save_adapters(
     job: Job,
     base: Base,
-    grid: Mapping[str, FinetuneLora],
+    adapters: Mapping[str, Adapter],
     specs: Mapping[str, AdapterSpec],
     learners: Sequence[Learner],
-) -> Facts:
-    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact."""
+    measured: Mapping[int, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact.
+
+    `measured`: what else the outcome of each says. Returns name → outcome.
+    """
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
-    from pipeline.models.load import count, skeleton
     from pipeline.project import provenance
-    from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, TABLE, final_loss, read_steps
+    from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, final_loss, read_steps
     from pipeline.stages.finetune import save_adapter_of
+    from pipeline.training.data import save_logs
 
     folder = job.project.artifact("expand_vocab")
-    total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
     for number, learner in enumerate(learners):
-        name, lora = learner.name, grid[learner.name]
+        name = learner.name
+        values, lora = adapters[name]
         steps = read_steps(job.run / name / LOSS)
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
         rows[name] = {
+            "values": values,
             "state": DIVERGED if learner.diverged else DONE if learner.stopped is None else STOPPED,
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
             "eval_loss": min(held_out) if lora.patience and held_out else held_out[-1] if held_out else None,
+            **measured[number],
         }
         if learner.diverged:
             continue
@@ -270,9 +480,7 @@ def _save_adapters(
         with only_adapter(base.model, number):
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
-        copyfile(job.run / name / LOSS, out / LOSS)
+        save_logs(job.run / name, out)
         facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}
         artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
-    artifact.write_json(job.out / TABLE, rows)
-    trained = sum(row["trainable"] for row in rows.values())
-    return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}
+    return rows

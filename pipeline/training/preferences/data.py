@@ -1,23 +1,20 @@
-"""Pairs of answers and labelled answers as sequences, and their log-probabilities under the reference."""
+"""Encoded answers as the sequences of a data set, and their log-probabilities under the reference."""
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.data.examples import IGNORED, Example, Window
-from pipeline.data.formats.messages import text_of
-from pipeline.data.masking import Encoded, Encoder
+from pipeline.data.examples import Window
+from pipeline.data.masking import Encoded
+from pipeline.data.preferences import AnswerEncoder, PairEncoder
 from pipeline.data.windows import Corpus, as_window
-from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.models.base import CausalLM
 from pipeline.models.device import move_for_inference
@@ -28,64 +25,12 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.training.data import build_corpora
+from pipeline.training.distributed import all_reduce, broadcast_tensors, is_main_process, shard_for_rank
 from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
 REFERENCE = "reference_log_probs"  # in the cache, beside the stages, and in the run folder
 TENSORS = "log_probs.safetensors"
-
-
-class PairEncoder(Encoder):
-    """Each pair as two encoded examples: its chosen answer and its rejected one. If one has no label, none has."""
-
-    def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
-    ) -> Iterator[tuple[Example, Encoded]]:
-        both = super().each((answer for example in examples for answer in _pair(example)), on_error)
-        while pair := list(islice(both, 2)):
-            cut = not all(encoded.labels for _, encoded in pair)
-            yield from ((one, replace(e, trained=(False,) * len(e.ids)) if cut else e) for one, e in pair)
-
-
-@dataclass(frozen=True)
-class AnswerEncoder(Encoder):
-    """Each answer by itself, for KTO: of a pair both. `desirable`: whether those that have labels are good ones."""
-
-    desirable: list[bool] = field(default_factory=list)
-
-    def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
-    ) -> Iterator[tuple[Example, Encoded]]:
-        for one, encoded in super().each((one for example in examples for one in _answers(example)), on_error):
-            if encoded.labels:  # the others are left out
-                self.desirable.append(bool(one.desirable))
-            yield one, encoded
-
-
-def _pair(example: Example) -> tuple[Example, Example]:
-    """Its chosen and its rejected answer, each as an example. Raises UserError."""
-    if example.rejected is None:
-        raise UserError(
-            f'{example.location}: a preference is a pair {{"prompt", "chosen", "rejected"}}; this row has one answer. '
-            "Add the other, or use `loss: kto` with labels."
-        )
-    chosen = replace(example, rejected=None, desirable=True)
-    if isinstance(example.rejected, str):
-        return chosen, replace(chosen, text=(example.prompt or "") + example.rejected, desirable=False)
-    turns = (*example.messages[: example.begin], *example.rejected)
-    before = frozenset(turn for turn in example.untrained if turn < example.begin)
-    return chosen, replace(chosen, text=text_of(turns), messages=turns, untrained=before, desirable=False)
-
-
-def _answers(example: Example) -> Sequence[Example]:
-    if example.rejected is not None:
-        return _pair(example)
-    if example.desirable is None:
-        raise UserError(
-            f'{example.location}: KTO takes answers {{"prompt", "completion", "label"}}, whose label is true or false, '
-            'or pairs {"prompt", "chosen", "rejected"}. Add the label.'
-        )
-    return (example,)
 
 
 class _Pairs(Sequence[Window]):
@@ -152,22 +97,45 @@ def with_reference(
     They are kept in the cache by what they depend on: a run that resumes, or has another loss, computes none.
     """
     given = [one for one in answers if one is not None]
-    facts = _reference_facts(job, given, as_base)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    cache, folder = Cache(job.project.cache), job.run / REFERENCE
-    if not _restored(cache, key, folder):
-        total = sum(len(one.windows) for one in given)
-        yield Note(f"{job.stage.name}: log-probabilities of {total:,} answers under the reference are computed once")
-        with artifact.writing(folder) as out:
+    if not job.key:  # a trial: a step takes the same time and memory whatever the reference says
+        values = {str(n): torch.zeros(len(one.windows)) for n, one in enumerate(given)}
+    else:
+        kept = _Kept(job, given, as_base) if is_main_process() else None
+        values = broadcast_tensors(kept.read() if kept else {})
+        if not values:
+            total = sum(len(one.windows) for one in given)
+            yield Note(
+                f"{job.stage.name}: log-probabilities of {total:,} answers under the reference are computed once"
+            )
             with disable_adapter(base.model) if as_base else nullcontext():
                 values = yield from _log_probs(base, given, total)
-            save_tensors(out / TENSORS, {str(n): value for n, value in enumerate(values)})
-            artifact.seal(out, facts)
-        with suppress(OSError):  # the run goes on without the cache
-            cache.store(REFERENCE, key, folder)
-    found = load_tensors(folder / TENSORS)
-    training, *held_out = (replace(one, reference=found[str(n)]) for n, one in enumerate(given))
+            if kept:
+                kept.write(values)
+    training, *held_out = (replace(one, reference=values[str(n)]) for n, one in enumerate(given))
     return training, held_out[0] if held_out else None
+
+
+class _Kept:
+    """Log-probabilities in the run folder and in the cache, by what they depend on."""
+
+    def __init__(self, job: Job, answers: Sequence[Answers], as_base: bool) -> None:
+        self._facts = _reference_facts(job, answers, as_base)
+        self._key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        self._cache, self._folder = Cache(job.project.cache), job.run / REFERENCE
+
+    def read(self) -> dict[str, Tensor]:
+        """By the number of the data set; empty if there are none."""
+        with suppress(Damaged, OSError):
+            if self._cache.restore(REFERENCE, self._key, self._folder):
+                return load_tensors(self._folder / TENSORS)
+        return {}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        with artifact.writing(self._folder) as out:
+            save_tensors(out / TENSORS, values)
+            artifact.seal(out, self._facts)
+        with suppress(OSError):  # the run goes on without the cache
+            self._cache.store(REFERENCE, self._key, self._folder)
 
 
 def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Facts:
@@ -186,43 +154,40 @@ def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Fac
     }
 
 
-def _restored(cache: Cache, key: str, folder: Path) -> bool:
-    try:
-        return cache.restore(REFERENCE, key, folder)
-    except (Damaged, OSError):
-        return False
+@torch.no_grad()
+def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, dict[str, Tensor]]:
+    """Of each sequence of each data set, by its number, the summed log-probability of its answer: fp32 on the CPU.
 
-
-def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, list[Tensor]]:
-    """Of each sequence of each data set, the summed log-probability of its answer, in fp32 on the CPU."""
-    done, values = 0, list[Tensor]()
-    for one in answers:
-        sums = []
-        for part in _summed(base.model, one):
-            sums.append(part)
+    Each rank computes its share.
+    """
+    model, done, values = base.model, 0, dict[str, Tensor]()
+    move_for_inference(model)
+    for n, one in enumerate(answers):
+        values[str(n)] = sums = torch.zeros(len(one.windows))
+        for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
+            part = range(start, min(start + SCORED_TOGETHER, len(sums)))
+            batch = batch_of(one, part).to(model.device)
+            sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
             done += len(part)
             yield Progress(done, total, "reference")
-        values.append(torch.cat(sums))
+        all_reduce(sums)
+    model.to("cpu")  # the training loop moves it to its device, or shards it
     return values
 
 
 @torch.no_grad()
-def _summed(model: CausalLM, answers: Answers) -> Iterator[Tensor]:
-    """The same of one data set, some sequences at a time."""
-    move_for_inference(model)
-    for start in range(0, len(answers.windows), SCORED_TOGETHER):
-        batch = batch_of(answers, range(start, min(start + SCORED_TOGETHER, len(answers.windows))))
-        yield likelihood(model, batch.to(model.device)).summed.cpu()
-    model.to("cpu")  # the training loop moves it to its device, or shards it
-
-
 def preferred(model: CausalLM, pairs: Answers) -> dict[str, float]:
     """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean log-probability per token.
     `margin`: the mean difference, in nats per token.
 
-    Per token: of two sums the shorter answer has nearly always the higher one.
+    Per token: of two sums the shorter answer has nearly always the higher one. All of it on this rank: after training
+    the others are gone.
     """
-    counts = torch.tensor([sum(label != IGNORED for label in window.labels) for window in pairs.windows])
-    means = torch.cat([*_summed(model, pairs)]) / counts
+    move_for_inference(model)
+    starts = range(0, len(pairs.windows), SCORED_TOGETHER)
+    parts = (batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts)
+    likelihoods = [likelihood(model, part.to(model.device)) for part in parts]
+    model.to("cpu")  # the training loop moves it to its device, or shards it
+    means = torch.cat([(one.summed / one.counts).cpu() for one in likelihoods]).double()
     margins = means[::2] - means[1::2]
-    return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.double().mean().item()}
+    return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

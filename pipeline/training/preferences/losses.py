@@ -206,17 +206,14 @@ class Preference(NamedTuple):
 
 def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings) -> Preference:
     """The loss of a batch, as TRL computes it. For what each of them is, see `PAIRED` and `kto`."""
-    drift: Tensor | None = None
-    if batch.mismatched is not None:  # before the activations that backward needs are in memory
-        assert batch.mismatched.reference is not None
-        with torch.no_grad():
-            drift = likelihood(model, batch.mismatched).summed - batch.mismatched.reference
+    # before the activations that backward needs are in memory
+    divergence = None if batch.mismatched is None else _divergence(model, batch.mismatched, batch.units)
     like = likelihood(model, batch)
     scores = like.summed / like.counts if batch.reference is None else like.summed - batch.reference
     rewards = settings.beta * scores.detach()
-    if drift is not None:
+    if divergence is not None:
         assert batch.desirable is not None
-        loss = kto(scores, batch.desirable, drift.mean().clamp(min=0), settings)
+        loss = kto(scores, batch.desirable, divergence, settings)
         return Preference(loss, rewards[batch.desirable], rewards[~batch.desirable])
     (chosen, rejected), (of_chosen, of_rejected) = scores.chunk(2), like.counts.chunk(2)
     loss = PAIRED[settings.loss](chosen, rejected, of_chosen, of_rejected, settings).mean()
@@ -225,7 +222,16 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
     return Preference(loss, rewards[: batch.units], rewards[batch.units :])
 
 
-def kto(scores: Tensor, desirable: Tensor, divergence: Tensor, settings: PreferenceSettings) -> Tensor:
+@torch.no_grad()
+def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> float:
+    """KTO's estimate of the divergence from the reference, of the batch on all ranks; one without `units` is idle."""
+    assert mismatched.reference is not None
+    drift = likelihood(model, mismatched).summed - mismatched.reference
+    total, count = all_reduce_numbers(*((float(drift.sum()), len(drift)) if units else (0.0, 0)))
+    return max(total / count, 0.0)
+
+
+def kto(scores: Tensor, desirable: Tensor, divergence: float, settings: PreferenceSettings) -> Tensor:
     """Ethayarajh et al. 2024, eq. 8, with both weights 1: 1 − σ(±β(score − divergence))."""
     sign = desirable.to(scores.dtype) * 2 - 1
     return (1 - torch.sigmoid(sign * settings.beta * (scores - divergence))).mean()

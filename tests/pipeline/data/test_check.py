@@ -131,6 +131,24 @@ def test_a_file_in_order_has_no_problem(tmp_path: Path, tokenizer: SubwordTokeni
     assert report.ok and report.problems == () and report.counts == {}
 
 
+def test_an_answer_labelled_false_is_left_out_and_said(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    rows = [{"prompt": "Bulgaria", "completion": " euro", "label": label} for label in (True, False)]
+    report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
+    (problem,) = (each for each in report.problems if "labelled false" in each.problem)
+    assert report.ok and problem.row == 2
+    alone = check([jsonl(tmp_path / "d.jsonl", rows[:1])], tokenizer)
+    assert report.trained_tokens == alone.trained_tokens
+
+
+def test_a_pair_is_as_long_as_its_longer_answer(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    answers = [{"role": "assistant", "content": text} for text in ("Sofia.", "Sofia, I think, or so I was told. " * 9)]
+    row = {"prompt": [{"role": "user", "content": "Bulgaria?"}], "chosen": answers[:1], "rejected": answers[1:]}
+    report = check([jsonl(tmp_path / "d.jsonl", [row])], tokenizer)
+    longer = check([jsonl(tmp_path / "e.jsonl", [{"messages": row["prompt"] + answers[1:]}])], tokenizer)
+    alone = check([jsonl(tmp_path / "f.jsonl", [{"messages": row["prompt"] + answers[:1]}])], tokenizer)
+    assert report.quantiles == longer.quantiles and report.trained_tokens == alone.trained_tokens
+
+
 def test_a_file_that_cannot_be_read_is_a_problem_and_the_others_are_checked(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(f"[{json.dumps(GOOD)}, {{]", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")

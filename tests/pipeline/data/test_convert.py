@@ -133,7 +133,20 @@ def test_fifty_conversations_have_the_same_tokens_and_labels_in_every_format_and
             assert [encoded for _, encoded in encoder.each(examples)] == expected
 
 
+LABELLED = [
+    {"prompt": "p", "completion": " a", "label": True},
+    {"prompt": "p", "completion": " b", "label": False},
+]
 PREFERENCES = [
+    LABELLED,
+    [
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "completion": [{"role": "assistant", "content": "a"}],
+            "label": label,
+        }
+        for label in (False, True)
+    ],
     [{"prompt": "p", "chosen": "a b", "rejected": "a c"}],
     [{"chosen": "x", "rejected": "y"}],
     [
@@ -161,7 +174,8 @@ PREFERENCES = [
 def test_without_a_format_rows_stay_in_their_own(tmp_path: Path, rows: list[Record], container: str) -> None:
     original = jsonl(tmp_path / "d.jsonl", rows)
     done = convert(original, tmp_path / f"there{container}")
-    assert done.format == ("preference" if "rejected" in rows[0] else "chat_prompt") and done.notes == ()
+    own = "unpaired_preference" if "label" in rows[0] else "preference" if "rejected" in rows[0] else "chat_prompt"
+    assert done.format == own and done.notes == ()
     assert contents(tmp_path / f"there{container}") == contents(original)
 
 
@@ -185,6 +199,13 @@ def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_a
     done = convert(tmp_path / "pairs.csv", tmp_path / "back.jsonl", "messages")
     assert done.notes[0].endswith("prompts with completions written as turns, which get a chat template: 1")
     assert json.loads((tmp_path / "back.jsonl").read_text(encoding="utf-8")) == {"messages": QUESTION}
+
+
+def test_answers_labelled_false_are_left_out_of_what_has_no_labels(tmp_path: Path) -> None:
+    original = jsonl(tmp_path / "d.jsonl", LABELLED)
+    done = convert(original, tmp_path / "new.jsonl", "prompt_completion")
+    assert done.notes == (f"{original}: answers labelled false left out: 1",)
+    assert (tmp_path / "new.jsonl").read_text(encoding="utf-8") == '{"prompt": "p", "completion": " a"}\n'
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:

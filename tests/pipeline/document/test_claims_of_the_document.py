@@ -38,9 +38,10 @@ def ledger(finished: Path) -> dict[str, Row]:
 def test_at_least_226_claims_stand_in_the_documents_order_with_an_id_each() -> None:
     assert len(CLAIMS) >= 226
     sections = [claim.section for claim in CLAIMS]
-    places = [[int(n) for n in section.split(".")] for section in sections if section != "Introduction"]
+    named = {"Introduction", "LoRA Without Regret"}
+    places = [[int(n) for n in section.split(".")] for section in sections if section not in named]
     assert places == sorted(places)
-    assert {section.partition(".")[0] for section in sections} == {"Introduction", *map(str, range(1, 11))}
+    assert {section.partition(".")[0] for section in sections} == {*named, *map(str, range(1, 11))}
     assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
     assert all(re.fullmatch("[a-z0-9-]+", claim.id) and claim.quote for claim in CLAIMS)
 

@@ -19,7 +19,7 @@ def test_every_file_is_a_study_or_a_figure_in_the_documents_order() -> None:
     for folder, found in (("studies", find_studies()), ("figures", figures.modules())):
         assert set(found) == {path.stem for path in FOLDERS[folder].glob("*.py")} - {"__init__"}
     assert [study.PLACE.partition(",")[0] for study in find_studies().values()] == [
-        *("§2.2", "§2.2", "§2.3", "§2.4", "§6", "§6", "§7", "§9.3", "§10.1")
+        *("§2.2", "§2.2", "§2.3", "§2.4", "§5", "§6", "§6", "§7", "§9.3", "§10.1")
     ]
     places = [module.PLACE for module in figures.modules().values()]
     assert [place.partition(",")[0] for place in places] == [*(f"Figure {n}" for n in range(1, 6)), "§2.1"]

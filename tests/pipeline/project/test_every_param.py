@@ -1,5 +1,6 @@
 """No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
 
 OTHER = {
     "columns": "{text: body}",
+    "finetune_dpo.columns": "{chosen: best}",
     "data": "data/fact_correction.de.txt",
     "target_modules": "[v_proj]",
     "feedforward_modules": "[fc1]",
@@ -39,6 +41,7 @@ OTHER = {
     "precision": "bf16",
     "gradient_checkpointing": "full",
     "save_steps": "1",
+    "samples": "{prompts: [der hund]}",
     "eval_share": "0.3",
     "eval_data": "data/pretrain.de.txt",
     "eval_steps": "2",
@@ -64,9 +67,13 @@ OTHER = {
     "finetune_freeze.last_blocks": "2",
     "finetune_freeze.train_embeddings": "false",
     "finetune_lora.data": "data/fact_correction.de.txt",
+    **{"finetune_dpo.data": "pairs.jsonl", "finetune_dpo.eval_data": "pairs.jsonl", "finetune_dpo.max_length": "5"},
+    **{"finetune_dpo.loss": "simpo", "finetune_dpo.beta": "0.5", "finetune_dpo.label_smoothing": "0.1"},
+    **{"finetune_dpo.rpo_alpha": "1", "finetune_dpo.simpo_gamma": "2", "finetune_dpo.reference": "base"},
     "finetune_lora.rank": "2",
     "finetune_lora.alpha": "2",
     "finetune_lora.target_modules": "[v_proj]",
+    "finetune_lora.target_parameters": "[mlp.experts.down_proj]",
     "finetune_lora.rank_pattern": "{v_proj: 2}",
     "finetune_lora.alpha_pattern": "{v_proj: 2}",
     "finetune_lora.dora": "true",
@@ -86,11 +93,16 @@ OTHER = {
     "adapter_precision": "bf16",
     "quantization": "nf4",
     "finetune_sweep.grid": "{rank: [2]}",
+    **{"finetune_sweep.search": "random", "finetune_sweep.trials": "1", "finetune_sweep.search_seed": "3"},
+    **{"finetune_sweep.reduction_factor": "2", "finetune_sweep.sampler": "qmc", "finetune_sweep.generation": "3"},
+    "finetune_sweep.old_data": "other.txt",
     "merge.prompts": "other.yaml",
     "merge.max_logit_difference": "1e-12",
     "evaluate.old_data": "other.txt",
     "evaluate.new_data": "data/fact_correction.de.txt",
     "evaluate.prompts": "other.yaml",
+    "evaluate.tasks": "tasks.yaml",
+    "evaluate.limits": "{new_loss: 0.001}",
     "evaluate.top_k": "2",
     "evaluate.max_examples": "3",
     "evaluate.sample_answers": "1",
@@ -112,6 +124,11 @@ OTHER = {
     **{f"study_{name}.new_data": "data/fact_correction.de.txt" for name in ("methods", "rank", "forgetting")},
     **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
     **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
+    "study_learning_rate.data": "data/fact_correction.de.txt",
+    "study_learning_rate.eval_data": "other.txt",
+    **{"study_learning_rate.learning_rates": "[2e-3]", "study_learning_rate.full_rates": "[2e-3]"},
+    **{"study_learning_rate.ranks": "[3]", "study_learning_rate.alpha": "8"},
+    **{f"study_learning_rate.{part}_rank": "2" for part in ("attention", "feed_forward")},
     "study_forgetting.every": "2",
     **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
     **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
@@ -134,13 +151,23 @@ def section_of(key: str) -> str:
     return TOP_LEVEL.get(key) or key.partition(".")[0]
 
 
+RANGE, OF_OPTUNA = "grid={learning_rate: {low: 1e-4, high: 1e-2, log: true}}", ("sampler", "generation")
 # What must be set beside a field for it to count.
 WITH = {
     "columns": ["data=both.jsonl"],
+    "finetune_dpo.columns": ["data=more_pairs.jsonl"],
+    "finetune_dpo.simpo_gamma": ["loss=simpo"],
+    "finetune_dpo.reference": ["init_from=other_adapter"],
+    "finetune_dpo.max_length": ["epochs=1"],
     "evaluate.columns": ["new_data=both.jsonl"],
     "eval_steps": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
     "import.dtype": ["base=toy"],
+    "finetune_sweep.search": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "trials=3", "eval"],
+    "finetune_sweep.trials": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=3"],
+    "finetune_sweep.search_seed": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=2"],
+    "finetune_sweep.reduction_factor": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "eval"],
+    **{f"finetune_sweep.{key}": [RANGE, "search=optuna", "trials=6", "generation=2", "eval"] for key in OF_OPTUNA},
     "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
     "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
@@ -152,12 +179,17 @@ REFUSED = {  # alone, or always: it would count for nothing
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
     "pretrain.precision": "pretrain.precision applies only to an imported base",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
+    "finetune_dpo.window": "window must be 0: preferences are of whole answers",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
-    "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
+    "finetune_lora.retention_weight": "{stage}.retention_data is not. Set it to a data file",
+    "finetune_lora.target_parameters": "The base has no experts that are stacked",
 }
 ONLY_REFUSED = {
     "import.trust_remote_code",
     "pretrain.precision",
+    "finetune_dpo.window",
+    "finetune_dpo.target_parameters",
+    "finetune_lora.target_parameters",  # tests/pipeline/adapters/test_experts.py has bases with experts
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
     "study_trajectory",
@@ -183,7 +215,10 @@ def stage_of(key: str) -> str:
 
 
 def of(table: dict[str, Any], key: str) -> Any:
-    return table.get(key, table.get(key.rpartition(".")[2]))
+    """The entry of a key; of dpo, which has LoRA's keys, theirs; or that of its name in any section."""
+    section, _, name = key.rpartition(".")
+    shared = f"finetune_lora.{name}" if section == "finetune_dpo" else key
+    return table.get(key, table.get(shared, table.get(name)))
 
 
 def test_every_field_has_another_value_to_try() -> None:
@@ -192,9 +227,14 @@ def test_every_field_has_another_value_to_try() -> None:
 
 def prepared(project: Path) -> Path:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    task = "[{name: t, kind: contains, examples: [{prompt: der hund, answer: park}]}]"
+    (project / "tasks.yaml").write_text(task, encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
+    pairs = [json.loads(line) for line in (project / "data/preferences.de.jsonl").read_text("utf-8").splitlines()]
+    for name, rows in (("pairs", pairs[:5]), ("more_pairs", [pair | {"best": " im park"} for pair in pairs])):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shutil.copytree(project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True)
     said = (project / "data/document.yaml").read_text(encoding="utf-8")
     for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
@@ -228,7 +268,8 @@ def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
 ) -> None:
     stage = stage_of(key)
-    beside = [one if one == "base=toy" else f"{stage}.{one}" for one in of(WITH, key) or []]
+    own = {"base=toy": "base=toy", "eval": "finetune_lora.eval_share=0.3"}  # beside a sweep's own keys
+    beside = [own.get(one) or f"{stage}.{one}" for one in of(WITH, key) or []]
     needs_toy = key in ("base", "import.dtype", "expand_vocab.special_tokens")
     if needs_toy:
         toy_checkpoint(project / "toy")
@@ -257,7 +298,7 @@ def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path,
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
 def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
     stage = stage_of(key)
-    without_file = ["finetune_lora.retention_data="] if key == "finetune_lora.retention_weight" else []
+    without_file = [f"{stage}.retention_data="] if key.endswith(".retention_weight") else []
     with pytest.raises(UserError) as error:
         made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
     assert of(REFUSED, key).format(stage=stage) in str(error.value)

@@ -41,12 +41,24 @@ LLAMA_FACTORY: dict[str, Any] = {
         "resume_from_checkpoint": None,
     },
 }
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "dpo": {**LLAMA_FACTORY, "stage": "dpo", "pref_beta": 0.2, "pref_loss": "sigmoid"},
+    "simpo": {**LLAMA_FACTORY, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 0.2},
+    "kto": {"base_model": "m", "adapter": "lora", "rl": "kto", "rl_beta": 0.2},
+}
 MLX: dict[str, Any] = {
     **{"model": "org/model", "train": True, "fine_tune_type": "dora", "data": "sets", "seed": 7, "num_layers": 16},
     **{"batch_size": 4, "iters": 1000, "learning_rate": 1e-5, "max_seq_length": 2048, "grad_checkpoint": False},
     "lora_parameters": {"keys": ["self_attn.q_proj", "self_attn.v_proj"], "rank": 8, "scale": 20.0, "dropout": 0.0},
     "lr_schedule": {"name": "cosine_decay", "warmup": 100, "arguments": ["3e-5", 1000, 1e-7]},
 }
+
+
+@pytest.mark.parametrize("loss", PREFERENCES)
+def test_a_config_for_preferences_gives_their_section(tmp_path: Path, loss: str) -> None:
+    foreign = read(tmp_path, PREFERENCES[loss])
+    assert foreign.section == "finetune_dpo"
+    assert (foreign.values["finetune_dpo.loss"], foreign.values["finetune_dpo.beta"]) == (loss, 0.2)
 
 
 def read(folder: Path, tree: Mapping[str, Any], name: str = "config.yml") -> Foreign:

@@ -155,7 +155,10 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
             "finetune_lora:\n  init_lora_weights: olora\n",
             "must be one of document, gaussian, kaiming, orthogonal, pissa",
         ),
-        ("finetune_lora:\n  target_modules: []\n", "target_modules must be a name or a list of names, got []"),
+        (
+            "finetune_lora:\n  target_modules: []\n",
+            "finetune_lora.target_modules is empty, and so is target_parameters",
+        ),
         ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
         ("finetune_full:\n  data: 7\n", "finetune_full.data must be a file or folder, or a list of them"),
         (
@@ -259,6 +262,6 @@ def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(
 def test_a_rule_says_what_may_be_left_empty() -> None:
     assert rule(FinetuneLora, "retention_data") == "a text, or empty"
     assert rule(FinetuneLora, "rank") == "a whole number, at least 1, below 2147483648"
-    assert rule(FinetuneLora, "target_modules") == "a name or a list of names"
+    assert rule(FinetuneLora, "target_modules") == "a name or a list of names, or empty"
     patterns = "a mapping of patterns of module names, such as {q_proj: 8}, to a whole number, at least 1"
     assert rule(FinetuneLora, "rank_pattern") == f"{patterns}, below 2147483648, or empty"

@@ -13,9 +13,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import WEIGHTS
+from pipeline.data.formats import read_examples
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inference.engine import load
+from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.workbench import open_project
@@ -131,6 +133,33 @@ def test_batches_that_are_accumulated_are_one(project: Path) -> None:
     ]
     for name, value in found[0].items():
         assert_close(found[1][name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_preferred_of_the_held_out_pairs_before_and_after_is_in_the_manifest(project: Path, loss: str) -> None:
+    pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
+    write(project / "data/held_out.jsonl", pairs[:7])
+    write(project / "data/pairs.jsonl", pairs[7:])
+    folder, _ = trained(project, loss=loss, eval_share=0, eval_data="data/held_out.jsonl")
+    manifest, given = artifact.read_manifest(folder), {"before": None, "after": folder}
+    if loss == "kto":  # whose answers are no pairs
+        assert "preferences" not in manifest
+        return
+    for when, adapter in given.items():
+        wanted = preferred(project, adapter, pairs[:7])
+        assert manifest["preferences"][when] == pytest.approx(wanted, abs=1e-4)
+    assert manifest["preferences"]["after"]["margin"] != manifest["preferences"]["before"]["margin"]
+
+
+def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) -> dict[str, float]:
+    """By evaluate's score of each answer alone."""
+    loaded, losses = load(project / "artifacts/expanded", adapter), []
+    for answer in ("chosen", "rejected"):
+        file = project / f"data/{answer}.jsonl"
+        write(file, [{"prompt": pair["prompt"], "completion": pair[answer]} for pair in pairs])
+        losses.append([score(loaded, [example]).loss for example in read_examples(file, file.name)])
+    margins = [rejected - chosen for chosen, rejected in zip(*losses, strict=True)]
+    return {"accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": sum(margins) / len(margins)}
 
 
 @pytest.mark.parametrize("changes", [{"loss": "dpo"}, {"loss": "kto"}, {"loss": "orpo", "batch_size": 16}], ids=str)

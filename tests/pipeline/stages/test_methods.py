@@ -3,8 +3,8 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.data.examples import in_evaluation
+from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import read_examples
+from pipeline.data.masking import encode
 from pipeline.files import artifact
 from pipeline.inference.catalog import check, describe
-from pipeline.inference.engine import load
+from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Quantization
@@ -60,7 +61,7 @@ class Row:
     @property
     def changes_weights(self) -> bool:
         """Whether what it makes can be merged."""
-        return self.stage in ("finetune_lora", "finetune_sweep")
+        return self.stage in ("finetune_lora", "finetune_dpo", "finetune_sweep")
 
 
 STEP = "pipeline.training.optimizer.FlatOptimizer.step"  # every step of every method calls it once, at its end
@@ -99,6 +100,7 @@ ROWS = {
     "dora-pissa": lora("dora=true", "init_lora_weights=pissa", asked=("--dora",)),
     "qlora": lora("quantization=nf4-dq", asked=("--method", "qlora"), kept="nf4-dq"),
     "int8": lora("quantization=int8", asked=("--precision", "int8"), kept="int8"),
+    "dpo": whole("finetune_dpo", "dpo", "--rank", "4"),
     "prefix": whole("finetune_prefix", "prefix", "--virtual-tokens", "5"),
     "prompt": whole("finetune_prompt", "prompt", "--virtual-tokens", "5"),
     "sweep": Row(
@@ -115,6 +117,8 @@ FINETUNED = tuple(
 ON_LLAMA = (  # what further methods need on another family
     *(f"{stage.name}.data=data/all.jsonl" for stage in MORE),
     *(f"{s.name}.{key}={value}" for s in MORE for key, value in s.pretrained.items() if key.endswith("_modules")),
+    *("finetune_dpo.data=data/pairs.jsonl", "finetune_dpo.target_modules=all-linear"),
+    "finetune_dpo.train_embeddings=new_rows",
 )
 TRAINED = ("train_from_scratch", *FINETUNED)
 HELD = 0.3  # of the examples, held out: what was saved must have the loss that the last step had on them
@@ -180,6 +184,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
             new_project(root)
         else:
             families.new_project(root, families.FAMILIES[base])
+            pairs = [
+                {"prompt": one.text[:6], "chosen": one.text[6:16], "rejected": one.text[16:30]}
+                for one in read_examples(root / "data/all.jsonl", "all") * 3
+            ]
+            (root / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
         make(root, ["pretrain", "expand_vocab"], BASES[base])
         return root
 
@@ -273,7 +282,8 @@ def test_what_it_saves_is_whole_and_is_what_trained(workshop: Workshop, method: 
     names = made.data_files(STAGES[row.stage])[: 2 if method == "scratch" else 1]  # without LoRA's texts to retain
     held = [one for name in names for one in read_examples(root / name, name) if in_evaluation(one, HELD)]
     for folder in workshop.folders(method, base):
-        loss = score(load(*made_by(root, folder, method)), held).loss
+        loaded = load(*made_by(root, folder, method))
+        loss = preference_loss(loaded, load(base_of(root)), held) if method == "dpo" else score(loaded, held).loss
         assert loss == pytest.approx(read_steps(folder / LOSS)[-1].eval_loss, rel=1e-5)
         count = artifact.verify(folder)["parameters"]
         if row.adapts:
@@ -286,6 +296,24 @@ def test_what_it_saves_is_whole_and_is_what_trained(workshop: Workshop, method: 
             assert before.keys() == after.keys()
             changed = [value for name, value in after.items() if not torch.equal(value, before[name])]
             assert sum(value.numel() for value in changed) == count["trainable"]
+
+
+@torch.no_grad()
+def preference_loss(tuned: LoadedModel, base: LoadedModel, pairs: Sequence[Example]) -> float:
+    """DPO's loss as Rafailov et al. 2023 write it (eq. 7), β = 0.1."""
+
+    def log_prob(of: LoadedModel, example: Example) -> Tensor:
+        encoded = encode(example, of.tokenizer)
+        ids, answered = torch.tensor(encoded.ids), torch.tensor(encoded.trained)
+        found: Tensor = of.model(ids[None, :-1])[0].log_softmax(-1)
+        return found[torch.arange(len(ids) - 1), ids[1:]][answered[1:]].sum()
+
+    losses = []
+    for pair in pairs:
+        worse = replace(pair, text=f"{pair.prompt}{pair.rejected}", rejected=None)
+        gains = [log_prob(tuned, one) - log_prob(base, one) for one in (replace(pair, rejected=None), worse)]
+        losses.append(-(0.1 * (gains[0] - gains[1])).sigmoid().log())
+    return float(torch.stack(losses).mean())
 
 
 @each

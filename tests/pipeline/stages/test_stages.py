@@ -257,7 +257,8 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
 
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
     predictions = read(finished / "artifacts/evaluation/predictions.json")
-    prompts = [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")]
+    prompts, tasks = [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")], predictions.pop("tasks")
+    assert [list(row["answers"]) for rows in tasks.values() for row in rows] == [list(predictions)] * 11
     assert list(predictions) == list(open_project(finished / "params.yaml").variants)
     for name, entries in predictions.items():
         assert [entry["prompt"] for entry in entries] == prompts

@@ -1,5 +1,6 @@
 """A distributed run: the same curve and adapter as in one process, and one message if a process ends."""
 
+import json
 import os
 import shutil
 import signal
@@ -94,12 +95,12 @@ def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
     return [process.end() for process in processes]
 
 
-def trained(root: Path, size: int, one: list[str]) -> Path:
+def trained(root: Path, size: int, one: list[str], made: str = FOLDER) -> Path:
     """A copy of the adapter's folder after a run in `size` processes."""
     found = ended(started(root, [one] * size)) if size > 1 else [Forked(one, root).end()]
     assert [code for code, _ in found] == [0] * size, found
     assert not any(said for _, said in found[1:]), "only rank 0 prints"
-    return shutil.copytree(root / FOLDER, root / f"{size}{len(list(root.iterdir()))}")
+    return shutil.copytree(root / made, root / f"{size}{len(list(root.iterdir()))}")
 
 
 def curve(folder: Path) -> torch.Tensor:
@@ -134,6 +135,34 @@ def test_several_processes_learn_what_one_learns(
     several = trained(fresh(project), size, command(*flags, **changes))
     assert_same(several, alone)
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_several_processes_learn_the_preferences_that_one_learns(project: Path, loss: str) -> None:
+    words = " ".join(TEXTS).split()
+    rows = [
+        {
+            "prompt": " ".join(words[n : n + 3]),
+            "chosen": f" {words[n + 4]}",
+            "rejected": " " + " ".join(words[n : n + 5]),
+        }
+        for n in range(20)
+    ]
+    (project / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"data": "data/pairs.jsonl", "loss": loss, "epochs": 2, "batch_size": 3, "eval_share": 0.3}
+    asked = [LORA, "finetune", "dpo", *(f"--set=finetune_dpo.{key}={value}" for key, value in given.items())]
+    found, rewards = [], []
+    for size in (1, 2):
+        shutil.rmtree(project / ".lora-cache", ignore_errors=True)
+        shutil.rmtree(project / "runs", ignore_errors=True)
+        folder = trained(project, size, asked, "artifacts/dpo_adapter")
+        steps = read_steps(folder / "loss.csv")
+        found.append(tensors(folder))
+        rewards.append(
+            torch.tensor([(s.loss, s.eval_loss or 0, s.reward_margin or 0, s.reward_accuracy or 0) for s in steps])
+        )
+    torch.testing.assert_close(*rewards, rtol=0, atol=CURVE)
+    torch.testing.assert_close(*found, rtol=0, atol=WEIGHTS)
 
 
 def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: Lora) -> None:

@@ -299,7 +299,11 @@ def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ("{rank: 4}", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], got 4. Change it in --set."),
+        (
+            "{rank: 4}",
+            "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range such as {low: 1, high: 8}, "
+            "got 4. Change it in --set.",
+        ),
         ("{rank: [4, 0]}", "finetune_sweep.grid.rank must be at least 1, got 0. Change it in --set."),
         ("{batch_size: [4]}", "finetune_sweep.grid.batch_size: adapters that train together can differ in seed"),
         ("{rank: [1, 1]}", "finetune_sweep.grid has rank-1 twice. Remove one of them."),

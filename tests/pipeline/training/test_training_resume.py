@@ -289,11 +289,13 @@ def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_w
     """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it on resume."""
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
-    def going(self: Evaluation, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
+    def going(
+        self: Evaluation, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int], step: int
+    ) -> dict[int, float]:
         seen.append(optimizer.steps)
         if len(seen) == 2:
             raise RuntimeError("gloo: Connection closed by peer")
-        return real(self, path, optimizer, live)
+        return real(self, path, optimizer, live, step)
 
     with monkeypatch.context() as patched:
         patched.setattr(Evaluation, "after_step", going)

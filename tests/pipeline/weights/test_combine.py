@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -152,6 +153,73 @@ def test_at_density_1_nothing_is_dropped(pair: Several) -> None:
     alone = pair[0][:1], pair[1][:1]
     one_sign, plain = (of_one_matrix(alone, CombineOptions(method, 9, 0.5))[0] for method in ("dare-ties", "dare"))
     torch.testing.assert_close(one_sign, plain)
+
+
+def plain_knots(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """KnOTS as it is written down: an SVD of the dense updates side by side, TIES on ΣVᵢ, and back."""
+    left, values, right = np.linalg.svd(np.concatenate([delta.numpy() for delta in deltas], axis=1))
+    count = int((values > 1e-9 * values[0]).sum())
+    coordinates = np.split(values[:count, None] * right[:count], len(deltas), axis=1)
+    trimmed = []
+    for one in coordinates:
+        size = int(density * one.size)
+        least = np.sort(abs(one), axis=None)[::-1][size - 1] if size else np.inf
+        trimmed.append(np.where(abs(one) >= max(least, 1e-9), one, 0))
+    merged = np.zeros_like(coordinates[0])
+    for place in np.ndindex(merged.shape):
+        drawn = [(weight, one[place]) for weight, one in zip(weights, trimmed, strict=True)]
+        elected = 1 if sum(value for _, value in drawn) >= 0 else -1
+        agreeing = [weight * value for weight, value in drawn if np.sign(value) == elected]
+        merged[place] = sum(agreeing) / max(1, len(agreeing))
+    return torch.from_numpy(left[:, :count] @ merged)
+
+
+@given(several(), st.sampled_from((0.3, 0.8, 1.0)))
+def test_knots_is_ties_in_the_basis_of_a_joint_svd(found: Several, density: float) -> None:
+    updates, weights = found
+    deltas = [one.scale * (one.b.double() @ one.a.double()) for one in updates]
+    # the share of values that is kept is one of the full basis, which includes directions of nothing
+    rank = min(len(deltas[0]), sum(one.rank for one in updates), sum(min(one.rank, one.a.shape[1]) for one in updates))
+    assume(np.linalg.matrix_rank(np.concatenate(deltas, axis=1)) == rank)
+    it, _ = of_one_matrix(found, CombineOptions("knots", density=density))
+    torch.testing.assert_close(it, plain_knots(deltas, weights, density), atol=1e-4, rtol=1e-4)
+
+
+@given(several(), st.integers(0, 99))
+def test_knots_does_not_depend_on_the_basis_of_the_outputs_as_ties_does(found: Several, seed: int) -> None:
+    updates, weights = found
+    size = len(updates[0].b)
+    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    turn = torch.linalg.qr(drawn).Q
+    turned = [LowRank(one.a.double(), turn @ one.b.double(), one.scale) for one in updates]
+    plain, rotated = (
+        of_one_matrix((each, weights), CombineOptions("knots", density=1.0))[0] for each in (updates, turned)
+    )
+    torch.testing.assert_close(rotated, turn @ plain, atol=1e-4, rtol=1e-4)
+
+
+@given(several())
+def test_knots_leaves_an_adapter_alone_or_beside_itself_unchanged(found: Several) -> None:
+    updates, weights = found
+    alone = [updates[0]], [weights[0]]
+    it, error = of_one_matrix(alone, CombineOptions("knots", density=1.0))
+    torch.testing.assert_close(it, total(*alone), atol=1e-5, rtol=1e-5)
+    assert error < 1e-5
+    twice = of_one_matrix(([updates[0]] * 2, [weights[0]] * 2), CombineOptions("knots", density=1.0))[0]
+    torch.testing.assert_close(twice, total(*alone), atol=1e-5, rtol=1e-5)
+
+
+@given(several(alike=True))
+def test_knots_sums_adapters_that_write_to_different_outputs(found: Several) -> None:
+    updates, weights = found
+    size = len(updates[0].b)
+    apart = []
+    for number, one in enumerate(updates):
+        b = torch.zeros(size * len(updates), one.rank)
+        b[number * size : (number + 1) * size] = one.b
+        apart.append(LowRank(one.a, b, one.scale))
+    it, _ = of_one_matrix((apart, weights), CombineOptions("knots", density=1.0))
+    torch.testing.assert_close(it, total(apart, weights), atol=1e-4, rtol=1e-4)
 
 
 # PEFT. Its ties and dare work on A and B apart; those on whole updates, which are ours, it calls ties_svd and

@@ -12,6 +12,7 @@ from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore, Signature, signature
+from pipeline.files.file_tail import file_stamp
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import (
     Measurements,
@@ -24,7 +25,6 @@ from pipeline.inference.catalog import (
     model_folders,
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from tui.services.file_tail import file_stamp
 
 # Display order, from left to right.
 ORDER = ("import", "pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
@@ -46,6 +46,11 @@ class Entry:
     @property
     def state(self) -> str:
         return self.verdict.state if self.verdict else CHECKING
+
+    @property
+    def gate(self) -> str:
+        """What to add to the state: whether it keeps evaluate.limits."""
+        return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
 
     @property
     def sort_key(self) -> tuple[int, list[str | float]]:

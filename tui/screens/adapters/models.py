@@ -73,7 +73,7 @@ COLUMNS = (
     Column("loss", lambda e: _format_number(e.model.final_loss, ".3f"), lambda e: e.model.final_loss, right=True),
     Column("forgot", lambda e: _format_number(_forgetting(e), "+.3f"), _forgetting, right=True),
     Column("when", lambda e: _format_time(e.model.when), lambda e: e.model.when, wide=True),
-    Column("state", lambda e: f"{SIGNS[e.state]} {e.state}", lambda e: e.state),
+    Column("state", lambda e: f"{SIGNS[e.state]} {e.state}{e.gate}", lambda e: e.state + e.gate),
 )
 
 
@@ -224,7 +224,9 @@ def format_details(details: Details) -> Text:
     entry, manifest = details.entry, details.manifest
     style = "not bold red" if entry.state == REFUSED else "not bold"
     text = Text(f"{entry.label}  ", "bold")
-    text.append(f"{entry.model.kind} · {entry.model.method} · ", "not bold").append(f"{entry.state}\n", style)
+    text.append(f"{entry.model.kind} · {entry.model.method} · ", "not bold").append(
+        f"{entry.state}{entry.gate}\n", style
+    )
     if entry.verdict and entry.verdict.reason:
         text.append(f"{entry.verdict.reason}\n", style)
     text.append(f"{entry.shown_path}\n", "not bold dim")

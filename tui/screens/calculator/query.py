@@ -119,7 +119,7 @@ class Result:
     def title(self) -> str:
         """The configuration in words: model, method, precision, batch."""
         run = self.run
-        return f"{self.model.name}, {self.method.title}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
+        return f"{self.model.name}, {self.method.title}, {run.precision}, {run.size}"
 
 
 def calculate(query: Query, model: Architecture) -> Result:

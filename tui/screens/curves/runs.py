@@ -8,13 +8,17 @@ from math import isfinite
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files.file_tail import Change, FileTail, file_stamp
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
+    COLUMNS,
     DIVERGED,
     STOPPED,
     TABLE,
+    Sample,
     Telemetry,
     in_units,
+    parse_sample,
     parse_telemetry,
     read_run_outcomes,
     step_parser,
@@ -23,8 +27,7 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
 from pipeline.project.stage_graph import OTHER_LOOKS, Look, other_look
 from pipeline.workbench import GRAPH, open_project
-from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
-from tui.services.file_tail import Change, FileTail, file_stamp
+from tui.screens.curves.series import FACTS, HELD_OUT, Log
 from tui.widgets.line_chart import Curve, Range
 from tui.widgets.text import duration
 
@@ -45,8 +48,23 @@ class CurveLog:
         self.recent: deque[Telemetry] = deque(maxlen=RECENT)
         self.loss = FileTail(files.loss, step_parser)
         self.telemetry = FileTail(files.telemetry, lambda _: parse_telemetry) if files.telemetry else None
+        self.samples = FileTail(files.samples, lambda _: parse_sample, header=False)
+        self.answers: list[Sample] = []
+
+    def changed(self) -> bool:
+        return self.loss.changed() or self.samples.changed()
+
+    def answers_at(self, step: float | None) -> list[Sample]:
+        """The newest answers, or those at a step or before it."""
+        steps = (sample.step for sample in reversed(self.answers))
+        last = next((number for number in steps if step is None or number <= step), None)
+        return [sample for sample in self.answers if sample.step == last]
 
     async def read(self) -> None:
+        async for part in self.samples.chunks():
+            if part.change:
+                self.answers = []
+            self.answers += part.rows
         async for chunk in self.loss.chunks():
             if chunk.change:
                 self.change, self.log = chunk.change, Log(self.log.smoothing)
@@ -102,13 +120,13 @@ class RunView:
     def changed(self) -> bool:
         """Whether `read` has something to read."""
         telemetry = self._telemetry_source.telemetry
-        losses = (curve_log.loss.changed() for curve_log in self.curve_logs.values())
-        return any(losses) or (telemetry is not None and telemetry.changed())
+        logs = (curve_log.changed() for curve_log in self.curve_logs.values())
+        return any(logs) or (telemetry is not None and telemetry.changed())
 
     async def read(self) -> None:
         """Read all new rows, and the telemetry of one curve for all; yields to the event loop after every chunk."""
         for curve_log in self.curve_logs.values():
-            if curve_log.loss.changed():
+            if curve_log.changed():
                 await curve_log.read()
         await self._telemetry_source.read_telemetry()
         self._select_best()
@@ -142,7 +160,7 @@ class RunView:
 
         With early stopping (`patience`) it is the lowest, as the checkpoint of that one is kept, else the last.
         """
-        if values := curve_log.log.series[HELD_OUT].y:
+        if values := curve_log.log.series[HELD_OUT["loss"]].y:
             held_out = min(values) if self.run.params.get("patience") else values[-1]
             if isfinite(held_out):
                 return "held out", held_out
@@ -185,7 +203,7 @@ class RunView:
 
     def _curve_facts(self) -> Iterator[str]:
         yield f"loss {self.log.columns['loss'][-1]:.4g}"
-        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+        for name, label in FACTS.items():
             if values := self.log.series[name].y:
                 yield f"{label} {values[-1]:.4g}"
         if flat := self.log.flat(self.alive):
@@ -224,10 +242,10 @@ class Line:
         log = self.curve_log.log
         points = log.series[name].visible(*x, columns)
         stray = self.curve_log.outcome == DIVERGED
-        if name != "loss" or self.dim:
+        if name not in HELD_OUT or self.dim:
             return Curve(points, self.look.color, self.look.sign, dim=self.dim, stray=stray)
-        flat = log.flat(self.view.alive and not self.curve_log.outcome)
-        held_out = log.series[HELD_OUT].visible(*x, columns)
+        flat = log.flat(self.view.alive and not self.curve_log.outcome) if name == "loss" else None
+        held_out = log.series[HELD_OUT[name]].visible(*x, columns)
         return Curve(points, self.look.color, self.look.sign, flat[1] if flat else None, held_out, stray=stray)
 
     @property
@@ -265,8 +283,12 @@ class Runs:
         return sorted(lines, key=lambda line: (not line.dim, line.look == POINTED))
 
     def has_values(self, name: str) -> bool:
-        """Whether any visible run has values of a metric. Only divergence is optional."""
-        return name != QUANTITIES[-1] or any(log.series[name].y for _, view in self.visible() for log in view.logs)
+        """Whether any visible run has values of a metric; all have those that are not optional."""
+        return name in COLUMNS or any(log.series[name].y for _, view in self.visible() for log in view.logs)
+
+    def has_answers(self) -> bool:
+        """Whether any visible run has samples."""
+        return any(curve.answers for _, view in self.visible() for curve in view.curve_logs.values())
 
     def toggle(self, key: str) -> None:
         self._user_toggled = True

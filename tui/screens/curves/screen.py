@@ -10,14 +10,16 @@ from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.color import Color
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.artifact import write_file
+from pipeline.files.text import printable
+from pipeline.project.logs.run_log import OPTIONAL
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.runs import Line, Runs
-from tui.screens.curves.series import HELD_OUT, QUANTITIES
+from tui.screens.curves.series import FACTS, QUANTITIES
 from tui.widgets.line_chart import LossChart, Range, View, range_of, readable
 from tui.widgets.text import KeyedList
 
@@ -32,6 +34,8 @@ TITLES = {
     "loss": "loss (nats per token)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
+    "reward_margin": "reward margin, chosen − rejected",
+    "reward_accuracy": "share of pairs whose chosen answer has the higher reward",
     "divergence": "divergence from the base (nats per token)",
 }
 INDENT = 6
@@ -122,7 +126,10 @@ class CurvesScreen(WorkbenchScreen):
         Binding("c", "cursor", "Cursor", id="curves.cursor"),
         Binding("r", "panel('learning_rate')", "Rate", id="curves.learning_rate"),
         Binding("g", "panel('grad_norm')", "Gradient", id="curves.grad_norm"),
+        Binding("m", "panel('reward_margin')", "Margin", id="curves.reward_margin"),
+        Binding("a", "panel('reward_accuracy')", "Accuracy", id="curves.reward_accuracy"),
         Binding("d", "panel('divergence')", "Divergence", id="curves.divergence"),
+        Binding("s", "samples", "Samples", id="curves.samples"),
         Binding("x", "export", "Export", id="curves.export"),
         Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
@@ -146,13 +153,16 @@ class CurvesScreen(WorkbenchScreen):
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._pointed = ""  # the highlighted adapter
         self._reading = False
-        self._has_divergence = False  # whether the footer offers the divergence panel
+        self._offered: list[str] = []  # what the footer offers of panels and samples
+        self._samples_shown = False
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
         with Vertical(id="charts"):
             for name in QUANTITIES:
                 yield LossChart(TITLES[name], id=name)
+        with VerticalScroll(id="samples"):
+            yield Static()
         yield Static(id="mode")
         yield RunList()
         yield Static(EMPTY, id="nothing")
@@ -211,11 +221,16 @@ class CurvesScreen(WorkbenchScreen):
                 loss = name == "loss"
                 view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
                 chart.draw([line.curve(name, x, chart.columns) for line in lines], view)
+        samples = self.query_one("#samples")
+        samples.display = self._samples_shown and self.runs.has_answers()
+        if samples.display:
+            samples.query_one(Static).update(samples_text(lines, self.window.cursor))
         self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
         self._update_list()
         # refresh_bindings rebuilds the footer, so not at every redraw
-        if self._has_divergence != self.runs.has_values("divergence"):
-            self._has_divergence = not self._has_divergence
+        offered = [name for name in QUANTITIES if self.runs.has_values(name)] + ["samples"] * self.runs.has_answers()
+        if self._offered != offered:
+            self._offered = offered
             self.refresh_bindings()
 
     def _step_range(self) -> Range:
@@ -227,11 +242,15 @@ class CurvesScreen(WorkbenchScreen):
         return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and self.runs.has_values(name)
+        """As the user said, else if there is room: of preferences their panels in place of rate and gradient."""
+        wanted = self.has_class("-tall") and (name in OPTIONAL or not self.runs.has_values("reward_margin"))
+        return self._panels.get(name, wanted) and self.runs.has_values(name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
             return self.runs.has_values(str(parameters[0]))
+        if action == "samples":
+            return self.runs.has_answers()
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
@@ -328,6 +347,11 @@ class CurvesScreen(WorkbenchScreen):
         self._panels[name] = visible
         self.redraw()
 
+    def action_samples(self) -> None:
+        """Show or hide what the runs answer, at the cursor or at their newest step."""
+        self._samples_shown = not self._samples_shown
+        self.redraw()
+
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
@@ -380,6 +404,22 @@ class CurvesScreen(WorkbenchScreen):
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
 
 
+def samples_text(shown: Sequence[Line], cursor: float | None) -> Text:
+    """The answers of each run, and of a sweep's best and highlighted adapter: at the cursor, or the newest."""
+    text = Text()
+    for line in shown:
+        answers = [] if line.dim else line.curve_log.answers_at(cursor)
+        if not answers:
+            continue
+        name = line.view.run.curve_label(line.curve_log.name)
+        text.append(f"{line.look.sign} {name}, step {answers[0].step:,}\n", "bold")
+        for sample in answers:
+            answer = "(not finite)" if sample.answer is None else printable(sample.answer)
+            text.append(f"  {printable(sample.prompt)} ", "dim").append(f"→ {answer}\n")
+    text.rstrip()
+    return text
+
+
 def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
     """Following or frozen, scale, smoothing; with a cursor, a second line with the values of each run."""
     parts = ["following" if window.following else "frozen: f follows again"]
@@ -401,7 +441,7 @@ def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
             continue
         loss = log.series["loss"]
         text.append(f"{loss.y[index]:.4g} (smoothed {loss.smooth[index]:.4g})")
-        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+        for name, label in FACTS.items():
             if (value := log.series[name].value_at(window.cursor)) is not None:
                 text.append(f", {label} {value:.4g}")
     return text

@@ -10,9 +10,18 @@ from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, flat_epoch
 from tui.widgets.line_chart import Column
 
 BLOCK = 32  # points whose minimum, maximum and sum are cached, so that wide columns need not read every point
-QUANTITIES = ("loss", "learning_rate", "grad_norm", "divergence")  # each is drawn in its own panel
-HELD_OUT = "eval_loss"  # drawn in the panel of the loss
-UNSMOOTHED = ("learning_rate", HELD_OUT)  # without noise, or with few values: smoothing would only delay them
+# each is drawn in its own panel
+QUANTITIES = ("loss", "learning_rate", "grad_norm", "reward_margin", "reward_accuracy", "divergence")
+HELD_OUT = {"loss": "eval_loss", "reward_accuracy": "eval_accuracy"}  # drawn in the panel of the same on training data
+UNSMOOTHED = ("learning_rate", *HELD_OUT.values())  # without noise, or with few values: smoothing would only delay them
+# what is said of a step beside its loss, if the run has it
+FACTS = {
+    "eval_loss": "held out",
+    "divergence": "divergence",
+    "reward_margin": "margin",
+    "reward_accuracy": "accuracy",
+    "eval_accuracy": "held out",
+}
 
 
 class Series:
@@ -99,7 +108,7 @@ class Log:
         self.foreign = 0  # rows out of order
         self._epochs: dict[float, list[float]] = {}  # epoch → first step, sum of losses, number of steps
         self.series: dict[str, Series] = {}
-        for name in (*QUANTITIES, HELD_OUT):
+        for name in dict.fromkeys((*QUANTITIES, *OPTIONAL)):
             steps = array("d") if name in OPTIONAL else self.steps  # most rows have no value for these
             self.series[name] = Series(steps, _smoothing_for(name, smoothing))
             if name in COLUMNS:

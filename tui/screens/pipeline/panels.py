@@ -16,12 +16,12 @@ from textual.geometry import Region
 from textual.widgets import RichLog, Static
 
 from pipeline.errors import UserError
+from pipeline.files.file_tail import FileTail
 from pipeline.project.params.load import check, key_path
 from pipeline.project.params.schema import Section, hints, rule, value_type
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.status import MetricChange, StageState
 from tui.screens.pipeline.dag import SIGNS
-from tui.services.file_tail import FileTail
 from tui.widgets.form import Form, FormField, Kind
 from tui.widgets.text import KeyedList, duration
 

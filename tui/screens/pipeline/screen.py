@@ -15,6 +15,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
+from pipeline.files.file_tail import file_stamp
 from pipeline.project.params import edit
 from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
@@ -23,7 +24,6 @@ from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
-from tui.services.file_tail import file_stamp
 from tui.services.pipeline_process import Running
 from tui.widgets.form import Form, format_value
 
@@ -301,7 +301,11 @@ class PipelineScreen(WorkbenchScreen):
         elif any(state.state == "stopped" for state in stages):
             self.workbench.log_message("Stopped. Run again to resume from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
-            self.workbench.log_message("All stages are up to date.")
+            gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
+            is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
+            self.workbench.log_message(
+                " ".join(["All stages are up to date.", *gates]), "error" if is_broken else "information"
+            )
         elif disk_usage(self.workbench.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.workbench.log_message(
                 "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"

@@ -119,6 +119,20 @@ async def open_adapters(
         yield session
 
 
+async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project: Path) -> None:
+    path = project / "artifacts/evaluation/manifest.json"
+    broken = [{"variant": "lora", "limit": name, "wanted": 1, "value": 0} for name in ("answers_kept", "must_keep")]
+    gate = {"passed": False, "variants": ["full", "lora"], "broken": broken}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8")
+    async with open_adapters(project) as s:
+        rows = dict(zip(s.names(), s.rows(), strict=True))
+        assert "verified, gate failed: 2 limits" in rows["lora"]
+        assert "verified, gate passed" in rows["full"]
+        assert "gate" not in rows["freeze"]
+        await s.point("lora")
+        assert "verified, gate failed: 2 limits" in s.details()
+
+
 async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
     async with open_adapters(empty, 0) as s:
         await until(s.pilot, lambda: "no models yet: press 1 then r" in str(s.screen.nothing.render()))

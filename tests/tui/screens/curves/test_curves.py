@@ -17,7 +17,18 @@ from textual.widgets._footer import FooterKey
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.logs.runs import discover_runs
 from tests.helpers.pilot import until
-from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
+from tests.helpers.run_folders import (
+    HEADER,
+    hold,
+    journal,
+    lines,
+    measured,
+    write_measured,
+    write_methods,
+    write_run,
+    write_samples,
+    write_sweep,
+)
 from tui.app import Workbench
 from tui.screens.curves import export, runs
 from tui.screens.curves.export import ExportScreen
@@ -648,3 +659,44 @@ async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeyp
         await until(pilot, lambda: screen.workbench.message_history)
         assert "could not be drawn" in screen.workbench.message_history[-1][2]
     assert not (root / "out.svg").exists()
+
+
+def answers_shown(screen: CurvesScreen) -> str:
+    return str(screen.query_one("#samples Static", Static).render())
+
+
+async def test_samples_are_those_of_the_cursor_or_the_newest(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora")
+    write_run(empty, "finetune_full")
+    async with open_curves(empty) as (pilot, screen):
+        assert "Samples" not in footer_keys(screen)
+        write_samples(folder, {100: "der lewa", 200: None, 300: "der \x1b[31meuro"})
+        await wait_until_drawn(pilot, screen)
+        await until(pilot, lambda: "Samples" in footer_keys(screen))
+        assert not screen.query_one("#samples").display
+        await pilot.press("s")
+        assert answers_shown(screen) == "■ finetune_lora, step 300\n  die währung von bulgarien ist → der ␛[31meuro"
+        for cursor, answer in ((299, "(not finite)"), (100, "der lewa")):
+            screen._set_window(cursor=cursor)
+            assert answers_shown(screen).endswith(f"→ {answer}")
+        screen._set_window(cursor=99)
+        assert answers_shown(screen) == ""
+        screen._set_window(cursor=None)
+        write_samples(folder, {400: "der euro"})  # begun anew
+        await wait_until_drawn(pilot, screen)
+        assert answers_shown(screen).splitlines()[0].endswith("step 400")
+        (folder / "samples.jsonl").unlink()
+        await wait_until_drawn(pilot, screen)
+        await until(pilot, lambda: not screen.query_one("#samples").display)
+
+
+async def test_samples_of_a_sweep_are_those_of_its_best_and_of_the_highlighted(empty: Path) -> None:
+    folder = write_sweep(empty, {"rank-1": 5.0, "rank-2": 3.0})
+    for name in ("rank-1", "rank-2"):
+        write_samples(folder / name, {300: f"of {name}"})
+    async with open_curves(empty) as (pilot, screen):
+        await pilot.press("s")
+        assert "of rank-2" in answers_shown(screen) and "of rank-1" not in answers_shown(screen)
+        await to_the_list(pilot, screen)
+        await pilot.press("enter", "down")
+        await until(pilot, lambda: "of rank-1" in answers_shown(screen))

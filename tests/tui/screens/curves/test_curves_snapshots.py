@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from tests.helpers.run_folders import write_measured, write_methods, write_sweep
+from tests.helpers.run_folders import write_measured, write_methods, write_samples, write_sweep
 from tests.tui.screens.curves.test_curves import wait_until_drawn
 from tui.app import Workbench
 from tui.screens.curves.screen import CurvesScreen, RunList
@@ -77,3 +77,17 @@ def test_a_sweep(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     losses = {f"rank-{rank}_lr-{rate}": 2.0 + rank + rate * 1e3 for rank in (2, 4) for rate in (0.001, 0.002)}
     write_sweep(empty, losses, {"rank-2_lr-0.002": ("stopped early", 180), "rank-4_lr-0.002": ("diverged", 40)})
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=expand_sweep)
+
+
+async def show_samples(pilot: Pilot[Any]) -> None:
+    await to_curves(pilot)
+    await pilot.press("s")
+    await pilot.pause()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_samples(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+    write_methods(empty)
+    for stage, answer in (("finetune_lora", "der euro"), ("finetune_full", "der euro und der lewa")):
+        write_samples(empty / "runs" / stage, {150: "der lewa", 300: answer})
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=show_samples)

@@ -141,6 +141,16 @@ async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_se
         assert "● finetune_lora" in str(picture.render())
 
 
+async def test_the_line_of_evaluate_says_whether_limits_are_kept(project: Path) -> None:
+    brief_params(project)
+    save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
+    make(project, ["evaluate"])
+    async with open_screen(project) as (pilot, screen):
+        await until(pilot, lambda: "up to date: gate failed: 1 limit" in line(screen, "evaluate"))
+        save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 0.0}})
+        await until(pilot, lambda: "changed: limits" in line(screen, "evaluate"))
+
+
 async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: Path) -> None:
     path = project / "params.yaml"
     before = path.read_text(encoding="utf-8")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.files.file_tail import CHUNK_SIZE, FileTail
 from pipeline.project.logs.run_log import COLUMNS, Row, RunLog, Step, read_steps, step_parser
 from tui.screens.curves.series import Log
-from tui.services.file_tail import CHUNK_SIZE, FileTail
 
 HEADER = ",".join(COLUMNS) + "\n"
 

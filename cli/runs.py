@@ -1,0 +1,113 @@
+"""`lora runs`: the training runs of a project, and sending finished ones to a tracker."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Context, Option
+
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project_of
+
+if TYPE_CHECKING:
+    from pipeline.project.logs.runs import Run
+    from pipeline.project.stage_graph import Project
+
+app = group()
+runs = group(help="List training runs; send finished ones to a tracker.", invoke_without_command=True)
+app.add_typer(runs, name="runs")
+
+
+@runs.callback()
+def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False) -> None:
+    """List the last run of each stage and those in the cache: steps, loss, when."""
+    if context.invoked_subcommand:
+        return
+    from datetime import datetime
+
+    from cli.console import print_json, print_line, print_table
+    from pipeline.project.logs.run_log import final_loss, read_steps
+    from pipeline.project.logs.runs import SHORT_KEY
+
+    rows = []
+    for run in _find(project_of(params)):
+        for curve in run.curves:
+            steps = read_steps(curve.loss)
+            row = {"key": run.key[:SHORT_KEY], "run": run.curve_label(curve.name), "steps": len(steps)}
+            rows.append({**row, "loss": final_loss(steps), "when": run.when})
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        (
+            str(row["key"] or "unfinished"),
+            str(row["run"]),
+            f"{row['steps']:,}",
+            "" if row["loss"] is None else f"{row['loss']:.4f}",
+            datetime.fromtimestamp(float(str(row["when"]))).strftime("%Y-%m-%d %H:%M"),
+        )
+        for row in rows
+    ]
+    print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
+    print_line("\nSend finished ones with `lora runs export KEY --to TRACKER`.")
+
+
+@runs.command()
+def export(
+    to: Annotated[str, Option("--to", metavar="TRACKER", help="dvclive, mlflow, tensorboard, trackio or wandb.")],
+    name: Annotated[
+        str | None,
+        Argument(metavar="[RUN]", help="Its key in `lora runs`, or a stage for its last. Omit: the last of each."),
+    ] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    out: Annotated[Path | None, Option(help="Folder of the tracker's runs, instead of its own.")] = None,
+) -> None:
+    """Send finished runs to a tracker.
+
+    By the same code as report_to does while they go on; steps that it has are not sent again.
+    """
+    from cli.console import print_line, print_note
+    from pipeline.errors import UserError
+    from pipeline.project.logs.follower import Followed, Follower, check, missing
+
+    check([to], "--to")
+    if why := missing(to):
+        raise UserError(f"--to {to}: {why}.")
+    project = project_of(params)
+    for run in _select(_find(project), name):
+        if not run.key:
+            print_note(f"{run.label} has not finished, and is left out.")
+            continue
+        followed = Followed(
+            root=str(project.root),
+            stage=run.stage,
+            sweeps=run.sweeps,
+            key=run.key,
+            params=run.params,
+            artifact=str(run.log_folder),
+            out=str(out.absolute()) if out else "",
+        )
+        follower = Follower(to, followed)
+        follower.wait()
+        if problem := follower.problem():
+            raise UserError(f"{to}: {problem}. {follower.log} has more.")
+        print_line(f"{run.label}  sent; {follower.view}")
+
+
+def _find(project: "Project") -> "list[Run]":
+    from pipeline.project.logs.runs import discover_runs
+    from pipeline.workbench import GRAPH
+
+    return discover_runs(project.root, project, GRAPH)
+
+
+def _select(found: "list[Run]", name: str | None) -> "list[Run]":
+    """The runs that are meant. Raises UserError if there is none."""
+    from pipeline.errors import UserError
+    from pipeline.project.logs.runs import SHORT_KEY
+
+    last = {run.stage: run for run in reversed(found)}
+    chosen = [run for run in found if run.key[:SHORT_KEY] == name] or ([last[name]] if name in last else [])
+    if name is None:
+        chosen = list(reversed(last.values()))
+    if not chosen:
+        raise UserError(f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys.")
+    return chosen

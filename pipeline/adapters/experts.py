@@ -1,0 +1,207 @@
+"""LoRA on a mixture's experts, whose weights are stacked in one parameter (E, O, I): PEFT's `target_parameters`.
+
+Each token's update is computed with the A and B of its own experts: no (E, O, I) update is ever formed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.lora import LINEAR_KEYS, AdapterLayer, initialize
+from pipeline.calc.target_modules import matches_suffix
+from pipeline.errors import UserError
+from pipeline.project.params.sections import Init
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+class ExpertUpdate(nn.Module):
+    """s·BₑAₑ for each expert e of a parameter (E, O, I), or (E, I, O) if `transposed`.
+
+    As in PEFT, lora_A is (E·R, I), expert after expert, and lora_B is (O, R·E), in which the experts alternate.
+    """
+
+    def __init__(
+        self, weight: Tensor, transposed: bool, rank: int, scale: float, dtype: torch.dtype | None, init: Init
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.experts, outputs, inputs = weight.mT.shape if transposed else weight.shape
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+        self.lora_A = nn.Parameter(like.new_empty(self.experts * rank, inputs))
+        self.lora_B = nn.Parameter(like.new_empty(outputs, rank * self.experts))
+        with torch.no_grad():
+            for a, b in zip(*self.pairs(), strict=True):
+                initialize(a, b, init)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Views of A (E, R, I) and B (E, O, R)."""
+        A = self.lora_A.view(self.experts, -1, self.lora_A.shape[1])
+        B = self.lora_B.view(len(self.lora_B), -1, self.experts).permute(2, 0, 1)  # (O, R, E) → (E, O, R)
+        return A, B
+
+
+class LoRAExperts(AdapterLayer):
+    """A mixture's frozen experts, with an update of one or both of their projections.
+
+    `base` is a module of transformers' interface of experts: stacked projections, and `_apply_gate` between them.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        name: str,
+        parameters: Sequence[str],
+        spec: AdapterSpec,
+        dtype: torch.dtype | None,
+        init: Init,
+    ) -> None:
+        """`name`: the full name of `base`; `parameters`: those of its own that get LoRA, in its order."""
+        super().__init__(base)
+        self.transposed: bool = base.is_transposed  # type: ignore[assignment]
+        self.updates = nn.ModuleDict()
+        for parameter in parameters:
+            full = f"{name}.{parameter}"
+            rank, scale, weight = spec.rank_of(full), spec.scale_of(full), base.get_parameter(parameter)
+            self.updates[parameter] = ExpertUpdate(weight, self.transposed, rank, scale, dtype, init)
+
+    def by_parameter(self) -> dict[str, ExpertUpdate]:
+        return {name: update for name, update in self.updates.items() if isinstance(update, ExpertUpdate)}
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        by_key = dict[str, nn.Parameter]()
+        for nested, update in zip(nesting(len(self.updates)), self.by_parameter().values(), strict=True):
+            pair = zip(LINEAR_KEYS, (update.lora_A, update.lora_B), strict=True)
+            by_key |= {nested + key: parameter for key, parameter in pair}
+        return by_key
+
+    def forward(self, x: Tensor, *routed: Tensor) -> Tensor:
+        """x (N, D); of `routed` the numbers (N, K) of each token's experts, and their weights (N, K)."""
+        out: Tensor = self.mixed(x, *routed) if self.enabled else self.base(x, *routed)
+        return out
+
+    def mixed(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Σₖ weightₖ · expertₖ(x), (N, D)."""
+        base: Any = self.base
+        factors = {name: self._factors(update, x.dtype) for name, update in self.by_parameter().items()}
+        order = chosen.flatten().argsort(stable=True)  # (N·K,): pairs of a token and an expert, by expert
+        counts = chosen.flatten().bincount(minlength=base.num_experts).tolist()
+        shares = torch.split(x[order // chosen.shape[1]], counts)
+        out = []
+        for expert in (e for e, count in enumerate(counts) if count):
+            inner = base._apply_gate(self._project(PROJECTIONS[0], expert, shares[expert], factors))  # (n, I)
+            out.append(self._project(PROJECTIONS[1], expert, inner, factors))  # (n, D)
+        weighted = torch.cat(out) * weights.flatten()[order, None]
+        # back in the order of the tokens by indices, and then summed: adding up by index is not deterministic on CUDA
+        return weighted[order.argsort()].view(*chosen.shape, -1).sum(1).to(x.dtype)  # (N·K, D) → (N, D)
+
+    def _factors(self, update: ExpertUpdate, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
+        # unbound once: backward of A[e] would fill a gradient of A's size for every expert
+        A, B = (factor.to(dtype).unbind() for factor in update.pairs())
+        return [(a, b, update.scale) for a, b in zip(A, B, strict=True)]
+
+    def _project(
+        self, name: str, expert: int, x: Tensor, factors: Mapping[str, list[tuple[Tensor, Tensor, float]]]
+    ) -> Tensor:
+        """One expert's projection of its rows (n, I), with its update if it has one: (n, O)."""
+        base: Any = self.base
+        # cast where two models are compared in fp32, block by block: only a module's own parameters are wide then
+        weight = getattr(base, name)[expert].to(x.dtype)
+        bias = getattr(base, f"{name}_bias")[expert].to(x.dtype) if base.has_bias else None
+        out = F.linear(x, weight.T if self.transposed else weight, bias)
+        if name in factors:
+            a, b, scale = factors[name][expert]
+            out = torch.addmm(out, F.linear(x, a), b.T, alpha=scale)
+        return out
+
+
+def nesting(count: int) -> list[str]:
+    """What PEFT adds to a module's name in the keys of its `count` parameters: the first's wrapper lies innermost."""
+    return [".base_layer" * depth for depth in reversed(range(count))]
+
+
+def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises UserError."""
+    shapes = dict[str, tuple[int, ...]]()
+    for name, parameters in resolve_parameters(model, spec.parameters).items():
+        module = model.get_submodule(name)
+        for nested, parameter in zip(nesting(len(parameters)), parameters, strict=True):
+            experts, *sides = module.get_parameter(parameter).shape
+            inputs = sides[0 if module.is_transposed else 1]
+            shapes[f"{name}{nested}{LINEAR_KEYS[0]}"] = (experts * spec.rank_of(f"{name}.{parameter}"), inputs)
+    return shapes
+
+
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, LoRAExperts]]:
+    """Every mixture whose experts have LoRA, with its full name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts))
+
+
+def adaptable_experts(module: nn.Module) -> bool:
+    """Whether LoRA can reach its experts: stacked ones of transformers' interface, with a gate."""
+    plain = getattr(module, "has_gate", False) and not getattr(module, "has_post_expert_norm", False)
+    own = module._parameters
+    return plain and all((p := own.get(name)) is not None and p.ndim == 3 for name in PROJECTIONS)
+
+
+def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
+    """Full name of a mixture → its parameters that `wanted` names, by the end of their full names, in its own order.
+
+    Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights of experts.
+    """
+    matched: dict[str, list[str]] = {}
+    missing = dict.fromkeys(wanted)
+    for name, module in model.named_modules():
+        for own in module._parameters:
+            targets = [target for target in wanted if matches_suffix(f"{name}.{own}", target)]
+            if targets and not (own in PROJECTIONS and adaptable_experts(module)):
+                raise UserError(
+                    f"target_parameters: {targets[0]!r} matches {name}.{own}, which is no stack of experts' weights. "
+                    f"{_known(model)}"
+                )
+            if targets:
+                matched.setdefault(name, []).append(own)
+            for target in targets:
+                missing.pop(target, None)
+    if missing:
+        raise UserError(f"target_parameters: {next(iter(missing))!r} matches no parameter. {_known(model)}")
+    return matched
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """What target_parameters may name in `model`: such as mlp.experts.gate_up_proj; of all blocks alike."""
+    ends = (name.split(".")[-2:] for name, module in model.named_modules() if adaptable_experts(module))
+    return list(dict.fromkeys(".".join([*end, projection]) for end in ends for projection in PROJECTIONS))
+
+
+def _known(model: nn.Module) -> str:
+    if known := expert_parameters(model):
+        return f"Name {' and '.join(known)}, or linears in target_modules."
+    return "The base has no experts that are stacked. Name its linears in target_modules instead."
+
+
+def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
+    """Raises UserError for options of LoRA that have no meaning for stacked experts, as in PEFT."""
+    options = {
+        "dora": spec.dora,
+        f"lora_dropout {spec.dropout:g}": spec.dropout,
+        f"init_lora_weights {init}": init == "pissa",
+    }
+    for option in (name for name, is_set in options.items() if is_set):
+        raise UserError(
+            f"target_parameters: LoRA on experts does not work with {option}. Unset it, or leave the experts out."
+        )
+
+
+def add_experts(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
+    """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
+
+    Raises UserError for a wrong name, or an option that does not work with them.
+    """
+    refuse_with_experts(spec, init)
+    for name, parameters in resolve_parameters(model, spec.parameters).items():
+        model.set_submodule(name, LoRAExperts(model.get_submodule(name), name, parameters, spec, dtype, init))

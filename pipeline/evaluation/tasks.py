@@ -1,0 +1,156 @@
+"""Tasks of the user's own, as their files say them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from pipeline.data.containers import read_rows
+from pipeline.data.formats import Record, read_list, read_string, refuse_unknown
+from pipeline.data.formats.messages import read_turns
+from pipeline.errors import UserError
+from pipeline.evaluation.kinds import KINDS, Kind, Score, TaskExample, TaskOptions
+from pipeline.files.text import abbreviate_repr
+from pipeline.project.params import strict_yaml
+from pipeline.project.params.schema import Names, ValueSource, check_value
+
+NAME = re.compile(r"[\w .-]{1,60}")
+MAX_YAML = 10_000_000  # characters: PyYAML takes a second for each million
+GENERATED = {
+    "max_new_tokens": Annotated[int, Meta(ge=1, le=65_536)],
+    "stop": Names,
+}  # options where answers are written
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples that are asked and scored alike."""
+
+    name: str
+    kind: Kind
+    options: Mapping[str, Any]
+    examples: Sequence[TaskExample]
+    score: Score
+
+
+def read_tasks(root: Path, names: Sequence[str]) -> list[Task]:
+    """The tasks in the files of evaluate.tasks, in their order; what they name must be among the files too, so that a
+    change of it makes the evaluation out of date. Python files among them are run. Raises UserError.
+    """
+    files = {(root / name).resolve(): name for name in names}
+    used, tasks = set[Path](), list[Task]()
+    for path, name in files.items():
+        for entry, location in _entries(path, name):
+            used |= {path, *((path.parent / str(entry[key])).resolve() for key in ("file", "scorer") if key in entry)}
+            task = _read_task(entry, location, name, path.parent, files)
+            if task.name in (each.name for each in tasks):
+                raise UserError(f"{location}: there are two tasks {task.name!r}. Rename one of them.")
+            tasks.append(task)
+    if idle := [name for path, name in files.items() if path not in used]:
+        raise UserError(
+            f"{idle[0]} is in evaluate.tasks, but no task is in it and none names it. Tasks are in .yaml files, and in "
+            '.jsonl files whose lines have a "kind".'
+        )
+    return tasks
+
+
+def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
+    """Each task of a file as it is written, and where; none of a file of other content."""
+    entries: Any = []
+    if path.suffix.lower() in (".yaml", ".yml"):
+        entries = _read_yaml(path, name)
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(
+                f"{name} must be a list of tasks, each with name, kind and examples, got {abbreviate_repr(entries)}."
+            )
+    elif path.suffix.lower() == ".jsonl" and "kind" in next(read_rows(path, name)).value:
+        entries = [row.value for row in read_rows(path, name)]
+    yield from ((entry, f"{name}: task {number}") for number, entry in enumerate(entries, 1))
+
+
+def _read_yaml(path: Path, name: str) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_YAML:
+            raise UserError(f"{name} has more than {MAX_YAML:,} characters. Put examples into a .jsonl file.")
+        tree = strict_yaml.load(text)
+        if strict_yaml.has_alias(text):
+            raise UserError(f"{name} refers to a value by *name. Write the value itself.")
+        return tree
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_task(entry: Record, location: str, file: str, folder: Path, files: Mapping[Path, str]) -> Task:
+    name, kind = entry.get("name"), KINDS.get(str(entry.get("kind")))
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"{location}: name must be a text of at most 60 letters, digits, spaces and ._-, got "
+            f"{abbreviate_repr(name)}."
+        )
+    location = f"{file}: {name}"
+    if kind is None:
+        raise UserError(
+            f"{location}: kind must be one of {', '.join(KINDS)}, got {abbreviate_repr(entry.get('kind'))}."
+        )
+    types: dict[str, Any] = {"chat": bool, **({} if kind.choices else GENERATED), **kind.options}
+    refuse_unknown(entry, ["name", "kind", "examples", "file", *types], location)
+    origin = ValueSource(file)
+    options = {
+        key: check_value(types[key], value, f"{location}: {key}", origin)
+        for key, value in entry.items()
+        if key in types
+    }
+    if ("examples" in entry) == ("file" in entry):
+        raise UserError(f"{location}: give examples, a list, or file, a data file with a row each.")
+    rows = _rows_of_file(entry, location, folder, files) if "file" in entry else _inline_rows(entry, location)
+    examples = [_read_example(row, where, kind, options.get("chat", False)) for row, where in rows]
+    return Task(name, kind, options, examples, kind.scorer(TaskOptions(options, location, folder, files)))
+
+
+def _inline_rows(entry: Record, location: str) -> Iterator[tuple[Record, str]]:
+    for number, row in enumerate(read_list(entry, "examples", location, "examples"), 1):
+        where = f"{location}, example {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where} must have keys such as prompt and answer, got {abbreviate_repr(row)}.")
+        yield row, where
+
+
+def _rows_of_file(
+    entry: Record, location: str, folder: Path, files: Mapping[Path, str]
+) -> Iterator[tuple[Record, str]]:
+    written = read_string(entry, "file", location)
+    path = (folder / written).resolve()
+    if path not in files:
+        raise UserError(
+            f"{location}: file {written} is not in evaluate.tasks. Add it there, so that a change of it counts."
+        )
+    for number, row in read_rows(path, files[path]):
+        if isinstance(row, str):
+            raise UserError(f"{files[path]}: a .txt file has no keys. Use .jsonl or .csv, with a column for each key.")
+        yield row, f"{files[path]}:{number}"
+
+
+def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExample:
+    """With the keys of the data formats too: messages, whose last answer is the expected one, and completion."""
+    prompt: Any
+    if "messages" in row:
+        prompt = read_turns(row, "messages", location).messages
+        if prompt[-1]["role"] == "assistant":
+            row, prompt = {"answer": prompt[-1]["content"], **row}, prompt[:-1]
+    elif isinstance(row.get("prompt"), list):
+        prompt = read_turns(row, "prompt", location).messages
+    else:
+        prompt = read_string(row, "prompt", location)
+        prompt = ({"role": "user", "content": prompt},) if chat else prompt
+    if "completion" in row:
+        row = {"answer": row["completion"], **row}
+    kind.check(row, location)
+    return TaskExample(prompt, row, location)

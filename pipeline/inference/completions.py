@@ -1,0 +1,54 @@
+"""The completions of many prompts by one model, computed in batches."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+
+from pipeline.inference import engine
+from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.model_pool import ModelPool
+
+BATCH = 16  # prompts that get a token from one forward
+
+
+def complete_all(loaded: LoadedModel, prompts: Sequence[str], limit: int, stops: Sequence[str] = ()) -> list[str]:
+    """The greedy continuation of each prompt, without white space around it: up to an end token, the first of `stops`
+    or `limit` tokens. Raises UserError as `engine.encode`.
+    """
+    requests = [Generation(loaded.name, engine.encode(loaded, prompt), limit) for prompt in prompts]
+    pool = ModelPool()
+    pool.add(loaded)
+    generator = BatchedGenerator(pool, BATCH, max_waiting=len(requests))
+    try:
+        # Submitted on the generator's own thread, between two steps: which prompts share a forward, and so the last
+        # bits of their logits, then does not depend on when this thread is awake.
+        texts = generator.call(lambda _: [_submit(generator, loaded, request, stops) for request in requests]).result()
+        wait(texts)
+        return [text.result() for text in texts]
+    finally:
+        generator.close()
+
+
+def _submit(
+    generator: BatchedGenerator, loaded: LoadedModel, request: Generation, stops: Sequence[str]
+) -> "Future[str]":
+    """The text that a request will give."""
+    done, pieces, decode_next = Future[str](), list[str](), loaded.tokenizer.stream()
+
+    def text() -> str:
+        whole = "".join(pieces)
+        return whole[: min((start for stop in stops if (start := whole.find(stop)) >= 0), default=len(whole))]
+
+    def on_token(token: GeneratedToken) -> None:
+        pieces.append(decode_next(token.id))
+        if stops and len(text()) < sum(map(len, pieces)):
+            ticket.cancel()
+
+    def on_end(reason: str | Exception) -> None:
+        if isinstance(reason, Exception):
+            done.set_exception(reason)
+        else:
+            done.set_result(text().strip())
+
+    ticket = generator.submit(request, on_token, on_end)
+    return done

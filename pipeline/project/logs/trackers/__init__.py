@@ -1,0 +1,52 @@
+"""One file a tracker, which `follower.py` finds by its name. Reading one imports nothing of the tracker's library.
+
+A tracker's file has LIBRARY, the module that must be installed; FOLDER, where it keeps its runs, relative to the
+project's; VIEW, what shows them; and a class Tracker.
+"""
+
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.project.logs.run_log import Sample
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run. `name`: unique, and the same again when the run resumes.
+
+    `place`: the stage, for a sweep stage/adapter. `is_new`: whether the tracker has nothing of it yet. Names and texts
+    are printable; values are finite.
+    """
+
+    project: str
+    place: str
+    name: str
+    params: Mapping[str, bool | int | float | str]
+    folder: Path
+    is_new: bool
+
+
+class Tracker(Protocol):
+    """A run as its tracker has it. Every method may raise whatever its library raises, and may never return."""
+
+    def __init__(self, run: TrackedRun) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log_text(self, step: int, samples: Sequence[Sample]) -> None: ...
+    def flush(self) -> None:
+        """Called after every batch: whoever looks at the tracker now sees it."""
+
+    def finish(self, state: str) -> None:
+        """The run is done, stopped or failed."""
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Any:
+    """A tracker's module."""
+    return import_module(f"{__name__}.{name}")

@@ -1,0 +1,71 @@
+"""Optuna's samplers (Akiba et al. 2019): a pass trains a generation, and the next learns from its held-out losses."""
+
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from math import ceil, inf
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.stages.searches import Search, SearchSettings, Trial, Values, check_trials, one_grid, rounded
+
+
+def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
+    """The next generation's combinations that are new; none once all `trials` are drawn."""
+    # The study is made anew from what was tried: with a seed the sampler draws the same again, so that a killed sweep
+    # has no state to keep but its adapters' losses.
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(sampler=_sampler(settings))
+    grid = one_grid(settings)
+    for start in range(0, settings.trials, settings.generation):
+        trials = [study.ask() for _ in range(min(settings.generation, settings.trials - start))]
+        asked: list[Values] = [
+            {key: _suggest(trial, key, options) for key, options in grid.items()} for trial in trials
+        ]
+        known = [one.values for one in tried]
+        if new := [values for n, values in enumerate(asked) if values not in (*known, *asked[:n])]:
+            return new
+        for trial, values in zip(trials, asked, strict=True):
+            loss = tried[known.index(values)].loss
+            study.tell(trial, inf if loss is None else loss)
+    return []
+
+
+def _sampler(settings: SearchSettings) -> Any:
+    from optuna import samplers
+
+    seed, first = settings.search_seed % 2**32, settings.generation  # a generation knows nothing of itself
+    if settings.sampler == "gp":
+        return samplers.GPSampler(seed=seed, n_startup_trials=first)
+    if settings.sampler == "qmc":
+        return samplers.QMCSampler(seed=seed)
+    return samplers.TPESampler(seed=seed, n_startup_trials=first, constant_liar=True)
+
+
+def _suggest(trial: Any, key: str, options: Any) -> Any:
+    if isinstance(options, tuple):  # by number: a value may be a list, which Optuna does not take
+        return options[trial.suggest_categorical(key, list(range(len(options))))]
+    low, high = options["low"], options["high"]
+    if isinstance(low, int):
+        return trial.suggest_int(key, low, high, log=options["log"])
+    return rounded(trial.suggest_float(key, low, high, log=options["log"]), low, high)
+
+
+def _check(settings: SearchSettings) -> None:
+    check_trials(settings)
+    if find_spec("optuna") is None:
+        raise UserError("search optuna needs the package optuna: pip install 'lora-workbench[optuna]'")
+
+
+SEARCH = Search(
+    ask,
+    lambda _settings: True,
+    reads=("trials", "search_seed", "sampler", "generation"),
+    passes=lambda settings: ceil(settings.trials / settings.generation),
+    compares=True,
+    check=_check,
+)

@@ -1,0 +1,164 @@
+"""A model that breaks evaluate.limits makes `lora evaluate` exit with 1, from the cache and under DVC too; its badge is
+shown where exactly this model was measured."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.export.model_card import card
+from pipeline.inference import catalog
+from pipeline.project.new_project import write_project
+from pipeline.project.status import Status
+from pipeline.workbench import open_project
+from tests.conftest import Lora
+from tests.helpers.projects import ROOT, folder_bytes, save
+
+BROKEN = "evaluate.limits={answers_kept: 1.0, new_loss: 100, variants: [lora, full]}"
+KEPT = "evaluate.limits={answers_kept: 0.0, task_drop: 1.0, tasks: {currencies: 0.0}, variants: lora}"
+
+
+@pytest.fixture
+def limited(houses: Path, tmp_path: Path) -> Iterator[Path]:
+    """The product's project, brief, with its tasks."""
+    shutil.copytree(houses, tmp_path / "p", ignore=shutil.ignore_patterns("document"))
+    yield tmp_path / "p"
+
+
+def metrics(root: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((root / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    return read
+
+
+def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Path, cli: Lora) -> None:
+    before = metrics(limited)
+    assert "gate" not in before
+    code, out, err = cli("evaluate", "--set", BROKEN, cwd=limited)
+    gate = metrics(limited)["gate"]
+    assert (code, gate["passed"], gate["variants"]) == (1, False, ["lora", "full"])
+    assert {(one["variant"], one["limit"], one["wanted"]) for one in gate["broken"]} <= {
+        (variant, "answers_kept", 1.0) for variant in ("lora", "full")
+    }
+    assert err.endswith(
+        f"error: evaluate.limits: {len(gate['broken'])} limits are broken, by lora, full. Train again with other "
+        "settings, or change the limits.\n"
+    )
+    for one in gate["broken"]:
+        assert any(line.split()[:2] == [one["variant"], one["limit"]] for line in out.splitlines())
+    assert {name: metrics(limited)[name] for name in before} == before, "the numbers are what they are"
+    made = folder_bytes(limited / "artifacts/evaluation")
+    code, out, err = cli("evaluate", "--set", BROKEN, cwd=limited)
+    assert (code, "taken from the cache" in err, "limits broken:" in out) == (1, True, True)
+    assert folder_bytes(limited / "artifacts/evaluation") == made
+    report = (limited / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
+    assert "**Limits broken:**" in report
+    assert "| Full fine-tuning | answers_kept | at least 1 |" in report
+    code, out, _ = cli("report", cwd=limited)
+    assert (code, "limits broken:" in out) == (0, True), "to look at it is no failure"
+
+
+def test_two_evaluations_give_the_same_bytes(limited: Path, cli: Lora) -> None:
+    assert cli("evaluate", "--set", KEPT, cwd=limited)[0] == 0
+    made = folder_bytes(limited / "artifacts/evaluation")
+    assert cli("evaluate", "--set", KEPT, "--force", cwd=limited)[0] == 0
+    assert folder_bytes(limited / "artifacts/evaluation") == made
+
+
+def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
+    adapter, full = limited / "artifacts/lora_adapter", limited / "artifacts/full_finetuned"
+
+    def badges() -> list[str | None]:
+        measured = catalog.measured([limited / "artifacts"])
+        return [catalog.check(catalog.describe(folder), limited, measured).gate for folder in (adapter, full)]
+
+    assert badges() == [None, None]
+    assert "gate" not in cli("adapters", cwd=limited)[1]
+    assert cli("evaluate", "--set", KEPT, cwd=limited)[0] == 0
+    assert badges() == ["passed", None], "full had none to keep"
+    assert "gate, the limits that were set for it: passed" in card(adapter)
+    assert "task currencies: score" in card(adapter)
+    heading, row = cli("adapters", cwd=limited)[1].splitlines()
+    assert ("gate" in heading, "passed" in row) == (True, True)
+    cli("evaluate", "--set", BROKEN, cwd=limited)
+    assert badges() == ["failed: 1 limit", "failed: 1 limit"]
+    assert json.loads(cli("adapters", "--json", cwd=limited)[1])[0]["gate"] == "failed: 1 limit"
+    assert (
+        cli("finetune", "lora", "--set", "finetune_lora.seed=5", cwd=limited)[0] == 0
+    )  # another adapter, not measured
+    assert badges() == [None, "failed: 1 limit"]
+    assert "gate" not in card(adapter)
+
+
+def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli: Lora) -> None:
+    def state() -> tuple[str, tuple[str, ...]]:
+        now = Status().of(open_project(limited / "params.yaml"))["evaluate"]
+        return now.state, now.reasons
+
+    save(limited / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
+    assert cli("evaluate", cwd=limited)[0] == 1
+    assert state() == ("current", ("gate failed: 1 limit",))
+    tasks = limited / "data/tasks.de.yaml"
+    tasks.write_text(tasks.read_text(encoding="utf-8").replace("answer: bett", "answer: sofa"), encoding="utf-8")
+    assert state() == ("changed", ("data/tasks.de.yaml changed",))
+
+
+@pytest.mark.slow
+def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(limited: Path) -> None:
+    params = limited / "params.yaml"
+    save(params, {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
+    write_project(open_project(params), params.read_text(encoding="utf-8"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "evaluate"]
+
+    def repro() -> tuple[bool, str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
+        done = subprocess.run(command, cwd=limited, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode == 0, done.stdout + done.stderr
+
+    for _ in range(2):  # again, as DVC locks no stage that failed
+        ended_well, said = repro()
+        assert (ended_well, "answers_kept  at least 1" in said) == (False, True), said
+        assert "error: evaluate.limits: 1 limit is broken, by lora." in said
+        assert not metrics(limited)["gate"]["passed"]
+    save(params, {"evaluate.limits": {"answers_kept": 0.0, "variants": ["lora"]}})
+    assert repro()[0]
+    ended_well, said = repro()
+    assert (ended_well, "didn't change, skipping" in said) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (
+            "{new_loss: 1, variants: [lora, lroa]}",
+            "evaluate.limits.variants: lroa is not a trained variant of this project",
+        ),
+        ("{new_loss: 1, variants: base}", "evaluate.limits.variants: base is not a trained variant of this project"),
+        (
+            "{tasks: {capital: 1}}",
+            "evaluate.limits.tasks: there is no task 'capital'. evaluate.tasks has old sentences, new",
+        ),
+    ],
+)
+def test_a_limit_that_could_never_count_is_refused(limited: Path, cli: Lora, limits: str, said: str) -> None:
+    code, out, err = cli("evaluate", "--set", f"evaluate.limits={limits}", cwd=limited)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {said}")
+
+
+def test_a_scorer_is_part_of_the_inputs(limited: Path, cli: Lora) -> None:
+    task = '{"name": "mine", "kind": "python", "scorer": "mine.py", "examples": [{"prompt": "der zug"}]}\n'
+    (limited / "data/mine.jsonl").write_text(task, encoding="utf-8")
+    (limited / "data/mine.py").write_text("def score(answer, example):\n    return 0.25\n", encoding="utf-8")
+    files = "evaluate.tasks=[data/mine.jsonl, data/mine.py]"
+    assert cli("evaluate", "--set", files, cwd=limited)[0] == 0
+    assert metrics(limited)["lora"]["tasks"]["mine"]["score"] == 0.25
+    (limited / "data/mine.py").write_text("def score(answer, example):\n    return 0.75\n", encoding="utf-8")
+    assert cli("evaluate", "--set", files, cwd=limited)[0] == 0
+    assert metrics(limited)["lora"]["tasks"]["mine"]["score"] == 0.75

@@ -1,0 +1,122 @@
+"""Each limit is kept at its number and broken beyond; what was not measured keeps none."""
+
+import math
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.evaluation.kinds import KINDS
+from pipeline.evaluation.limits import verdict
+from pipeline.project.gate import badge
+from pipeline.project.params.schema import ValueSource, check_value, hints
+from pipeline.project.params.sections import LIMITS, Evaluate
+from tests.helpers.projects import ROOT
+
+MEASURED: dict[str, Any] = {
+    "new_loss": 2.0,
+    "forgetting": {"loss_rise": 0.1, "answers_kept": 0.9, "divergence": 0.5},
+    "old_prompts": 4,
+    "old_prompts_kept": 3,
+    "tasks": {
+        "capitals": {"score": 0.8, "difference": {"score": -0.05}},
+        "sums": {"score": 1.0, "difference": {"score": 0.5}},
+    },
+}
+AT = {  # limit → a number that is just kept, one that is just broken, its name in the verdict, the value
+    "new_loss": (2.0, 1.999, "new_loss", 2.0),
+    "old_loss_rise": (0.1, 0.099, "old_loss_rise", 0.1),
+    "answers_kept": (0.9, 0.901, "answers_kept", 0.9),
+    "divergence": (0.5, 0.499, "divergence", 0.5),
+    "must_keep": (0.75, 0.751, "must_keep", 0.75),
+    "tasks": ({"capitals": 0.8, "sums": 1}, {"capitals": 0.801, "sums": 1}, "tasks.capitals", 0.8),
+    "task_drop": (0.05, 0.049, "task_drop.capitals", 0.05),
+}
+FILES: dict[str, Any] = {"old_data": "old.txt", "prompts": "prompts.yaml", "tasks": "tasks.yaml"}
+
+
+def test_every_limit_and_every_kind_is_tried_and_documented() -> None:
+    assert {*AT, "variants"} == set(LIMITS)
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in (*LIMITS, *KINDS) if f"\n| `{name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("limit", AT)
+def test_a_limit_is_kept_at_its_number_and_broken_just_beyond(limit: str) -> None:
+    kept, broken, name, value = AT[limit]
+    metrics = {"lora": MEASURED}
+    assert verdict({limit: kept}, metrics, ["lora"]) == {"passed": True, "variants": ["lora"], "broken": []}
+    wanted = broken["capitals"] if isinstance(broken, dict) else broken
+    assert verdict({limit: broken}, metrics, ["lora"]) == {
+        "passed": False,
+        "variants": ["lora"],
+        "broken": [{"variant": "lora", "limit": name, "wanted": wanted, "value": value}],
+    }
+
+
+@pytest.mark.parametrize("limit", [name for name in AT if name != "task_drop"])
+def test_what_was_not_measured_or_is_no_number_keeps_no_limit(limit: str) -> None:
+    kept, _, name, _ = AT[limit]
+    (broken, *_) = verdict({limit: kept}, {"lora": {}}, ["lora"])["broken"]
+    assert (broken["limit"], broken["value"]) == (name, None)
+    assert not verdict({"new_loss": 2.0}, {"lora": {"new_loss": math.nan}}, ["lora"])["passed"]
+
+
+def test_only_the_named_variants_must_keep_them() -> None:
+    metrics = {"full": {"new_loss": 3.0}, "lora": {"new_loss": 1.0}}
+    assert verdict({"new_loss": 2.0}, metrics, ["lora"])["passed"]
+    gate = verdict({"new_loss": 2.0, "variants": ["lora", "full"]}, metrics, ["full", "lora"])
+    assert [one["variant"] for one in gate["broken"]] == ["full"]
+    assert [badge({"gate": gate}, name) for name in ("full", "lora", "freeze", None)] == [
+        "failed: 1 limit",
+        "passed",
+        None,
+        "failed: 1 limit",
+    ]
+
+
+@pytest.mark.parametrize(
+    "gate", [None, [], "passed", 1, {}, {"variants": 1, "broken": []}, {"variants": ["lora"], "broken": [1]}]
+)
+def test_a_manifest_from_elsewhere_gives_no_badge(gate: Any) -> None:
+    assert badge({"gate": gate}, "lora") is None
+    assert badge({}, "lora") is None
+
+
+def limits(value: Any) -> Any:
+    return check_value(hints(Evaluate)["limits"], value, "evaluate.limits", ValueSource("params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            [1],
+            "evaluate.limits must be a mapping of limits, such as {old_loss_rise: 0.1, tasks: {capitals: 0.8}}, got",
+        ),
+        ({"newloss": 1}, "params.yaml: unknown key evaluate.limits.newloss. Did you mean new_loss?"),
+        ({"new_loss": "low"}, "evaluate.limits.new_loss must be a finite number, got 'low'. Edit params.yaml."),
+        ({"new_loss": -1}, "evaluate.limits.new_loss must be at least 0, got -1"),
+        ({"answers_kept": 90}, "evaluate.limits.answers_kept must be at most 1, got 90"),
+        (
+            {"tasks": 0.8},
+            "evaluate.limits.tasks must be a mapping of tasks to scores, such as {capitals: 0.8}, got 0.8",
+        ),
+        ({"tasks": {"capitals": 80}}, "evaluate.limits.tasks.capitals must be at most 1, got 80"),
+        ({"variants": 1}, "evaluate.limits.variants must be a name or a list of names, got 1"),
+    ],
+)
+def test_a_wrong_limit_is_refused_by_its_key(value: Any, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        limits(value)
+    assert str(error.value).startswith(said)
+
+
+def test_a_limit_on_what_is_not_measured_is_refused() -> None:
+    for limit, needed in (("divergence", "old_data"), ("must_keep", "prompts"), ("task_drop", "tasks")):
+        Evaluate(limits={limit: 0.5}, **FILES)
+        with pytest.raises(
+            UserError, match=f"^limits.{limit} is set, but evaluate.{needed} names no file to measure it"
+        ):
+            Evaluate(limits={limit: 0.5}, **{**FILES, needed: ""})
+    Evaluate(limits={"new_loss": 0.5})
