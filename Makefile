@@ -52,15 +52,17 @@ smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
 smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in projects of their own
 	@lora new smollm2-plain --params params.smollm2-plain.yaml > /dev/null
 	@lora new smollm2-qlora --params params.smollm2-qlora.yaml > /dev/null
+	@lora new smollm2-preferences --params params.smollm2-preferences.yaml > /dev/null
 	@lora new smollm2 --params params.smollm2.yaml > /dev/null
 	@$(MAKE) --no-print-directory $(SMOLLM2)
-	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/
+	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
 	@cd smollm2-plain && dvc repro && lora report
 	@cd smollm2-qlora && dvc repro evaluate && lora report
+	@cd smollm2-preferences && dvc repro && lora report
 	@cd smollm2 && dvc repro evaluate study_knowledge_correction study_learning_rate && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
-	@pytest -n 2 tests/journeys/test_smollm2.py
+	@pytest -n 2 tests/journeys/test_smollm2.py tests/journeys/test_smollm2_preferences.py
 
 $(SMOLLM2): | $(VENV)/.installed-real
 	@mkdir -p $(DOWNLOADS)

@@ -87,7 +87,7 @@ def card(
         _shell(commands) if library else _usage(adapter, folder_name or name, merged),
         _section("Method", _method(adapter, manifest, origin, merged)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
-        _section("Evaluation", _evaluation(adapter, metrics)),
+        _section("Evaluation", _evaluation(adapter, metrics, manifest)),
         _section("Merge", _merge(certificate or {}, quantization_of(adapter))),
         _section("Made with", made_with),
     ]
@@ -255,9 +255,12 @@ def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 
 
-def _evaluation(adapter: Path, metrics: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation(adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
     if (adapter / LOSS).exists():
         yield f"final training loss: {final_loss(read_steps(adapter / LOSS)):.4f} nats per token"
+    if preferences := manifest.get("preferences"):
+        before, after = (preferences[when]["accuracy"] for when in ("before", "after"))
+        yield f"held-out pairs whose chosen answer is likelier per token: {after:.1%}, {before:.1%} before training"
     if not metrics:
         yield "not evaluated: run `lora evaluate` where it was trained"
     if "new_loss" in metrics:

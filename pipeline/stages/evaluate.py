@@ -229,17 +229,20 @@ def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cost(project: Project, variant: str) -> dict[str, Any]:
-    """Parameter counts from the variant's manifest, and the size of its weights on disk."""
+    """What the variant's manifest has of parameters and preferences, and the size of its weights on disk."""
     base, adapter = project.variants[variant]
     stage = project.readable[adapter or base]
     folder = project.artifact(stage.name)
-    parameters = read_manifest(folder)["parameters"]
+    manifest = read_manifest(folder)
+    parameters = manifest["parameters"]
     cost: dict[str, Any] = {"parameters": parameters["total"], "bytes": weight_bytes(folder)}
     if stage.look:  # a method's, which trains
         cost |= {
             "trainable": parameters["trainable"],
             "trainable_percent": 100 * parameters["trainable"] / parameters["total"],
         }
+    if "preferences" in manifest:
+        cost["preferences"] = manifest["preferences"]
     return cost
 
 

@@ -11,7 +11,7 @@ from pipeline.project.stage_graph import Project, Stage
 
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
     *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
-    *("KL from\nbase", "answers\nkept"),
+    *("KL from\nbase", "answers\nkept", "prefers\nchosen"),
 )
 LEGEND = (  # a heading, and the line that explains it
     ("new\nloss", "new: the sentences trained on, or held out from training. loss: nats per token."),
@@ -19,6 +19,7 @@ LEGEND = (  # a heading, and the line that explains it
     ("old\nloss", "old: texts that were not trained on now. change: against the base."),
     ("KL from\nbase", "KL: of the next-token predictions, on old sentences."),
     ("answers\nkept", "answers kept: old next-token first choices that are still the base's."),
+    ("prefers\nchosen", "prefers chosen: held-out pairs whose chosen answer is likelier per token, before → after."),
     ("", "size: weights to store; an adapter's beside one copy of its base."),
 )
 
@@ -180,7 +181,7 @@ def legend(columns: Sequence[str]) -> str:
 
 
 def _cells(numbers: Mapping[str, Any]) -> list[str]:
-    trained, forgetting = numbers.get("trainable"), numbers.get("forgetting")
+    trained, forgetting, preferences = map(numbers.get, ("trainable", "forgetting", "preferences"))
     return [
         _count(trained) if trained else MISSING,
         f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
@@ -190,6 +191,7 @@ def _cells(numbers: Mapping[str, Any]) -> list[str]:
         f"{forgetting['loss_rise']:+.3f}" if forgetting else MISSING,
         f"{forgetting['divergence']:.3f}" if forgetting else MISSING,
         f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
+        " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after")) if preferences else MISSING,
     ]
 
 
@@ -212,6 +214,11 @@ def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Eval
             "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the next-token "
             "predictions on the old sentences, in nats. *Answers kept*: next-token first choices on the old sentences "
             "that are still the base's.",
+        ),
+        (
+            "prefers\nchosen",
+            "*Prefers chosen*: held-out pairs whose chosen answer has the higher mean log-probability per token, "
+            "before and after training.",
         ),
     )
     lines = [

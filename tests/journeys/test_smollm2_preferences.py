@@ -1,6 +1,7 @@
 """What `make smollm2` made of preferences on a real model, and TRL's losses on it. `make check-smollm2` runs this."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import load_pretrained
-from tests.helpers.projects import ROOT
+from tests.helpers.projects import ROOT, lora
 from tests.helpers.trl import CASES, compared
 
 PROJECT = ROOT / "smollm2-preferences"
@@ -56,3 +57,32 @@ def test_losses_rewards_and_gradients_are_trls(tmp_path: Path, case: str) -> Non
         assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     gradient, theirs = (torch.cat([pair[side].flatten() for pair in found.gradients.values()]) for side in (0, 1))
     assert (gradient - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_the_concise_answer_is_preferred_of_pairs_that_were_held_out_and_little_is_forgotten() -> None:
+    found = metrics()["dpo"]
+    before, after = (found["preferences"][when] for when in ("before", "after"))
+    assert before["accuracy"] <= 0.4 and before["margin"] < 0
+    assert after["accuracy"] >= 0.8 and after["margin"] > 0.5
+    assert found["forgetting"]["divergence"] < 0.06 and found["forgetting"]["answers_kept"] > 0.85
+    assert metrics()["gate"]["passed"]
+
+
+def test_answers_become_shorter() -> None:
+    samples = json.loads((MADE / "evaluation/samples.json").read_text(encoding="utf-8"))
+    base, trained = (sum(len(sample["answer"]) for sample in samples[name]) for name in ("base", "dpo"))
+    assert trained < base
+
+
+def test_the_gate_refuses_one_that_is_overtrained_though_it_prefers_better(tmp_path: Path) -> None:
+    project = tmp_path / "overtrained"
+    shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns("runs", "dpo_adapter", "evaluation"))
+    rate = ("--set", "finetune_dpo.learning_rate=0.01")
+    trained = lora("finetune", "dpo", *rate, cwd=project)
+    assert trained.returncode == 0, trained.stderr
+    done = lora("evaluate", *rate, cwd=project)
+    assert done.returncode == 1
+    found = metrics(project / "artifacts")
+    assert found["dpo"]["preferences"]["after"]["accuracy"] >= metrics()["dpo"]["preferences"]["after"]["accuracy"]
+    assert {one["limit"] for one in found["gate"]["broken"]} == {"divergence", "answers_kept"}
+    assert "divergence" in done.stdout + done.stderr
