@@ -1,5 +1,5 @@
-"""What compressing, damping and combining adapters costs: `python -m bench.compress` prints the tables of
-docs/shipping.md.
+"""What compressing, damping and combining adapters costs: `python -m bench.compress [FOLDER]` prints the tables of
+docs/shipping.md. In FOLDER its adapters are kept, and those that are there are not trained again.
 
 LoRA on every linear of the model of bench/real.py, in bf16, learns two tasks whose examples a rule makes. `learned` is
 the loss on examples of the task that were held out, `kept` the divergence from the base on data/heldout.en.txt.
@@ -7,6 +7,7 @@ the loss on examples of the task that were held out, `kept` the divergence from 
 
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.weights.combine import CombineOptions, Method
+from pipeline.weights.compare import Interference
 from pipeline.weights.compress import Limit, compress_adapter, total_error
 from pipeline.weights.import_adapter import combine_adapters
-from pipeline.weights.intruders import damp, intruders_of
+from pipeline.weights.intruders import Searched, damp, intruders_of
 
 KEPT = Path(__file__).resolve().parent.parent / "data/heldout.en.txt"
-EPOCHS, LEARNING_RATE, BATCH = 3, 1e-3, 8
+EPOCHS, BATCH = 3, 8
+LEARNING_RATE, HIGH = 1e-3, 1e-2  # at the first, no direction of this model becomes an intruder
 TRAINED, HELD_OUT = 192, 64  # examples
 TOP, EPSILON = 10, 0.5
 NAMES = ("Anna", "Boris", "Clara", "Dimitar", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Leon")
@@ -69,8 +72,11 @@ class Bench:
     before: EvalScores
     held_out: Mapping[str, Sequence[Example]]
 
-    def train(self, task: str, rank: int, examples: Sequence[Example]) -> Path:
-        """An adapter of this rank, with alpha twice as large."""
+    def train(self, task: str, rank: int, examples: Sequence[Example], learning_rate: float = LEARNING_RATE) -> Path:
+        """An adapter of this rank, with alpha twice as large; from an earlier run, if the folder has it."""
+        out = self.folder / f"{task}-{rank}-{learning_rate:g}"
+        if out.exists():
+            return out
         torch.manual_seed(0)
         tokenizer, model = load_tokenizer(self.base), load_pretrained(self.base, torch.bfloat16)
         spec = AdapterSpec(rank, 2 * rank, ALL_LINEAR)
@@ -81,7 +87,7 @@ class Bench:
             epochs=EPOCHS,
             batch_size=BATCH,
             window=0,
-            learning_rate=LEARNING_RATE,
+            learning_rate=learning_rate,
             schedule="linear",
             warmup_ratio=0.03,
             max_grad_norm=1.0,
@@ -89,10 +95,12 @@ class Bench:
         )
         for _ in steps(TrainingTask.of_one(model.train(), batches, settings, Lora()), FlatOptimizer(model)):
             pass
-        out = self.folder / f"{task}-{rank}"
         out.mkdir()
         save_adapter(out, model, spec, str(self.base))
         return out
+
+    def intruders(self, adapter: Path) -> list[Searched]:
+        return follow(intruders_of(self.base, adapter, TOP, EPSILON), "intruders")
 
     def measure(self, adapter: Path | None, *tasks: str) -> list[str]:
         """Cells: the loss on each task, the loss on the data to keep, and its divergence from the base."""
@@ -120,9 +128,9 @@ def compressed(bench: Bench, big: Path, small: Path) -> Iterator[list[str]]:
 
 def damped(bench: Bench, adapter: Path) -> Iterator[list[str]]:
     """The intruders of an adapter, scaled down."""
-    searched = follow(intruders_of(bench.base, adapter, TOP, EPSILON), "intruders")
+    searched = bench.intruders(adapter)
     count = sum(len(one.intruders) for one in searched)
-    yield [f"{count} intruders times", "learned: loss", "kept: loss", "kept: KL"]
+    yield [f"rank 8, learning rate {HIGH:g}: {count} intruders times", "learned: loss", "kept: loss", "kept: KL"]
     for factor in (1.0, 0.75, 0.5, 0.25, 0.0):
         out = bench.folder / f"damped-{factor:g}"
         damp(bench.base, adapter, out, searched, factor, {"top": TOP, "epsilon": EPSILON})
@@ -136,10 +144,12 @@ def combined(bench: Bench, adapters: Mapping[str, Path]) -> Iterator[list[str]]:
     for task, adapter in adapters.items():
         yield [f"{task} alone", "", *bench.measure(adapter, *adapters)]
     for method in get_args(Method):
-        out = bench.folder / method
-        options = CombineOptions(method, rank=16)
-        error = combine_adapters([*adapters.values()], [1.0] * len(adapters), options, bench.base, out)
+        out, found = bench.folder / method, list[Interference]()
+        options, weights = CombineOptions(method, rank=16), [1.0] * len(adapters)
+        error = combine_adapters([*adapters.values()], weights, options, bench.base, out, show=found.extend)
         yield [method, f"{error:.0%}", *bench.measure(out, *adapters)]
+    for pair in found:  # the same for every method
+        print(f"\ncosine {pair.cosine:.2f}, outputs in common {pair.outputs:.2f}, inputs {pair.inputs:.2f}")
 
 
 def print_table(rows: Iterator[list[str]]) -> None:
@@ -150,26 +160,31 @@ def print_table(rows: Iterator[list[str]]) -> None:
     print()
 
 
-def main() -> None:
+def main(folder: str = "") -> None:
     keep_freed_memory()
-    with base_model() as (base, name), tempfile.TemporaryDirectory() as made:
+    with base_model() as (base, name), tempfile.TemporaryDirectory() as temporary:
+        made = Path(folder or temporary)
+        made.mkdir(exist_ok=True)
         examples: dict[str, list[Example]] = {}
         for task in (dates, records):
-            draw, file = random.Random(0), Path(made) / f"{task.__name__}.jsonl"
+            draw, file = random.Random(0), made / f"{task.__name__}.jsonl"
             drawn = dict(task(draw) for _ in range(2 * (TRAINED + HELD_OUT)))  # by prompt: none is in both parts
             lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in drawn.items()]
             file.write_text("\n".join(lines[: TRAINED + HELD_OUT]), encoding="utf-8")
             examples[task.__name__] = read_examples(file, str(file))
         kept = read_examples(KEPT, str(KEPT))
         held_out = {task: rows[TRAINED:] for task, rows in examples.items()}
-        bench = Bench(base, Path(made), kept, score(load(base), kept), held_out)
+        bench = Bench(base, made, kept, score(load(base), kept), held_out)
         big, small = (bench.train("dates", rank, examples["dates"][:TRAINED]) for rank in (64, 8))
         other = bench.train("records", 8, examples["records"][:TRAINED])
         print(f"{name}, {TRAINED} examples, {EPOCHS} epochs, learning rate {LEARNING_RATE:g}, alpha = 2 · rank\n")
         print_table(compressed(bench, big, small))
-        print_table(damped(bench, small))
+        for adapter in (big, small):
+            print(f"intruders of {adapter.name}: {sum(len(one.intruders) for one in bench.intruders(adapter))}\n")
+        over = bench.train("dates", 8, examples["dates"][:TRAINED], HIGH)
+        print_table(damped(bench, over))
         print_table(combined(bench, {"dates": small, "records": other}))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -42,7 +42,13 @@ def test_compressing_damping_and_combining_have_a_table_each(
 ) -> None:
     toy_checkpoint(tmp_path / "toy", max_position_embeddings=128)
     monkeypatch.setenv("LORA_BENCH_BASE", str(tmp_path / "toy"))
-    for name, value in (("TRAINED", 16), ("HELD_OUT", 4), ("EPOCHS", 1), ("EPSILON", 1.0)):
+    for name, value in (
+        ("TRAINED", 16),
+        ("HELD_OUT", 4),
+        ("EPOCHS", 1),
+        ("EPSILON", 1.0),
+        ("HIGH", compress.LEARNING_RATE),
+    ):
         monkeypatch.setattr(compress, name, value)
     compress.main()
     tables = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]

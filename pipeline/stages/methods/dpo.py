@@ -33,6 +33,10 @@ class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
     data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
         "data/preferences.de.jsonl"
     )
+    learning_rate: Annotated[Rate, "of A and all else; lower than that of examples: answers are pushed away too"] = 5e-4
+    train_embeddings: Annotated[
+        Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
+    ] = "none"
     window: Annotated[Steps, "must be 0: an answer is compared as a whole"] = 0
     loss: Annotated[
         Literal["dpo", "ipo", "kto", "orpo", "simpo"],

@@ -132,6 +132,7 @@ BASES: dict[str, Arguments] = {
         "pretrain.epochs=2",
         "train_from_scratch.epochs=2",
         *(f"{stage}.epochs=6" for stage in FINETUNED),
+        *("finetune_dpo.train_embeddings=all", "finetune_dpo.learning_rate=2e-3"),
     ),
     "llama": (
         *SMALL,
