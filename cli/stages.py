@@ -204,7 +204,7 @@ def _choose(project: Project, max_divergence: float | None, apply: bool) -> None
     divergence = f", divergence {row['divergence']:.4f}" if front else ""
     print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
     if row["eval_loss"] is None:
-        print_line("No example is held out: the training loss decides. See finetune_lora.eval_share.")
+        print_line("No example is held out: the training loss decides. Set finetune_lora.eval_share.")
     if apply:
         _apply(project, row["values"])
 
