@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
+
+from pipeline.files.text import printable
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
@@ -97,6 +100,17 @@ class Lazy(Mapping[str, Any]):
         return len(list(self._names()))
 
 
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    """What Click says of wrong usage repeats what was typed, without what a terminal would obey."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            error.message = printable(error.message)  # type: ignore[attr-defined]
+        raise
+
+
 class Group(TyperGroup):
     """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
 
@@ -112,9 +126,14 @@ class Group(TyperGroup):
                 ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*args, **more)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_errors():
+                return super().invoke(ctx)
         except Exception as error:  # Typer does not export the class of an unknown option's error
             unknown: Any = error if hasattr(error, "option_name") else None
             if unknown and unknown.ctx and unknown.ctx.parent is ctx:  # of a command of this very group
