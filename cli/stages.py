@@ -184,7 +184,7 @@ def _sweep(
 
 def _choose(project: Project, max_divergence: float | None, apply: bool) -> None:
     """Print the table of a sweep's adapters and which of them to take; write its values into the params file."""
-    from cli.console import print_line, print_note, print_table
+    from cli.console import print_line, print_table
     from pipeline.evaluation.selection import choose, loss_of, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
@@ -204,7 +204,7 @@ def _choose(project: Project, max_divergence: float | None, apply: bool) -> None
     divergence = f", divergence {row['divergence']:.4f}" if front else ""
     print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
     if row["eval_loss"] is None:
-        print_note("No examples are held out: the training loss decides. Set finetune_lora.eval_share, such as to 0.1.")
+        print_line("No example is held out: the training loss decides. Set finetune_lora.eval_share.")
     if apply:
         _apply(project, row["values"])
 

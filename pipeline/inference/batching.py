@@ -97,10 +97,18 @@ class Running:
 
 
 class BatchedGenerator:
-    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach it by `call`."""
+    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach it by `call`.
+
+    Without a thread of its own (`threaded`), requests run when `run_all` is called.
+    """
 
     def __init__(
-        self, pool: ModelPool, max_batch: int = 16, max_waiting: int = 256, max_tokens: int = MAX_TOKENS
+        self,
+        pool: ModelPool,
+        max_batch: int = 16,
+        max_waiting: int = 256,
+        max_tokens: int = MAX_TOKENS,
+        threaded: bool = True,
     ) -> None:
         self.max_batch, self.max_waiting, self.max_tokens = max_batch, max_waiting, max_tokens
         self.tokens = 0  # generated since the start
@@ -110,8 +118,9 @@ class BatchedGenerator:
         self._changed = threading.Condition()  # guards what other threads write
         self._waiting, self._calls = deque[Ticket](), deque[Callable[[], None]]()
         self._running, self._closed = list[Running](), False
-        self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="generator", daemon=True) if threaded else None
+        if self._thread:
+            self._thread.start()
 
     @property
     def running(self) -> int:
@@ -189,12 +198,18 @@ class BatchedGenerator:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if self._thread and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
+
+    @torch.no_grad()
+    def run_all(self) -> None:
+        """Answer the requests that wait, here."""
+        while self._waiting or self._running:
+            self._turn()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -204,12 +219,7 @@ class BatchedGenerator:
                     self._changed.wait()
             while self._calls:
                 self._calls.popleft()()
-            self._drop_cancelled()
-            self._admit()
-            self._step()
-            if not self._running:
-                for batched in self._batched.values():
-                    batched.forget()
+            self._turn()
         for run in self._running:
             run.ticket.cancelled.set()
         for ticket in self._waiting:
@@ -217,6 +227,15 @@ class BatchedGenerator:
         self._drop_cancelled()
         while self._calls:
             self._calls.popleft()()
+
+    def _turn(self) -> None:
+        """A token for every request that there is room for."""
+        self._drop_cancelled()
+        self._admit()
+        self._step()
+        if not self._running:
+            for batched in self._batched.values():
+                batched.forget()
 
     def _drop_cancelled(self) -> None:
         with self._changed:

@@ -1,7 +1,7 @@
 """The completions of many prompts by one model, computed in batches."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 from pipeline.inference import engine
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
@@ -18,15 +18,11 @@ def complete_all(loaded: LoadedModel, prompts: Sequence[str], limit: int, stops:
     requests = [Generation(loaded.name, engine.encode(loaded, prompt), limit) for prompt in prompts]
     pool = ModelPool()
     pool.add(loaded)
-    generator = BatchedGenerator(pool, BATCH, max_waiting=len(requests))
-    try:
-        # Submitted on the generator's own thread, between two steps: which prompts share a forward, and so the last
-        # bits of their logits, then does not depend on when this thread is awake.
-        texts = generator.call(lambda _: [_submit(generator, loaded, request, stops) for request in requests]).result()
-        wait(texts)
-        return [text.result() for text in texts]
-    finally:
-        generator.close()
+    # Here and not on a thread: which prompts share a forward, and so the last bits of their logits, is always the same.
+    generator = BatchedGenerator(pool, BATCH, max_waiting=len(requests), threaded=False)
+    texts = [_submit(generator, loaded, request, stops) for request in requests]
+    generator.run_all()
+    return [text.result() for text in texts]
 
 
 def _submit(

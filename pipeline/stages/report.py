@@ -30,7 +30,7 @@ SCRATCH = (
 MISSING = "–"
 TASK_COLUMNS = ("task", "model", "score", "95% interval", "change", "its interval", "n")
 TASKS = (
-    "score: mean over the n examples, from 0 to 1. change: from the base's, example by example. Intervals: bootstrap."
+    "score: mean over the n examples, from 0 to 1. change: from the base's, example\nby example. Intervals: bootstrap."
 )
 UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 

@@ -91,7 +91,7 @@ def test_a_project_that_is_there_keeps_its_settings(cli: Lora, here: Path) -> No
     assert "No such file" in refusal(cli("new", "other", "--from", "gone.yml", cwd=here))
 
 
-@pytest.mark.parametrize(("key", "reason"), [("deepspeed=x", "--devices"), ("wandb_project=x", "loss.csv")])
+@pytest.mark.parametrize(("key", "reason"), [("deepspeed=x", "--devices"), ("wandb_project=x", "report_to")])
 def test_a_setting_without_a_counterpart_is_answered_with_the_reason(
     key: str, reason: str, cli: Lora, here: Path
 ) -> None:

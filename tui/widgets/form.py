@@ -104,9 +104,12 @@ def _parse_list(text: str) -> list[Any]:
 
 
 def parse_mapping(text: str) -> Any:
-    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping; any other text unchanged."""
+    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping, `{…}, {…}` as a list of them; any other text unchanged."""
     try:
-        items = yaml.load(text if text.strip().startswith("{") else f"{{{text}}}", _YamlLoader)
+        if text.strip().startswith("{"):
+            items = yaml.load(f"[{text}]", _YamlLoader)
+            return items[0] if len(items) == 1 else items
+        items = yaml.load(f"{{{text}}}", _YamlLoader)
     except (yaml.YAMLError, ValueError):
         return text
     return items if isinstance(items, dict) else text

@@ -34,6 +34,7 @@ from pipeline.project.params.load import Params
 from pipeline.project.params.schema import hints
 from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.evaluate import weight_bytes
+from pipeline.stages.searches import grids
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.process import Forked
@@ -410,8 +411,9 @@ def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Pa
         model: Any = nn.ModuleDict({name: nn.Linear(2, 2) for name in linears})
         settings = params.of(StudyKnowledgeCorrection)
         return [
-            run.sections["finetune_sweep"].grid.get("target_modules")
+            grid.get("target_modules")
             for run in runs_of(settings, params.finetune_lora, model)
+            for grid in grids(run.sections["finetune_sweep"])
         ]
 
     every = params.finetune_lora.target_modules

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def start(pool: ModelPool) -> Iterator[Start]:
     """Starts a generator, which is closed after the test."""
     started: list[BatchedGenerator] = []
 
-    def start_one(models: ModelPool = pool, **options: int) -> BatchedGenerator:
+    def start_one(models: ModelPool = pool, **options: Any) -> BatchedGenerator:
         started.append(BatchedGenerator(models, **options))
         return started[-1]
 

@@ -27,7 +27,9 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
     assert not set(child.stages) & set(parent.stages) - {"evaluate"}
     assert (
-        set(child.readable) == set(GRAPH.stages) - {"finetune_ia3", "import"} == set(child.stages) | set(parent.stages)
+        set(child.readable)
+        == set(GRAPH.stages) - {"finetune_ia3", "finetune_dpo", "import"}
+        == set(child.stages) | set(parent.stages)
     )
     assert child.artifact("finetune_lora") == parent.artifact("finetune_lora") == houses / "artifacts/lora_adapter"
     assert child.artifact_name("finetune_lora") == "../artifacts/lora_adapter"
@@ -37,7 +39,7 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     assert list(child.variants) == [
         stage.variant
         for name, stage in GRAPH.product.items()
-        if stage.variant and name not in ("finetune_ia3", "import")
+        if stage.variant and name not in ("finetune_ia3", "finetune_dpo", "import")
     ]
 
 

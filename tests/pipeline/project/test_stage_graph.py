@@ -149,7 +149,7 @@ def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_a
             changed |= {str(Path(out).parent if "evaluation" in out else out) for out in stage["outs"]}
     assert concerned == {
         *("finetune_sweep", "evaluate", "figures", "claims"),
-        *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting")),
+        *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting", "learning_rate")),
     }
 
 

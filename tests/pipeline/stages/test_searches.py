@@ -318,11 +318,11 @@ def test_apply_after_a_sweep_that_failed_writes_nothing(mini: Path, cli: Any) ->
 
 
 def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(mini: Path, tmp_path: Path, cli: Any) -> None:
-    code, _, err = cli("finetune", "sweep", "--over", "learning_rate", "--set=finetune_lora.epochs=1", cwd=mini)
+    code, out, err = cli("finetune", "sweep", "--over", "learning_rate", "--set=finetune_lora.epochs=1", cwd=mini)
     assert code == 0, err
     rows = json.loads((mini / "artifacts/sweep/sweep.json").read_text(encoding="utf-8"))
     assert [row["values"]["learning_rate"] for row in rows.values()] == [0.00022, 0.00067, 0.002, 0.006, 0.018]
-    assert "Set finetune_lora.eval_share" in err, "the training loss decides, and that is said"
+    assert "Set finetune_lora.eval_share" in out, "the training loss decides, and that is said"
     toy_checkpoint(tmp_path / "toy")
     imported = open_project(mini / "params.yaml", [f"base={tmp_path}/toy", "finetune_lora.rank=2"])
     assert grid_around(imported, ["learning_rate", "rank"]) == {

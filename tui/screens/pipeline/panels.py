@@ -142,6 +142,8 @@ def fields_of(stage: str, section: Section, source: str) -> list[FormField]:
     for key in sorted(hints(kind), key=lambda key: sum(key in base for base in bases)):
         hint = value_type(kind, key)
         origin, arguments = get_origin(hint), get_args(hint)
+        if origin is UnionType and str not in arguments:  # a mapping, or a list of them
+            origin = Mapping
         fields.append(
             FormField(
                 key,

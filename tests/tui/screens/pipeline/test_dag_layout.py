@@ -28,7 +28,7 @@ def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None
         "                             ├▶ * finetune_prefix ──────────────┤",
         "                             ├▶ * finetune_prompt ──────────────┘",
         "                             └▶ * finetune_sweep",
-        "studies * * * * * * * * * ─▶ * figures ─▶ * claims",
+        "studies * * * * * * * * * * ─▶ * figures ─▶ * claims",
     ]
 
 

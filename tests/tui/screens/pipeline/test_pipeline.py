@@ -246,7 +246,7 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
         assert grid.value == "rank: [1, 2, 4, 8]"
         assert "Enter writes it" not in str(rule.content), "nothing was typed"
         for text, problem in (
-            ("rank: 4", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], got 4"),
+            ("rank: 4", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range"),
             ("rank: [0]", "finetune_sweep.grid.rank must be at least 1, got 0"),
             ("rnk: [1]", "finetune_sweep.grid.rnk: adapters that train together can differ in seed, "),
             ("rank: [1, 2", "finetune_sweep.grid must be a mapping of keys to lists of values"),
