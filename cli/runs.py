@@ -1,5 +1,8 @@
-"""`lora runs`: the training runs of a project, and sending finished ones to a tracker."""
+"""`lora runs`: the training runs of a project; trackers that follow a run, and sending finished ones to them."""
 
+from __future__ import annotations
+
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,8 +11,12 @@ from typer import Argument, Context, Option
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project_of
 
 if TYPE_CHECKING:
+    from pipeline.project.logs.follower import Follower
     from pipeline.project.logs.runs import Run
+    from pipeline.project.runner import Event, Job
     from pipeline.project.stage_graph import Project
+
+FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 app = group()
 runs = group(help="List training runs; send finished ones to a tracker.", invoke_without_command=True)
@@ -92,14 +99,14 @@ def export(
         print_line(f"{run.label}  sent; {follower.view}")
 
 
-def _find(project: "Project") -> "list[Run]":
+def _find(project: Project) -> list[Run]:
     from pipeline.project.logs.runs import discover_runs
     from pipeline.workbench import GRAPH
 
     return discover_runs(project.root, project, GRAPH)
 
 
-def _select(found: "list[Run]", name: str | None) -> "list[Run]":
+def _select(found: list[Run], name: str | None) -> list[Run]:
     """The runs that are meant. Raises UserError if there is none."""
     from pipeline.errors import UserError
     from pipeline.project.logs.runs import SHORT_KEY
@@ -111,3 +118,48 @@ def _select(found: "list[Run]", name: str | None) -> "list[Run]":
     if not chosen:
         raise UserError(f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys.")
     return chosen
+
+
+def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
+    """A process for each tracker of `report_to`; a note on each that is not installed."""
+    from pipeline.project.logs import run_state
+    from pipeline.project.logs.follower import Followed, Follower, missing
+    from pipeline.project.runner import Note
+
+    project, stage, journal, started = job.project, job.stage, run_state.read(job.run), list[Follower]()
+    for name in project.params.report_to if journal else ():
+        if why := missing(name):
+            yield Note(f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to {name}`")
+            continue
+        followed = Followed(
+            root=str(project.root),
+            stage=stage.name,
+            sweeps=stage.kind == "adapters",
+            key=job.key,
+            params=job.input_facts["params"],
+            artifact=str(project.cache / stage.name / job.key),
+            run=str(job.run),
+            started=journal.started if journal else 0.0,
+        )
+        try:
+            started.append(Follower(name, followed))
+        except OSError as error:  # no process, no folder: not the training's concern
+            yield Note(f"{stage.name}: report_to: {name} cannot be started: {error.strerror}")
+            continue
+        yield Note(f"{stage.name}: {name} follows the run: {started[-1].view}", routine=True)
+    return started
+
+
+def finish_trackers(followers: list[Follower]) -> None:
+    """Give the trackers a moment to read the end of the run, and say which of them failed or are still at it."""
+    from time import monotonic
+
+    from cli.console import print_note
+
+    until = monotonic() + FINISHING
+    for one in followers:
+        if not one.wait(max(0.0, until - monotonic())):
+            print_note(f"{one.name} is still reading the run's log, and ends by itself.")
+        elif problem := one.problem():
+            again = f"Send the run with `lora runs export --to {one.name}`"
+            print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")

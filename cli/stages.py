@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from pipeline.project.runner import Event, Job
     from pipeline.project.stage_graph import Project, Stage
 
-FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
-
 
 def _method_names() -> list[str]:
     from pipeline.stages.registry import METHODS
@@ -374,7 +372,9 @@ def run_stage(
     def work(job: Job) -> Generator[Event, None, Facts]:
         yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
         if project.params.report_to and stage.trains and world().is_main_process:
-            followers.extend((yield from _start_trackers(job)))
+            from cli.runs import start_trackers
+
+            followers.extend((yield from start_trackers(job)))
         return (yield from stage.run(replace(job, sharded=shard)))
 
     if world().world_size == 1:
@@ -388,7 +388,10 @@ def run_stage(
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
-    _finish_trackers(followers)
+    if followers:
+        from cli.runs import finish_trackers
+
+        finish_trackers(followers)
     # One line: where the artifact is and what can be said of it at once.
     parts, folder = [project.artifact_name(name)], project.artifact(name)
     if parameters := manifest.get("parameters"):
@@ -402,48 +405,3 @@ def run_stage(
     if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
-
-
-def _start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
-    """A process for each tracker of `report_to`; a note on each that is not installed."""
-    from pipeline.project.logs import run_state
-    from pipeline.project.logs.follower import Followed, Follower, missing
-    from pipeline.project.runner import Note
-
-    project, stage, journal, started = job.project, job.stage, run_state.read(job.run), list[Follower]()
-    for name in project.params.report_to if journal else ():
-        if why := missing(name):
-            yield Note(f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to {name}`")
-            continue
-        followed = Followed(
-            root=str(project.root),
-            stage=stage.name,
-            sweeps=stage.kind == "adapters",
-            key=job.key,
-            params=job.input_facts["params"],
-            artifact=str(project.cache / stage.name / job.key),
-            run=str(job.run),
-            started=journal.started if journal else 0.0,
-        )
-        try:
-            started.append(Follower(name, followed))
-        except OSError as error:  # no process, no folder: not the training's concern
-            yield Note(f"{stage.name}: report_to: {name} cannot be started: {error.strerror}")
-            continue
-        yield Note(f"{stage.name}: {name} follows the run: {started[-1].view}", routine=True)
-    return started
-
-
-def _finish_trackers(followers: list[Follower]) -> None:
-    """Give the trackers a moment to read the end of the run, and say which of them failed or are still at it."""
-    from time import monotonic
-
-    from cli.console import print_note
-
-    until = monotonic() + FINISHING
-    for one in followers:
-        if not one.wait(max(0.0, until - monotonic())):
-            print_note(f"{one.name} is still reading the run's log, and ends by itself.")
-        elif problem := one.problem():
-            again = f"Send the run with `lora runs export --to {one.name}`"
-            print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")

@@ -44,11 +44,15 @@ class Attached:
 
 
 class Prepared(NamedTuple):
-    """The batches of a run, what it is evaluated on, and how its losses are computed."""
+    """The batches of a run, what it is evaluated on, and how its losses are computed.
+
+    `facts`: entries of the manifest that are measured on the data after training.
+    """
 
     batches: Batches
     evaluation: Evaluation | None
     path: LossPath
+    facts: Callable[[], Facts] = dict
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
@@ -91,7 +95,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
             return save_checkpoint(job, base, optimizer, trained_from=stored)
         save_logs(job.run, job.out)
         state = save_state(job, optimizer, continued.seen) if getattr(settings, "save_optimizer", False) else {}
-        return {**save_adapter_of(job, base, attached.save, job.out, trainable), **state}
+        return {**save_adapter_of(job, base, attached.save, job.out, trainable), **state, **data.facts()}
 
     return TrainingSetup(base, task, save)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pipeline.calc.method import FinetuningMethod
@@ -17,11 +15,9 @@ from pipeline.stages.methods import lora, method
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
-    from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached, Prepared
-    from pipeline.training.preferences.losses import Answers
 
 
 class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
@@ -75,7 +71,7 @@ STAGE = method(
     FinetuneDpo,
     output="dpo_adapter",
     kind="adapter",
-    data=("data", "eval_data", "retention_data", "init_from"),
+    data=lora.STAGE.data,
     summary="Train on preferences",
     title="DPO",
     look=Look("#56B4E9", "▶", (0, (5, 1, 1, 1)), "oo"),
@@ -84,60 +80,45 @@ STAGE = method(
 )
 
 
-@dataclass
-class HeldOut:
-    """The pairs that training does not see, if there are any, and what the model prefers of them before it."""
-
-    pairs: Answers | None = None
-    before: Mapping[str, float] = field(default_factory=dict)
-
-    def facts(self, model: CausalLM) -> Facts:
-        """The manifest's entry, after training."""
-        from pipeline.training.distributed import is_sharded
-        from pipeline.training.preferences.data import preferred
-
-        if self.pairs is None or is_sharded(model):
-            return {}
-        return {"preferences": {"before": self.before, "after": preferred(model, self.pairs)}}
-
-
 def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None, Attached]:
     """LoRA, new or of an earlier run, that is trained on preferences."""
     attached = yield from lora.attach(job, settings, base)
-    held_out, save_files = HeldOut(), attached.save
-    assert save_files is not None
-
-    def save(out: Path) -> Facts:
-        return {**save_files(out), **held_out.facts(base.model)}
-
-    prepared = partial(prepare, continues=bool(settings.init_from), held_out=held_out)
-    return replace(attached, prepare=prepared, save=save)
+    return replace(attached, prepare=prepare)
 
 
-def prepare(
-    job: Job, settings: FinetuneDpo, base: Base, first: int, *, continues: bool, held_out: HeldOut
-) -> Generator[Event, None, Prepared]:
+def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generator[Event, None, Prepared]:
     """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
     from pipeline.stages.finetune import Prepared
+    from pipeline.training.distributed import is_sharded
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
     from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
     from pipeline.training.step import Evaluation
 
     answers = yield from build_answers(job, settings, settings.loss, base)
+    as_base = settings.reference == "base" or not settings.init_from
     if settings.loss in WITH_REFERENCE:
-        answers = yield from with_reference(job, base, answers, settings.reference == "base" or not continues)
-    training, others = answers
-    if others is not None and settings.loss != "kto" and job.key:  # whose answers are no pairs; a trial asks for none
-        held_out.pairs, held_out.before = others, preferred(base.model, others)
+        answers = yield from with_reference(job, base, answers, as_base)
+    training, held_out = answers
     whole = settings.loss == "orpo"
     batches = AnswerBatches(
         training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first, whole
     )
-    evaluation = None
-    if others is not None:
-        in_order = AnswerBatches(others, settings.batch_size, None, whole=whole)
-        evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
-    return Prepared(batches, evaluation, PreferencePath(base.model, settings))
+    path = PreferencePath(base.model, settings)
+    if held_out is None:
+        return Prepared(batches, None, path)
+    in_order = AnswerBatches(held_out, settings.batch_size, None, whole=whole)
+    evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
+    if settings.loss == "kto" or not job.key:  # whose answers are no pairs; a trial asks for none
+        return Prepared(batches, evaluation, path)
+    known = None if settings.init_from and as_base else held_out.reference  # of the model as it is now
+    before = preferred(base.model, held_out, known)
+
+    def facts() -> Facts:
+        if is_sharded(base.model):
+            return {}
+        return {"preferences": {"before": before, "after": preferred(base.model, held_out)}}
+
+    return Prepared(batches, evaluation, path, facts)
 
 
 class Dpo(lora.Lora):

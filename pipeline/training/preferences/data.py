@@ -176,18 +176,19 @@ def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[
 
 
 @torch.no_grad()
-def preferred(model: CausalLM, pairs: Answers) -> dict[str, float]:
+def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) -> dict[str, float]:
     """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean log-probability per token.
     `margin`: the mean difference, in nats per token.
 
-    Per token: of two sums the shorter answer has nearly always the higher one. All of it on this rank: after training
-    the others are gone.
+    Per token: of two sums the shorter answer has nearly always the higher one. `log_probs`: the sums, (2n,), where they
+    are known. Otherwise all of it is computed on this rank: after training the others are gone.
     """
-    move_for_inference(model)
     starts = range(0, len(pairs.windows), SCORED_TOGETHER)
-    parts = (batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts)
-    likelihoods = [likelihood(model, part.to(model.device)) for part in parts]
-    model.to("cpu")  # the training loop moves it to its device, or shards it
-    means = torch.cat([(one.summed / one.counts).cpu() for one in likelihoods]).double()
+    parts = [batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts]
+    if log_probs is None:
+        move_for_inference(model)
+        log_probs = torch.cat([likelihood(model, part.to(model.device)).summed.cpu() for part in parts])
+        model.to("cpu")  # the training loop moves it to its device, or shards it
+    means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}
