@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -81,6 +81,7 @@ class VerificationResult:
     kept: float | None = None  # share of the answers to old sentences that are still the base's
     learned: float | None = None  # share of the new sentences that it completes
     new_loss: float | None = None  # on the new sentences, in nats per token
+    digest: str = ""  # of its files, by which evaluations name it; "" if that is not known
 
 
 def adapters(
@@ -246,12 +247,11 @@ def check(
         if not (model.path / artifact.MANIFEST).exists():
             read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
             # the files of an adapter are few; a base would be hashed for nothing, as only adapters are measured alone
-            digest = artifact.contents_digest(contents(model.path)) if model.kind == "adapter" and measurements else ""
-            return VerificationResult(UNBOUND, NOT_CHECKED, *_measured_scores(measurements.get(digest, {})))
+            digest = artifact.contents_digest(contents(model.path)) if model.kind == "adapter" else ""
+            return scored(VerificationResult(UNBOUND, NOT_CHECKED, digest=digest), measurements)
         adapter = model.kind == "adapter"  # verified above
         manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        metrics = measurements.get(artifact.sealed_digest(manifest), {})
-        return VerificationResult(VERIFIED, None, *_measured_scores(metrics))
+        return scored(VerificationResult(VERIFIED, digest=artifact.sealed_digest(manifest)), measurements)
     except UserError as error:
         return VerificationResult(REFUSED, str(error))
     except OSError as error:
@@ -260,8 +260,9 @@ def check(
         return VerificationResult(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
 
 
-def _measured_scores(metrics: Mapping[str, Any]) -> tuple[float | None, Any, float | None, float | None, float | None]:
-    """The fields of a VerificationResult from an evaluation's metrics, which another tool may have written."""
+def scored(verdict: VerificationResult, measurements: Measurements) -> VerificationResult:
+    """The verdict with what an evaluation measured of these files; another tool may have written it."""
+    metrics = measurements.get(verdict.digest, {})
 
     def number(read: Callable[[], Any]) -> float | None:
         try:
@@ -269,12 +270,13 @@ def _measured_scores(metrics: Mapping[str, Any]) -> tuple[float | None, Any, flo
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
 
-    return (
-        number(lambda: metrics["forgetting"]["loss_rise"]),
-        metrics.get("gate"),
-        number(lambda: metrics["forgetting"]["answers_kept"]),
-        number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
-        number(lambda: metrics["new_loss"]),
+    return replace(
+        verdict,
+        forgetting=_measured_forgetting(verdict.digest, measurements),
+        gate=metrics.get("gate"),
+        kept=number(lambda: metrics["forgetting"]["answers_kept"]),
+        learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
+        new_loss=number(lambda: metrics["new_loss"]),
     )
 
 
