@@ -151,7 +151,7 @@ async def test_the_palette_has_commands_of_all_screens_params_stages_and_docs(em
         from tui.palette import Everything
 
         app.state.prompts = ["der wind"]
-        palette = Everything(app.screen)  # type: ignore[arg-type]  # a screen is one
+        palette = Everything(app.screen)
         await palette.startup()
         texts = [command.text for command in palette._commands]
         assert "finetune_lora.rank: 4" in texts and "Stage finetune_lora" in texts
@@ -197,7 +197,12 @@ async def test_nothing_is_started_while_the_params_are_broken(empty: Path, monke
 async def test_stop_asks_first(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: list[str] = []
     monkeypatch.setattr(Runner, "running", lambda _: Running(1, "dvc repro", 0.0))
-    monkeypatch.setattr(Runner, "stop", lambda _: stopped.append("x") or "Stopping.")
+
+    def stop(_: Runner) -> str:
+        stopped.append("x")
+        return "Stopping."
+
+    monkeypatch.setattr(Runner, "stop", stop)
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: app.project_watch.pipeline is not None)
@@ -276,6 +281,5 @@ async def test_the_header_fits_and_names_the_screen_shown(empty: Path, width: in
         text = str(header.render())
         assert len(text) <= width or width == 30
         assert "Pipeline" in text
-        assert (
-            ("64%" in text) == (width > 30) and ("~/app" in text) <= (width >= 120) and "~/app" in text
-        ) or width < 200
+        assert ("64%" in text) == (width > 30)
+        assert ("~/app" in text) == (width >= 120) or width == 120  # its place depends on the number of screens
