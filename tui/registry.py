@@ -28,5 +28,5 @@ SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
 }
