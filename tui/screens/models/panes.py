@@ -53,6 +53,7 @@ class ModelsPane(Pane):
         super().__init__(id="list")
         self.table = ModelTable()
         self._nothing = Static(SEARCHING, id="none", markup=False)
+        self._facts: Sequence[str] = ()
 
     def contents(self) -> Iterable[Widget]:
         yield self._nothing
@@ -65,7 +66,11 @@ class ModelsPane(Pane):
         self.set_class(not entries, "-none")
         self.table.show(entries, chosen, busy)
         unchecked = sum(entry.verdict is None for entry in entries)
-        self.show_title(f"{len(entries):,}", *[f"checking {unchecked:,}"] * bool(unchecked))
+        self._facts = [f"{len(entries):,}", *[f"checking {unchecked:,}"] * bool(unchecked)] * bool(entries)
+        self.show_title()
+
+    def show_title(self, *facts: str | Text, title: str = "") -> None:
+        super().show_title(*(facts or self._facts), title=title)
 
     def filtered(self, text: str) -> None:
         self.table.filter(text)
@@ -90,14 +95,17 @@ class DetailsPane(Pane):
     def contents(self) -> Iterable[Widget]:
         yield self._details
 
-    def show(self, details: Details | None) -> None:
-        title = Text("Model")
-        if details:
-            name = look_name(details.entry)
-            sign = method_look(name).sign
-            title = Text.assemble((f"{sign} ", method_style(name, self.background_colors[1])), details.entry.label)
-        self.border_title = title
+    def show(self, details: Details) -> None:
+        name = look_name(details.entry)
+        sign = method_look(name).sign
+        label = details.entry.label
+        self.border_title = Text.assemble((f"{sign} ", method_style(name, self.background_colors[1])), label)
         self._details.show(details)
+
+    def show_folder(self, entries: Sequence[Entry]) -> None:
+        """What is in the folder under the cursor; nothing without one."""
+        self.border_title = Text(entries[0].group if entries else self.TITLE)
+        self._details.show_folder(entries)
 
 
 class PromptPane(Pane):

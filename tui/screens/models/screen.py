@@ -284,8 +284,9 @@ class ModelsScreen(WorkbenchScreen):
         entry = self.table.pointed
         self._visible = self.table.visible_paths()
         if entry is None:
+            self.workers.cancel_group(self, "details")
             self.details = None
-            self.details_pane.show(None)
+            self.details_pane.show_folder(self.table.pointed_entries)
         elif self.details is None or self.details.entry != entry:
             self._read(entry)
         if not self.chosen:
@@ -294,12 +295,10 @@ class ModelsScreen(WorkbenchScreen):
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
         entry, documents = await asyncio.to_thread(lambda: (self.library.read(entry), read_documents(entry.model.path)))
-        newest = next(
-            (other for other in self.entries if other.model.path == entry.model.path and other.verdict), entry
-        )
-        self.details = Details(newest, *documents)
-        if newest.model.scales:
-            self.details.spectrum = await asyncio.to_thread(self._kept_spectrum, newest)
+        checked = (other for other in self.entries if other.model.path == entry.model.path and other.verdict)
+        entry = next(checked, entry)
+        spectrum = await asyncio.to_thread(self._kept_spectrum, entry) if entry.model.scales else None
+        self.details = Details(entry, *documents, spectrum)
         self.details_pane.show(self.details)
 
     @on(ModelTable.Chosen)
@@ -325,7 +324,7 @@ class ModelsScreen(WorkbenchScreen):
     async def action_sort(self) -> None:
         current = self.table.sort_column
         choices = sort_choices(current, self.table.reverse)
-        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else ""))
+        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else "kept"))
         if label is not None:
             self.table.sort(BY_LABEL.get(label))
 
