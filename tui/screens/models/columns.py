@@ -118,7 +118,7 @@ COLUMNS = (
     Column("targets", 12, lambda e, _: Text(short_targets(e.model.targets)), lambda e: e.model.targets or None, 12),
     Column("made", 12, lambda e, _: Text(format_time(e.model.when)), lambda e: e.model.when, 9, falls=True),
     Column("✓", 1, _sign, lambda e: e.state, 4),
-    Column("state", 22, _state, lambda e: e.state + e.gate, 13),
+    Column("state", 24, _state, lambda e: e.state + e.gate, 13),
 )
 BY_LABEL = {column.label: column for column in COLUMNS}
 

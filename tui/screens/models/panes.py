@@ -1,25 +1,20 @@
 """The three panes of the screen: the models, the one under the cursor, and the prompt with its answers."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
-from textual import on
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
-from tui.screens.models.answers import Answers
 from tui.screens.models.columns import look_name
 from tui.screens.models.details import Details, ModelDetails
 from tui.screens.models.table import ModelTable
 from tui.services.model_library import Entry
-from tui.services.vocabulary import unknown_words
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane
-from tui.widgets.prompting import EngineBar, PromptInput, Slider
 
 SEARCHING = "looking for models…"
 NO_MODELS = "No models yet. R runs the pipeline, which makes some; f searches another folder."
@@ -106,55 +101,3 @@ class DetailsPane(Pane):
         """What is in the folder under the cursor; nothing without one."""
         self.border_title = Text(entries[0].group if entries else self.TITLE)
         self._details.show_folder(entries)
-
-
-class PromptPane(Pane):
-    TITLE = "Prompt"
-    HELP = (
-        "Enter asks all chosen models, or the one under the cursor. The table has the most likely next tokens of each, "
-        "in percent, and how that differs from the first; below are the answers.\n\n"
-        "`[` and `]` weaken and strengthen an adapter: ×0 is its base, ×1 the adapter as trained. The table follows at "
-        "once; answers from another strength are marked until Ctrl+R asks again. Underlined words are not in the "
-        "vocabulary. `a` shows where the model looks."
-    )
-
-    def __init__(self) -> None:
-        super().__init__(id="prompt")
-        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
-        self.sampling = Static(id="sampling", markup=False)
-        self._unknown = Static(id="unknown", markup=False)
-        self._vocabularies: Mapping[str, Collection[str]] = {}  # by the name of the model, if it knows words only
-
-    def contents(self) -> Iterable[Widget]:
-        yield self.prompt
-        yield self._unknown
-        yield Horizontal(self.slider, self.sampling, id="settings")
-        yield self.answers
-        yield self.bar
-
-    def show_models(self, names: Sequence[str]) -> None:
-        """The models that a prompt goes to."""
-        self.show_title(", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4))
-
-    def know(self, vocabularies: Mapping[str, Collection[str]]) -> None:
-        """Mark words from now on that one of these does not have."""
-        self._vocabularies = vocabularies
-        self.prompt.mark(lambda text: [span for words in vocabularies.values() for span in unknown_words(text, words)])
-        self._show_unknown(self.prompt.value)
-
-    @on(Input.Changed, "PromptInput")
-    def _check_words(self, event: Input.Changed) -> None:
-        self._show_unknown(event.value)
-
-    def _show_unknown(self, text: str) -> None:
-        """Say once which words are unknown, and to which of several models."""
-        missing: dict[str, list[str]] = {}
-        for name, words in self._vocabularies.items():
-            for start, stop in unknown_words(text, words):
-                missing.setdefault(text[start:stop], []).append(name)
-        parts = [
-            word if len(names) == len(self._vocabularies) else f"{word} ({', '.join(names[:3])})"
-            for word, names in missing.items()
-        ]
-        self._unknown.update(f"not in the vocabulary: {', '.join(parts)}")
-        self._unknown.display = bool(parts)

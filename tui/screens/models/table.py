@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from rich.style import Style
 from rich.text import Text
@@ -29,6 +30,7 @@ from tui.services.model_library import Entry
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.text import pad_or_truncate
 
+_order = attrgetter("sort_key")
 FEW = 8  # models of a folder that is unfolded at first
 MARKS = 4  # cells before the name: chosen or not, the sign of the method
 HEADER = 1  # lines
@@ -207,10 +209,10 @@ class ModelTable(ScrollView, can_focus=True):
         if self._is_flat:
             found = [entry for entry in self._entries if not self._needle or self._needle in self._text_of(entry)]
             column = self.sort_column
-            yield from sorted_entries(found, column, self.reverse) if column else sorted(found, key=_in_order)
+            yield from sorted_entries(found, column, self.reverse) if column else sorted(found, key=_order)
             return
         groups: dict[str, list[Entry]] = {}
-        for entry in sorted(self._entries, key=_in_order):
+        for entry in sorted(self._entries, key=_order):
             groups.setdefault(entry.group, []).append(entry)
         for name, entries in groups.items():
             if name:
@@ -257,7 +259,7 @@ class ModelTable(ScrollView, can_focus=True):
 
     def _header(self) -> Text:
         line = Text(" " * MARKS, end="")
-        for column in self._columns:
+        for column in self._columns if self._lines else ():
             label = column.label
             if column is self.sort_column:
                 # ▲ as in every table: the smallest is on top
@@ -369,10 +371,6 @@ class ModelTable(ScrollView, can_focus=True):
     def watch_has_focus(self, focused: bool) -> None:
         super().watch_has_focus(focused)
         self.refresh()
-
-
-def _in_order(entry: Entry) -> tuple[bool, str, Any]:
-    return bool(entry.group), entry.group, entry.sort_key
 
 
 def _key(line: Line | None) -> object:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.tui.screens.models.test_adapters import USUAL, Session
 
 from pipeline.data.tokenizers.chat_template import render
 from pipeline.errors import UserError
@@ -16,7 +17,6 @@ from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
-from tests.tui.screens.models.test_adapters import USUAL, Session
 from tui.app import Workbench
 from tui.screens.models.answers import TopK
 from tui.screens.models.conversation import Answer
