@@ -125,3 +125,14 @@ async def open_models(
         session = Session(pilot, fake)
         await session.checked(count)
         yield session
+
+
+@asynccontextmanager
+async def real_models(root: Path, count: int = COUNT) -> AsyncIterator[Session]:
+    """With the real inference process."""
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "models"
+    async with app.run_test(size=(120, 40)) as pilot:
+        session = Session(pilot)
+        await session.checked(count)
+        yield session

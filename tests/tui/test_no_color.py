@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from textual.color import Color
 from textual.screen import Screen
+from tui.screens.models.attention import AttentionScreen
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
@@ -15,7 +16,6 @@ from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
 from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
-from tui.screens.models.dialogs import AttentionScreen
 from tui.screens.calculator.result import Confirm, document_table
 from tui.screens.curves.export import ExportScreen
 from tui.services.loaded_models import Sampling
@@ -55,8 +55,9 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(layer: int, head: int) -> dict[str, Any]:
-    return FakeInference()._attention(layer, head)
+async def _weights(strength: float, **head: int) -> dict[str, Any]:
+    fake = FakeInference()
+    return fake._attention(**head) if head else fake._attention_maps(strength)
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
@@ -67,7 +68,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "confirm": lambda _: Confirm("params.yaml", {"finetune_lora.rank": (8, 16)}),
     "claims": lambda _: document_table(),
     "export": lambda app: ExportScreen(app.root, "loss"),
-    "attention": lambda _: AttentionScreen("lora", _weights),
+    "attention": lambda _: AttentionScreen("lora", True, 1.0, _weights),
 }
 
 

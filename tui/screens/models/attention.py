@@ -20,7 +20,7 @@ NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
 MAX_NAME = 12  # cells of a token's name in the matrix
 BAR = 20
 HEAVIEST = 6  # tokens with the largest weights, as bars; the rest is summed
-MIN_MAP = 6  # cells of a small map with its gap
+MIN_MAP = 10  # cells of a small map with its gap
 LESS = " -=≡"  # in a map of differences: how much less the adapter attends there; more is a shade
 Weights = Sequence[Sequence[float]]  # (T, T): row t has the weights of token t and sums to 1
 VIEWS = ("base", "adapter", "difference")
