@@ -218,9 +218,9 @@ class AttentionScreen(ModalScreen[None]):
         note = "rows attend to columns; darker is more"
         if view == "difference":
             scale = largest(head for layer in maps for head in layer)
-            note = f"darker: the adapter attends there more, {LESS[1:]} less; darkest {scale:.2f}"
+            note = f"dark: the adapter attends more ({scale:.2f} at most), {LESS[1:]} less"
         if len(self._views) > 1:
-            note += "; %: how much of its attention a head moved"
+            note += "; %: attention moved"
         return [self._tabs(), Text(note, "dim"), Text(), *overview(maps, self._maps["change"], self._chosen, width)]
 
     def _draw_head(self, width: int) -> list[Text]:

@@ -18,11 +18,13 @@ from tui.app import Workbench
 from tui.dialogs import PathScreen
 from tui.screens.models.answers import Answers
 from tui.screens.models.attention import AttentionScreen
+from tui.screens.models.columns import look_name
 from tui.screens.models.conversation import LOADING, Conversation, transcript
 from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import Latest, LoadedModels
 from tui.services.model_library import Entry
 from tui.services.vocabulary import unknown_words
+from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane
 from tui.widgets.prompting import AS_TRAINED, EngineBar, PromptInput, Slider
 from tui.widgets.sampling import SamplingScreen
@@ -105,7 +107,10 @@ class PromptPane(Pane):
         self._set_engine_state("busy" if self.engine.running else "starting")
         earlier = list(self.conversation.exchanges)
         exchange = self.conversation.begin(prompt, entries, self.slider.value)
-        await self.answers.start(exchange, earlier)
+        methods = {entry.label: look_name(entry) for entry in entries}
+        background = self.background_colors[1]
+        looks = {label: (method_look(name).sign, method_style(name, background)) for label, name in methods.items()}
+        await self.answers.start(exchange, earlier, looks)
         try:
             async with aclosing(self.conversation.answers(exchange)) as changes:
                 drawn_at = 0.0

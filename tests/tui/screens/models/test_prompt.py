@@ -31,7 +31,7 @@ async def test_side_by_side_differences_are_signed_and_count_from_the_first(brie
         def row(name: str) -> list[str]:
             """A row across all blocks, since not all models fit side by side."""
             found = [line.split() for line in s.text(TopK).splitlines() if line.startswith(name)]
-            return [cell for _, *cells in found for cell in cells if "█" not in cell]
+            return [cell for _, *cells in found for cell in cells if ("█" not in cell and len(cell) > 1) or cell == "="]
 
         assert row("next") == USUAL
         cells = {"base": ["50.0"], "lora": ["75.0", "+25.0"]}
@@ -504,7 +504,7 @@ async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief
         await s.press("space")
         await s.ask("die katze")
         await s.answered()
-        assert s.text(TopK).splitlines()[0].split() == ["next", "lora", "sweep/rank-1", "sweep/rank-2"]
+        assert s.text(TopK).splitlines()[0].split() == ["next", "■", "lora", "★", "sweep/rank-1", "★", "sweep/rank-2"]
         asked = [(load["base"], load["adapter"]) for load in s.engine.done("load")]
         folder = brief / "artifacts"
         adapters = ("lora_adapter", "sweep/rank-1", "sweep/rank-2")
