@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import UserError
+from pipeline.files.artifact import digest
+from pipeline.inference.catalog import measured
 from pipeline.models.load import load_base
+from pipeline.project.logs.run_log import final_loss, read_final_loss, read_steps
 from pipeline.project.runner import run
 from pipeline.workbench import open_project
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
+
+Lora = Callable[..., tuple[int, str, str]]
 
 
 def read(path: Path) -> Any:
@@ -335,3 +341,35 @@ def test_freezing_everything_is_refused(project: Path) -> None:
         )
     with pytest.raises(UserError, match=r"finetune_freeze.last_blocks must be at most 2"):
         make_one(project, "finetune_freeze", [*BRIEF, "finetune_freeze.last_blocks=3"])
+
+
+def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(project: Path, cli: Lora) -> None:
+    """The same adapter under another name has the same numbers; a second call keeps those of the first."""
+    artifacts = project / "artifacts"
+    shutil.copytree(artifacts / "lora_adapter", artifacts / "copy")
+    assert cli("evaluate", "--adapter", "artifacts/copy", cwd=project)[0] == 0
+    code, out, _ = cli("evaluate", "--adapter", "artifacts/sweep/rank-1", cwd=project)
+    assert code == 0 and "artifacts/copy" in out and "artifacts/sweep/rank-1" in out
+    alone, together = read(artifacts / "measured/metrics.json"), read(artifacts / "evaluation/metrics.json")["lora"]
+    shared = alone["artifacts/copy"].keys() & together.keys()
+    assert {"forgetting", "new_loss", "new_completed", "old_prompts_kept", "tasks"} <= shared
+    assert {key: alone["artifacts/copy"][key] for key in shared} == {key: together[key] for key in shared}
+    found = measured([artifacts])
+    assert found[digest(artifacts / "sweep/rank-1")]["new_loss"] == alone["artifacts/sweep/rank-1"]["new_loss"]
+    assert cli("evaluate", "--adapter", "artifacts/copy", "--set", "evaluate.prompt_words=1", cwd=project)[0] == 0
+    assert list(read(artifacts / "measured/metrics.json")) == ["artifacts/copy"], "other settings: measured anew"
+    code, _, err = cli("evaluate", "--adapter", "artifacts/base", cwd=project)
+    assert code == 1 and "is a full model, not an adapter" in err
+    code, _, err = cli("evaluate", "--adapter", "nowhere", cwd=project)
+    assert code == 1 and "--adapter nowhere is not a folder" in err
+
+
+def test_the_final_loss_of_a_log_needs_its_last_epoch_alone(tmp_path: Path) -> None:
+    path = tmp_path / "loss.csv"
+    assert read_final_loss(path) is None
+    lines = [f"{n},{n // 4},{1 / (n + 1)},0.1,1.0,{n}" for n in range(14)]
+    for text in ("", "step,epoch,loss,learning_rate,grad_norm,tokens\n", *("\n".join(lines[:n]) for n in (1, 8, 14))):
+        whole = text and "step,epoch,loss,learning_rate,grad_norm,tokens\n" + text
+        for ending in ("\n", "", "\n14,3,0.0", "\nnonsense\n"):
+            path.write_text(whole + ending, encoding="utf-8")
+            assert read_final_loss(path) == final_loss(read_steps(path))
