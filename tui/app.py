@@ -101,9 +101,9 @@ class Workbench(App[None]):
         self.config = config or Config()
         self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
-        self.watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
         self.edits = ParamEdits()
-        self.machine = Machine()
+        self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
         self.inference: Inference | None = None  # created by the first screen that prompts
         self.first_screen = next(iter(SCREENS))
@@ -121,7 +121,7 @@ class Workbench(App[None]):
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         self.switch_mode(self.first_screen)
-        self.run_worker(self.watch.run(), group="watch")
+        self.run_worker(self.project_watch.run(), group="watch")
         self.set_interval(1.0, self.refresh_header)
         self.call_after_refresh(self.machine.start)
 
@@ -153,6 +153,12 @@ class Workbench(App[None]):
                 if hasattr(screen, "unsaved"):
                     yield screen  # type: ignore[misc]  # it is one
 
+    def _followed_processes(self) -> dict[str, int]:
+        """Processes that the monitor follows: the stage that runs, the engine. Called in another thread."""
+        running, engine = self.project_watch.running, self.inference and self.inference.pid
+        stage = {running.stage.name: running.run.pid} if running and running.run else {}
+        return stage | ({"engine": engine} if engine else {})
+
     def _project_changed(self) -> None:
         if self.screen_stack and hasattr(self.base_screen, "notice"):
             self.refresh_header()
@@ -162,7 +168,7 @@ class Workbench(App[None]):
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
         for header in self.base_screen.query(Header):
-            watch = self.watch
+            watch = self.project_watch
             states = [*watch.states.values()]
             header.state = describe_state(states, watch.pipeline is not None, watch.problem, self.theme_variables)
             header.facts = (watch.branch, self.machine.summary(), self.folder_label)
@@ -201,7 +207,7 @@ class Workbench(App[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
         """`X` is offered while something runs, `R` while nothing does."""
-        busy = self.watch.pipeline is not None or self.watch.running is not None
+        busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
         return {"stop": busy, "run": not busy}.get(action, True)
 
     def action_run(self) -> None:
@@ -211,34 +217,37 @@ class Workbench(App[None]):
     def start_pipeline(self, *arguments: str) -> None:
         """Run `dvc ARGUMENTS`, or say why that cannot be."""
         with self.errors_shown():
-            if self.watch.problem:
-                raise UserError(f"Nothing was started: {self.watch.problem}")
+            if self.project_watch.problem:
+                raise UserError(f"Nothing was started: {self.project_watch.problem}")
             if self.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
             running = self.runner.start(arguments)
             self.log_message(f"Started: {running.command}. It continues if you quit.")
-            self.watch.look_now()
+            self.project_watch.look_now()
 
     @work(group="ask")
     async def action_stop(self) -> None:
-        running, pipeline = self.watch.running, self.watch.pipeline
+        running, pipeline = self.project_watch.running, self.project_watch.pipeline
         what = running.stage.name if running else pipeline.command if pipeline else ""
         question = f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
         if await self.push_screen_wait(Ask(question, {"y": "stop it"}, "Stop")):
             with self.errors_shown():
                 self.log_message(self.runner.stop(), "warning")
-                self.watch.look_now()
+                self.project_watch.look_now()
 
     def action_undo(self) -> None:
         with self.errors_shown():
             self.log_message(self.edits.undo())
-            self.watch.look_now()
+            self.project_watch.look_now()
 
-    @work(group="ask", exclusive=True)
     async def action_quit(self) -> None:
         """Quit; ask first if something would be lost."""
+        self._quit()
+
+    @work(group="ask", exclusive=True)
+    async def _quit(self) -> None:
         lost = [f"Quitting loses {text}." for screen in self.created_screens() if (text := screen.unsaved())]
-        running = self.watch.running
+        running = self.project_watch.running
         answers = {"y": "quit"}
         if running:
             lost.append(f"{running.stage.name} is running, and goes on after you quit.")
@@ -260,7 +269,7 @@ class Workbench(App[None]):
 
     def _pipeline_ended(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
-        states = self.watch.states
+        states = self.project_watch.states
         stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
         failed = [state for state in stages if state.state in ("failed", "died")]
         if failed:
@@ -346,7 +355,7 @@ class Workbench(App[None]):
         names = list(THEMES)
         self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
 
-    def keys_of(self, screen: Screen[object]) -> list[tuple[str, Binding]]:
+    def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():

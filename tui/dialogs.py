@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -12,6 +12,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
+from textual.widget import Widget
 from textual.widgets import Input, Markdown, OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -30,6 +31,15 @@ class Message(NamedTuple):
     text: str
 
 
+Frame = TypeVar("Frame", bound=Widget)
+
+
+def _frame(dialog: Frame, title: str, keys: str) -> Frame:
+    """The widget with a title in its border, which is never read as markup, and the keys that end the dialog."""
+    dialog.border_title, dialog.border_subtitle = Text(title), keys
+    return dialog
+
+
 class Reader(ModalScreen[None]):
     """A scrollable text, closed by Escape, q, or a key that a subclass adds: the one that opened it."""
 
@@ -44,8 +54,7 @@ class Reader(ModalScreen[None]):
         self._parts, self._title = parts, title
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(*map(Static, self._parts), classes="dialog") as dialog:
-            dialog.border_title, dialog.border_subtitle = Text(self._title), "Esc close"
+        yield _frame(VerticalScroll(*map(Static, self._parts), classes="dialog"), self._title, "Esc close")
 
     def action_scroll(self, lines: int) -> None:
         self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
@@ -83,8 +92,7 @@ class MarkdownReader(ModalScreen[None]):
         self._source, self._title = source, title or (source.name if isinstance(source, Path) else "")
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(Markdown(open_links=False), classes="dialog") as dialog:
-            dialog.border_title, dialog.border_subtitle = Text(self._title), "Esc close"
+        yield _frame(VerticalScroll(Markdown(open_links=False), classes="dialog"), self._title, "Esc close")
 
     async def on_mount(self) -> None:
         await self.query_one(Markdown).update(self._text())
@@ -110,8 +118,7 @@ class PathScreen(ModalScreen[str | None]):
         self._question, self._value = question, value
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog") as dialog:
-            dialog.border_subtitle = "Enter confirm  Esc cancel"
+        with _frame(Vertical(classes="dialog"), "", "Enter confirm  Esc cancel"):
             yield Static(f"{self._question}\n", markup=False)
             yield Input(self._value, placeholder="a path", select_on_focus=False)
 
@@ -129,8 +136,7 @@ class Menu(ModalScreen[str | None]):
         self._title, self._choices, self._chosen = title, choices, chosen
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog -fit") as dialog:
-            dialog.border_title, dialog.border_subtitle = Text(self._title), "Enter choose  Esc cancel"
+        with _frame(Vertical(classes="dialog -fit"), self._title, "Enter choose  Esc cancel"):
             options = (Option(text, id=key) for key, text in self._choices.items())
             yield OptionList(*options, compact=True, markup=False)
 
@@ -165,8 +171,7 @@ class Ask(ModalScreen[str]):
         self._question, self._answers, self._title = question, answers, title
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="dialog") as dialog:
-            dialog.border_title = Text(self._title)
+        with _frame(VerticalScroll(classes="dialog"), self._title, ""):
             yield Static(self._question, markup=False)
             yield Static()
             for letter, what in {**self._answers, "Esc": "cancel"}.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,7 +73,7 @@ def _app_commands(app: "Workbench") -> Iterator[Command]:
         elif binding.id != "app.palette":
             yield Command(binding.description, f"key {app.get_key_display(binding)}", _action(app, binding))
     for theme in app.available_themes:
-        yield Command(f"Theme: {theme}", "colours of all screens", lambda theme=theme: setattr(app, "theme", theme))
+        yield Command(f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme))
 
 
 def _action(app: "Workbench", binding: Binding) -> Callable[[], Any]:
@@ -118,34 +119,32 @@ def _remote(app: "Workbench", name: str, owner: type, action: str) -> Callable[[
 
 
 def _stages(app: "Workbench") -> Iterator[Command]:
-    for name, stage in app.watch.stages.items():
-        yield Command(f"Stage {name}", stage.summary, lambda name=name: app.go("pipeline", stage=name))
+    for name, stage in app.project_watch.stages.items():
+        yield Command(f"Stage {name}", stage.summary, partial(app.go, "pipeline", stage=name))
 
 
 def _params(app: "Workbench") -> Iterator[Command]:
-    project = app.watch.project
-    for name, stage in app.watch.stages.items() if project else ():
+    project = app.project_watch.project
+    for name, stage in app.project_watch.stages.items() if project else ():
         section = project.home(name).section(stage)  # type: ignore[union-attr]  # there is none without a project
         for key in section.__struct_fields__:
             value = format_value(getattr(section, key))
-            yield Command(
-                f"{name}.{key}: {value}", "param", lambda name=name, key=key: app.go("pipeline", stage=name, param=key)
-            )
+            yield Command(f"{name}.{key}: {value}", "param", partial(app.go, "pipeline", stage=name, param=key))
 
 
 def _prompts(app: "Workbench") -> Iterator[Command]:
     for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
-        yield Command(f"Prompt: {prompt[:200]}", "ask it again", lambda prompt=prompt: app.go(app.MODELS, prompt=prompt))
+        yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, app.MODELS, prompt=prompt))
 
 
 def _models(app: "Workbench") -> Iterator[Command]:
-    project = app.watch.project
+    project = app.project_watch.project
     folders = [owner.root / ARTIFACTS for owner in (project, project and project.parent) if owner]
     folders += [Path(folder).expanduser() for folder in (*app.config.folders, *app.state.folders)]
     for folder in folders:
         for path in sorted(model_folders(folder))[:MAX_MODELS]:
             name = str(path.relative_to(folder.parent if folder not in folders[:2] else folder))
-            yield Command(f"Model {name}", str(path), lambda path=path: app.go(app.MODELS, select=path))
+            yield Command(f"Model {name}", str(path), partial(app.go, app.MODELS, select=path))
 
 
 def _docs(app: "Workbench") -> Iterator[Command]:
@@ -158,7 +157,11 @@ def _docs(app: "Workbench") -> Iterator[Command]:
         title = next((line[2:] for line in lines if line.startswith("# ")), page.stem)
         headings = [line.lstrip("# ") for line in lines if line.startswith("## ")]
         for text in (title, *(f"{title}: {heading}" for heading in headings)):
-            yield Command(f"Docs: {text}", page.name, lambda page=page: app.push_screen(MarkdownReader(page)))
+            yield Command(f"Docs: {text}", page.name, partial(_read, app, page))
+
+
+def _read(app: "Workbench", page: Path) -> None:
+    app.push_screen(MarkdownReader(page))
 
 
 def _pages() -> list[Path]:

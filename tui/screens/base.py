@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -70,8 +69,8 @@ class WorkbenchScreen(Screen[None]):
 
     def notice(self) -> None:
         """Call `project_changed` if the watch saw a change since the last call."""
-        if self.is_mounted and self._seen_revision != self.workbench.watch.revision:
-            self._seen_revision = self.workbench.watch.revision
+        if self.is_mounted and self._seen_revision != self.workbench.project_watch.revision:
+            self._seen_revision = self.workbench.project_watch.revision
             self.project_changed()
 
     def on_screen_resume(self) -> None:
@@ -112,9 +111,9 @@ class WorkbenchScreen(Screen[None]):
 
     def action_filter(self) -> None:
         """Open the filter of the focused pane, else of the first that has one."""
-        panes = [pane for pane in (self.focused_pane, *self.query(Pane)) if pane and pane.FILTER and pane.size != Size()]
-        if panes:
-            panes[0].open_filter()
+        panes = (pane for pane in (self.focused_pane, *self.query(Pane)) if pane and pane.FILTER and pane.size)
+        if pane := next(panes, None):
+            pane.open_filter()
         else:
             self.warn("There is no list to filter here.")
 

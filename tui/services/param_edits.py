@@ -35,7 +35,7 @@ class ParamEdits:
         del self._edits[:-MAX_EDITS]
 
     def undo(self) -> str:
-        """Write the file as it was before the last write, and say so. Raises UserError, OSError; then it is unchanged."""
+        """Take back the last write, and say so. Raises UserError, OSError: it is then unchanged."""
         if not self._edits:
             raise UserError("Nothing to take back: no param was written since lora-tui started.")
         last = self._edits[-1]

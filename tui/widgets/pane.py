@@ -49,8 +49,8 @@ class Pane(Vertical):
         self,
         *children: Widget,
         title: str = "",
-        help: str = "",  # noqa: A002  # its name everywhere
-        id: str | None = None,  # noqa: A002  # as Textual names it
+        help: str = "",  # its name everywhere
+        id: str | None = None,  # as Textual names it
         classes: str | None = None,
     ) -> None:
         super().__init__(*children, id=id, classes=classes)
