@@ -90,6 +90,8 @@ def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
 
 def _screen_commands(app: "Workbench", name: str) -> Iterator[Command]:
     """The commands of a screen and of its panes, which are found by the folder that their class is in."""
+    if name not in SCREENS:  # the first look has none
+        return
     kind: Any = SCREENS[name].kind()
     folder = kind.__module__.rpartition(".")[0]
     owners = [kind, *(pane for pane in _panes(Pane) if pane.__module__.startswith(f"{folder}."))]
