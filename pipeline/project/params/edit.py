@@ -41,9 +41,12 @@ def set_values(text: str, values: Mapping[str, Any]) -> str:
 
 
 def comments(text: str) -> dict[str, str]:
-    """What a valid params file says of its keys: `section.key`, or key above the sections → the comment on its line,
-    else the comment lines directly above it."""
-    root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """What a params file says of its keys: `section.key`, or key above the sections → the comment on its line, else the
+    comment lines directly above it. Of a file that is not valid YAML: nothing."""
+    try:
+        root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError):
+        return {}
     lines, found = text.splitlines(), dict[str, str]()
 
     def read(prefix: str, node: yaml.Node) -> None:

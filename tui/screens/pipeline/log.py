@@ -9,7 +9,7 @@ from pipeline.files.file_tail import FileTail
 from pipeline.files.text import printable
 from pipeline.project.logs.run_log import COLUMNS, LOSS
 
-MAX_READ = 1024 * 1024  # bytes of a log per read: of a stage that prints 100 MB only the end is shown
+MAX_READ = 256 * 1024  # bytes of a log per read: of a stage that prints 100 MB only the end is shown
 MAX_LINES = 2000  # of a stage, and as many steps
 MAX_LENGTH = 2000  # characters of a line
 ALL = ""  # the key of the whole log
@@ -35,16 +35,15 @@ class StageLogs:
         """Read what is new; whether there is any."""
         changed = False
         for tail in self._tails:
-            while tail.changed():
-                chunk = tail.read()
-                if chunk.change:
-                    self._stage = ALL
-                    self._lines.pop(ALL, None)
-                for line in chunk.rows:
-                    self._add(line, stages)
-                changed = changed or bool(chunk.rows or chunk.change)
-                if not chunk.more:
-                    break
+            if not tail.changed():
+                continue
+            chunk = tail.read()
+            if chunk.change:
+                self._stage = ALL
+                self._lines.pop(ALL, None)
+            for line in chunk.rows:
+                self._add(line, stages)
+            changed = changed or bool(chunk.rows or chunk.change)
         return changed
 
     def _add(self, line: str, stages: Collection[str]) -> None:
@@ -71,16 +70,13 @@ class StepLog:
 
     def read(self) -> bool:
         """Read what is new; whether there is any."""
-        changed = False
-        while self._tail.changed():
-            chunk = self._tail.read()
-            if chunk.change:
-                self.steps.clear()
-            self.steps += chunk.rows
-            changed = changed or bool(chunk.rows or chunk.change)
-            if not chunk.more:
-                break
-        return changed
+        if not self._tail.changed():
+            return False
+        chunk = self._tail.read()
+        if chunk.change:
+            self.steps.clear()
+        self.steps += chunk.rows
+        return bool(chunk.rows or chunk.change)
 
 
 def _parse_step(line: str) -> tuple[str, float]:

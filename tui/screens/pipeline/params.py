@@ -34,9 +34,9 @@ GROUPS: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True)
 class Param:
-    """A setting. `group`: the folded group that it belongs to, empty for the stage's own and those that its section
-    sets. `made`: its value when the stage's artifact was made, as text, if that was another. `source`: where its value
-    is set.
+    """A setting. `group`: the folded group that it belongs to; empty for the stage's own, those that its section sets
+    and those that changed. `made`: its value when the stage's artifact was made, as text, if that was another.
+    `source`: where its value is set.
     """
 
     field: FormField
@@ -68,7 +68,8 @@ class Line(NamedTuple):
 
 
 def params_of(project: Project, stage: Stage) -> list[Param]:
-    """The params of one of the project's own stages, or of a stage of its parent."""
+    """The params of one of the project's own stages, or of a stage of its parent: changed ones first, then the stage's
+    own, those that are set before the others."""
     home = project.home(stage.name)
     section = home.section(stage)
     comments, made = _comments(home.params_path), _made_with(home.artifact(stage.name))
@@ -84,7 +85,7 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
             Param(
                 field,
                 value,
-                group if is_shared else "",
+                group if is_shared and not changed else "",
                 comments.get(key_path(stage.name, field.key))
                 or comments.get(f"{TRAINING}.{field.key}" if is_shared else "")
                 or meaning(type(section), field.key),
@@ -92,20 +93,15 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
                 format_value(made[field.key]) if changed else None,
             )
         )
-    return params
+    return sorted(params, key=lambda param: (param.made is None, param.source == "default"))
 
 
 def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "") -> list[Line]:
-    """Changed params first, then the stage's own, those that are set before the others, then the groups.
-
-    With `text` only those that contain it, all unfolded.
-    """
+    """The params that are in no group, then the groups; with `text` only those that contain it, all unfolded."""
     shown = [param for param in params if param.matches(text)]
-    rest = [param for param in shown if param.made is None]
-    own = sorted((param for param in rest if not param.group), key=lambda param: param.source == "default")
-    lines = [Line("", param) for param in (*(param for param in shown if param.made is not None), *own)]
+    lines = [Line("", param) for param in shown if not param.group]
     for group in GROUPS:
-        if members := [param for param in rest if param.group == group]:
+        if members := [param for param in shown if param.group == group]:
             lines.append(Line(group, count=len(members)))
             lines += [Line(group, param) for param in members if text or group in unfolded]
     return lines

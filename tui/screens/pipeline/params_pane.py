@@ -1,7 +1,7 @@
 """The pane of a stage's params: a list with a cursor, the meaning of the param below it, a field to edit its value."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rich.cells import cell_len
@@ -221,10 +221,13 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
         return self.query_one(ValueField)
 
     def show(self, stage: str, params: Sequence[Param]) -> None:
-        """Show the params of a stage; the cursor, and what is being typed, stay if it is the same stage."""
+        """Show the params of a stage; the cursor, the order and what is being typed stay if it is the same stage."""
         is_same = stage == self.stage
-        if is_same and _equal(params, self.params):
-            return
+        if is_same:
+            now = {param.key: param for param in params}
+            params = [replace(now[old.key], group=old.group) for old in self.params if old.key in now]
+            if _equal(params, self.params):
+                return
         if self.edited:
             again = next((param for param in params if is_same and param.key == self.edited.key), None)
             if again:

@@ -1,0 +1,105 @@
+"""What is to say of the stage that the cursor is on: progress, why its state is as it is, its runs, what to press."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Static
+
+from pipeline.project.status import StageState
+from tui.screens.pipeline.tree import MUTED, SIGNS
+from tui.services.pipeline_process import Running
+from tui.widgets.pane import Pane
+from tui.widgets.text import duration, levels
+
+STATES = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+CURVE = 24  # cells of the losses
+NEXT = {  # what to press
+    "missing": "Press R to run all stages, S to run this one alone.",
+    "changed": "Press R to run all that changed, S to run this stage alone.",
+    "stopped": "Press S or R to resume from its checkpoint.",
+    "failed": "Mend what it says, then press S, or R for all.",
+    "died": "Press S or R to resume from its last checkpoint.",
+}
+Fact = tuple[str, str, str]  # label, text, style
+
+
+def describe_starter(running: Running | None, state: StageState) -> str:
+    """Who started the run, and when."""
+    if running is None:
+        run = state.run
+        return f"in a terminal or by another program: process {run.pid}, {_since(run.started)}" if run else ""
+    mine = running.starter == os.getpid()
+    who = "here" if mine else f"by another workbench, process {running.starter}," if running.starter else "by a workbench"
+    return f"{who} as {running.command}, process {running.pid}, {_since(running.started)}"
+
+
+def _since(moment: float) -> str:
+    return f"since {datetime.fromtimestamp(moment):%H:%M:%S}"
+
+
+def headline(state: StageState | None) -> Content:
+    """The state, and of a run its progress."""
+    if state is None:
+        return Content.styled("…", MUTED)
+    sign, style = SIGNS[state.state]
+    text = f"{sign} {STATES.get(state.state, state.state)}"
+    run = state.run
+    if state.state == "running" and run:
+        text += f"  {run.done / run.total:.0%}  {run.done:,}/{run.total:,}" if run.total else "  starting"
+        text += "" if run.eta is None else f"  {duration(run.eta)} left"
+    return Content.styled(text, style)
+
+
+def facts_of(state: StageState, running: Running | None, losses: Sequence[float]) -> list[Fact]:
+    """What is to say of a stage, the most important first."""
+    run, rows = state.run, list[Fact]()
+    style = SIGNS[state.state][1] if state.state in ("failed", "died", "changed") else ""
+    reasons = [*state.reasons]
+    if run and run.message and run.message not in reasons and state.state != "running":
+        reasons.append(f"its last run: {run.message}")
+    rows += [("why", reason, style) for reason in reasons[:1]] + [("", reason, style) for reason in reasons[1:]]
+    if state.state in NEXT:
+        rows.append(("next", NEXT[state.state], MUTED))
+    if losses:
+        rows.append(("loss", f"{levels(thin(losses, CURVE))} {losses[-1]:.4g}", ""))
+    if state.state == "running":
+        rows.append(("run", describe_starter(running, state), ""))
+    elif run:
+        took = "" if run.seconds is None else f" in {duration(run.seconds)}"
+        ended = datetime.fromtimestamp(run.ended or run.started)
+        rows.append(("run", f"{run.state}{took}, {'ended' if run.ended else 'started'} {ended:%d %b %H:%M}", ""))
+    name = f"{state.stage.name}: "
+    rows += [("note", note.removeprefix(name), MUTED) for note in (run.notes if run else ())]
+    return [row for row in rows if row[1]]
+
+
+def thin(values: Sequence[float], count: int) -> list[float]:
+    """At most `count` values: means of equal parts."""
+    if len(values) <= count:
+        return [*values]
+    bounds = [number * len(values) // count for number in range(count + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+class FactsPane(Pane):
+    """A few lines on one stage. It has no cursor, so it never has the focus."""
+
+    HELP = "The state of the stage that the cursor is on, why it is so, who runs it, and notes of its last run."
+    ALLOW_MAXIMIZE = False
+
+    def __init__(self) -> None:
+        super().__init__(id="facts")
+
+    def contents(self) -> Iterable[Widget]:
+        yield Static(markup=False)
+
+    def show(self, name: str, state: StageState | None, running: Running | None, losses: Sequence[float]) -> None:
+        """Show what is to say of a stage."""
+        self.border_title = Content.assemble((name, "bold"), "  ", headline(state))
+        facts = facts_of(state, running, losses) if state else []
+        lines = [Content.assemble((f"{label:5}", MUTED), (text, style)) for label, text, style in facts]
+        self.query_one(Static).update(Content("\n").join(lines))
