@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from textual.content import Content
+from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -16,13 +17,14 @@ from tui.widgets.pane import Pane
 from tui.widgets.text import duration, levels
 
 STATES = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+LABEL = 5  # cells of the labels
 CURVE = 24  # cells of the losses
 NEXT = {  # what to press
-    "missing": "Press R to run all stages, S to run this one alone.",
-    "changed": "Press R to run all that changed, S to run this stage alone.",
-    "stopped": "Press S or R to resume from its checkpoint.",
-    "failed": "Mend what it says, then press S, or R for all.",
-    "died": "Press S or R to resume from its last checkpoint.",
+    "missing": "R runs all stages, S this one alone.",
+    "changed": "R runs what changed, S this alone.",
+    "stopped": "S or R resumes from its checkpoint.",
+    "failed": "Mend what it says, then S runs it again.",
+    "died": "S or R resumes from its last checkpoint.",
 }
 Fact = tuple[str, str, str]  # label, text, style
 
@@ -73,7 +75,8 @@ def facts_of(state: StageState, running: Running | None, losses: Sequence[float]
         ended = datetime.fromtimestamp(run.ended or run.started)
         rows.append(("run", f"{run.state}{took}, {'ended' if run.ended else 'started'} {ended:%d %b %H:%M}", ""))
     name = f"{state.stage.name}: "
-    rows += [("note", note.removeprefix(name), MUTED) for note in (run.notes if run else ())]
+    notes = [note.removeprefix(name) for note in (run.notes if run else ())]
+    rows += [("" if number else "note", note, MUTED) for number, note in enumerate(notes)]
     return [row for row in rows if row[1]]
 
 
@@ -93,6 +96,7 @@ class FactsPane(Pane):
 
     def __init__(self) -> None:
         super().__init__(id="facts")
+        self._facts: list[Fact] = []
 
     def contents(self) -> Iterable[Widget]:
         yield Static(markup=False)
@@ -100,6 +104,16 @@ class FactsPane(Pane):
     def show(self, name: str, state: StageState | None, running: Running | None, losses: Sequence[float]) -> None:
         """Show what is to say of a stage."""
         self.border_title = Content.assemble((name, "bold"), "  ", headline(state))
-        facts = facts_of(state, running, losses) if state else []
-        lines = [Content.assemble((f"{label:5}", MUTED), (text, style)) for label, text, style in facts]
+        self._facts = facts_of(state, running, losses) if state else []
+        self._draw()
+
+    def on_resize(self, event: Resize) -> None:
+        super().on_resize(event)
+        self._draw()
+
+    def _draw(self) -> None:
+        lines = []
+        for label, text, style in self._facts:
+            parts = Content.styled(text, style).wrap(max(self.size.width - LABEL, 10))
+            lines += [Content.assemble(("" if n else label).ljust(LABEL), part) for n, part in enumerate(parts)]
         self.query_one(Static).update(Content("\n").join(lines))

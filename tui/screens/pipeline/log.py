@@ -4,6 +4,7 @@ import re
 from collections import deque
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.files.file_tail import FileTail
 from pipeline.files.text import printable
@@ -60,13 +61,29 @@ class StageLogs:
         return [*self._lines.get(stage, ())]
 
 
+class LoggedStep(NamedTuple):
+    """A line of loss.csv."""
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+
+    def line(self, width: int) -> str:
+        """`step 120   epoch 20  loss 0.1141`, and more where there is room."""
+        text = f"step {self.step:<5} epoch {self.epoch:<3} loss {self.loss:.4g}"
+        more = f"learning rate {self.learning_rate:<8.4g} gradient {self.grad_norm:.4g}"
+        return f"{text:<36} {more}" if width >= 80 else text
+
+
 class StepLog:
-    """The steps in a run folder's loss.csv, as lines."""
+    """The last steps in a run folder's loss.csv."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tail = FileTail(folder / LOSS, lambda _: _parse_step, header=False, latest=MAX_READ)
-        self.steps: deque[tuple[str, float]] = deque(maxlen=MAX_LINES)  # line, loss
+        self.steps: deque[LoggedStep] = deque(maxlen=MAX_LINES)
 
     def read(self) -> bool:
         """Read what is new; whether there is any."""
@@ -79,11 +96,10 @@ class StepLog:
         return bool(chunk.rows or chunk.change)
 
 
-def _parse_step(line: str) -> tuple[str, float]:
-    """A line of loss.csv. Raises ValueError for its header, and for the rest of a line."""
+def _parse_step(line: str) -> LoggedStep:
+    """Raises ValueError for the header, and for the rest of a line."""
     values = dict(zip(COLUMNS, line.split(","), strict=False))
     if len(values) < len(COLUMNS):
         raise ValueError(line)
-    step, epoch, loss = int(values["step"]), int(values["epoch"]), float(values["loss"])
-    rate, norm = float(values["learning_rate"]), float(values["grad_norm"])
-    return f"step {step:<6} epoch {epoch:<4} loss {loss:<8.4g} learning rate {rate:<8.4g} gradient {norm:.4g}", loss
+    numbers = (float(values[name]) for name in LoggedStep._fields[2:])
+    return LoggedStep(int(values["step"]), int(values["epoch"]), *numbers)

@@ -1,5 +1,6 @@
 """The pane of a log: wrapped lines, of which only those that are seen are drawn; search, follow, copy."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from textual.geometry import Size
 from textual.message import Message
 from textual.reactive import reactive
 from textual.scroll_view import ScrollView
+from textual.scrollbar import ScrollTo
 from textual.strip import Strip
 from textual.widget import Widget
 
@@ -20,11 +22,17 @@ from tui.widgets.table import VIM_KEYS
 ERRORS = ("error", "traceback", "✗")  # what a line of a failure begins with
 
 
+def wrap_line(line: str, width: int) -> list[str]:
+    """The parts of a line that is wider than `width` cells: broken between words, in a word only if it is longer."""
+    parts = textwrap.wrap(line, width, drop_whitespace=False, break_on_hyphens=False)
+    return [piece for part in parts for piece in ([part] if cell_len(part) <= width else chop_cells(part, width))]
+
+
 class LogView(ScrollView, can_focus=True):
     """Lines of text. While it follows, the last ones are seen; to scroll up ends that, End begins it again."""
 
     DEFAULT_CSS = """
-    LogView { height: 1fr; background: transparent; scrollbar-size-vertical: 1; overflow-x: hidden; }
+    LogView { height: 1fr; background: transparent; scrollbar-gutter: stable; overflow-x: hidden; }
     LogView > .log--error { color: $text-error; }
     LogView > .log--muted { color: $text-muted; }
     LogView > .log--match { background: $warning-muted; color: $text-warning; }
@@ -67,12 +75,12 @@ class LogView(ScrollView, can_focus=True):
         self._rows = [
             (number, part)
             for number, line in enumerate(self.lines)
-            for part in ([line] if cell_len(line) <= width else chop_cells(line, width))
+            for part in ([line] if cell_len(line) <= width else wrap_line(line, width))
         ]
         self.virtual_size = Size(width, len(self._rows))
         self.refresh()
         if self.follows:
-            self.scroll_end(animate=False, immediate=True, x_axis=False)
+            self.scroll_end(animate=False, x_axis=False)
 
     def render_line(self, y: int) -> Strip:
         row = y + self.scroll_offset.y
@@ -100,12 +108,29 @@ class LogView(ScrollView, can_focus=True):
 
     # Follow and search
 
-    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
-        super().watch_scroll_y(old_value, new_value)
-        if round(new_value) < round(old_value):
-            self.follows = False
-        elif round(new_value) >= self.max_scroll_y:
-            self.follows = True
+    # Lines that come and go scroll too, so only what the user does ends or begins to follow.
+
+    def action_scroll_up(self) -> None:
+        self.follows = False
+        super().action_scroll_up()
+
+    def action_page_up(self) -> None:
+        self.follows = False
+        super().action_page_up()
+
+    def action_scroll_home(self) -> None:
+        self.follows = False
+        super().action_scroll_home()
+
+    def action_scroll_end(self) -> None:
+        self.follows = True
+
+    def on_mouse_scroll_up(self) -> None:
+        self.follows = False
+
+    def on_scroll_to(self, event: ScrollTo) -> None:
+        """The scroll bar was dragged."""
+        self.follows = event.y is not None and event.y >= self.max_scroll_y
 
     def watch_follows(self) -> None:
         if self.follows and self.is_mounted:

@@ -61,10 +61,16 @@ class Line(NamedTuple):
     group: str
     param: Param | None = None
     count: int = 0
+    unfolded: bool = False
 
     @property
     def key(self) -> str:
-        return self.param.key if self.param else f"▸{self.group}"
+        return self.param.key if self.param else group_key(self.group)
+
+
+def group_key(group: str) -> str:
+    """The key of a group's head, which no param has."""
+    return f"({group})"
 
 
 def params_of(project: Project, stage: Stage) -> list[Param]:
@@ -102,8 +108,9 @@ def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "")
     lines = [Line("", param) for param in shown if not param.group]
     for group in GROUPS:
         if members := [param for param in shown if param.group == group]:
-            lines.append(Line(group, count=len(members)))
-            lines += [Line(group, param) for param in members if text or group in unfolded]
+            is_unfolded = bool(text) or group in unfolded
+            lines.append(Line(group, count=len(members), unfolded=is_unfolded))
+            lines += [Line(group, param) for param in members if is_unfolded]
     return lines
 
 

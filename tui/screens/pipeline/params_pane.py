@@ -1,5 +1,6 @@
 """The pane of a stage's params: a list with a cursor, the meaning of the param below it, a field to edit its value."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,15 +18,16 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from pipeline.project.params.load import key_path
-from tui.screens.pipeline.params import Line, Param, lines_of
+from tui.screens.pipeline.params import Line, Param, group_key, lines_of
+from tui.screens.pipeline.tree import MUTED
 from tui.widgets.form import cycling, format_value, to_yaml_value
 from tui.widgets.pane import Pane
 from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import pad_or_truncate
 
-MUTED = "$text-muted"
 CURSOR = {True: "$block-cursor-foreground on $block-cursor-background", False: "on $block-cursor-blurred-background"}
 MAX_NAMES = 24  # cells of the names' column
+HUGE_BOUND = re.compile(r", (below|at most) \d{10,}")  # of a rule: nobody comes near it
 ALL = 9999  # lines to move to reach an end
 
 
@@ -53,8 +55,8 @@ class ParamList(VerticalScroll, can_focus=True):
     """The lines as one text. The cursor's line is followed by what its param means."""
 
     DEFAULT_CSS = """
-    ParamList { height: 1fr; scrollbar-size-vertical: 1; }
-    ParamList Static { height: auto; width: 1fr; }
+    ParamList { height: 1fr; scrollbar-gutter: stable; }
+    ParamList Static { height: auto; width: 1fr; text-wrap: nowrap; }
     ParamList #value { position: absolute; width: 10; height: 1; display: none; background: $boost; }
     ParamList #value.-open { display: block; }
     """
@@ -124,7 +126,8 @@ class ParamList(VerticalScroll, can_focus=True):
     def _draw_line(self, line: Line, width: int) -> Content:
         param, names = line.param, self.names
         if param is None:
-            return Content(f"{line.key} ({line.count})").truncate(width, pad=True)
+            sign = "▾" if line.unfolded else "▸"
+            return Content(f"{sign} {line.group} ({line.count})").truncate(width, pad=True)
         name = f"{'  ' if line.group else ''}{param.key}"
         was = "" if param.made is None else f"● was {param.made or 'empty'}"
         room = max(width - 3 - names - (min(cell_len(was), 24) + 1 if was else 0), 4)
@@ -286,7 +289,7 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
                 pending = Content.styled(f"Enter writes it to {file}, Esc keeps {format_value(param.value) or 'it empty'}.")
                 texts = [Content.styled(f"✗ {problem}", "$text-error")] if problem else [pending] * self.is_edited
             texts.append(Content.styled(param.meaning, MUTED))
-            texts.append(Content.styled(f"{field.rule} · {_source(param)}", MUTED))
+            texts.append(Content.styled(f"{HUGE_BOUND.sub('', field.rule)} · {_source(param)}", MUTED))
         width = max(rows.scrollable_content_region.width - 4, 16)
         wrapped = [part for text in texts if text.plain for part in text.wrap(width)]
         rows.below = [Content.assemble("    ", part) for part in wrapped]
@@ -373,7 +376,7 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
 
     def _fold(self, group: str, unfold: bool) -> None:
         (self.unfolded.add if unfold else self.unfolded.discard)(group)
-        self._rebuild(f"▸{group}")
+        self._rebuild(group_key(group))
 
 
 def _equal(one: Sequence[Param], other: Sequence[Param]) -> bool:

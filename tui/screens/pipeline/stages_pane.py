@@ -16,7 +16,6 @@ from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
 from tui.screens.pipeline.tree import SIGNS, STUDIES, Row, draw_rows, group_state, tree_rows
 from tui.widgets.pane import Pane
-from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import KeyedList
 
 
@@ -26,11 +25,6 @@ class StageTree(KeyedList):
     DEFAULT_CSS = """
     StageTree { height: 1fr; background: transparent; text-wrap: nowrap; text-overflow: ellipsis; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        *VIM_KEYS,
-        Binding("g", "first", "First", show=False),
-        Binding("G", "last", "Last", show=False),
-    ]
 
 
 class StagesPane(Pane):
@@ -100,16 +94,23 @@ DAG as a picture."""
         signs = [(f"{counts[state]} {SIGNS[state][0]}", SIGNS[state][1]) for state in SIGNS if counts[state]]
         self.show_title()
         self.border_title = Content(" ").join([Content.styled(self.title, "bold"), *(Content.styled(*s) for s in signs)])
-        width = self.tree_list.scrollable_content_region.width
-        if width and self.rows:
-            self._expected = self._row_of(self.chosen)
-            self.tree_list.show(draw_rows(self.rows, self._states, width), fallback=self._expected)
-            if self.tree_list.highlighted is None:
-                self.tree_list.highlighted = self.tree_list.get_option_index(self._expected)
+        self._draw_rows(self._row_of(self.chosen))
+
+    def _draw_rows(self, key: str) -> None:
+        """Draw the rows, with the cursor on `key` if the one that it was on is gone."""
+        rows = self.tree_list
+        if not (width := rows.scrollable_content_region.width) or not self.rows:  # hidden
+            return
+        before = rows.highlighted_option
+        rows.show(draw_rows(self.rows, self._states, width), fallback=key)
+        if before is None:
+            rows.highlighted = rows.get_option_index(key)
+        if (now := rows.highlighted_option) and (before is None or now.id != before.id):
+            self._expected = str(now.id)
 
     def _row_of(self, stage: str) -> str:
         keys = [row.key for row in self.rows]
-        return stage if stage in keys else STUDIES if STUDIES in keys else keys[0]
+        return stage if stage in keys else STUDIES if self._is_study(stage) else next(iter(keys), "")
 
     def select(self, stage: str) -> None:
         """Move the cursor to a stage; a study that is folded is unfolded."""
@@ -117,8 +118,9 @@ DAG as a picture."""
             return
         if self._row_of(stage) != stage:
             self._fold(True)
-        self.chosen = self._expected = stage
-        self.tree_list.highlighted = self.tree_list.get_option_index(stage)
+        self.chosen = stage
+        if self.tree_list.option_count:
+            self._expected, self.tree_list.highlighted = stage, self.tree_list.get_option_index(stage)
         self.post_message(self.Chosen(stage, by_user=False))
 
     @on(OptionList.OptionHighlighted)
@@ -158,8 +160,4 @@ DAG as a picture."""
         if unfold != self.unfolded:
             self.unfolded = unfold
             self.rows = tree_rows(self._stages, self._needs, unfold)
-            option = self.tree_list.highlighted_option
-            key = str(option.id) if option else ""
-            self._expected = STUDIES if self._is_study(key) else key
-            width = self.tree_list.scrollable_content_region.width
-            self.tree_list.show(draw_rows(self.rows, self._states, width), fallback=STUDIES)
+            self._draw_rows(STUDIES)

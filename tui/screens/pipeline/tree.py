@@ -13,7 +13,7 @@ from pipeline.project.status import State, StageState
 from tui.widgets.text import KeyedList, duration, pad_or_truncate
 
 STUDIES = "studies"  # the key of their group, which is no stage's name
-MUTED = "$text-muted"
+MUTED = "$foreground-muted"
 SIGNS = {
     "missing": ("○", MUTED),
     "current": ("✓", "$text-success"),
@@ -25,7 +25,7 @@ SIGNS = {
     "died": ("✗", "bold $text-error"),
 }
 URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
-WORDS = {"missing": "not made yet", "waits": "will run again"}
+WORDS = {"missing": "not made", "waits": "waits"}
 BAR = 8  # cells of a progress bar
 MAX_NAMED = 2  # further needs that a row names; of more it names the last and counts the others
 
@@ -108,12 +108,13 @@ def _draw_row(row: Row, states: Mapping[str, StageState], names: int, width: int
     label = pad_or_truncate(row.label, max(1, names - cell_len(row.guides)))
     sign, style = SIGNS[state.state] if state else ("·", MUTED)
     line = Content.assemble((f"{sign} ", style), (row.guides, MUTED), label)
-    took = _took(row, state)
-    room = width - line.cell_length - 2 - (len(took) + 2 if took else 0)
+    took, room = _took(row, state), width - line.cell_length - 2
     if room < 4:
         return line
-    text = _describe(row, state, states, room).truncate(room, ellipsis=True, pad=bool(took))
-    return Content.assemble(line, "  ", text, (f"  {took}" if took else "", MUTED))
+    text = _describe(row, state, states, room)
+    if took and text.cell_length + len(took) + 2 <= room:  # what is to say matters more than how long it took
+        text = text.truncate(room - len(took), pad=True) + Content.styled(took, MUTED)
+    return Content.assemble(line, "  ", text.truncate(room, ellipsis=True))
 
 
 def _took(row: Row, state: StageState | None) -> str:
