@@ -168,7 +168,7 @@ def _read(app: "Workbench", page: Path) -> None:
 
 def _pages() -> list[Path]:
     """The Markdown files of the docs: of the clone, else of the installed package."""
-    if DOCS.is_dir():
+    if (DOCS / "tui.md").is_file():  # and not the folder docs of another package
         return [*DOCS.glob("*.md")]
     try:
         paths = [path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)]
