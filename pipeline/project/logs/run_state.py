@@ -56,7 +56,7 @@ class Journal:
         by_rate, by_past = ((self.total - self.done) / rate if rate > 0 else None for rate in (self.rate, self.past))
         if by_rate is None or by_past is None:
             return by_past if by_rate is None else by_rate
-        # The first units say little: a library warms up, and those of a study differ. What is done is how far they count.
+        # The first units say little: a library warms up, and those of a study differ. They count by how many are done.
         share = self.done / self.total
         return share * by_rate + (1 - share) * by_past
 
@@ -64,7 +64,9 @@ class Journal:
     def pace(self) -> float:
         """Units of work per second over all of the run, or of the one before if it did nothing."""
         end = self.ended or self.since
-        return (self.done - self.first) / (end - self.since) if self.done > self.first and end > self.since else self.past
+        return (
+            (self.done - self.first) / (end - self.since) if self.done > self.first and end > self.since else self.past
+        )
 
 
 def read(folder: Path) -> Journal | None:

@@ -1,10 +1,9 @@
 """The DAG of the stages as a picture in characters, in a dialog; a click chooses a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import ScrollableContainer
 from textual.content import Content
@@ -133,20 +132,20 @@ class DagView(Widget):
 
     def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
         super().__init__()
-        self.layout_ = pipeline_layout(stages)
+        self.drawing = pipeline_layout(stages)
         self._states, self._chosen = states, chosen
 
     def get_content_width(self, *_: object) -> int:
-        return self.layout_.columns
+        return self.drawing.columns
 
     def get_content_height(self, *_: object) -> int:
-        return self.layout_.rows
+        return self.drawing.rows
 
     def render(self) -> Content:
-        cells = [[(" ", "")] * self.layout_.columns for _ in range(self.layout_.rows)]
-        for (row, column), character in self.layout_.lines.items():
+        cells = [[(" ", "")] * self.drawing.columns for _ in range(self.drawing.rows)]
+        for (row, column), character in self.drawing.lines.items():
             cells[row][column] = character, MUTED
-        for name, position in self.layout_.positions.items():
+        for name, position in self.drawing.positions.items():
             state = self._states.get(name)
             sign, style = SIGNS[state.state] if state else ("·", MUTED)
             symbol_only = position.width < len(name)  # a study
@@ -157,7 +156,7 @@ class DagView(Widget):
         return Content("\n").join(Content.assemble(*row) for row in cells)
 
     def on_click(self, event: Click) -> None:
-        for name, position in self.layout_.positions.items():
+        for name, position in self.drawing.positions.items():
             if event.y == position.row and position.column <= event.x < position.column + position.width:
                 self.post_message(self.Chosen(name))
 
@@ -175,9 +174,10 @@ class Picture(ModalScreen[str | None]):
         super().__init__()
         self._view = DagView(stages, states, chosen)
 
-    def compose(self) -> ComposeResult:
-        with ScrollableContainer(self._view, classes="dialog -fit") as dialog:
-            dialog.border_title, dialog.border_subtitle = "What needs what", "click a stage  Esc close"
+    def compose(self) -> Iterable[Widget]:
+        dialog = ScrollableContainer(self._view, classes="dialog -fit")
+        dialog.border_title, dialog.border_subtitle = "What needs what", "click a stage  Esc close"
+        yield dialog
 
     def on_dag_view_chosen(self, event: DagView.Chosen) -> None:
         self.dismiss(event.stage)

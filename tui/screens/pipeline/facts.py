@@ -1,7 +1,6 @@
 """What is to say of the stage that the cursor is on: progress, why its state is as it is, its runs, what to press."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -14,7 +13,8 @@ from pipeline.project.status import StageState
 from tui.screens.pipeline.tree import MUTED, SIGNS
 from tui.services.pipeline_process import Running
 from tui.widgets.pane import Pane
-from tui.widgets.text import duration, levels
+from tui.widgets.plot.sparkline import sparkline
+from tui.widgets.text import duration
 
 STATES = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
 LABEL = 5  # cells of the labels
@@ -35,7 +35,9 @@ def describe_starter(running: Running | None, state: StageState) -> str:
         run = state.run
         return f"in a terminal or by another program: process {run.pid}, {_since(run.started)}" if run else ""
     mine = running.starter == os.getpid()
-    who = "here" if mine else f"by another workbench, process {running.starter}," if running.starter else "by a workbench"
+    who = (
+        "here" if mine else f"by another workbench, process {running.starter}," if running.starter else "by a workbench"
+    )
     return f"{who} as {running.command}, process {running.pid}, {_since(running.started)}"
 
 
@@ -67,7 +69,7 @@ def facts_of(state: StageState, running: Running | None, losses: Sequence[float]
     if state.state in NEXT:
         rows.append(("next", NEXT[state.state], MUTED))
     if losses:
-        rows.append(("loss", f"{levels(thin(losses, CURVE))} {losses[-1]:.4g}", ""))
+        rows.append(("loss", f"{sparkline(losses, CURVE).strip()} {losses[-1]:.4g}", ""))
     if state.state == "running":
         rows.append(("run", describe_starter(running, state), ""))
     elif run:
@@ -78,14 +80,6 @@ def facts_of(state: StageState, running: Running | None, losses: Sequence[float]
     notes = [note.removeprefix(name) for note in (run.notes if run else ())]
     rows += [("" if number else "note", note, MUTED) for number, note in enumerate(notes)]
     return [row for row in rows if row[1]]
-
-
-def thin(values: Sequence[float], count: int) -> list[float]:
-    """At most `count` values: means of equal parts."""
-    if len(values) <= count:
-        return [*values]
-    bounds = [number * len(values) // count for number in range(count + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 class FactsPane(Pane):

@@ -16,7 +16,9 @@ MAX_LENGTH = 2000  # characters of a line
 ALL = ""  # the key of the whole log
 STARTS = re.compile(r"Running stage '(?:[^':]*:)?(\w+)':")  # what dvc prints before a stage's output
 OF_DVC = re.compile(r"(Updating|Generating) lock file |Use `dvc push`|Stage '.*' didn't change, skipping$|\s*$")
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")  # of a terminal: CSI, OSC, others
+ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])"
+)  # of a terminal: CSI, OSC, others
 
 
 def shown_line(line: str) -> str:

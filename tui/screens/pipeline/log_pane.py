@@ -17,7 +17,6 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from tui.widgets.pane import Pane
-from tui.widgets.table import VIM_KEYS
 
 ERRORS = ("error", "traceback", "✗")  # what a line of a failure begins with
 
@@ -79,8 +78,11 @@ class LogView(ScrollView, can_focus=True):
         ]
         self.virtual_size = Size(width, len(self._rows))
         self.refresh()
+        self.call_after_refresh(self._show_end)
+
+    def _show_end(self) -> None:
         if self.follows:
-            self.scroll_end(animate=False, x_axis=False)
+            self.scroll_end(animate=False, immediate=True, x_axis=False)
 
     def render_line(self, y: int) -> Strip:
         row = y + self.scroll_offset.y
@@ -133,8 +135,8 @@ class LogView(ScrollView, can_focus=True):
         self.follows = event.y is not None and event.y >= self.max_scroll_y
 
     def watch_follows(self) -> None:
-        if self.follows and self.is_mounted:
-            self.scroll_end(animate=False, x_axis=False)
+        if self.is_mounted:
+            self._show_end()
 
     def matches(self) -> list[int]:
         """The lines that contain what is searched."""

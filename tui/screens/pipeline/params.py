@@ -56,11 +56,11 @@ class Param:
 
 
 class Line(NamedTuple):
-    """A line of the list: a param, or the head of a group of `count`."""
+    """A line of the list: a param, or the head of a group of `size`."""
 
     group: str
     param: Param | None = None
-    count: int = 0
+    size: int = 0
     unfolded: bool = False
 
     @property
@@ -86,7 +86,8 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
         value = getattr(section, field.key)
         group = next((name for name, keys in GROUPS.items() if field.key in keys), OTHERS)
         is_shared = field.key in shared and field.key not in own
-        changed = field.key in made and made[field.key] != to_yaml_value(value)
+        was = made.get(field.key)
+        changed = field.key in made and was != to_yaml_value(value)
         params.append(
             Param(
                 field,
@@ -96,7 +97,7 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
                 or comments.get(f"{TRAINING}.{field.key}" if is_shared else "")
                 or meaning(type(section), field.key),
                 home.params.source(stage.name, field.key),
-                format_value(made[field.key]) if changed else None,
+                format_value(tuple(was) if isinstance(was, list) else was) if changed else None,
             )
         )
     return sorted(params, key=lambda param: (param.made is None, param.source == "default"))
@@ -109,7 +110,7 @@ def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "")
     for group in GROUPS:
         if members := [param for param in shown if param.group == group]:
             is_unfolded = bool(text) or group in unfolded
-            lines.append(Line(group, count=len(members), unfolded=is_unfolded))
+            lines.append(Line(group, size=len(members), unfolded=is_unfolded))
             lines += [Line(group, param) for param in members if is_unfolded]
     return lines
 

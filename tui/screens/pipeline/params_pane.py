@@ -127,7 +127,7 @@ class ParamList(VerticalScroll, can_focus=True):
         param, names = line.param, self.names
         if param is None:
             sign = "▾" if line.unfolded else "▸"
-            return Content(f"{sign} {line.group} ({line.count})").truncate(width, pad=True)
+            return Content(f"{sign} {line.group} ({line.size})").truncate(width, pad=True)
         name = f"{'  ' if line.group else ''}{param.key}"
         was = "" if param.made is None else f"● was {param.made or 'empty'}"
         room = max(width - 3 - names - (min(cell_len(was), 24) + 1 if was else 0), 4)
@@ -188,7 +188,7 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
 **Space**, ← → fold a group. **/** finds a param in all groups by its name, value or meaning."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter,e", "act", "edit", id="pipeline.edit"),
-        Binding("space", "toggle", "Fold or unfold the group", show=False),
+        Binding("space", "toggle_group", "Fold or unfold the group", show=False),
         Binding("left", "fold(False)", "Fold the group", show=False),
         Binding("right", "fold(True)", "Unfold the group", show=False),
     ]
@@ -286,7 +286,9 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
                 value = field.parse(self.field.value)
                 problem = field.problem(value) if field.problem and self.is_edited else ""
                 file = param.source.partition(",")[0] if param.source != "default" else "params.yaml"
-                pending = Content.styled(f"Enter writes it to {file}, Esc keeps {format_value(param.value) or 'it empty'}.")
+                pending = Content.styled(
+                    f"Enter writes it to {file}, Esc keeps {format_value(param.value) or 'it empty'}."
+                )
                 texts = [Content.styled(f"✗ {problem}", "$text-error")] if problem else [pending] * self.is_edited
             texts.append(Content.styled(param.meaning, MUTED))
             texts.append(Content.styled(f"{HUGE_BOUND.sub('', field.rule)} · {_source(param)}", MUTED))
@@ -315,7 +317,7 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
         if line is None:
             return
         if line.param is None:
-            self.action_toggle()
+            self.action_toggle_group()
             return
         field, self.edited = self.field, line.param
         field.choices = line.param.field.choices
@@ -366,7 +368,7 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
 
     # Groups
 
-    def action_toggle(self) -> None:
+    def action_toggle_group(self) -> None:
         if (line := self.list.current) and line.group:
             self._fold(line.group, line.group not in self.unfolded)
 

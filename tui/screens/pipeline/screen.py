@@ -44,7 +44,9 @@ params and its log stand beside it. A param that is written makes its stage, and
     HORIZONTAL_BREAKPOINTS = [(0, "-stacked"), (SIDE, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("S", "run_stage", "Run this stage", id="pipeline.run_stage"),
-        Binding("F", "run_stage(True)", "Run this stage again, though nothing changed", id="pipeline.force", show=False),
+        Binding(
+            "F", "run_stage(True)", "Run this stage again, though nothing changed", id="pipeline.force", show=False
+        ),
         Binding("p", "pane('params')", "Params", id="pipeline.params"),
         Binding("L", "pane('log')", "Log", id="pipeline.log"),
         Binding("d", "pane('metrics')", "Metrics since the commit", id="pipeline.metrics", show=False),

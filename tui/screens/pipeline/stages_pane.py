@@ -41,7 +41,7 @@ The cursor follows the stage that runs, until you move it. **Enter** goes to its
 DAG as a picture."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "params", id="pipeline.open", show=False),
-        Binding("space", "toggle", "Fold or unfold the studies", show=False),
+        Binding("space", "toggle_group", "Fold or unfold the studies", show=False),
         Binding("left", "fold(False)", "Fold the studies", show=False),
         Binding("right", "fold(True)", "Unfold the studies", show=False),
     ]
@@ -93,7 +93,9 @@ DAG as a picture."""
         counts = Counter(state.state for state in self._states.values())
         signs = [(f"{counts[state]} {SIGNS[state][0]}", SIGNS[state][1]) for state in SIGNS if counts[state]]
         self.show_title()
-        self.border_title = Content(" ").join([Content.styled(self.title, "bold"), *(Content.styled(*s) for s in signs)])
+        self.border_title = Content(" ").join(
+            [Content.styled(self.title, "bold"), *(Content.styled(*s) for s in signs)]
+        )
         self._draw_rows(self._row_of(self.chosen))
 
     def _draw_rows(self, key: str) -> None:
@@ -145,7 +147,7 @@ DAG as a picture."""
 
     # The group
 
-    def action_toggle(self) -> None:
+    def action_toggle_group(self) -> None:
         self.action_fold(not self.unfolded)
 
     def action_fold(self, unfold: bool) -> None:

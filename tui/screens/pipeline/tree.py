@@ -1,20 +1,18 @@
-"""The DAG as a tree: each stage below the one that it needs, studies in a group; state, progress and time in its row."""
+"""The DAG as a tree: each stage below the one that it needs, studies in a group; what its row says."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rich.cells import cell_len
-from textual.binding import Binding, BindingType
 from textual.content import Content
 
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import State, StageState
-from tui.widgets.text import KeyedList, duration, pad_or_truncate
+from pipeline.project.status import StageState, State
+from tui.widgets.text import duration, pad_or_truncate
 
 STUDIES = "studies"  # the key of their group, which is no stage's name
 MUTED = "$foreground-muted"
-SIGNS = {
+SIGNS: Mapping[State, tuple[str, str]] = {
     "missing": ("○", MUTED),
     "current": ("✓", "$text-success"),
     "changed": ("●", "$text-warning"),
@@ -25,7 +23,7 @@ SIGNS = {
     "died": ("✗", "bold $text-error"),
 }
 URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
-WORDS = {"missing": "not made", "waits": "waits"}
+WORDS: Mapping[State, str] = {"missing": "not made", "waits": "waits"}
 BAR = 8  # cells of a progress bar
 MAX_NAMED = 2  # further needs that a row names; of more it names the last and counts the others
 
@@ -64,6 +62,9 @@ def tree_rows(stages: Mapping[str, Stage], needs: Mapping[str, Sequence[str]], u
         shared = set.intersection(*(above[name] for name in studies))
         parents |= dict.fromkeys(studies, STUDIES)
         parents[STUDIES] = max(shared, key=lambda need: len(above[need]), default="")
+        for name in stages:  # what needs a study alone is no part of the group, which would hide it
+            if parents[name] in studies:
+                parents[name], after[name] = parents[STUDIES], (parents[name], *after[name])
     else:
         studies = ()
     children: dict[str, list[str]] = {}
@@ -172,12 +173,3 @@ def brief(seconds: float) -> str:
     if total < 60:
         return f"{total} s"
     return f"{total // 60}:{total % 60:02}" if total < 3600 else f"{total // 3600}h{total % 3600 // 60:02}"
-
-
-class StageTree(KeyedList):
-    """The tree as a list with a cursor; left and right fold and unfold the studies."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left", "fold(False)", "Fold", show=False),
-        Binding("right", "fold(True)", "Unfold", show=False),
-    ]
