@@ -273,6 +273,9 @@ class Workbench(App[None]):
     def _pipeline_ended(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
         states = self.project_watch.states
+        _, _, alone = ended.command.partition("--single-item ")
+        if name := alone.rpartition(" ")[2]:  # one stage: that others are out of date is no early end
+            states = {name: states[name]} if name in states else {}
         stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
         failed = [state for state in stages if state.state in ("failed", "died")]
         if failed:
@@ -282,7 +285,7 @@ class Workbench(App[None]):
         elif all(state.state == "current" for state in states.values()):
             gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
             is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
-            text = " ".join(["All stages are up to date.", *gates])
+            text = " ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates])
             self.log_message(text, "error" if is_broken else "information")
         elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")

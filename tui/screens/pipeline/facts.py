@@ -90,15 +90,17 @@ class FactsPane(Pane):
 
     def __init__(self) -> None:
         super().__init__(id="facts")
-        self._facts: list[Fact] = []
+        self.headline = ""
+        self.facts: list[Fact] = []
 
     def contents(self) -> Iterable[Widget]:
         yield Static(markup=False)
 
     def show(self, name: str, state: StageState | None, running: Running | None, losses: Sequence[float]) -> None:
         """Show what is to say of a stage."""
-        self.border_title = Content.assemble((name, "bold"), "  ", headline(state))
-        self._facts = facts_of(state, running, losses) if state else []
+        title = Content.assemble((name, "bold"), "  ", headline(state))
+        self.border_title, self.headline = title, title.plain
+        self.facts = facts_of(state, running, losses) if state else []
         self._draw()
 
     def on_resize(self, event: Resize) -> None:
@@ -107,7 +109,7 @@ class FactsPane(Pane):
 
     def _draw(self) -> None:
         lines = []
-        for label, text, style in self._facts:
+        for label, text, style in self.facts:
             parts = Content.styled(text, style).wrap(max(self.size.width - LABEL, 10))
             lines += [Content.assemble(("" if n else label).ljust(LABEL), part) for n, part in enumerate(parts)]
         self.query_one(Static).update(Content("\n").join(lines))

@@ -248,6 +248,8 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
         param = next((param for param in self.params if param.key == key), None)
         if param is None:
             return
+        if not param.matches(self.filter_text):
+            self.close_filter()
         self.unfolded |= {param.group} if param.made is None else set()
         self._rebuild(key)
 

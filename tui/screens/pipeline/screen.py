@@ -114,7 +114,8 @@ params and its log stand beside it. A param that is written makes its stage, and
         watch, project = self.workbench.project_watch, self.project
         banner = self.query_one("#problem", Static)
         banner.display = bool(watch.problem)
-        banner.update(f"✗ {watch.problem}{' Showing the last valid state.' * bool(project)}")
+        is_last = project is not None and project.root.is_dir()
+        banner.update(f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
         needs = {
             name: project.home(name).needs(stage) if project else stage.needs for name, stage in self.stages.items()
         }
