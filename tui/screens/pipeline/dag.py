@@ -14,7 +14,7 @@ from textual.widget import Widget
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import MUTED, SIGNS
+from tui.screens.pipeline.tree import MUTED, SIGNS, short_name
 
 LABEL_MARGIN = 3  # symbol and space before a name, a space after it
 STUDIES = "studies "
@@ -98,14 +98,16 @@ def _route_edges(edges: Sequence[tuple[str, str]], positions: Mapping[str, Posit
 
 
 def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
-    """The DAG of the stages that make models, with a row for those that measure below it."""
+    """The DAG of the stages that make models, by their short names, with a row for those that measure below it."""
     models = {name: stage for name, stage in stages.items() if not stage.is_measurement}
-    needs = {name: [need for need in stage.needs if need in models] for name, stage in models.items()}
+    short = {name: short_name(stage) for name, stage in models.items()}
+    needs = {short[name]: [short[need] for need in stage.needs if need in models] for name, stage in models.items()}
     dag = layout(needs, LABEL_MARGIN) if needs else Layout({}, {}, 0, 0)
+    positions, lines = {name: dag.positions[short[name]] for name in models}, dict(dag.lines)
     measurements = {name: stage for name, stage in stages.items() if stage.is_measurement}
     if not measurements:
-        return dag
-    row, positions, lines = dag.rows, dict(dag.positions), dict(dag.lines)
+        return Layout(positions, lines, dag.rows, dag.columns)
+    row = dag.rows
     lines |= {(row, column): letter for column, letter in enumerate(STUDIES)}
     column = len(STUDIES)
     for name, stage in measurements.items():
@@ -133,7 +135,7 @@ class DagView(Widget):
     def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
         super().__init__()
         self.drawing = pipeline_layout(stages)
-        self._states, self._chosen = states, chosen
+        self._stages, self._states, self._chosen = stages, states, chosen
 
     def get_content_width(self, *_: object) -> int:
         return self.drawing.columns
@@ -148,10 +150,10 @@ class DagView(Widget):
         for name, position in self.drawing.positions.items():
             state = self._states.get(name)
             sign, style = SIGNS[state.state] if state else ("·", MUTED)
-            symbol_only = position.width < len(name)  # a study
+            label = "" if position.width == 2 else short_name(self._stages[name])  # a study is a sign alone
             reverse = "reverse" if name == self._chosen else ""
-            cells[position.row][position.column] = sign, f"{style} {reverse}" if symbol_only else style
-            for offset, letter in enumerate("" if symbol_only else name, 2):
+            cells[position.row][position.column] = sign, style if label else f"{style} {reverse}"
+            for offset, letter in enumerate(label, 2):
                 cells[position.row][position.column + offset] = letter, reverse
         return Content("\n").join(Content.assemble(*row) for row in cells)
 
@@ -165,9 +167,9 @@ class Picture(ModalScreen[str | None]):
     """The picture. Returns the stage that was clicked, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,v", "dismiss(None)", "Close")]
-    DEFAULT_CSS = """
+    CSS = """
     Picture { align: center middle; }
-    Picture ScrollableContainer { width: auto; height: auto; max-width: 100%; max-height: 100%; }
+    Picture .dialog { width: auto; max-width: 100%; max-height: 100%; padding: 0 1; }
     """
 
     def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:

@@ -53,8 +53,9 @@ def headline(state: StageState | None) -> Content:
     text = f"{sign} {STATES.get(state.state, state.state)}"
     run = state.run
     if state.state == "running" and run:
-        text += f"  {run.done / run.total:.0%}  {run.done:,}/{run.total:,}" if run.total else "  starting"
+        text += f"  {run.done / run.total:.0%}" if run.total else "  starting"
         text += "" if run.eta is None else f"  {duration(run.eta)} left"
+        text += f"  {run.done:,}/{run.total:,}" if run.total else ""
     return Content.styled(text, style)
 
 
@@ -92,6 +93,7 @@ class FactsPane(Pane):
         super().__init__(id="facts")
         self.headline = ""
         self.facts: list[Fact] = []
+        self._height = 0
 
     def contents(self) -> Iterable[Widget]:
         yield Static(markup=False)
@@ -112,4 +114,5 @@ class FactsPane(Pane):
         for label, text, style in self.facts:
             parts = Content.styled(text, style).wrap(max(self.size.width - LABEL, 10))
             lines += [Content.assemble(("" if n else label).ljust(LABEL), part) for n, part in enumerate(parts)]
-        self.query_one(Static).update(Content("\n").join(lines))
+        self.query_one(Static).update(Content("\n").join(lines), layout=len(lines) != self._height)
+        self._height = len(lines)

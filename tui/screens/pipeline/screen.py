@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -27,6 +28,7 @@ from tui.widgets.form import format_value
 from tui.widgets.pane import Pane
 
 TICK = 0.5  # seconds between two looks at the logs
+REST = 0.05  # seconds that the cursor rests before the panes are filled
 SIDE = 72  # columns from which the tree stands beside the other panes
 EVALUATION = GRAPH.stages["evaluate"].path
 EMPTY = "Nothing was printed: the pipeline has not run this stage since its log began."
@@ -43,14 +45,12 @@ What is made from what, which of it is out of date and why, and what runs. Choos
 params and its log stand beside it. A param that is written makes its stage, and all below, run again."""
     HORIZONTAL_BREAKPOINTS = [(0, "-stacked"), (SIDE, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("S", "run_stage", "Run this stage", id="pipeline.run_stage"),
-        Binding(
-            "F", "run_stage(True)", "Run this stage again, though nothing changed", id="pipeline.force", show=False
-        ),
+        Binding("S", "run_stage", "Run stage", id="pipeline.run_stage"),
+        Binding("F", "run_stage(True)", "Run stage again, though nothing changed", id="pipeline.force", show=False),
         Binding("p", "pane('params')", "Params", id="pipeline.params"),
         Binding("L", "pane('log')", "Log", id="pipeline.log"),
         Binding("d", "pane('metrics')", "Metrics since the commit", id="pipeline.metrics", show=False),
-        Binding("v", "picture", "Picture of the DAG", id="pipeline.picture"),
+        Binding("v", "picture", "Picture of the DAG", id="pipeline.picture", show=False),
         Binding("tab", "next_pane(1)", "Next pane", show=False),
         Binding("shift+tab", "next_pane(-1)", "Pane before", show=False),
     ]
@@ -62,6 +62,7 @@ params and its log stand beside it. A param that is written makes its stage, and
         self._steps: StepLog | None = None
         # When the watch last told: whether something ran, which stage, and which had failed
         self._was_busy, self._followed, self._failed = False, "", set[str]()
+        self._pending: Timer | None = None  # to fill the panes
         self._is_moved = False  # by the user, since the run began: it is no longer followed
 
     def body(self) -> Iterable[Widget]:
@@ -140,6 +141,9 @@ params and its log stand beside it. A param that is written makes its stage, and
 
     def _show_stage(self) -> None:
         """Fill the panes for the stage that the cursor is on."""
+        if self._pending:
+            self._pending.stop()
+            self._pending = None
         name, project = self.chosen, self.project
         stage = self.stages.get(name)
         if stage is None:
@@ -184,7 +188,9 @@ params and its log stand beside it. A param that is written makes its stage, and
     @on(StagesPane.Chosen)
     def _chosen(self, event: StagesPane.Chosen) -> None:
         self._is_moved = self._is_moved or (event.by_user and self._was_busy)
-        self._show_stage()
+        # The cursor is drawn at once; the panes follow when it rests, as they take longer than a key that repeats.
+        self._pending = self._pending or self.set_timer(REST, self._show_stage)
+        self._pending.reset()
 
     @on(StagesPane.Opened)
     def _opened(self) -> None:
@@ -205,6 +211,8 @@ params and its log stand beside it. A param that is written makes its stage, and
 
     def action_pane(self, name: str) -> None:
         """Show a pane and give it the focus."""
+        if self._pending:  # keys that are already typed are meant for the stage that was chosen
+            self._show_stage()
         pane = self.query_one(f"#{name}", Pane)
         if self.maximized is not None and self.maximized is not pane:
             self.minimize()

@@ -14,7 +14,7 @@ from textual.widgets import OptionList
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import SIGNS, STUDIES, Row, draw_rows, group_state, tree_rows
+from tui.screens.pipeline.tree import SIGNS, STUDIES, URGENCY, Row, draw_rows, group_state, tree_rows
 from tui.widgets.pane import Pane
 from tui.widgets.text import KeyedList
 
@@ -40,7 +40,8 @@ The cursor follows the stage that runs, until you move it. **Enter** goes to its
 **F** again though nothing changed, **R** all that is out of date. **Space** (or ← →) folds the studies, **v** draws the
 DAG as a picture."""
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "params", id="pipeline.open", show=False),
+        Binding("enter", "select", "params"),
+        Binding("v", "screen.picture", "picture"),
         Binding("space", "toggle_group", "Fold or unfold the studies", show=False),
         Binding("left", "fold(False)", "Fold the studies", show=False),
         Binding("right", "fold(True)", "Unfold the studies", show=False),
@@ -90,8 +91,9 @@ DAG as a picture."""
         self._draw()
 
     def _draw(self) -> None:
-        counts = Counter(state.state for state in self._states.values())
-        signs = [(f"{counts[state]} {SIGNS[state][0]}", SIGNS[state][1]) for state in SIGNS if counts[state]]
+        counts = Counter(SIGNS[state.state] for state in self._states.values())
+        order = dict.fromkeys(SIGNS[state] for state in URGENCY)  # failed and died have one sign
+        signs = [(f"{counts[sign]} {sign[0]}", sign[1]) for sign in order if counts[sign]]
         self.show_title()
         self.border_title = Content(" ").join(
             [Content.styled(self.title, "bold"), *(Content.styled(*s) for s in signs)]

@@ -24,7 +24,7 @@ SIGNS: Mapping[State, tuple[str, str]] = {
 }
 URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
 WORDS: Mapping[State, str] = {"missing": "not made", "waits": "waits"}
-BAR = 8  # cells of a progress bar
+BAR, MIN_BAR = 8, 3  # cells of a progress bar
 MAX_NAMED = 2  # further needs that a row names; of more it names the last and counts the others
 
 
@@ -156,10 +156,10 @@ def progress(state: StageState, room: int) -> Content:
     if run is None or not run.total:
         return Content.styled("starting", style)
     share = min(1.0, run.done / run.total)
-    text = Content("")
-    if room >= BAR + 5:
-        filled = round(share * BAR)
-        text = Content.assemble(("━" * filled, style), ("╌" * (BAR - filled) + " ", MUTED))
+    text, bar = Content(""), min(BAR, room - 5)
+    if bar >= MIN_BAR:
+        filled = round(share * bar)
+        text = Content.assemble(("━" * filled, style), ("╌" * (bar - filled) + " ", MUTED))
     text += Content.styled(f"{share:4.0%}", style)
     left = "" if run.eta is None else f"  {duration(run.eta)} left"
     return text + Content.styled(left, style) if left and text.cell_length + len(left) <= room else text

@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,7 +200,9 @@ def test_who_started_a_run() -> None:
     assert describe_starter(mine, state).startswith("here as dvc repro, process 5, since ")
     other = Running(5, "dvc repro", 0.0, 12345678)
     assert describe_starter(other, state).startswith("by another workbench, process 12345678, as dvc repro, process 5")
-    assert describe_starter(Running(5, "dvc repro", 0.0), state).startswith("by a workbench as dvc repro")  # an old lock
+    assert describe_starter(Running(5, "dvc repro", 0.0), state).startswith(
+        "by a workbench as dvc repro"
+    )  # an old lock
     assert describe_starter(None, state).startswith("in a terminal or by another program: process 77, since ")
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import State, StageState
+from pipeline.project.status import StageState, State
 from tests.helpers.projects import SHIPPED, STAGES
 from tui.screens.pipeline.tree import STUDIES, brief, draw_rows, tree_rows
 
