@@ -14,7 +14,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(run_state.time, "time", lambda: self.now)
+        monkeypatch.setattr("pipeline.project.logs.run_state.time.time", lambda: self.now)
 
 
 @pytest.fixture

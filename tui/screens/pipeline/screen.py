@@ -113,6 +113,8 @@ params and its log stand beside it. A param that is written makes its stage, and
 
     def project_changed(self) -> None:
         watch, project = self.workbench.project_watch, self.project
+        if not self.query("#problem"):  # the screen is closing
+            return
         banner = self.query_one("#problem", Static)
         banner.display = bool(watch.problem)
         is_last = project is not None and project.root.is_dir()
@@ -157,7 +159,7 @@ params and its log stand beside it. A param that is written makes its stage, and
         self.query_one(MetricsPane).look(self.workbench.root / EVALUATION / "metrics.json", self.workbench.root)
 
     def _tick(self) -> None:
-        if self.is_current:
+        if self.is_current and self.query(LogPane):
             self._read_logs()
 
     def _read_logs(self, force: bool = False) -> None:

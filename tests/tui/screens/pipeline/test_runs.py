@@ -200,9 +200,8 @@ def test_who_started_a_run() -> None:
     assert describe_starter(mine, state).startswith("here as dvc repro, process 5, since ")
     other = Running(5, "dvc repro", 0.0, 12345678)
     assert describe_starter(other, state).startswith("by another workbench, process 12345678, as dvc repro, process 5")
-    assert describe_starter(Running(5, "dvc repro", 0.0), state).startswith(
-        "by a workbench as dvc repro"
-    )  # an old lock
+    unknown = Running(5, "dvc repro", 0.0)  # of a lock that an older version wrote
+    assert describe_starter(unknown, state).startswith("by a workbench as dvc repro")
     assert describe_starter(None, state).startswith("in a terminal or by another program: process 77, since ")
 
 
@@ -308,7 +307,7 @@ async def test_a_run_that_ends_on_a_full_disk_says_so(
     """dvc itself cannot write its lock: no stage failed, and the log may be cut off."""
     save(runnable / "params.yaml", {"finetune_lora.rank": 2})
     dvc("print('called')")
-    monkeypatch.setattr(tui_app, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(tui_app, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     async with open_screen(runnable) as (pilot, screen):
         await pilot.press("R")
         await until(pilot, lambda: "the disk is full. Free some space" in messages(screen))
