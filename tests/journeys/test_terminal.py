@@ -85,10 +85,10 @@ def lengthen(terminal: Terminal, clone: Path) -> None:
     terminal.see("training (1)")
     terminal.keys("Enter", "Down", "Enter")
     terminal.type("x")
-    terminal.see("epochs must be a whole number")
+    terminal.see("✗ finetune_lora.epochs must be")
     terminal.keys("BSpace")
     terminal.type("30000")
-    terminal.see("Enter writes it")
+    terminal.see("Enter writes finetune_lora.epochs")
     terminal.keys("Enter")
     terminal.see("30000", "z takes it back")
     assert load(clone / "params.yaml").finetune_lora.epochs == 30_000

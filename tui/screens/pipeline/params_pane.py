@@ -287,10 +287,8 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
             if param is self.edited:
                 value = field.parse(self.field.value)
                 problem = field.problem(value) if field.problem and self.is_edited else ""
-                file = param.source.partition(",")[0] if param.source != "default" else "params.yaml"
-                pending = Content.styled(
-                    f"Enter writes it to {file}, Esc keeps {format_value(param.value) or 'it empty'}."
-                )
+                key, before = key_path(self.stage, param.key), format_value(param.value) or "it empty"
+                pending = Content.styled(f"Enter writes {key}, Esc keeps {before}.")
                 texts = [Content.styled(f"✗ {problem}", "$text-error")] if problem else [pending] * self.is_edited
             texts.append(Content.styled(param.meaning, MUTED))
             texts.append(Content.styled(f"{HUGE_BOUND.sub('', field.rule)} · {_source(param)}", MUTED))

@@ -157,7 +157,7 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
         await pilot.press("escape")
         assert not pane.edited and pane.list.has_focus
         await pilot.press("enter", *"16")  # replaces the value, which is selected
-        assert "Enter writes it to params.yaml, Esc keeps 4" in below(screen)
+        assert "Enter writes finetune_lora.rank, Esc keeps 4" in below(screen)
         await pilot.press("enter")
         await until(pilot, lambda: load(path).finetune_lora.rank == 16)
         assert path.read_text(encoding="utf-8") == before.replace("  rank: 4", "  rank: 16", 1)
