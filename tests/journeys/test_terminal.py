@@ -43,7 +43,7 @@ def test_from_an_empty_project_a_run_is_started_followed_resized_stopped_and_res
         terminal.see("○ pretrain", "not made", "S run stage", "q quit")
         lengthen(terminal, clone)
         terminal.keys("R")
-        terminal.see("finetune_lora  ▶ running", "left", seconds=120)  # the cursor was there; then it follows
+        terminal.see("finetune_lora  ▶ ", "left", seconds=120)  # the cursor was there; then it follows
         terminal.keys("2")
         first = terminal.see("loss")
         deadline = time.monotonic() + 20
@@ -54,14 +54,14 @@ def test_from_an_empty_project_a_run_is_started_followed_resized_stopped_and_res
             terminal.resize(*size)
             terminal.see("loss")
         terminal.keys("1")
-        terminal.see("▶ running", "here as dvc repro")
+        terminal.see("finetune_lora  ▶ ", "here as dvc repro")
         stop(terminal)
         terminal.see("finetune_lora  ‖ stopped", "stopped after step")
         assert list((clone / "runs/finetune_lora").glob("checkpoint-*"))
         at = steps(clone / "runs/finetune_lora")
         terminal.see("Stopped.")
         terminal.keys("S")
-        terminal.see("▶ running", "left", "resumed after step", seconds=60)
+        terminal.see("finetune_lora  ▶ ", "left", "resumed after step", seconds=60)
         terminal.keys("L")
         terminal.see("Log of finetune_lora", "following", "loss")
         assert steps(clone / "runs/finetune_lora") >= at - 1
@@ -225,7 +225,7 @@ def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(worked:
     stage = subprocess.Popen(command, cwd=worked, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         with lora_tui(worked) as terminal:
-            terminal.see("finetune_lora  ▶ running", "left")
+            terminal.see("finetune_lora  ▶ ", "left")
         if on_hangup == "stop":
             assert stage.wait(20) == 130
             assert list((worked / "runs/finetune_lora").glob("checkpoint-*"))

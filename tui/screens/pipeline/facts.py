@@ -50,12 +50,10 @@ def headline(state: StageState | None) -> Content:
     if state is None:
         return Content.styled("…", MUTED)
     sign, style = SIGNS[state.state]
-    text = f"{sign} {STATES.get(state.state, state.state)}"
-    run = state.run
-    if state.state == "running" and run:
-        text += f"  {run.done / run.total:.0%}" if run.total else "  starting"
-        text += "" if run.eta is None else f"  {duration(run.eta)} left"
-        text += f"  {run.done:,}/{run.total:,}" if run.total else ""
+    text, run = f"{sign} {STATES.get(state.state, state.state)}", state.run
+    if state.state == "running" and run and run.total:
+        left = "" if run.eta is None else f"  {duration(run.eta)} left"
+        text = f"{sign} {run.done / run.total:.0%}{left}  {run.done:,}/{run.total:,}"
     return Content.styled(text, style)
 
 
