@@ -32,6 +32,7 @@ from tui.services.pipeline_process import Runner
 
 if TYPE_CHECKING:
     from tui.services.engine_client import Inference
+    from tui.services.loaded_models import LoadedModels
 
 
 class _ControlCharacterFilter(LineFilter):
@@ -81,7 +82,8 @@ class Workbench(App[None]):
         self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the adapters screen
+        self.inference: Inference | None = None  # created by the first screen that prompts models, as `models` is
+        self.models: LoadedModels | None = None
         self.first_screen = "pipeline"
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet

@@ -1,10 +1,8 @@
-"""Prompts sent to several models at once: sampling settings, requests to the inference process, answers, transcript."""
+"""Prompts sent to several models at once: requests to the inference process, answers, transcript."""
 
-import asyncio
 import json
-import math
-from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,64 +10,12 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
-from pipeline.inference.catalog import REFUSED
-from pipeline.project.stage_graph import ARTIFACTS
-from pipeline.workbench import open_project
-from tui.screens.adapters.library import Entry, Library, Stamp
-from tui.services.engine_client import EngineDied, Inference
-from tui.widgets.form import FormField, Kind
+from tui.services.engine_client import EngineDied
+from tui.services.loaded_models import LoadedModels, Sampling
+from tui.services.model_library import Entry
 
-MAX_LOADED = 9  # models kept loaded, and compared side by side
 MAX_EXCHANGES = 200
 WAITING, LOADING = "waiting", "loading"  # states of an answer before its model has begun
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of the top-k table."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    limit: int = 20
-    k: int = 5
-
-    def __str__(self) -> str:
-        cuts = [f"top-k {self.top_k}"] * (self.top_k > 0) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
-        parts = [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"] if self.temperature else ["greedy"]
-        return " · ".join([*parts, f"{self.limit} tokens", f"{self.k} candidates"])
-
-    def fields(self) -> dict[str, float | int]:
-        """The arguments of the engine's `generate`."""
-        return {name: value for name, value in asdict(self).items() if name != "k"}
-
-
-def _declare(key: str, rule: str, allowed: Callable[[Any], bool]) -> FormField:
-    label = key.replace("_", "-")
-    kind: Kind = "number" if isinstance(getattr(Sampling, key), float) else "integer"
-
-    def problem(value: Any) -> str:
-        """`value` is still the typed text if that is no number."""
-        if not isinstance(value, str) and allowed(value):
-            return ""
-        return f"{label} must be {rule}, got {format_setting(value)!r}."
-
-    return FormField(key, kind, label=label, rule=rule, problem=problem)
-
-
-def format_setting(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-SAMPLING_FIELDS = (
-    _declare("temperature", "a number from 0", lambda value: 0 <= value < math.inf),
-    _declare("top_k", "a whole number from 0 (0 cuts nothing)", lambda value: value >= 0),
-    _declare("top_p", "above 0 up to 1 (1 cuts nothing)", lambda value: 0 < value <= 1),
-    _declare("seed", "a whole number below 2^63", lambda value: 0 <= value < 2**63),
-    _declare("limit", "a whole number from 1 to 10000", lambda value: 1 <= value <= 10_000),
-    _declare("k", "a whole number from 1 to 50", lambda value: 1 <= value <= 50),
-)
 
 
 @dataclass
@@ -133,67 +79,6 @@ def transcript(exchanges: Sequence[Exchange], suffix: str) -> str:
                 top = (f"{escape_whitespace(token)} {100 * probability:.1f}%" for token, probability in answer.top_k)
                 lines.append(f"  - next: {', '.join(top)}")
     return "\n".join(lines) + "\n"
-
-
-def trusts_remote_code(params: Path, base: Path) -> bool:
-    """Whether a base may run its own code: if params.yaml trusts it, and only for the project's own models."""
-    try:
-        project = open_project(params)
-        folders = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
-        is_own = any(base.resolve().is_relative_to(folder.resolve()) for folder in folders)
-        return is_own and project.params.origin.trust_remote_code
-    except UserError:  # the pipeline screen reports it
-        return False
-
-
-class LoadedModels:
-    """The models that the inference process has loaded: up to MAX_LOADED, then the oldest is unloaded.
-
-    A model's name in requests is its path.
-    """
-
-    def __init__(self, inference: Inference, library: Library, params: Path) -> None:
-        self.inference, self._library, self._params = inference, library, params
-        self._pid: int | None = None  # of the process that has the models loaded
-        self._loaded: OrderedDict[Path, tuple[Stamp, dict[str, Any]]] = OrderedDict()  # with the engine's facts
-        self._load_lock = asyncio.Lock()
-
-    def has_chat(self, entries: Sequence[Entry]) -> bool:
-        """Whether all models are loaded and have a chat template."""
-        loaded = [self._loaded.get(entry.model.path) for entry in entries]
-        return bool(loaded) and all(model and model[1].get("chat") for model in loaded)
-
-    def is_loaded(self, entry: Entry) -> bool:
-        """Whether the model is loaded. Does not check whether its files changed since."""
-        return self._pid == self.inference.pid and entry.model.path in self._loaded
-
-    async def load(self, entry: Entry) -> None:
-        """Load the model unless it is loaded and its files are the same. Raises UserError if it cannot."""
-        path = entry.model.path
-        async with self._load_lock:
-            if self._pid != self.inference.pid:  # another process has none of them
-                self._loaded.clear()
-            stamp = await asyncio.to_thread(self._library.stamp, entry.model)
-            if path in self._loaded and self._loaded[path][0] == stamp:
-                self._loaded.move_to_end(path)
-                return
-            if stamp == ((),):
-                raise UserError(f"{path} no longer exists. Select another model.")
-            verdict = (await asyncio.to_thread(self._library.check, entry)).verdict
-            if verdict and verdict.state == REFUSED:
-                raise UserError(verdict.reason or REFUSED)
-            # Make room first: the memory of the oldest may be what the new one needs.
-            while len(self._loaded.keys() - {path}) >= MAX_LOADED:
-                oldest = next(other for other in self._loaded if other != path)
-                del self._loaded[oldest]
-                await self.inference.ask("unload", name=str(oldest))
-            base = await asyncio.to_thread(self._library.base, entry.model)
-            trust = base is not None and await asyncio.to_thread(trusts_remote_code, self._params, base)
-            adapter = path if entry.model.kind == "adapter" else None
-            fields = {"base": base, "adapter": adapter, "trust_remote_code": trust}
-            self._loaded[path] = stamp, await self.inference.ask("load", name=str(path), **fields)
-            self._loaded.move_to_end(path)
-            self._pid = self.inference.pid
 
 
 class Conversation:
@@ -307,23 +192,3 @@ class Conversation:
         fields: dict[str, Any] = {"model": str(entry.model.path), "text": text, "chat": chat}
         scaled = {"strength": strength} if entry.model.scales else {}
         return await self._inference.ask("attention", layer=layer, head=head, **fields, **scaled)
-
-
-class Latest:
-    """Runs a job one at a time. Any number of requests during a run cause a single further run."""
-
-    def __init__(self, job: Callable[[], Awaitable[None]]) -> None:
-        self._job = job
-        self._running = self._again = False
-
-    async def run(self) -> None:
-        self._again = True
-        if self._running:
-            return
-        self._running = True
-        try:
-            while self._again:
-                self._again = False
-                await self._job()
-        finally:
-            self._running = False

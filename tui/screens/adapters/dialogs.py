@@ -1,25 +1,22 @@
-"""The dialogs of the adapters screen: attention weights (`a`, §2.1) and sampling settings (`t`)."""
+"""The dialogs of the adapters screen: attention weights (`a`, §2.1)."""
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
 from rich.cells import cell_len
 from rich.text import Text
-from textual import on, work
+from textual import work
 from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.content import Content
 from textual.events import Click
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import Button, Checkbox, Static
+from textual.widgets import Static
 
 from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
-from tui.screens.adapters.conversation import SAMPLING_FIELDS, Latest, Sampling, format_setting
-from tui.widgets.form import Form, FormField
+from tui.services.loaded_models import Latest
 from tui.widgets.text import bar, pad_or_truncate, shade
 
 NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
@@ -193,55 +190,3 @@ class AttentionScreen(ModalScreen[None]):
 
     def action_token(self, by: int) -> None:
         self._view.step(by)
-
-
-class ClearCheckbox(Checkbox):
-    """A check box that is empty when off: Textual's differs in colour only."""
-
-    @property
-    def _button(self) -> Content:
-        self.BUTTON_INNER = "X" if self.value else " "
-        return super()._button
-
-
-class SamplingForm(Form):
-    """A rule beside each field."""
-
-    def beside(self, field: FormField) -> Iterable[Widget]:
-        return (*super().beside(field), Static(field.rule, classes="rule"))
-
-
-class SamplingScreen(ModalScreen[tuple[Sampling, bool] | None]):
-    """Edits the sampling and whether prompts use the chat template; returns both once valid, or None on Escape."""
-
-    AUTO_FOCUS = "Input"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
-    DEFAULT_CSS = """
-    SamplingScreen { align: center middle; }
-    SamplingScreen Label { width: 13; }
-    SamplingScreen Input { width: 14; margin-right: 1; }
-    SamplingScreen .rule { width: 1fr; color: $text-muted; }
-    SamplingScreen .wrong { color: $error; height: auto; margin-top: 1; }
-    """
-
-    def __init__(self, sampling: Sampling, chat: bool, has_chat: bool) -> None:
-        super().__init__()
-        self._sampling, self._chat, self._has_chat = sampling, chat, has_chat
-
-    def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="dialog"):
-            yield SamplingForm(SAMPLING_FIELDS, {k: format_setting(v) for k, v in asdict(self._sampling).items()})
-            label = "chat template" if self._has_chat else "chat template (no model asked so far has one)"
-            yield ClearCheckbox(label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat)
-            yield Static(classes="wrong", markup=False)
-            yield Button("Use", compact=True, variant="primary")
-
-    @on(Form.Submitted)
-    @on(Button.Pressed)
-    def use(self) -> None:
-        form = self.query_one(SamplingForm)
-        if problem := next(filter(None, map(form.problem, form.fields)), ""):
-            self.query_one(".wrong", Static).update(f"✗ {problem}")
-        else:
-            sampling = Sampling(**{key: form.value(key) for key in form.fields})
-            self.dismiss((sampling, self.query_one(Checkbox).value))

@@ -17,8 +17,8 @@ from textual.widgets import DataTable, Static
 
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
-from tui.screens.adapters.library import CHECKING, Entry
 from tui.screens.base import WIDE
+from tui.services.model_library import CHECKING, Entry
 from tui.widgets.text import levels
 
 SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: " "}

@@ -18,17 +18,17 @@ from textual.widgets import Input, Static
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.project.params.load import Params
-from pipeline.project.stage_graph import Project
-from pipeline.workbench import GRAPH, open_project
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import STEP, Answers, EngineBar, PromptInput, Slider
-from tui.screens.adapters.conversation import LOADING, MAX_LOADED, Conversation, Latest, LoadedModels, transcript
-from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
-from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
+from tui.screens.adapters.answers import Answers
+from tui.screens.adapters.conversation import LOADING, Conversation, transcript
+from tui.screens.adapters.dialogs import AttentionScreen
 from tui.screens.adapters.models import Details, ModelDetails, ModelTable
 from tui.screens.base import WIDE, WorkbenchScreen
-from tui.services.engine_client import EngineDied, Inference
+from tui.services.engine_client import EngineDied
+from tui.services.loaded_models import MAX_LOADED, Latest, shared_models
+from tui.services.model_library import Entry, Stamp, read_documents
+from tui.widgets.prompting import STEP, EngineBar, PromptInput, Slider
+from tui.widgets.sampling import SamplingScreen
 
 SEARCHING = "looking for models…"
 NO_MODELS = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
@@ -72,15 +72,9 @@ class AdaptersScreen(WorkbenchScreen):
     def __init__(self) -> None:
         super().__init__()
         self.add_class("-none", "-browse")
-        try:
-            project = open_project(self.workbench.params_path)
-        except (UserError, OSError):  # its models are listed anyway, and the pipeline screen says what is wrong
-            project = Project(self.workbench.params_path.parent, Params(kinds=GRAPH.sections), GRAPH)
-        self.library = Library(project)
-        if self.workbench.inference is None:
-            self.workbench.inference = Inference(self.workbench.root)
-        self.engine = self.workbench.inference
-        self.conversation = Conversation(LoadedModels(self.engine, self.library, self.workbench.params_path))
+        models = shared_models(self.workbench)
+        self.library, self.engine = models.library, models.inference
+        self.conversation = Conversation(models)
         self.entries: list[Entry] = []
         self.selected: list[Path] = []
         self.details: Details | None = None

@@ -18,8 +18,9 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.tui.screens.adapters.test_adapters import USUAL, Session
 from tui.app import Workbench
-from tui.screens.adapters.answers import EngineBar, Slider, TopK
+from tui.screens.adapters.answers import TopK
 from tui.screens.adapters.conversation import Answer
+from tui.widgets.prompting import EngineBar, Slider
 
 PROMPT = "die katze sitzt auf dem"
 
