@@ -56,7 +56,7 @@ def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str)
 
 
 def encode_text(name: str, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
-    """The ids of a prompt of any length. Raises UserError if it is empty or has a word that is not in the vocabulary."""
+    """The ids of a prompt of any length. Raises UserError if it is empty or has an unknown word."""
     unknown, ids = tokenizer.unknown_words(text), tokenizer.encode(text)
     if not ids:
         raise UserError("The prompt is empty. Give at least one word.")

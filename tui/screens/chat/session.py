@@ -1,0 +1,108 @@
+"""Asks the inference process for the answers of a conversation, one model after the other."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from pipeline.errors import UserError
+from tui.screens.chat.talk import (
+    FAILED,
+    INTERRUPTED,
+    LOADING,
+    READING,
+    STARTING,
+    WRITING,
+    Answer,
+    Talk,
+    Turn,
+)
+from tui.screens.chat.thoughts import OPEN
+from tui.services.engine_client import EngineDied
+from tui.services.loaded_models import LoadedModels, Sampling
+from tui.services.model_library import Entry
+
+MOST_MODELS = 2  # side by side
+DEFAULT = Sampling(limit=512)
+
+
+class Session:
+    """The models that are asked, at which strength and sampling."""
+
+    def __init__(self, models: LoadedModels) -> None:
+        self.models, self.sampling, self.strength = models, DEFAULT, 1.0
+        self.entries: list[Entry] = []
+
+    @property
+    def scales(self) -> bool:
+        """Whether any of the models is an adapter whose strength can be set."""
+        return any(entry.model.scales for entry in self.entries)
+
+    def new_answers(self) -> list[Answer]:
+        return [
+            Answer(str(entry.model.path), entry.label, self.strength if entry.model.scales else None)
+            for entry in self.entries
+        ]
+
+    def is_stale(self, answer: Answer) -> bool:
+        """Whether it was given at another strength than the one that is set."""
+        return answer.strength is not None and answer.strength != self.strength
+
+    async def write(self, talk: Talk, turn: Turn) -> AsyncGenerator[Answer, None]:
+        """Fill in the answers of the shown reply. Yields an answer whenever it changed.
+
+        If a model fails, the reason is its answer's `error`, and the next is asked. Raises EngineDied if the process
+        ends. Text that arrived until then, or until the generator was closed, stays.
+        """
+        answers, unfinished = turn.reply.answers, (INTERRUPTED, "")
+        pairs = list(zip(self.entries, answers, strict=True))
+        try:
+            for entry, answer in pairs:
+                try:
+                    async with aclosing(self._write_one(talk, turn, entry, answer)) as changes:
+                        async for _ in changes:
+                            yield answer
+                except EngineDied:
+                    raise
+                except UserError as error:
+                    answer.state, answer.error = FAILED, str(error)
+                    yield answer
+        except EngineDied:
+            unfinished = (FAILED, "the engine ended")
+            raise
+        finally:  # also when it is cancelled or closed
+            for answer in answers:
+                if answer.unfinished:
+                    answer.state, answer.error = unfinished
+
+    async def _write_one(self, talk: Talk, turn: Turn, entry: Entry, answer: Answer) -> AsyncGenerator[None, None]:
+        if not self.models.is_loaded(entry):
+            answer.state = LOADING if self.models.inference.running else STARTING
+            yield
+        await self.models.load(entry)
+        answer.chat, answer.state = self.models.has_chat([entry]), READING
+        yield
+        fields = {"model": answer.model, "messages": talk.messages(turn, answer.model), **self.sampling.fields()}
+        if answer.strength is not None:
+            fields["strength"] = answer.strength
+        # Closing the stream cancels the request, so it must not wait for the garbage collector.
+        async with aclosing(self.models.inference.stream("generate", **fields)) as events:
+            async for event in events:
+                if event["event"] == "prompt":
+                    answer.prompt_tokens, answer.window = event["tokens"], event["window"]
+                    answer.cut_messages, answer.cut_tokens = event["cut_messages"], event["cut_tokens"]
+                    if event["opens_thought"]:  # the template has written the tag
+                        answer.pieces.append(f"{OPEN}\n")
+                elif event["event"] == "token":
+                    answer.state = WRITING
+                    answer.tokens += 1
+                    answer.pieces.append(event["text"])
+                elif event["event"] == "done":
+                    answer.state, answer.tokens_per_second = event["reason"], event["tokens_per_second"]
+                yield
+
+
+def choose(entries: Sequence[Entry], paths: Sequence[str]) -> list[Entry]:
+    """The entries of these folders, in that order; those that are gone are left out."""
+    by_path = {str(entry.model.path): entry for entry in entries}
+    return [by_path[path] for path in paths if path in by_path][:MOST_MODELS]
+
+
