@@ -104,5 +104,3 @@ def choose(entries: Sequence[Entry], paths: Sequence[str]) -> list[Entry]:
     """The entries of these folders, in that order; those that are gone are left out."""
     by_path = {str(entry.model.path): entry for entry in entries}
     return [by_path[path] for path in paths if path in by_path][:MOST_MODELS]
-
-

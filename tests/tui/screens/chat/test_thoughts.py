@@ -7,7 +7,9 @@ from rich.cells import cell_len
 
 from tui.screens.chat.thoughts import ThoughtSplitter, WrappedText, split_thoughts
 
-PIECES = st.lists(st.sampled_from(["<th", "ink>", "<think>", "</", "think>", "</think>", " ", "\n", "a", "<"]), max_size=12)
+PIECES = st.lists(
+    st.sampled_from(["<th", "ink>", "<think>", "</", "think>", "</think>", " ", "\n", "a", "<"]), max_size=12
+)
 WORDS = st.lists(st.text("ab  \n\t\x1b語é\u0301🙂", max_size=12), max_size=12)
 
 
