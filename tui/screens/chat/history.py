@@ -18,7 +18,7 @@ from tui.screens.chat.lines import Line, Showing, TurnView
 from tui.screens.chat.talk import Talk, Turn
 
 GUTTER = 2  # cells left of the lines, with the cursor's bar
-KINDS = ("role", "name", "text", "thought", "warning", "error", "branch")
+KINDS = ("role", "name", "message", "text", "thought", "warning", "error", "branch")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class History(ScrollView, can_focus=True):
         height: 1fr; background: transparent; overflow-x: hidden; scrollbar-gutter: stable; scrollbar-size-vertical: 1;
         & > .history--role, & > .history--thought { color: $text-muted; }
         & > .history--name, & > .history--cursor { color: $accent; text-style: bold; }
+        & > .history--message { text-style: bold; }
         & > .history--text { color: $foreground; }
         & > .history--warning { color: $text-warning; }
         & > .history--error { color: $text-error; }
@@ -46,8 +47,8 @@ class History(ScrollView, can_focus=True):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "edit, correct", id="chat.edit"),
-        Binding("left", "branch(-1)", "branch before", id="chat.branch_before", key_display="←"),
-        Binding("right", "branch(1)", "next branch", id="chat.branch_next", key_display="→"),
+        Binding("left", "branch(-1)", "branches", id="chat.branch_before", key_display="← →"),
+        Binding("right", "branch(1)", "next branch", id="chat.branch_next", show=False),
         Binding("up,k", "move(-1)", "Message above", show=False),
         Binding("down,j", "move(1)", "Message below", show=False),
         Binding("home,g", "first", "First message", show=False),
@@ -75,6 +76,7 @@ class History(ScrollView, can_focus=True):
 
     def __init__(self) -> None:
         super().__init__()
+        self.empty: Sequence[str] = ()  # lines that are shown while there is no message
         self._views: list[TurnView] = []
         self._starts: list[int] = []  # line of each turn
         self._showing = Showing()
@@ -135,12 +137,14 @@ class History(ScrollView, can_focus=True):
         line = y + self.scroll_offset.y
         index = self._view_at(line)
         if index is None:
-            return Strip.blank(width, style)
+            text = "" if self._turns or line >= len(self.empty) else " " * GUTTER + self.empty[line]
+            segment = Segment(text, self.get_component_rich_style("history--role"))
+            return Strip([segment]).adjust_cell_length(width).apply_style(style)
         view, within = self._views[index], line - self._starts[index]
         parts = view.line(within)
         segments = [self._gutter(view, within)]
         for part in parts:
-            kind_style = self.get_component_rich_style(f"history--{part.kind}", partial=True)
+            kind_style = self.get_component_rich_style(f"history--{part.kind}")
             if colour := self._name_styles.get(part.model) if part.model else None:
                 kind_style += Style.parse(colour)
             segments.append(Segment(part.text, kind_style))
@@ -150,7 +154,7 @@ class History(ScrollView, can_focus=True):
         is_reply = within >= view.message_height
         chosen = self.has_focus and self.stop == Stop(view.turn, is_reply) and within < view.height - 1
         if chosen:
-            return Segment("▌ ", self.get_component_rich_style("history--cursor", partial=True))
+            return Segment("▌ ", self.get_component_rich_style("history--cursor"))
         return Segment("  ")
 
     def _view_at(self, line: int) -> int | None:

@@ -35,7 +35,7 @@ STATES = {
     END: "",
     FAILED: "",
 }
-ROLE, NAME, TEXT, THOUGHT, WARNING, ERROR, BRANCH = "role", "name", "text", "thought", "warning", "error", "branch"
+ROLE, NAME, MESSAGE, TEXT, THOUGHT, WARNING, ERROR, BRANCH = "role", "name", "message", "text", "thought", "warning", "error", "branch"
 
 
 class Part(NamedTuple):
@@ -84,7 +84,7 @@ class AnswerView:
             self._head.append([Part(f"{sign} thoughts{more}  {self._words} words", THOUGHT)])
         self._shown_thoughts = self._thoughts.lines if showing.thoughts else ()
         self._tail = self._wrapped(f"✗ {answer.error}" if answer.error else "", ERROR)
-        if self.is_last and answer.strength not in (None, showing.strength) and not answer.unfinished:
+        if self.is_last and answer.strength not in (None, showing.strength) and answer.content:
             text = f"at ×{answer.strength:.2f}; {showing.again} asks again at ×{showing.strength:.2f}"
             self._tail += self._wrapped(text, WARNING)
 
@@ -107,11 +107,8 @@ class AnswerView:
         answer = self.answer
         if not answer.cut_tokens:
             return ""
-        what = f"{answer.cut_messages} earlier messages" if answer.cut_messages else "the beginning of the text"
-        left_out = "was" if not answer.cut_messages else "were"
-        return (
-            f"{what} ({answer.cut_tokens:,} tokens) {left_out} left out: {answer.window:,} tokens are all it can read"
-        )
+        earlier = f"the first {answer.cut_messages} messages were" if answer.cut_messages else "its beginning was"
+        return f"{earlier} left out ({answer.cut_tokens:,} tokens): the window has {answer.window:,} tokens"
 
     def _wrapped(self, text: str, kind: str) -> list[Line]:
         return [[Part(line, kind)] for line in WrappedText(self.width, text).lines]
@@ -139,7 +136,7 @@ class TurnView:
     def __init__(self, turn: Turn, width: int, is_last: bool) -> None:
         self.turn, self.reply, self.width, self.is_last = turn, turn.reply, width, is_last
         role = spread([Part("you", ROLE)], Part(str(turn.siblings), BRANCH), width)
-        self._message: list[Line] = [role, *([Part(line, TEXT)] for line in WrappedText(width, turn.text).lines)]
+        self._message: list[Line] = [role, *([Part(line, MESSAGE)] for line in WrappedText(width, turn.text).lines)]
         self._marks = str(turn.siblings), str(turn.replies)
         answers = self.reply.answers
         self.side_by_side = len(answers) > 1 and width >= MIN_COLUMN * len(answers) + GAP

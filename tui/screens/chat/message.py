@@ -17,7 +17,7 @@ class MessageField(TextArea):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "send", "ask", id="chat.ask"),
         Binding("ctrl+j,alt+enter,shift+enter", "new_line", "new line", id="chat.newline", key_display="^j"),
-        Binding("up", "up", "history", id="chat.history"),
+        Binding("up", "up", "history", show=False),
         Binding("pageup", "page(-1)", "history up", show=False),
         Binding("pagedown", "page(1)", "history down", show=False),
     ]
@@ -38,7 +38,7 @@ class MessageField(TextArea):
         by: int
 
     def __init__(self) -> None:
-        super().__init__(compact=True, placeholder="a message", highlight_cursor_line=False)
+        super().__init__(compact=True, placeholder="a message; ↑ goes to the history", highlight_cursor_line=False)
         for key in SCREEN_KEYS:
             self._bindings.key_to_bindings.pop(key, None)
 

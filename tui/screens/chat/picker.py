@@ -11,7 +11,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList
 
-from tui.screens.chat.session import MOST_MODELS
+from tui.screens.chat.session import MOST_MODELS, method_of
 from tui.services.model_library import Entry
 from tui.widgets.colors import method_look
 from tui.widgets.table import VIM_KEYS
@@ -23,7 +23,7 @@ class ModelPicker(ModalScreen[list[str] | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Close"),
-        Binding("space", "toggle", "Choose"),
+        Binding("space", "choose", "Choose"),
         Binding("slash", "filter", "Filter"),
         *VIM_KEYS,
     ]
@@ -61,7 +61,7 @@ class ModelPicker(ModalScreen[list[str] | None]):
         mark = f"{self._chosen.index(path) + 1} " if path in self._chosen else "  "
         facts = [model.method if model.method != entry.label else "", f"rank {model.rank}" if model.rank else ""]
         line = Text(mark, "bold", no_wrap=True, overflow="ellipsis")
-        line.append(f"{method_look(model.method).sign} {entry.label:<{width}}", "bold" if path in self._chosen else "")
+        line.append(f"{method_look(method_of(entry)).sign} {entry.label:<{width}}", "bold" if path in self._chosen else "")
         return line.append(f"  {' · '.join(filter(None, facts))}", "dim")
 
     @on(Input.Changed)
@@ -85,7 +85,7 @@ class ModelPicker(ModalScreen[list[str] | None]):
         else:
             self.dismiss(None)
 
-    def action_toggle(self) -> None:
+    def action_choose(self) -> None:
         option = self._list.highlighted_option
         if option is None or option.id is None:
             return

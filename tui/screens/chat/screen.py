@@ -22,7 +22,7 @@ from tui.screens.chat.history import History, Stop
 from tui.screens.chat.lines import Showing
 from tui.screens.chat.message import MessageField
 from tui.screens.chat.picker import ModelPicker
-from tui.screens.chat.session import MOST_MODELS, Session
+from tui.screens.chat.session import MOST_MODELS, Session, method_of
 from tui.screens.chat.settings import SettingsScreen
 from tui.screens.chat.talk import Answer, Talk, Turn
 from tui.screens.chat.transcript import render, training_row
@@ -36,7 +36,13 @@ FRAME = 0.05  # seconds between two pictures of an answer that arrives, at least
 MAX_PROMPTS = 200  # in the saved history
 TRACK = 9  # cells of the strength's scale
 SAVE_QUESTION = "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
-NO_MODELS = "There is no model yet. Press R to run the pipeline; Ctrl+O lists the models."
+NO_MODELS = "There is no model yet. Press Esc, then R, to run the pipeline."
+EMPTY = (
+    "Type a message below; Enter asks. A model without a chat template goes on with the text.",
+    "",
+    "Ctrl+O chooses the model, or two side by side. Ctrl+↑ ↓ sets an adapter's strength.",
+    "Ctrl+L has the system prompt and the sampling. Ctrl+G makes an answer an example of training data.",
+)
 
 
 class HistoryPane(Pane):
@@ -94,6 +100,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self.talk = Talk()
         self.session = Session(shared_models(self.workbench))
         self.entries: list[Entry] = []  # that can be chosen
+        self._asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
         self._editing: Turn | None = None
         self._draft = ""  # of the field, while a message is edited
         self._thoughts = False
@@ -108,6 +115,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         yield self.message_pane
 
     def on_mount(self) -> None:
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._update())
         self._find_models()
         self._warm_up()
         self._update()
@@ -396,9 +404,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         """Draw history and titles anew."""
         again = self.app.get_key_display(self._again_key())
         showing = Showing(self._thoughts, self.session.strength, again)
-        background = self.background_colors[1]
-        models = [*self.entries, *self.session.entries]
-        styles = {str(entry.model.path): method_style(_method(entry), background) for entry in models}
+        self._asked.update({str(entry.model.path): entry for entry in self.session.entries})
+        styles = {path: self._style_of(entry) for path, entry in self._asked.items()}
+        self.history.empty = EMPTY if self.session.entries else [NO_MODELS]
         self.history.show(self.talk, showing, styles)
         turns, every = len(self.talk.turns), len(list(self.talk.every_turn()))
         facts = [f"{turns} turn{'s' * (turns != 1)}"] * bool(turns)
@@ -413,7 +421,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     def _update_title(self) -> None:
         """Models, strength, context and sampling, in this order: what does not fit is cut at the end."""
         session = self.session
-        names = Text(" beside ").join(self._name(entry) for entry in session.entries) if session.entries else Text("–")
+        names = Text(" beside ").join(self._styled_label(entry) for entry in session.entries) if session.entries else Text("–")
         facts: list[str | Text] = [names]
         if session.scales:
             facts.append(f"×{session.strength:.2f} {_track(session.strength)}")
@@ -421,8 +429,11 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         title = "Edit message" if self._editing else "Message"
         self.message_pane.show_title(*filter(None, facts), title=title)
 
-    def _name(self, entry: Entry) -> Text:
-        return Text(entry.label, method_style(_method(entry), self.background_colors[1]))
+    def _styled_label(self, entry: Entry) -> Text:
+        return Text(entry.label, self._style_of(entry))
+
+    def _style_of(self, entry: Entry) -> str:
+        return method_style(method_of(entry), self.background_colors[1])
 
     def _window_used(self) -> str:
         """The part of the window that the last turn used, of the model that used the most."""
@@ -432,16 +443,6 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             return ""
         tokens, window = max(used, key=lambda pair: pair[0] / pair[1])
         return f"context {tokens:,} of {window:,}"
-
-
-def _method(entry: Entry) -> str:
-    return entry.label if method_known(entry.label) else entry.model.method
-
-
-def method_known(name: str) -> bool:
-    from tui.widgets.colors import LOOKS
-
-    return name in LOOKS
 
 
 def _track(strength: float) -> str:

@@ -1,6 +1,6 @@
 """Asks the inference process for the answers of a conversation, one model after the other."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from pipeline.errors import UserError
@@ -19,6 +19,7 @@ from tui.screens.chat.thoughts import OPEN
 from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import LoadedModels, Sampling
 from tui.services.model_library import Entry
+from tui.widgets.colors import LOOKS
 
 MOST_MODELS = 2  # side by side
 DEFAULT = Sampling(limit=512)
@@ -62,8 +63,8 @@ class Session:
                             yield answer
                 except EngineDied:
                     raise
-                except UserError as error:
-                    answer.state, answer.error = FAILED, str(error)
+                except UserError as error:  # which names the model by its path
+                    answer.state, answer.error = FAILED, str(error).replace(answer.model, answer.label)
                     yield answer
         except EngineDied:
             unfinished = (FAILED, "the engine ended")
@@ -100,7 +101,7 @@ class Session:
                 yield
 
 
-def choose(entries: Sequence[Entry], paths: Sequence[str]) -> list[Entry]:
-    """The entries of these folders, in that order; those that are gone are left out."""
-    by_path = {str(entry.model.path): entry for entry in entries}
-    return [by_path[path] for path in paths if path in by_path][:MOST_MODELS]
+def method_of(entry: Entry) -> str:
+    """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls otherwise."""
+    return entry.label if entry.label in LOOKS else entry.model.method
+
