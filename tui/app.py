@@ -109,7 +109,7 @@ class Workbench(App[None]):
         self.edits = ParamEdits()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the first screen that prompts models, as `models` is
+        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
         self.models: LoadedModels | None = None
         self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)

@@ -2,12 +2,13 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
@@ -23,7 +24,11 @@ from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
+<<<<<<< HEAD
 ROLES = ("system", "user", "assistant")
+=======
+MAX_MAP = 12  # tokens in a small map of a head; more are pooled
+>>>>>>> i24-models
 MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
 
@@ -123,7 +128,7 @@ class RequestHandler:
     """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a request may call, besides
     `generate`. Each raises UserError for an invalid request."""
 
-    ONE_ANSWER = ("load", "unload", "top_k", "attention", "spectrum", "status")
+    ONE_ANSWER = ("load", "unload", "top_k", "attention", "attention_maps", "spectrum", "status")
 
     def __init__(self) -> None:
         self.models = ModelPool()
@@ -220,20 +225,34 @@ class RequestHandler:
         layer, head = request.integer("layer"), request.integer("head")
         if layer >= shape.layers or head >= shape.heads:
             raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
-        ids = engine.encode(loaded, _render_prompt(loaded, request))
-        if len(ids) > MAX_ATTENTION_TOKENS:
-            raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
-        weights = engine.layer_attention(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[0, head]
-        tokens = [loaded.tokenizer.word(id_) for id_ in ids]
-        if virtual := loaded.model.virtual:
-            tokens = [f"[{virtual.count} virtual]", *tokens]
-            weights = engine.merge_virtual_tokens(weights, len(ids))
+        ids = _attended(loaded, request)
         return {
-            "tokens": tokens,
-            "weights": finite(weights).tolist(),
+            "tokens": _attended_tokens(loaded, ids),
+            "weights": finite(_heads(loaded, ids, layer)[head]).tolist(),
             "layers": shape.layers,
             "heads": shape.heads,
         }
+
+    def attention_maps(self, request: Request) -> Answer:
+        """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of the `difference`, by
+        layer and head; `change` is the share of a token's attention that the adapter moves, a mean over tokens."""
+        model, strength = self.models.get(request.text("model")), request.strength()
+        loaded = model.at(strength)
+        ids = _attended(loaded, request)
+        maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
+        for layer in range(loaded.model.shape.layers):  # one after the other: all at once may not fit in memory
+            own = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
+            maps["maps"].append(_small(own))
+            if loaded.adapter is None:
+                continue
+            base = finite(_heads(model.at(0), ids, layer))
+            more = own.shape[-1] - base.shape[-1]  # the adapter's virtual tokens, which the base has not
+            base = functional.pad(base, (more, 0, more, 0))
+            maps["base"].append(_small(base))
+            maps["difference"].append(_small(own - base))
+            moved = (own - base)[:, more:].abs().sum(-1) / 2  # both rows sum to 1
+            maps["change"].append(moved.mean(-1).tolist())
+        return {"tokens": _attended_tokens(loaded, ids), **maps}
 
     def spectrum(self, request: Request) -> Answer:
         modules = spectra(request.path("adapter"))
@@ -249,3 +268,34 @@ class RequestHandler:
 def _render_prompt(loaded: LoadedModel, request: Request) -> str:
     text = request.text("text")
     return chat_template.render(loaded.base, text) if request.flag("chat") else text
+
+
+def _attended(loaded: LoadedModel, request: Request) -> Sequence[int]:
+    """The prompt's ids. Raises UserError if there are too many to show."""
+    ids = engine.encode(loaded, _render_prompt(loaded, request))
+    if len(ids) > MAX_ATTENTION_TOKENS:
+        raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
+    return ids
+
+
+def _attended_tokens(loaded: LoadedModel, ids: Sequence[int]) -> list[str]:
+    tokens = [loaded.tokenizer.word(id_) for id_ in ids]
+    return [f"[{virtual.count} virtual]", *tokens] if (virtual := loaded.model.virtual) else tokens
+
+
+def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
+    """The weights of a layer's heads, (H, T, T); virtual tokens are one token, the first."""
+    model = loaded.model
+    weights = engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)[0].float().cpu()
+    if model.virtual:
+        return torch.stack([engine.merge_virtual_tokens(head, len(ids)) for head in weights])
+    return weights
+
+
+def _small(heads: Tensor) -> list[list[list[float]]]:
+    """(H, T, T) as at most (H, MAP, MAP): each number the one of its part that is furthest from zero."""
+    size = min(heads.shape[-1], MAX_MAP)
+    largest = functional.adaptive_max_pool2d(heads[None], size)[0]
+    smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]
+    small: list[list[list[float]]] = torch.where(largest >= -smallest, largest, smallest).tolist()
+    return small

@@ -15,7 +15,7 @@ from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
 from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
-from tui.screens.adapters.dialogs import AttentionScreen
+from tui.screens.models.dialogs import AttentionScreen
 from tui.screens.calculator.result import Confirm, document_table
 from tui.screens.curves.export import ExportScreen
 from tui.services.loaded_models import Sampling

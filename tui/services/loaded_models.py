@@ -13,7 +13,7 @@ from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.workbench import GRAPH, open_project
 from tui.services.engine_client import Inference
-from tui.services.model_library import Entry, Library, Stamp
+from tui.services.model_library import GONE, Entry, Library
 
 if TYPE_CHECKING:
     from tui.app import Workbench
@@ -63,7 +63,7 @@ class LoadedModels:
     def __init__(self, inference: Inference, library: Library, params: Path) -> None:
         self.inference, self.library, self._params = inference, library, params
         self._pid: int | None = None  # of the process that has the models loaded
-        self._loaded: OrderedDict[Path, tuple[Stamp, dict[str, Any]]] = OrderedDict()  # with the engine's facts
+        self._loaded: OrderedDict[Path, tuple[str, dict[str, Any]]] = OrderedDict()  # with the engine's facts
         self._load_lock = asyncio.Lock()
 
     def has_chat(self, entries: Sequence[Entry]) -> bool:
@@ -85,7 +85,7 @@ class LoadedModels:
             if path in self._loaded and self._loaded[path][0] == stamp:
                 self._loaded.move_to_end(path)
                 return
-            if stamp == ((),):
+            if stamp == GONE:
                 raise UserError(f"{path} no longer exists. Select another model.")
             verdict = (await asyncio.to_thread(self.library.check, entry)).verdict
             if verdict and verdict.state == REFUSED:

@@ -19,10 +19,10 @@ from textual.widgets import Input, Static
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Answers
-from tui.screens.adapters.conversation import LOADING, Conversation, transcript
-from tui.screens.adapters.dialogs import AttentionScreen
-from tui.screens.adapters.models import Details, ModelDetails, ModelTable
+from tui.screens.models.answers import Answers
+from tui.screens.models.conversation import LOADING, Conversation, transcript
+from tui.screens.models.dialogs import AttentionScreen
+from tui.screens.models.models import Details, ModelDetails, ModelTable
 from tui.screens.base import WIDE, WorkbenchScreen
 from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import MAX_LOADED, Latest, shared_models

@@ -27,10 +27,10 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Completions, TopK
-from tui.screens.adapters.dialogs import AttentionView
-from tui.screens.adapters.models import ModelDetails, ModelTable, format_details
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.answers import Completions, TopK
+from tui.screens.models.dialogs import AttentionView
+from tui.screens.models.models import ModelDetails, ModelTable, format_details
+from tui.screens.models.screen import AdaptersScreen
 from tui.services.loaded_models import trusts_remote_code
 from tui.services.model_library import Entry, Library
 from tui.widgets.prompting import EngineBar, PromptInput, Slider

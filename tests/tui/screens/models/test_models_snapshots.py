@@ -15,7 +15,7 @@ from pipeline.files.base_model import base_fingerprint
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tui.app import Workbench
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.screen import AdaptersScreen
 from tui.widgets.prompting import PromptInput
 
 pytestmark = pytest.mark.usefixtures("no_path")

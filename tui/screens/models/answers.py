@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.text import escape_whitespace
-from tui.screens.adapters.conversation import Answer, Exchange
+from tui.screens.models.conversation import Answer, Exchange
 from tui.widgets.text import bar, pad_or_truncate
 
 CELL = 11  # minimum width of a model's column in the table: a percentage and a difference, each after a space
