@@ -60,7 +60,7 @@ class History(ScrollView, can_focus=True):
     class Opened(Message):
         """Enter was pressed on a message or a reply."""
 
-        stop: Stop
+        on: Stop
 
     class Switched(Message):
         """Another branch is to be shown."""
@@ -111,7 +111,7 @@ class History(ScrollView, can_focus=True):
         at_end = self.is_vertical_scroll_end
         self.virtual_size = Size(self.scrollable_content_region.width, lines)
         if at_end:
-            self.scroll_end(animate=False, immediate=True)
+            self.scroll_end(animate=False, immediate=True, force=True)
         self.refresh()
 
     def grew(self) -> None:
@@ -124,7 +124,7 @@ class History(ScrollView, can_focus=True):
         if lines != self.virtual_size.height:
             self.virtual_size = Size(self.virtual_size.width, lines)
             if at_end:
-                self.scroll_end(animate=False, immediate=True)
+                self.scroll_end(animate=False, immediate=True, force=True)
         self.refresh()
 
     def on_resize(self, _: Resize) -> None:

@@ -35,7 +35,8 @@ STATES = {
     END: "",
     FAILED: "",
 }
-ROLE, NAME, MESSAGE, TEXT, THOUGHT, WARNING, ERROR, BRANCH = "role", "name", "message", "text", "thought", "warning", "error", "branch"
+ROLE, NAME, MESSAGE, TEXT = "role", "name", "message", "text"
+THOUGHT, WARNING, ERROR, BRANCH = "thought", "warning", "error", "branch"
 
 
 class Part(NamedTuple):
@@ -97,7 +98,8 @@ class AnswerView:
         answer = self.answer
         speed = f"{answer.tokens_per_second:,.0f} tokens/s" if answer.tokens_per_second else ""
         count = f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}" if answer.tokens else ""
-        facts = " · ".join(filter(None, (count, speed, STATES[answer.state])))
+        state = "ended at once" if answer.state == END and not answer.tokens else STATES[answer.state]
+        facts = " · ".join(filter(None, (count, speed, state)))
         room = self.width - cell_len(self.branches) - 1
         name = pad_or_truncate(answer.title, min(cell_len(answer.title), max(room, 1)))
         facts = pad_or_truncate(f"  {facts}", max(room - cell_len(name), 0)) if facts else ""

@@ -61,7 +61,9 @@ class ModelPicker(ModalScreen[list[str] | None]):
         mark = f"{self._chosen.index(path) + 1} " if path in self._chosen else "  "
         facts = [model.method if model.method != entry.label else "", f"rank {model.rank}" if model.rank else ""]
         line = Text(mark, "bold", no_wrap=True, overflow="ellipsis")
-        line.append(f"{method_look(method_of(entry)).sign} {entry.label:<{width}}", "bold" if path in self._chosen else "")
+        line.append(
+            f"{method_look(method_of(entry)).sign} {entry.label:<{width}}", "bold" if path in self._chosen else ""
+        )
         return line.append(f"  {' · '.join(filter(None, facts))}", "dim")
 
     @on(Input.Changed)

@@ -18,7 +18,7 @@ from pipeline.files.artifact import write_file
 from pipeline.inference.catalog import describe
 from tui.dialogs import Ask, Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
-from tui.screens.chat.history import History, Stop
+from tui.screens.chat.history import History
 from tui.screens.chat.lines import Showing
 from tui.screens.chat.message import MessageField
 from tui.screens.chat.picker import ModelPicker
@@ -28,6 +28,8 @@ from tui.screens.chat.talk import Answer, Talk, Turn
 from tui.screens.chat.transcript import render, training_row
 from tui.services.loaded_models import shared_models
 from tui.services.model_library import Entry
+from tui.services.vocabulary import Vocabulary, unknown_words
+from tui.services.vocabulary import vocabulary as vocabulary_of
 from tui.widgets.colors import method_style
 from tui.widgets.pane import Pane
 from tui.widgets.prompting import STEP, STRONGEST
@@ -104,6 +106,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self._editing: Turn | None = None
         self._draft = ""  # of the field, while a message is edited
         self._thoughts = False
+        self._vocabularies: list[Vocabulary] = []  # of the models
         self._saved = 0  # answers when the conversation was last saved
         # Widgets are attributes, because answers can arrive while the screen closes and queries fail.
         self.history, self.field = History(), MessageField()
@@ -137,7 +140,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self.give_focus(self.field)
 
     def project_changed(self) -> None:
-        self._find_models()
+        if not self.session.entries:
+            self._find_models()
 
     # models
 
@@ -146,13 +150,16 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         """List the models, the pipeline's own first; without a choice, chat with its first adapter."""
         library = self.session.models.library
         library.folders = [*library.artifacts, *self._folders()]
-        entries = await asyncio.to_thread(lambda: list(library.scan()))
-        own = library.project_variants()
-        self.entries = sorted(entries, key=lambda entry: (entry.model.path not in own, entry.sort_key))
+
+        def found() -> list[Entry]:
+            # what a model is decides the order of the pipeline's own
+            return [entry if entry.group else library.read(entry) for entry in library.scan()]
+
+        entries = await asyncio.to_thread(found)
+        self.entries = sorted(entries, key=lambda entry: (bool(entry.group), entry.group, entry.sort_key))
         if not self.session.entries and self.entries:
             adapters = (entry for entry in self.entries if entry.model.kind == "adapter")
-            self.session.entries = [next(adapters, self.entries[0])]
-        self._update()
+            await self._use([next(adapters, self.entries[0])])
 
     def _folders(self) -> list[Path]:
         names = [*self.workbench.config.folders, *self.workbench.state.folders]
@@ -173,11 +180,25 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             else:
                 self.warn(f"{path} is not a model folder. Choose another model (Ctrl+O).")
         if chosen:
-            self.session.entries = chosen
+            await self._use(chosen)
+
+    async def _use(self, entries: Sequence[Entry]) -> None:
+        library = self.session.models.library
+
+        def read() -> list[tuple[Entry, Vocabulary]]:
+            pairs = []
+            for entry in map(library.read, entries):
+                base = library.base(entry.model)
+                pairs.append((entry, vocabulary_of(base) if base else None))
+            return pairs
+
+        pairs = await asyncio.to_thread(read)
+        self.session.entries, self._vocabularies = [entry for entry, _ in pairs], [words for _, words in pairs]
         self._update()
 
     @work(group="ask-user")
     async def action_models(self) -> None:
+        await self._find_models().wait()  # some may have been trained since
         if not self.entries:
             self.warn(NO_MODELS)
             return
@@ -302,7 +323,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     @on(History.Opened)
     def open_stop(self, event: History.Opened) -> None:
-        stop: Stop = event.stop
+        stop = event.on
         if stop.is_reply:
             self._correct(stop.turn)
         else:
@@ -421,11 +442,15 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     def _update_title(self) -> None:
         """Models, strength, context and sampling, in this order: what does not fit is cut at the end."""
         session = self.session
-        names = Text(" beside ").join(self._styled_label(entry) for entry in session.entries) if session.entries else Text("–")
+        names = (
+            Text(" beside ").join(self._styled_label(entry) for entry in session.entries)
+            if session.entries
+            else Text("–")
+        )
         facts: list[str | Text] = [names]
         if session.scales:
             facts.append(f"×{session.strength:.2f} {_track(session.strength)}")
-        facts += [self._window_used(), _describe_sampling(session.sampling)]
+        facts += [self._unknown_words(), self._window_used(), _describe_sampling(session.sampling)]
         title = "Edit message" if self._editing else "Message"
         self.message_pane.show_title(*filter(None, facts), title=title)
 
@@ -434,6 +459,18 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     def _style_of(self, entry: Entry) -> str:
         return method_style(method_of(entry), self.background_colors[1])
+
+    @on(MessageField.Changed)
+    def check_words(self) -> None:
+        if any(words is not None for words in self._vocabularies):
+            self._update_title()
+
+    def _unknown_words(self) -> Text:
+        """The typed words that a word-level model does not know."""
+        text = self.field.text
+        spans = {span for words in self._vocabularies for span in unknown_words(text, words)}
+        words = " ".join(dict.fromkeys(text[start:stop] for start, stop in sorted(spans)))
+        return Text(f"not in the vocabulary: {words}", self.app.theme_variables["text-warning"]) if words else Text()
 
     def _window_used(self) -> str:
         """The part of the window that the last turn used, of the model that used the most."""

@@ -104,4 +104,3 @@ class Session:
 def method_of(entry: Entry) -> str:
     """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls otherwise."""
     return entry.label if entry.label in LOOKS else entry.model.method
-
