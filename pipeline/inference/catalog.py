@@ -18,7 +18,7 @@ from pipeline.files.digest_cache import Signature, signature
 from pipeline.files.safetensors_file import read_header
 from pipeline.files.text import natural_sort_key
 from pipeline.project.gate import badge
-from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+from pipeline.project.logs.run_log import LOSS, read_final_loss
 from pipeline.project.stage_graph import Project
 
 UNSEALED = "no manifest: base unknown"
@@ -161,7 +161,7 @@ def describe(folder: Path) -> Model:
         kind = "base" if trained in (None, *BASES) else "merged" if trained == "merge" else "checkpoint"
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
     try:
-        last_loss = final_loss(read_steps(folder / LOSS))
+        last_loss = read_final_loss(folder / LOSS)
     except OSError:
         last_loss = None
     return Model(
@@ -224,10 +224,7 @@ def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | No
 
 def find_base(adapter: Path, root: Path) -> Path:
     """The base that an adapter names: searched next to it, then in `root`. Raises UserError."""
-    try:
-        return base_of(adapter, adapter.parent)
-    except UserError:
-        return base_of(adapter, root)
+    return base_of(adapter, adapter.parent, root)
 
 
 def check(

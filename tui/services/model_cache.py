@@ -1,4 +1,4 @@
-"""What was read and measured of models, kept between starts while their files stay the same: in the user's cache folder."""
+"""What was read and measured of models, kept between starts in the user's cache folder while their files stay."""
 
 import hashlib
 import json

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -63,7 +63,7 @@ class Entry:
         """What to add to the state: whether it keeps evaluate.limits."""
         return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
 
-    @property
+    @cached_property
     def sort_key(self) -> tuple[int, list[str | float]]:
         """Pipeline models in ORDER, then all others by name."""
         kind = "adapter" if self.model.kind == "adapter" else self.model.method
@@ -250,12 +250,13 @@ def _unread(path: Path, files: Signature) -> Model:
     return Model(path, kind, "", None, (), None, None, 0, None, None, False)
 
 
-def read_documents(folder: Path) -> list[dict[str, Any]]:
+def read_documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The manifest and the adapter's config, each {} if it is missing, broken or too large."""
-    documents: list[dict[str, Any]] = []
-    for path in (folder / artifact.MANIFEST, folder / CONFIG):
+
+    def read(path: Path) -> dict[str, Any]:
         try:
-            documents.append(artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {})
+            return artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
         except (UserError, OSError):
-            documents.append({})
-    return documents
+            return {}
+
+    return read(folder / artifact.MANIFEST), read(folder / CONFIG)

@@ -81,7 +81,7 @@ class Slider(Widget, can_focus=True):
     """Scale of an adapter: 0 is the base model, 1 the adapter as trained. Disabled, it shows `why`."""
 
     DEFAULT_CSS = """
-    Slider { height: 1; color: $foreground; }
+    Slider { height: 1; color: $foreground; text-wrap: nowrap; text-overflow: ellipsis; }
     Slider:focus { text-style: bold; background: $boost; }
     Slider:disabled { color: $text-muted; }
     """
@@ -143,7 +143,7 @@ class Slider(Widget, can_focus=True):
 class EngineBar(Widget):
     """A status line of the inference process: state, device, memory, number of loaded models, name of the device."""
 
-    DEFAULT_CSS = "EngineBar { height: 1; color: $text-muted; }"
+    DEFAULT_CSS = "EngineBar { height: 1; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }"
     state: reactive[str] = reactive("not started")
     facts: reactive[Mapping[str, Any] | None] = reactive(None)
 

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
@@ -35,11 +34,13 @@ class Answer:
     def title(self) -> str:
         return self.name if self.strength in (None, 1.0) else f"{self.name} ×{self.strength:.2f}"
 
-    def fail(self, error: UserError) -> None:
-        """Store why the model cannot go on. Raises the error if the engine ended, which concerns all models."""
+    def fail(self, error: UserError | str, entry: Entry) -> None:
+        """Store why the model cannot go on, with its name for its path, and without it in front: the same for several
+        models is shown once. Raises the error if the engine ended, which concerns all models."""
         if isinstance(error, EngineDied):
             raise error
-        self.error, self.ended = str(error), ""
+        path = str(entry.model.path)
+        self.error, self.ended = str(error).removeprefix(f"{path} ").replace(path, entry.label), ""
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Conversation:
             yield
             for entry, answer in pairs:
                 if not answer.error:
-                    async for _ in self._complete(entry.model.path, answer, exchange):
+                    async for _ in self._complete(entry, answer, exchange):
                         yield
         except UserError as error:
             unfinished = "the engine ended" if isinstance(error, EngineDied) else str(error)
@@ -139,7 +140,7 @@ class Conversation:
         try:
             await self.models.load(entry)
         except UserError as error:
-            answer.fail(error)
+            answer.fail(error, entry)
 
     def _uses_chat_template(self) -> bool:
         return self.chat and self.models.has_chat(self._entries)
@@ -153,13 +154,17 @@ class Conversation:
         fields: dict[str, Any] = {"models": list(map(str, models)), "text": prompt, "k": self.sampling.k}
         fields["strength"] = {str(path): a.strength for path, a in models.items() if a.strength is not None}
         result = (await self._inference.ask("top_k", chat=self._uses_chat_template(), **fields))["answers"]
-        for path, answer in models.items():
-            facts = result[str(path)]
-            answer.error, answer.of = facts.get("error", ""), facts.get("of", {})
+        for entry, answer in zip(self._entries, answers, strict=True):
+            if entry.model.path not in models:
+                continue
+            facts = result[str(entry.model.path)]
+            if facts.get("error"):
+                answer.fail(facts["error"], entry)
+            answer.of = facts.get("of", {})
             answer.top_k = [(choice["token"], choice["probability"]) for choice in facts.get("top_k", [])]
 
-    async def _complete(self, path: Path, answer: Answer, exchange: Exchange) -> AsyncGenerator[None, None]:
-        fields: dict[str, Any] = {"model": str(path), "text": exchange.prompt, "chat": exchange.chat}
+    async def _complete(self, entry: Entry, answer: Answer, exchange: Exchange) -> AsyncGenerator[None, None]:
+        fields: dict[str, Any] = {"model": str(entry.model.path), "text": exchange.prompt, "chat": exchange.chat}
         if answer.strength is not None:
             fields["strength"] = answer.strength
         try:
@@ -170,7 +175,7 @@ class Conversation:
                     answer.ended = event.get("reason", answer.ended)
                     yield
         except UserError as error:
-            answer.fail(error)
+            answer.fail(error, entry)
             yield
 
     async def probe(self, strength: float) -> list[Answer]:
@@ -184,11 +189,11 @@ class Conversation:
         await self._top_k(self.newest.prompt, answers)
         return answers
 
-    async def attention(
-        self, entry: Entry, text: str, strength: float, chat: bool, layer: int, head: int
-    ) -> dict[str, Any]:
-        """The attention weights of a head over `text`. Raises UserError."""
+    async def attention(self, entry: Entry, exchange: Exchange, strength: float, **head: int) -> dict[str, Any]:
+        """The attention over an exchange's prompt: weights of the head at `layer` and `head`, without them small maps
+        of all heads. Raises UserError."""
         await self.models.load(entry)
-        fields: dict[str, Any] = {"model": str(entry.model.path), "text": text, "chat": chat}
-        scaled = {"strength": strength} if entry.model.scales else {}
-        return await self._inference.ask("attention", layer=layer, head=head, **fields, **scaled)
+        fields: dict[str, Any] = {"model": str(entry.model.path), "text": exchange.prompt, "chat": exchange.chat}
+        if entry.model.kind == "adapter":
+            fields["strength"] = strength
+        return await self._inference.ask("attention" if head else "attention_maps", **fields, **head)
