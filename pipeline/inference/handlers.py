@@ -24,11 +24,8 @@ from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
-<<<<<<< HEAD
 ROLES = ("system", "user", "assistant")
-=======
 MAX_MAP = 12  # tokens in a small map of a head; more are pooled
->>>>>>> i24-models
 MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
 

@@ -58,12 +58,10 @@ class ModelPicker(ModalScreen[list[str] | None]):
 
     def _line(self, path: str, entry: Entry, width: int) -> Text:
         model = entry.model
-        mark = f"{self._chosen.index(path) + 1} " if path in self._chosen else "  "
+        number = f"{self._chosen.index(path) + 1}" if path in self._chosen else " "
+        sign, style = method_look(method_of(entry)).sign, "bold" if path in self._chosen else ""
         facts = [model.method if model.method != entry.label else "", f"rank {model.rank}" if model.rank else ""]
-        line = Text(mark, "bold", no_wrap=True, overflow="ellipsis")
-        line.append(
-            f"{method_look(method_of(entry)).sign} {entry.label:<{width}}", "bold" if path in self._chosen else ""
-        )
+        line = Text(f"{number} {sign} {entry.label:<{width}}", style, no_wrap=True, overflow="ellipsis")
         return line.append(f"  {' · '.join(filter(None, facts))}", "dim")
 
     @on(Input.Changed)

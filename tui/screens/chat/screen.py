@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar
@@ -18,9 +17,9 @@ from pipeline.files.artifact import write_file
 from pipeline.inference.catalog import describe
 from tui.dialogs import Ask, Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
-from tui.screens.chat.history import History
+from tui.screens.chat.history import History, HistoryPane
 from tui.screens.chat.lines import Showing
-from tui.screens.chat.message import MessageField
+from tui.screens.chat.message import MessageField, MessagePane
 from tui.screens.chat.picker import ModelPicker
 from tui.screens.chat.session import MOST_MODELS, Session, method_of
 from tui.screens.chat.settings import SettingsScreen
@@ -31,12 +30,10 @@ from tui.services.model_library import Entry
 from tui.services.vocabulary import Vocabulary, unknown_words
 from tui.services.vocabulary import vocabulary as vocabulary_of
 from tui.widgets.colors import method_style
-from tui.widgets.pane import Pane
 from tui.widgets.prompting import STEP, STRONGEST
 
 FRAME = 0.05  # seconds between two pictures of an answer that arrives, at least
 MAX_PROMPTS = 200  # in the saved history
-TRACK = 9  # cells of the strength's scale
 SAVE_QUESTION = "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
 NO_MODELS = "There is no model yet. Press Esc, then R, to run the pipeline."
 EMPTY = (
@@ -45,33 +42,6 @@ EMPTY = (
     "Ctrl+O chooses the model, or two side by side. Ctrl+↑ ↓ sets an adapter's strength.",
     "Ctrl+L has the system prompt and the sampling. Ctrl+G makes an answer an example of training data.",
 )
-
-
-class HistoryPane(Pane):
-    """The conversation."""
-
-    TITLE = "Chat"
-    HELP = """The messages and the answers, newest last. With two models, each reads the messages and *its own* answers.
-
-- `▌` is the cursor: ↑ ↓ move it, Enter edits the message it is on (the former one stays as a branch), or takes the
-  answer it is on to the data, to be corrected
-- `‹ 2/3 ›` is the second of three branches; ← → show the others, with all that followed
-- `▸ thoughts` are folded; Ctrl+T shows them. Thoughts are not part of what the model reads in later turns
-- `◌` waits, `◐` writes, `▪` was interrupted, `…` reached the limit, `✗` failed
-- *tokens/s* counts from the first token on; reading the prompt is not part of it
-- yellow text tells what no longer fitted into the model's window and was left out, or that an answer was given at
-  another strength than the one that is set"""
-
-
-class MessagePane(Pane):
-    """Where the message is typed; its title has models, strength, context and sampling."""
-
-    TITLE = "Message"
-    HELP = """Enter asks, Ctrl+J begins a new line, ↑ in the first line goes to the history.
-
-The title: the models, the strength of adapters from 0 (the base) over 1 (as trained) to 2, the tokens of the model's
-window that the last turn used, and the sampling. A model without a chat template goes on with the text: the messages
-and answers are one text for it, and the system prompt stands before them."""
 
 
 class ChatScreen(WorkbenchScreen):
@@ -440,22 +410,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         return next(b for b in self._bindings.get_bindings_for_key("ctrl+r"))
 
     def _update_title(self) -> None:
-        """Models, strength, context and sampling, in this order: what does not fit is cut at the end."""
-        session = self.session
-        names = (
-            Text(" beside ").join(self._styled_label(entry) for entry in session.entries)
-            if session.entries
-            else Text("–")
-        )
-        facts: list[str | Text] = [names]
-        if session.scales:
-            facts.append(f"×{session.strength:.2f} {_track(session.strength)}")
-        facts += [self._unknown_words(), self._window_used(), _describe_sampling(session.sampling)]
-        title = "Edit message" if self._editing else "Message"
-        self.message_pane.show_title(*filter(None, facts), title=title)
-
-    def _styled_label(self, entry: Entry) -> Text:
-        return Text(entry.label, self._style_of(entry))
+        names = [Text(entry.label, self._style_of(entry)) for entry in self.session.entries]
+        self.message_pane.show(self.session, names, self.talk.turns, self._unknown_words(), self._editing is not None)
 
     def _style_of(self, entry: Entry) -> str:
         return method_style(method_of(entry), self.background_colors[1])
@@ -465,30 +421,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         if any(words is not None for words in self._vocabularies):
             self._update_title()
 
-    def _unknown_words(self) -> Text:
+    def _unknown_words(self) -> str:
         """The typed words that a word-level model does not know."""
         text = self.field.text
         spans = {span for words in self._vocabularies for span in unknown_words(text, words)}
-        words = " ".join(dict.fromkeys(text[start:stop] for start, stop in sorted(spans)))
-        return Text(f"not in the vocabulary: {words}", self.app.theme_variables["text-warning"]) if words else Text()
-
-    def _window_used(self) -> str:
-        """The part of the window that the last turn used, of the model that used the most."""
-        turns = self.talk.turns
-        used = [(a.prompt_tokens + a.tokens, a.window) for a in (turns[-1].reply.answers if turns else ()) if a.window]
-        if not used:
-            return ""
-        tokens, window = max(used, key=lambda pair: pair[0] / pair[1])
-        return f"context {tokens:,} of {window:,}"
-
-
-def _track(strength: float) -> str:
-    position, middle = (round(value / STRONGEST * (TRACK - 1)) for value in (strength, 1.0))
-    cells = ["━" if cell < position else "┄" for cell in range(TRACK)]
-    cells[middle] = "┿" if middle < position else "┊"
-    cells[position] = "●"
-    return "".join(cells)
-
-
-def _describe_sampling(sampling: Any) -> str:
-    return str(replace(sampling, k=0)).removesuffix(" · 0 candidates")
+        return " ".join(dict.fromkeys(text[start:stop] for start, stop in sorted(spans)))

@@ -508,7 +508,12 @@ async def test_an_answer_that_grows_is_not_read_again(brief: Path, monkeypatch: 
     monkeypatch.setattr("tui.screens.chat.screen.FRAME", 0.0)
     sizes: list[int] = []
     wrap = WrappedText._wrap
-    monkeypatch.setattr(WrappedText, "_wrap", lambda self, text: sizes.append(len(text)) or wrap(self, text))
+
+    def measured(self: WrappedText, text: str) -> list[str]:
+        sizes.append(len(text))
+        return wrap(self, text)
+
+    monkeypatch.setattr(WrappedText, "_wrap", measured)
     async with open_chat(brief, engine) as s:
         await s.ask("eins")
     assert sizes and max(sizes) < 2 * 120
