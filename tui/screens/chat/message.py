@@ -24,7 +24,7 @@ class MessageField(TextArea):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "send", "ask", id="chat.ask"),
-        Binding("ctrl+j,alt+enter,shift+enter", "new_line", "new line", id="chat.newline", key_display="^j"),
+        Binding("ctrl+j,alt+enter,shift+enter", "new_line", "new line", id="chat.newline"),
         Binding("up", "up", "history", show=False),
         Binding("pageup", "page(-1)", "history up", show=False),
         Binding("pagedown", "page(1)", "history down", show=False),

@@ -29,8 +29,8 @@ from tui.widgets.key_bar import KeyBar
 class Session:
     """The app on its chat screen, with helpers for tests."""
 
-    def __init__(self, pilot: Pilot[None], engine: FakeInference) -> None:
-        self.pilot, self.engine = pilot, engine
+    def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
+        self.pilot, self.engine = pilot, engine or FakeInference()
 
     @property
     def app(self) -> Workbench:
@@ -468,7 +468,7 @@ async def test_without_a_model_the_screen_says_what_to_do(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     app.inference, app.first_screen = FakeInference(), "chat"
     async with app.run_test(size=(80, 24)) as pilot:
-        s = Session(pilot, FakeInference())
+        s = Session(pilot)
         await until(pilot, lambda: "There is no model yet" in s.lines())
         await s.write("eins")
         await s.press("enter", "ctrl+o", "ctrl+r")
