@@ -116,17 +116,25 @@ class History(ScrollView, can_focus=True):
         self.refresh()
 
     def grew(self) -> None:
-        """The last turn has new text: read what arrived, and draw what is visible of it."""
+        """The last turn has new text: read what arrived, and draw the visible lines that changed."""
         if not self._views:
             return
-        view, at_end = self._views[-1], self.is_vertical_scroll_end
+        view, start = self._views[-1], self._starts[-1]
+        at_end, offset = self.is_vertical_scroll_end, self.scroll_offset.y
+        first = max(offset - start, 0)
+        before = [view.line(n) for n in range(first, first + self.size.height)]
         view.update(self._showing)
-        lines = self._starts[-1] + view.height
+        lines = start + view.height
         if lines != self.virtual_size.height:
             self.virtual_size = Size(self.virtual_size.width, lines)
             if at_end:
                 self.scroll_end(animate=False, immediate=True, force=True)
-        self.refresh()
+        if self.scroll_offset.y != offset:
+            self.refresh()
+            return
+        for n, line in enumerate(before, first):
+            if view.line(n) != line:
+                self.refresh_line(start + n)
 
     def on_resize(self, _: Resize) -> None:
         self._lay_out()
@@ -145,10 +153,10 @@ class History(ScrollView, can_focus=True):
         parts = view.line(within)
         segments = [self._gutter(view, within)]
         for part in parts:
-            kind_style = self.get_component_rich_style(f"history--{part.kind}")
+            part_style = self.get_component_rich_style(f"history--{part.kind}")
             if colour := self._name_styles.get(part.model) if part.model else None:
-                kind_style += Style.parse(colour)
-            segments.append(Segment(part.text, kind_style))
+                part_style += Style.parse(colour)
+            segments.append(Segment(part.text, part_style))
         return Strip(segments).adjust_cell_length(width).apply_style(style).apply_offsets(0, line)
 
     def _gutter(self, view: TurnView, within: int) -> Segment:

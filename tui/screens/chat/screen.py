@@ -32,7 +32,7 @@ from tui.services.vocabulary import vocabulary as vocabulary_of
 from tui.widgets.colors import method_style
 from tui.widgets.prompting import STEP, STRONGEST
 
-FRAME = 0.05  # seconds between two pictures of an answer that arrives, at least
+FRAME = 0.08  # seconds between two pictures of an answer that arrives, at least
 MAX_PROMPTS = 200  # in the saved history
 SAVE_QUESTION = "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
 NO_MODELS = "There is no model yet. Press Esc, then R, to run the pipeline."
@@ -72,7 +72,6 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self.talk = Talk()
         self.session = Session(shared_models(self.workbench))
         self.entries: list[Entry] = []  # that can be chosen
-        self._asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
         self._editing: Turn | None = None
         self._draft = ""  # of the field, while a message is edited
         self._thoughts = False
@@ -163,7 +162,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             return pairs
 
         pairs = await asyncio.to_thread(read)
-        self.session.entries, self._vocabularies = [entry for entry, _ in pairs], [words for _, words in pairs]
+        self.session.use([entry for entry, _ in pairs])
+        self._vocabularies = [words for _, words in pairs]
         self._update()
 
     @work(group="ask-user")
@@ -225,8 +225,12 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             async with aclosing(self.session.write(self.talk, turn)) as changes:
                 drawn_at, drawn_state = 0.0, ""
                 async for answer in changes:
-                    if monotonic() - drawn_at >= FRAME or answer.state != drawn_state:
-                        self._grew(turn)
+                    if answer.state != drawn_state or monotonic() - drawn_at >= FRAME:
+                        if answer.state != drawn_state:
+                            self._update_title()
+                            self.refresh_bindings()
+                        if self.talk.turns[-1:] == [turn]:  # else one looks at another branch meanwhile
+                            self.history.grew()
                         drawn_at, drawn_state = monotonic(), answer.state
                     await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
         except UserError as error:  # the engine died
@@ -234,13 +238,6 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         finally:
             self._update()
             self.call_later(self.refresh_bindings)
-
-    def _grew(self, turn: Turn) -> None:
-        """Draw what arrived, if the turn is shown: one may look at another branch meanwhile."""
-        if self.talk.turns[-1:] == [turn]:
-            self.history.grew()
-            self._update_title()
-        self.refresh_bindings()
 
     def _is_writing(self) -> bool:
         return any(worker.group == "ask" and worker.is_running for worker in self.workers)
@@ -395,8 +392,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         """Draw history and titles anew."""
         again = self.app.get_key_display(self._again_key())
         showing = Showing(self._thoughts, self.session.strength, again)
-        self._asked.update({str(entry.model.path): entry for entry in self.session.entries})
-        styles = {path: self._style_of(entry) for path, entry in self._asked.items()}
+        styles = {path: self._style_of(entry) for path, entry in self.session.asked.items()}
         self.history.empty = EMPTY if self.session.entries else [NO_MODELS]
         self.history.show(self.talk, showing, styles)
         turns, every = len(self.talk.turns), len(list(self.talk.every_turn()))

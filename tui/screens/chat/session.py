@@ -1,6 +1,6 @@
 """Asks the inference process for the answers of a conversation, one model after the other."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from pipeline.errors import UserError
@@ -31,6 +31,12 @@ class Session:
     def __init__(self, models: LoadedModels) -> None:
         self.models, self.sampling, self.strength = models, DEFAULT, 1.0
         self.entries: list[Entry] = []
+        self.asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
+
+    def use(self, entries: Sequence[Entry]) -> None:
+        """Ask these models from now on."""
+        self.entries = list(entries)
+        self.asked.update({str(entry.model.path): entry for entry in entries})
 
     @property
     def scales(self) -> bool:
@@ -43,10 +49,6 @@ class Session:
             for entry in self.entries
         ]
 
-    def is_stale(self, answer: Answer) -> bool:
-        """Whether it was given at another strength than the one that is set."""
-        return answer.strength is not None and answer.strength != self.strength
-
     async def write(self, talk: Talk, turn: Turn) -> AsyncGenerator[Answer, None]:
         """Fill in the answers of the shown reply. Yields an answer whenever it changed.
 
@@ -54,9 +56,9 @@ class Session:
         ends. Text that arrived until then, or until the generator was closed, stays.
         """
         answers, unfinished = turn.reply.answers, (INTERRUPTED, "")
-        pairs = list(zip(self.entries, answers, strict=True))
         try:
-            for entry, answer in pairs:
+            for answer in answers:
+                entry = self.asked[answer.model]
                 try:
                     async with aclosing(self._write_one(talk, turn, entry, answer)) as changes:
                         async for _ in changes:
