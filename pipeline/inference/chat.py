@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.files.text import join_texts
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.models.generate import GREEDY, Sampling, encode_text, generate
@@ -31,7 +32,7 @@ def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) ->
     """
     room = loaded.model.max_length - min(limit, loaded.model.max_length // ANSWER_SHARE)
     if not loaded.tokenizer.has_template:
-        return _fit_text(loaded, joined_text([message["content"] for message in messages]), room)
+        return _fit_text(loaded, join_texts([message["content"] for message in messages]), room)
     head = [message for message in messages[:1] if message["role"] == "system"]
     # Turns are cut before a user's message: templates reject a conversation that begins with an answer.
     starts = [n for n, message in enumerate(messages) if message["role"] == "user"] or [len(head)]
@@ -60,15 +61,6 @@ def _fit_text(loaded: LoadedModel, text: str, room: int) -> History:
     begin = ids[:1] if ids[0] == loaded.tokenizer.bos_id else ()
     kept = begin + ids[len(ids) - max(room - len(begin), 1) :]
     return History(kept, cut_tokens=len(ids) - len(kept))
-
-
-def joined_text(contents: Sequence[str]) -> str:
-    """The contents as one text, with a space between two unless there is white space already."""
-    text = ""
-    for content in contents:
-        spaced = not text or not content or text[-1].isspace() or content[0].isspace()
-        text += content if spaced else f" {content}"
-    return text
 
 
 def _opens_thought(prompt: str) -> bool:

@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
+from pipeline.files.text import join_texts
 from pipeline.inference import engine
-from pipeline.inference.chat import Message, fit_history, joined_text
+from pipeline.inference.chat import Message, fit_history
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.handlers import Request, RequestHandler
 from tests.helpers.families import FAMILIES, new_project
@@ -93,8 +94,8 @@ def test_a_model_without_template_goes_on_with_the_text_and_loses_its_beginning(
 
 
 def test_contents_are_joined_by_one_space_where_there_is_none() -> None:
-    assert joined_text(["a", "b"]) == "a b"
-    assert joined_text(["a ", "b"]) == joined_text(["a", " b"]) == "a b"
+    assert join_texts(["a", "", "b", " c", "d\n", "e"]) == "a b c d\ne"
+    assert join_texts(["a ", "b"]) == join_texts(["a", " b"]) == "a b"
 
 
 def test_a_request_with_messages_tells_the_prompt_before_the_tokens(folder: Path, loaded: LoadedModel) -> None:

@@ -16,6 +16,7 @@ from textual.strip import Strip
 
 from tui.screens.chat.lines import Line, Showing, TurnView
 from tui.screens.chat.talk import Talk, Turn
+from tui.screens.chat.thoughts import WrappedText
 from tui.widgets.pane import Pane
 
 GUTTER = 2  # cells left of the lines, with the cursor's bar
@@ -30,7 +31,7 @@ class Stop:
     is_reply: bool
 
 
-class History(ScrollView, can_focus=True):
+class History(ScrollView, can_focus=True, inherit_bindings=False):
     """Arrows move between messages and replies; ← → show their other branches."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {f"history--{kind}" for kind in (*KINDS, "cursor")}
@@ -47,14 +48,17 @@ class History(ScrollView, can_focus=True):
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "edit, correct", id="chat.edit"),
-        Binding("left", "branch(-1)", "branches", id="chat.branch_before", key_display="← →"),
-        Binding("right", "branch(1)", "next branch", id="chat.branch_next", show=False),
+        Binding("enter", "open", "Edit, correct", id="chat.edit"),
+        Binding("left", "branch(-1)", "Branches", id="chat.branch_before", key_display="← →"),
+        Binding("right", "branch(1)", "Next branch", id="chat.branch_next", show=False),
         Binding("up,k", "move(-1)", "Message above", show=False),
         Binding("down,j", "move(1)", "Message below", show=False),
+        Binding("pageup", "page_up", "Page up", show=False),
+        Binding("pagedown", "page_down", "Page down", show=False),
         Binding("home,g", "first", "First message", show=False),
         Binding("end,G", "last", "Last message", show=False),
-        Binding("y", "copy", "copy", id="chat.copy"),
+        Binding("y", "copy", "Copy", id="chat.copy"),
+        Binding("tab", "app.focus_next", "Message", id="chat.message"),
     ]
 
     @dataclass
@@ -77,7 +81,7 @@ class History(ScrollView, can_focus=True):
 
     def __init__(self) -> None:
         super().__init__()
-        self.empty: Sequence[str] = ()  # lines that are shown while there is no message
+        self.empty = ""  # the text that is shown while there is no message
         self._views: list[TurnView] = []
         self._starts: list[int] = []  # line of each turn
         self._showing = Showing()
@@ -146,7 +150,8 @@ class History(ScrollView, can_focus=True):
         line = y + self.scroll_offset.y
         index = self._view_at(line)
         if index is None:
-            text = "" if self._turns or line >= len(self.empty) else " " * GUTTER + self.empty[line]
+            lines = () if self._turns else WrappedText(width - GUTTER, self.empty).lines
+            text = " " * GUTTER + lines[line] if line < len(lines) else ""
             segment = Segment(text, self.get_component_rich_style("history--role"))
             return Strip([segment]).adjust_cell_length(width).apply_style(style)
         view, within = self._views[index], line - self._starts[index]

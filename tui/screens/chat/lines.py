@@ -23,7 +23,7 @@ from tui.screens.chat.thoughts import ThoughtSplitter, WrappedText
 from tui.widgets.text import pad_or_truncate
 
 GAP = 3  # cells between two columns, with a rule in the middle
-MIN_COLUMN = 45  # cells of an answer beside another
+MIN_COLUMN, MAX_COLUMN = 45, 120  # cells of an answer: fewer or more are hard to read
 STATES = {
     STARTING: "◌ starting the engine (importing libraries)",
     LOADING: "◌ loading",
@@ -31,7 +31,7 @@ STATES = {
     READING: "◌ reading",
     WRITING: "◐ writing",
     INTERRUPTED: "▪ interrupted",
-    LENGTH: "… the limit was reached",
+    LENGTH: "… limit reached",
     END: "",
     FAILED: "",
 }
@@ -70,7 +70,7 @@ class AnswerView:
         self._words = 0
         self._head: list[Line] = []
         self._tail: list[Line] = []
-        self._shown_thoughts: Sequence[str] = ()
+        self._thoughts_height = 0  # lines that are shown
 
     def update(self, showing: Showing) -> None:
         answer = self.answer
@@ -83,7 +83,7 @@ class AnswerView:
         if self._words or self._splitter.thinking:
             sign, more = "▾" if showing.thoughts else "▸", "…" if self._splitter.thinking and answer.unfinished else ""
             self._head.append([Part(f"{sign} thoughts{more}  {self._words} words", THOUGHT)])
-        self._shown_thoughts = self._thoughts.lines if showing.thoughts else ()
+        self._thoughts_height = self._thoughts.height if showing.thoughts else 0
         self._tail = self._wrapped(f"✗ {answer.error}" if answer.error else "", ERROR)
         if self.is_last and answer.strength not in (None, showing.strength) and answer.content:
             text = f"at ×{answer.strength:.2f}; {showing.again} asks again at ×{showing.strength:.2f}"
@@ -117,18 +117,18 @@ class AnswerView:
 
     @property
     def height(self) -> int:
-        return len(self._head) + len(self._shown_thoughts) + len(self._text.lines) + len(self._tail)
+        return len(self._head) + self._thoughts_height + self._text.height + len(self._tail)
 
     def line(self, index: int) -> Line:
         if index < len(self._head):
             return self._head[index]
         index -= len(self._head)
-        if index < len(self._shown_thoughts):
-            return [Part(f"│ {self._shown_thoughts[index]}", THOUGHT)]
-        index -= len(self._shown_thoughts)
-        if index < len(self._text.lines):
+        if index < self._thoughts_height:
+            return [Part(f"│ {self._thoughts.lines[index]}", THOUGHT)]
+        index -= self._thoughts_height
+        if index < self._text.height:
             return [Part(self._text.lines[index], TEXT)]
-        index -= len(self._text.lines)
+        index -= self._text.height
         return self._tail[index] if index < len(self._tail) else []
 
 
@@ -137,12 +137,14 @@ class TurnView:
 
     def __init__(self, turn: Turn, width: int, is_last: bool) -> None:
         self.turn, self.reply, self.width, self.is_last = turn, turn.reply, width, is_last
-        role = spread([Part("you", ROLE)], Part(str(turn.siblings), BRANCH), width)
-        self._message: list[Line] = [role, *([Part(line, MESSAGE)] for line in WrappedText(width, turn.text).lines)]
-        self._marks = str(turn.siblings), str(turn.replies)
-        answers = self.reply.answers
+        answers = turn.reply.answers
         self.side_by_side = len(answers) > 1 and width >= MIN_COLUMN * len(answers) + GAP
-        self._column = (width - GAP * (len(answers) - 1)) // len(answers) if self.side_by_side else width
+        column = (width - GAP * (len(answers) - 1)) // len(answers) if self.side_by_side else width
+        self._column = min(column, MAX_COLUMN)
+        role = spread([Part("you", ROLE)], Part(str(turn.siblings), BRANCH), self._column)
+        lines = WrappedText(min(width, MAX_COLUMN), turn.text).lines
+        self._message: list[Line] = [role, *([Part(line, MESSAGE)] for line in lines)]
+        self._marks = str(turn.siblings), str(turn.replies)
         carrier = len(answers) - 1 if self.side_by_side else 0  # the answer whose title shows the branches
         self.answers = [
             AnswerView(answer, self._column, str(turn.replies) if n == carrier else "", is_last)

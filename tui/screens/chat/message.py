@@ -23,8 +23,8 @@ class MessageField(TextArea):
     """Enter sends, Ctrl+J begins a line; ↑ in the first line goes to the history."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "ask", id="chat.ask"),
-        Binding("ctrl+j,alt+enter,shift+enter", "new_line", "new line", id="chat.newline"),
+        Binding("enter", "send", "Ask", id="chat.ask"),
+        Binding("ctrl+j,alt+enter,shift+enter", "new_line", "New line", id="chat.newline"),
         Binding("up", "up", "history", show=False),
         Binding("pageup", "page(-1)", "history up", show=False),
         Binding("pagedown", "page(1)", "history down", show=False),

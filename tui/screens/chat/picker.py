@@ -37,12 +37,13 @@ class ModelPicker(ModalScreen[list[str] | None]):
         super().__init__()
         self._entries = {str(entry.model.path): entry for entry in entries}
         self._chosen = [path for path in chosen if path in self._entries]
+        self._was_chosen = False  # with Space: else Enter means the model under the cursor alone
         self._field, self._list = Input(placeholder="filter", compact=True), KeyedList(markup=False)
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Models: one, or two side by side"
-            dialog.border_subtitle = "Enter ask it alone  Space choose two  / filter  Esc cancel"
+            dialog.border_subtitle = "Enter use  Space choose, at most two  / filter  Esc cancel"
             yield self._field
             yield self._list
 
@@ -89,6 +90,7 @@ class ModelPicker(ModalScreen[list[str] | None]):
         option = self._list.highlighted_option
         if option is None or option.id is None:
             return
+        self._was_chosen = True
         if option.id in self._chosen:
             self._chosen.remove(option.id)
         else:  # the one chosen last makes room
@@ -104,4 +106,4 @@ class ModelPicker(ModalScreen[list[str] | None]):
     @on(OptionList.OptionSelected)
     def _use(self, event: OptionList.OptionSelected) -> None:
         path = str(event.option_id)
-        self.dismiss(self._chosen if path in self._chosen else [path])
+        self.dismiss(self._chosen if self._was_chosen and self._chosen else [path])

@@ -36,12 +36,14 @@ FRAME = 0.08  # seconds between two pictures of an answer that arrives, at least
 MAX_PROMPTS = 200  # in the saved history
 SAVE_QUESTION = "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
 NO_MODELS = "There is no model yet. Press Esc, then R, to run the pipeline."
-EMPTY = (
-    "Type a message below; Enter asks. A model without a chat template goes on with the text.",
-    "",
-    "Ctrl+O chooses the model, or two side by side. Ctrl+↑ ↓ sets an adapter's strength.",
-    "Ctrl+L has the system prompt and the sampling. Ctrl+G makes an answer an example of training data.",
-)
+EMPTY = """Type a message below; Enter asks. A model without a chat template goes on with the text.
+
+Ctrl+O    the model, or two side by side
+Ctrl+↑ ↓  strength of adapters
+Ctrl+L    system prompt and sampling
+Ctrl+T    thoughts of reasoning models, shown or folded
+Ctrl+G    correct an answer: it becomes a row of training data
+Ctrl+S    save the conversation as text or as data"""
 
 
 class ChatScreen(WorkbenchScreen):
@@ -54,17 +56,17 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     CSS_PATH = "chat.tcss"
     AUTO_FOCUS = "MessageField"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "interrupt", "interrupt", id="chat.interrupt"),
-        Binding("escape", "leave", "leave", id="app.leave"),
-        Binding("ctrl+o", "models", "models", id="chat.models"),
-        Binding("ctrl+up,right_square_bracket", "strength(1)", "stronger", id="chat.stronger", show=False),
-        Binding("ctrl+down,left_square_bracket", "strength(-1)", "weaker", id="chat.weaker", show=False),
-        Binding("ctrl+r", "again", "ask again", id="chat.again"),
-        Binding("ctrl+l", "settings", "settings", id="chat.settings"),
-        Binding("ctrl+g", "correct", "correct → data", id="chat.correct"),
-        Binding("ctrl+t", "thoughts", "thoughts", id="chat.thoughts"),
-        Binding("ctrl+s", "save", "save", id="chat.save"),
-        Binding("ctrl+n", "new", "new", id="chat.new"),
+        Binding("escape", "interrupt", "Interrupt", id="chat.interrupt"),
+        Binding("escape", "leave", "Leave", id="app.leave"),
+        Binding("ctrl+o", "models", "Models", id="chat.models"),
+        Binding("ctrl+up,right_square_bracket", "strength(1)", "Stronger", id="chat.stronger", show=False),
+        Binding("ctrl+down,left_square_bracket", "strength(-1)", "Weaker", id="chat.weaker", show=False),
+        Binding("ctrl+r", "again", "Ask again", id="chat.again"),
+        Binding("ctrl+l", "settings", "Settings", id="chat.settings"),
+        Binding("ctrl+g", "correct", "Correct → data", id="chat.correct"),
+        Binding("ctrl+t", "thoughts", "Thoughts", id="chat.thoughts"),
+        Binding("ctrl+s", "save", "Save", id="chat.save"),
+        Binding("ctrl+n", "new", "New", id="chat.new"),
     ]
 
     def __init__(self) -> None:
@@ -393,7 +395,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         again = self.app.get_key_display(self._again_key())
         showing = Showing(self._thoughts, self.session.strength, again)
         styles = {path: self._style_of(entry) for path, entry in self.session.asked.items()}
-        self.history.empty = EMPTY if self.session.entries else [NO_MODELS]
+        self.history.empty = EMPTY if self.session.entries else NO_MODELS
         self.history.show(self.talk, showing, styles)
         turns, every = len(self.talk.turns), len(list(self.talk.every_turn()))
         facts = [f"{turns} turn{'s' * (turns != 1)}"] * bool(turns)

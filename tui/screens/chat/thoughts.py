@@ -69,6 +69,14 @@ class WrappedText:
         self._begun = False
         self.append(text)
 
+    @property
+    def height(self) -> int:
+        """Number of lines without empty ones at the end: more text may follow them."""
+        height = len(self.lines)
+        while height and not self.lines[height - 1].strip():
+            height -= 1
+        return height
+
     def append(self, text: str) -> None:
         if not self._begun:
             text = text.lstrip()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.files.text import join_texts
 from tui.screens.chat.talk import END, Answer, Branches, Talk, Turn
 from tui.screens.chat.thoughts import split_thoughts
 
@@ -33,16 +34,7 @@ def training_row(talk: Talk, turn: Turn, answer: Answer) -> Row:
     messages = talk.messages(turn, answer.model)
     if answer.chat:
         return {"messages": [*messages, {"role": "assistant", "content": answer.content}]}
-    return {"prompt": joined([message["content"] for message in messages]), "completion": answer.content}
-
-
-def joined(contents: list[str]) -> str:
-    """As the engine joins them for a model without a chat template: with a space where there is no white space."""
-    text = ""
-    for content in contents:
-        spaced = not text or not content or text[-1].isspace() or content[0].isspace()
-        text += content if spaced else f" {content}"
-    return text
+    return {"prompt": join_texts(message["content"] for message in messages), "completion": answer.content}
 
 
 def _branches_json(branches: Branches[Turn]) -> dict[str, Any]:

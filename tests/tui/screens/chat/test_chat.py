@@ -131,7 +131,7 @@ async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(brief: Path
             {"role": "user", "content": "zwei"},
         ]
         assert (asked["strength"], asked["limit"], asked["temperature"]) == (1.0, 512, 0.0)
-        assert "lora  3 tokens · 40 tokens/s · … the limit was reached" in s.lines()
+        assert "lora  3 tokens · 40 tokens/s · … limit reached" in s.lines()
         assert "context 12 of 64" in s.title()
         assert s.app.state.prompts == ["eins", "zwei"]
 
