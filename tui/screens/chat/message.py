@@ -15,7 +15,7 @@ from tui.screens.chat.talk import Turn
 from tui.widgets.pane import Pane
 from tui.widgets.prompting import AS_TRAINED, STRONGEST
 
-TRACK = 9  # cells of the strength's scale
+TRACK = 11  # cells of the strength's scale
 SCREEN_KEYS = ("f6", "f7")  # a TextArea selects with these; here they show screens
 
 

@@ -149,12 +149,15 @@ class Talk:
     def messages(self, turn: Turn, model: str) -> list[Message]:
         """What a model reads for its answer to `turn`: system prompt, earlier turns with its own answers, the message.
 
-        Turns without an answer are left out: templates reject two messages of the user in a row.
+        Turns without an answer are left out, as templates reject two messages of the user in a row; but a text that
+        a model without template had nothing to add to goes on.
         """
         messages = [{"role": "system", "content": self.system}] * bool(self.system)
         turns = self.turns
         for earlier in turns[: turns.index(turn)]:
-            if answer := earlier.reply.answer_of(model).content:
+            answer = earlier.reply.answer_of(model)
+            if answer.content or (answer.state == END and not answer.chat):
                 messages.append({"role": "user", "content": earlier.text})
-                messages.append({"role": "assistant", "content": answer})
+            if answer.content:
+                messages.append({"role": "assistant", "content": answer.content})
         return [*messages, {"role": "user", "content": turn.text}]

@@ -106,5 +106,13 @@ def test_each_model_reads_the_messages_and_its_own_answers() -> None:
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
 
 
+def test_a_text_that_ended_at_once_goes_on() -> None:
+    talk = Talk()
+    talk.ask("eins", [answer("", chat=False)])
+    talk.ask("wortlos", [Answer("m", "m", state="failed", error="m does not know: wortlos.")])
+    last = talk.ask("zwei", [answer("", chat=False)])
+    assert [message["content"] for message in talk.messages(last, "m")] == ["eins", "zwei"]
+
+
 def test_a_completion_keeps_its_white_space() -> None:
     assert answer(" <think> tisch ", chat=False).content == " <think> tisch "
