@@ -21,7 +21,7 @@ from tui.screens.chat.history import History, HistoryPane
 from tui.screens.chat.lines import Showing
 from tui.screens.chat.message import MessageField, MessagePane
 from tui.screens.chat.picker import ModelPicker
-from tui.screens.chat.session import MOST_MODELS, Session, method_of
+from tui.screens.chat.session import MOST_MODELS, Request, Session, method_of
 from tui.screens.chat.settings import SettingsScreen
 from tui.screens.chat.talk import Answer, Talk, Turn
 from tui.screens.chat.transcript import render, training_row
@@ -204,7 +204,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             turn = self._editing and self.talk.edit(self._editing, text, answers)
             turn = turn or self.talk.ask(text, answers)
             self._stop_editing()
-            self._ask(turn)
+            self._ask(turn, self._requests(turn))
 
     def action_again(self) -> None:
         """Ask the message again that the cursor is on, else the last one."""
@@ -217,14 +217,18 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             stop = self.history.stop
             turn = stop.turn if stop and stop.turn in turns and self.history.has_focus else turns[-1]
             self.talk.ask_again(turn, self.session.new_answers())
-            self._ask(turn)
+            self._ask(turn, self._requests(turn))
+
+    def _requests(self, turn: Turn) -> list[Request]:
+        """What is asked, while its branch is the one that is shown: one may look at another while it is answered."""
+        return [(answer, self.talk.messages(turn, answer.model)) for answer in turn.reply.answers]
 
     @work(exclusive=True, group="ask")
-    async def _ask(self, turn: Turn) -> None:
+    async def _ask(self, turn: Turn, requests: Sequence[Request]) -> None:
         self._update()
         self.history.scroll_end(animate=False)
         try:
-            async with aclosing(self.session.write(self.talk, turn)) as changes:
+            async with aclosing(self.session.write(requests)) as changes:
                 drawn_at, drawn_state = 0.0, ""
                 async for answer in changes:
                     if answer.state != drawn_state or monotonic() - drawn_at >= FRAME:

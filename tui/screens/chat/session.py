@@ -12,8 +12,7 @@ from tui.screens.chat.talk import (
     STARTING,
     WRITING,
     Answer,
-    Talk,
-    Turn,
+    Message,
 )
 from tui.screens.chat.thoughts import OPEN
 from tui.services.engine_client import EngineDied
@@ -23,6 +22,7 @@ from tui.widgets.colors import LOOKS
 
 MOST_MODELS = 2  # side by side
 DEFAULT = Sampling(limit=512)
+Request = tuple[Answer, list[Message]]  # an answer to write, and what the model reads for it
 
 
 class Session:
@@ -49,18 +49,17 @@ class Session:
             for entry in self.entries
         ]
 
-    async def write(self, talk: Talk, turn: Turn) -> AsyncGenerator[Answer, None]:
-        """Fill in the answers of the shown reply. Yields an answer whenever it changed.
+    async def write(self, requests: Sequence[Request]) -> AsyncGenerator[Answer, None]:
+        """Fill in the answers. Yields an answer whenever it changed.
 
         If a model fails, the reason is its answer's `error`, and the next is asked. Raises EngineDied if the process
         ends. Text that arrived until then, or until the generator was closed, stays.
         """
-        answers, unfinished = turn.reply.answers, (INTERRUPTED, "")
+        unfinished = INTERRUPTED, ""
         try:
-            for answer in answers:
-                entry = self.asked[answer.model]
+            for answer, messages in requests:
                 try:
-                    async with aclosing(self._write_one(talk, turn, entry, answer)) as changes:
+                    async with aclosing(self._write_one(answer, messages)) as changes:
                         async for _ in changes:
                             yield answer
                 except EngineDied:
@@ -72,18 +71,19 @@ class Session:
             unfinished = (FAILED, "the engine ended")
             raise
         finally:  # also when it is cancelled or closed
-            for answer in answers:
+            for answer, _ in requests:
                 if answer.unfinished:
                     answer.state, answer.error = unfinished
 
-    async def _write_one(self, talk: Talk, turn: Turn, entry: Entry, answer: Answer) -> AsyncGenerator[None, None]:
+    async def _write_one(self, answer: Answer, messages: list[Message]) -> AsyncGenerator[None, None]:
+        entry = self.asked[answer.model]
         if not self.models.is_loaded(entry):
             answer.state = LOADING if self.models.inference.running else STARTING
             yield
         await self.models.load(entry)
         answer.chat, answer.state = self.models.has_chat([entry]), READING
         yield
-        fields = {"model": answer.model, "messages": talk.messages(turn, answer.model), **self.sampling.fields()}
+        fields = {"model": answer.model, "messages": messages, **self.sampling.fields()}
         if answer.strength is not None:
             fields["strength"] = answer.strength
         # Closing the stream cancels the request, so it must not wait for the garbage collector.

@@ -254,6 +254,25 @@ async def test_escape_interrupts_and_what_arrived_is_kept(brief: Path) -> None:
         assert s.field.has_focus
 
 
+async def test_one_may_look_at_another_branch_while_two_models_write(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await two_models(s)
+        await s.ask("eins")
+        await s.ask("zwei")
+        s.engine.go_on.clear()
+        await s.press("up", "up", "up", "enter")
+        await s.write("!")
+        await s.press("enter")
+        edited = s.screen.talk.turns[0]
+        await until(s.pilot, lambda: edited.reply.answers[0].tokens)
+        await s.press("up", "left")
+        assert s.texts() == ["eins", "zwei"]
+        s.engine.go_on.set()
+        await s.quiet()
+        assert [answer.text for answer in edited.reply.answers] == [" tisch und stuhl"] * 2
+        assert s.engine.done("generate")[-1]["messages"] == [{"role": "user", "content": "eins!"}]
+
+
 async def test_a_message_during_an_answer_waits_in_the_field(brief: Path) -> None:
     engine = FakeInference(held=True)
     async with open_chat(brief, engine) as s:
