@@ -15,10 +15,10 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.projects import load
 from tui.app import Workbench
-from tui.screens.adapters.answers import PromptInput
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.screen import AdaptersScreen
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stages_pane import StageTree
+from tui.widgets.prompting import PromptInput
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:

@@ -25,7 +25,6 @@ SIGNS: Mapping[State, tuple[str, str]] = {
 URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
 WORDS: Mapping[State, str] = {"missing": "not made", "waits": "waits"}
 BAR, MIN_BAR = 8, 3  # cells of a progress bar
-MAX_NAMED = 2  # further needs that a row names; of more it names the last and counts the others
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,14 @@ def _describe(row: Row, state: StageState | None, states: Mapping[str, StageStat
         return Content.styled(reasons, style)
     if state.state == "current" and reasons:  # of an evaluation: whether its limits are kept
         return Content.styled(reasons, SIGNS["failed" if "failed" in reasons else "current"][1])
-    after = f"after {', '.join(row.after)}" if len(row.after) <= MAX_NAMED else f"after {len(row.after)} others"
     words = WORDS.get(state.state, "")
     if state.state == "missing" and reasons and not reasons.startswith("needs "):  # the tree shows what it needs
         return Content.styled(f"{words}: {reasons}", MUTED)
-    every = ", ".join(filter(None, (words, after if row.after else "")))
-    return Content.styled(every if cell_len(every) <= room else words, MUTED)
+    for after in (", ".join(row.after), f"{len(row.after)} others"):
+        text = ", ".join(filter(None, (words, f"after {after}" if row.after else "")))
+        if cell_len(text) <= room:
+            return Content.styled(text, MUTED)
+    return Content.styled(words, MUTED)
 
 
 def progress(state: StageState, room: int) -> Content:
