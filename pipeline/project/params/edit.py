@@ -49,7 +49,7 @@ def comments(text: str) -> dict[str, str]:
         return {}
     lines, found = text.splitlines(), dict[str, str]()
 
-    def read(prefix: str, node: yaml.Node) -> None:
+    def read(prefix: str, node: yaml.Node | None) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             first, column = key.start_mark.line, key.start_mark.column
             # A block's value begins below its key, and a comment that follows its key is on the key's line.

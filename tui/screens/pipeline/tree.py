@@ -145,9 +145,9 @@ def _describe(row: Row, state: StageState | None, states: Mapping[str, StageStat
     if state.state == "missing" and reasons and not reasons.startswith("needs "):  # the tree shows what it needs
         return Content.styled(f"{words}: {reasons}", MUTED)
     for after in (", ".join(row.after), f"{len(row.after)} others"):
-        text = ", ".join(filter(None, (words, f"after {after}" if row.after else "")))
-        if cell_len(text) <= room:
-            return Content.styled(text, MUTED)
+        line = ", ".join(filter(None, (words, f"after {after}" if row.after else "")))
+        if cell_len(line) <= room:
+            return Content.styled(line, MUTED)
     return Content.styled(words, MUTED)
 
 
