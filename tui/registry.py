@@ -29,4 +29,5 @@ SCREENS = {
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
     "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
+    "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }

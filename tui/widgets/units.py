@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 def unit_of(sizes: Iterable[int]) -> Unit:
     """The unit for sizes that are shown together, by the largest."""
     largest = max(sizes, default=0)
-    name, size = next(((n, s) for n, s in (("GiB", GIB), ("MiB", MIB)) if largest >= 0.1 * s), ("KiB", KIB))
+    name, size = next(((n, s) for n, s in (("GiB", GIB), ("MiB", MIB)) if largest >= s), ("KiB", KIB))
     return Unit(name, size, 0 if largest >= 10_000 * size else 2)
 
 

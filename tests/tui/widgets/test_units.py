@@ -9,7 +9,7 @@ from tui.widgets.units import GIB, KIB, MIB, format_count_change, percent, short
     ("sizes", "shown"),
     [
         ([20 * GIB, 5 * MIB, 0, 1], ["20.00", "<0.01", "0", "<0.01"]),
-        ([900 * MIB, 3 * MIB], ["0.88", "<0.01"]),
+        ([900 * MIB, 3 * MIB], ["900.00", "3.00"]),
         ([50 * MIB, 512], ["50.00", "<0.01"]),
         ([3 * KIB, 512], ["3.00", "0.50"]),
         ([20_000 * GIB, GIB], ["20,000", "1"]),

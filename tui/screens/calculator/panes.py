@@ -7,7 +7,8 @@ from textual.containers import VerticalScroll
 from textual.widgets import Static
 
 from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.result import KEPT_PARTS, TEXTURES, Drawing
+from tui.screens.calculator.result import KEPT_PARTS, TEXTURES
+from tui.widgets.drawing import Drawing
 from tui.widgets.pane import Pane
 
 _PARTS = ", ".join(f"`{sign}` {part}" for part, sign in TEXTURES.items())

@@ -5,12 +5,8 @@ the whole step or during it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from textual.app import RenderResult
 from textual.content import Content
-from textual.geometry import Size
-from textual.widget import Widget
 
 from pipeline.calc.fit import Gpu
 from pipeline.calc.memory import PARTS, Memory
@@ -18,6 +14,7 @@ from pipeline.calc.method import projections, why_they_differ
 from pipeline.calc.report import PROJECTION, cells_of, explain
 from tui.screens.calculator.query import Result
 from tui.widgets.colors import share_style
+from tui.widgets.drawing import Lines
 from tui.widgets.text import bar, cells
 from tui.widgets.units import format_count_change, percent, unit_of
 
@@ -28,43 +25,6 @@ CUT = "»"  # a bar that goes on
 MARKS = "①②"  # of pinned configurations
 BADGE = 18  # cells of the large verdict
 MUTED = "$foreground 65%"
-
-Lines = Sequence[Content]
-
-
-class Drawing(Widget):
-    """Shows the lines that `draw(width)` returns; those that are wider are wrapped."""
-
-    DEFAULT_CSS = """
-    Drawing { height: auto; width: 1fr; }
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._draw: Callable[[int], Lines] = lambda _: ()
-        self._drawn = (-1, list[Content]())  # width that it was drawn for, lines
-
-    def show(self, draw: Callable[[int], Lines]) -> None:
-        width, before = self._drawn
-        self._draw, self._drawn = draw, (-1, [])
-        self.refresh(layout=len(self.lines(width)) != len(before))
-
-    def lines(self, width: int) -> Sequence[Content]:
-        if self._drawn[0] != width:
-            lines = self._draw(width) if width > 0 else []
-            wrapped = [part for line in lines for part in (line.wrap(width) if line.cell_length > width else [line])]
-            self._drawn = width, wrapped
-        return self._drawn[1]
-
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:  # noqa: ARG002  # Textual's names
-        return len(self.lines(width))
-
-    def render(self) -> RenderResult:
-        return self.content
-
-    @property
-    def content(self) -> Content:
-        return Content("\n").join(self.lines(self.size.width))
 
 
 def verdict(result: Result, rows: int, width: int) -> Lines:

@@ -44,8 +44,9 @@ from tui.screens.calculator.query import (
     query_from_project,
     trained_model,
 )
-from tui.screens.calculator.result import Drawing, details, memory, pinned, verdict
+from tui.screens.calculator.result import details, memory, pinned, verdict
 from tui.widgets.colors import method_look, method_style
+from tui.widgets.drawing import Drawing
 from tui.widgets.form import format_value
 from tui.widgets.units import short_count
 

@@ -42,8 +42,8 @@ from tui.screens.calculator.query import (
     relevant_fields,
     trained_model,
 )
-from tui.screens.calculator.result import Drawing
 from tui.screens.calculator.screen import CalculatorScreen
+from tui.widgets.drawing import Drawing
 
 GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
 WRITTEN = (
