@@ -69,10 +69,10 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
     HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (72, "-narrow"), (110, "-wide"), (170, "-huge")]  # noqa: RUF012  # Textual's
     VERTICAL_BREAKPOINTS = [(0, "-short"), (HIGH, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+s", "write", "write…", id="calculator.write", tooltip="Write this to the params file"),
-        Binding("ctrl+l", "look", "answers", id="calculator.look", tooltip="The next pane of answers"),
-        Binding("ctrl+t", "pin", "pin", id="calculator.pin", tooltip="Compare this with what is asked next"),
-        Binding("ctrl+o", "load", "project's own", id="calculator.load", tooltip="What the params file trains"),
+        Binding("ctrl+s", "write", "write params", id="calculator.write"),
+        Binding("ctrl+l", "look", "next answer", id="calculator.look"),
+        Binding("ctrl+t", "pin", "pin", id="calculator.pin"),
+        Binding("ctrl+o", "load", "the project's own", id="calculator.load"),
         Binding("ctrl+g", "next_gpu", "next GPU", id="calculator.gpu"),
         Binding("ctrl+n", "renew", "begin anew", id="calculator.renew"),
     ]
