@@ -126,16 +126,17 @@ def part_style(part: str) -> str:
 
 
 def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Lines:
-    """The legend with the size of each part, one column per method."""
-    unit = unit_of(memory.peak for memory in memories.values())
-    column = min(12, (width - 14) // len(memories) - 1)
-    widths = [-13, *([column] * len(memories))]
-    titles = [f"{unit} at peak", *(f"▶{name}" if name == chosen else name for name in memories)]
+    """The legend with the size of each part, a column per method; of those beside the chosen one, as many as fit."""
+    unit, names = unit_of(memory.peak for memory in memories.values()), list(memories)
+    count = min(max((width - 13) // 9, 1), len(names))
+    first = min(max(names.index(chosen) - count // 2, 0), len(names) - count)
+    shown = {name: memories[name] for name in names[first : first + count]}
+    widths = [-13, *([min(12, (width - 13) // count - 1)] * count)]
+    titles = [f"{unit} at peak", *(f"▶{name}" if name == chosen else name for name in shown)]
     lines = [Content.styled(cells(titles, widths), "bold")]
     for part in PARTS:
-        sizes = [memory.parts()[part] for memory in memories.values()]
-        if any(sizes):
-            row = cells([part, *map(unit.format, sizes)], [-11, *widths[1:]])
+        if any(memory.parts()[part] for memory in memories.values()):
+            row = cells([part, *(unit.format(memory.parts()[part]) for memory in shown.values())], [-11, *widths[1:]])
             lines.append(Content.assemble((TEXTURES[part], part_style(part)), f" {row}"))
     return lines
 
