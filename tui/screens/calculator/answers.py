@@ -16,7 +16,8 @@ from tui.screens.calculator.query import Result
 from tui.screens.calculator.result import MUTED
 from tui.widgets.units import Unit, unit_of
 
-SWEPT = {"rank": (1, 2, 4, 8, 16, 64), "batch": (1, 2, 4, 8, 16, 32), "sequence": (512, 1024, 2048, 4096, 8192, 16384)}
+SWEPT = {"rank": (1, 2, 4, 8, 16, 64), "batch": (1, 2, 4, 8, 16, 32), "sequence": tuple(2**n for n in range(15))}
+COUNT = 6  # of values, the largest
 LABEL = 10  # cells of the first column
 NONE = "✗ none"  # of a setting that fits with no value
 
@@ -43,7 +44,7 @@ def values_of(result: Result, key: str) -> Sequence[int]:
     """The values of a setting that are compared, with the present one; none if the method has no rank."""
     now = current(result, key)
     limit = result.model.context if key == "sequence" else LARGEST[key]
-    return sorted({now, *(value for value in SWEPT[key] if value <= limit)}) if now else ()
+    return sorted({now, *[value for value in SWEPT[key] if value <= limit][-COUNT:]}) if now else ()
 
 
 def current(result: Result, key: str) -> int:
@@ -72,7 +73,7 @@ def answers(result: Result, advice: Advice | None, width: int) -> Sequence[Conte
 
     Without advice, for which the search still runs, its lines are kept free.
     """
-    lines = [*_largest_lines(advice, width), *_advice_line(result, advice), _smaller_gpu(result, width), Content()]
+    lines = [*_largest_lines(advice, width), _smaller_gpu(result, width), _advice_line(result, advice)]
     for key in SWEPT:
         if values := values_of(result, key):
             lines += _sweep(key, values, result, advice, width)
@@ -98,22 +99,22 @@ def _setting(key: str, value: int) -> Content:
     return Content.assemble(f"{key} ", (capped(value, LARGEST[key]), "bold"))
 
 
-def _advice_line(result: Result, advice: Advice | None) -> Sequence[Content]:
+def _advice_line(result: Result, advice: Advice | None) -> Content:
     """What makes it fit; or the least quantized base that fits as well, if it is a better one."""
     if result.spare < 0:
         label = Content.styled("to make it fit  ", MUTED)
         if advice is None:
-            return [label + Content.styled("…", MUTED)]
+            return label + Content.styled("…", MUTED)
         if not advice.changes:
-            return [label + Content("no setting does")]
+            return label + Content("no setting does")
         change, peak = advice.changes[-1]
         enough = "" if peak <= result.device.bytes else ", still too much"
-        return [Content.assemble(label, (change.replace("--", ""), "bold"), f" → {in_units(peak)}{enough}")]
+        return Content.assemble(label, (change.replace("--", ""), "bold"), f" → {in_units(peak)}{enough}")
     better = advice.largest.precision if advice else None
     ranking = {name: number for number, name in enumerate(PRECISIONS_BY_QUALITY)}
     if better and ranking[better] < ranking.get(result.run.precision, len(ranking)):
-        return [Content.assemble(("a better base fits too  ", MUTED), ("precision ", ""), (better, "bold"))]
-    return []
+        return Content.assemble(("a better base fits too  ", MUTED), ("precision ", ""), (better, "bold"))
+    return Content()
 
 
 def _smaller_gpu(result: Result, width: int) -> Content:

@@ -64,7 +64,7 @@ class MemoryPane(AnswerPane):
     TITLE = "Memory by method"
     HELP = f"""\
 The same step with other methods; `▶` is yours. `│` is where the GPU ends, `»` a bar that goes
-on. The parts of a bar, always in this order:
+on, `▶` beside its name a GPU far beyond all bars. The parts of a bar, always in this order:
 {_PARTS}. {", ".join(KEPT_PARTS).capitalize()} stay for the whole step; gradients, activations and logits come and go,
 and are counted at the peak.
 """

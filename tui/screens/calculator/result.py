@@ -12,6 +12,7 @@ from pipeline.calc.fit import Gpu
 from pipeline.calc.memory import PARTS, Memory
 from pipeline.calc.method import projections, why_they_differ
 from pipeline.calc.report import PROJECTION, cells_of, explain
+from pipeline.project.logs.run_log import in_units
 from tui.screens.calculator.query import Result
 from tui.widgets.colors import share_style
 from tui.widgets.drawing import Lines
@@ -22,6 +23,7 @@ TEXTURES = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))
 KEPT_PARTS = ("weights", "adapter", "optimizer")  # there from the first phase of a step to the last
 EDGE = "│"  # where the GPU ends
 CUT = "»"  # a bar that goes on
+FAR = 20  # times the longest bar: a GPU that is larger lies beyond the chart
 MARKS = "①②"  # of pinned configurations
 BADGE = 18  # cells of the large verdict
 MUTED = "$foreground 65%"
@@ -34,7 +36,8 @@ def verdict(result: Result, rows: int, width: int) -> Lines:
     words = "✓ FITS" if fits else "✗ DOES NOT FIT"
     colors = "$text-success on $success-muted" if fits else "$text-error on $error-muted"
     spare = f"{unit.format(abs(result.spare))} {unit} {'free' if fits else 'too much'}"
-    used = Content.assemble((f"{unit.format(peak)}", "bold"), f" of {unit.format(total)} {unit}")
+    shown = unit.format(peak) if peak > 0.01 * unit.bytes else in_units(peak)  # a tiny model on a large GPU
+    used = Content.assemble((shown, "bold"), f" of {unit.format(total)} {unit}")
     beside = width - BADGE - 2 if rows > 1 else width
     sizes = Content.assemble(used, " " * max(beside - used.cell_length - len(spare), 2), (spare, "bold"))
     whole = usage_bar(peak, total, beside)
@@ -84,16 +87,21 @@ def bars(
 ) -> Lines:
     """A bar per method; the first line marks the size of the device."""
     name_width = max(map(len, memories)) + 5
-    unit = unit_of([device.bytes, *(memory.peak for memory in memories.values())])
+    peaks = [memory.peak for memory in memories.values()]
+    is_far = device.bytes > FAR * max(peaks)  # the bars of a tiny model would be dots: the GPU's end is not in them
+    total = 0 if is_far else device.bytes
+    unit = unit_of([total, *peaks])
     sizes = {name: unit.format(memory.peak) for name, memory in memories.items()}
     size_width = max(map(len, sizes.values()))
     bar_width = max(10, width - name_width - size_width - 3)
     # A bar that is much longer than the rest would shrink what the question is about.
-    widest = min(max(device.bytes, *(m.peak for m in memories.values())), 2 * max(device.bytes, memories[chosen].peak))
-    edge = min(bar_width - 1, round(device.bytes / widest * bar_width))
-    label = f"{device.label}, {unit.format(device.bytes)}"
-    before = name_width + edge
-    head = f"{label} ▼".rjust(before + 1) if len(label) + 1 < before else f"{' ' * before}▼ {label}"
+    widest = min(max(total, *peaks), 2 * max(total, memories[chosen].peak))
+    edge = -1 if is_far else min(bar_width - 1, round(total / widest * bar_width))
+    label, before = f"{device.label}, {in_units(device.bytes)}", name_width + edge
+    if is_far:
+        head = f"{label} ▶".rjust(name_width + bar_width)
+    else:
+        head = f"{label} ▼".rjust(before + 1) if len(label) + 1 < before else f"{' ' * before}▼ {label}"
     lines = [Content.styled(head, "bold")]
     for name, memory in memories.items():
         drawn = _stacked(memory, widest, bar_width, edge)
@@ -109,7 +117,7 @@ def bars(
 
 
 def _stacked(memory: Memory, widest: int, width: int, edge: int) -> Content:
-    """The parts one after the other, with the GPU's end."""
+    """The parts one after the other, with the GPU's end; none if `edge` is negative."""
     # Each part ends at the rounded sum of the parts so far, so that rounding does not add up.
     drawn, done = Content(), 0
     for part, size in memory.parts().items():
@@ -118,7 +126,7 @@ def _stacked(memory: Memory, widest: int, width: int, edge: int) -> Content:
     drawn = (
         Content.assemble(drawn[: width - 1], (CUT, "bold")) if done > widest else drawn.pad_right(width - len(drawn))
     )
-    return drawn[:edge] + Content.styled(EDGE, "bold") + drawn[edge + 1 :]
+    return drawn if edge < 0 else drawn[:edge] + Content.styled(EDGE, "bold") + drawn[edge + 1 :]
 
 
 def part_style(part: str) -> str:

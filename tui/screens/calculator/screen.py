@@ -147,7 +147,6 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         pane.show_title(f"{result.model.name}, {short_count(result.model.total)}{words}")
         pane.drawing.show(partial(verdict, result, 3 if height >= HIGH and width >= 100 else 1))
         self.query_one(MemoryPane).drawing.show(partial(memory, result, self._look, 2 if height >= 50 else 1))
-        self.query_one(DetailsPane).drawing.show(partial(details, result))
         self._show_answers()
         self._show_pins()
 
@@ -158,6 +157,11 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
     def _show_answers(self) -> None:
         if self.result:
             self.query_one(AnswersPane).drawing.show(partial(answers, self.result, self.advice))
+
+    def _show_details(self) -> None:
+        """Not at each key: their height changes with the numbers, and then everything is laid out again."""
+        if self.result:
+            self.query_one(DetailsPane).drawing.show(partial(details, self.result))
 
     def _show_pins(self) -> None:
         drawing = self.query_one("#pinned", Drawing)
@@ -185,6 +189,7 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         if result is self.result and self.is_attached:  # else another key was pressed, or the screen closes
             self.advice = advice
             self._show_answers()
+            self._show_details()
 
     def _get_model(self, name: str) -> Architecture:
         """The shapes of a built-in or loaded model. Starts to load any other path, and raises FieldError meanwhile."""

@@ -110,6 +110,7 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
                 key: size for key, size in expected["memory"].items() if key != "peak_at"
             }, values
             assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, "#verdict"), values
+            await until(pilot, lambda: screen.advice is not None)
             assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#details") for p in expected["projections"])
 
 
@@ -137,8 +138,9 @@ def expected_answer(values: dict[str, str]) -> dict[str, Any]:
 
 
 async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
-    async with calculator(empty, (80, 24)) as (_, screen):
+    async with calculator(empty, (80, 24)) as (pilot, screen):
         assert "7,667,712 trainable" in text_of(screen, "#verdict")
+        await until(pilot, lambda: screen.advice is not None)
         shown = " ".join(text_of(screen, "#details").split())
         assert "9,437,184 · exact 7,667,712" in shown
         assert "the document takes every projection as 4,096 × 4,096" in shown
@@ -362,6 +364,10 @@ async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> Non
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
         text = text_of(screen, "#memory")
         assert "7.5 GiB, 7.50" in text and "▶ ▲ freeze" in text
+        await fill(pilot, screen, model="minigpt")
+        text = text_of(screen, "#memory")
+        assert "RTX 4090, 23.99 GiB ▶" in text and "│" not in text, "a dot would be all that is seen of its bars"
+        assert "KiB of 23.99 GiB" in text_of(screen, "#verdict") or "MiB of 23.99 GiB" in text_of(screen, "#verdict")
 
 
 @pytest.mark.parametrize("model", ["qwen3-8b", "minigpt", "smollm2-135m"])
