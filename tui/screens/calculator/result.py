@@ -97,9 +97,9 @@ def bars(
     # A bar that is much longer than the rest would shrink what the question is about.
     widest = min(max(total, *peaks), 2 * max(total, memories[chosen].peak))
     edge = -1 if is_far else min(bar_width - 1, round(total / widest * bar_width))
-    label, before = f"{device.label}, {in_units(device.bytes)}", name_width + edge
+    label, before = f"{device.label}, {unit.format(device.bytes)}", name_width + edge
     if is_far:
-        head = f"{label} ▶".rjust(name_width + bar_width)
+        head = f"{device.label}, {in_units(device.bytes)} ▶".rjust(name_width + bar_width)
     else:
         head = f"{label} ▼".rjust(before + 1) if len(label) + 1 < before else f"{' ' * before}▼ {label}"
     lines = [Content.styled(head, "bold")]
