@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from textual.color import Color
 from textual.screen import Screen
+from tui.screens.models.dialogs import AttentionScreen
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
@@ -16,10 +17,10 @@ from tui.app import Workbench
 from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
 from tui.help import page
 from tui.registry import SCREENS
-from tui.screens.adapters.conversation import Sampling
-from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.curves.export import ExportScreen
+from tui.services.loaded_models import Sampling
 from tui.widgets.line_chart import LossChart
+from tui.widgets.sampling import SamplingScreen
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
