@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from textual.color import Color
 from textual.screen import Screen
-from tui.screens.models.dialogs import AttentionScreen
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
@@ -18,6 +17,7 @@ from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
 from tui.help import page
 from tui.registry import SCREENS
 from tui.screens.curves.export import ExportScreen
+from tui.screens.models.attention import AttentionScreen
 from tui.services.loaded_models import Sampling
 from tui.widgets.line_chart import LossChart
 from tui.widgets.sampling import SamplingScreen
