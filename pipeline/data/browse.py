@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,9 @@ class Entry(NamedTuple):
     row: Row
     problem: str = ""
     raw: str = ""
+
+
+UNREAD = Entry(Row(0, ""))
 
 
 class RowFile:
@@ -110,6 +114,20 @@ class RowFile:
             self._at += len(entries)
             return entries
 
+    def position_of(self, number: int, stopped: Stopped = lambda: False) -> int | None:
+        """The position of the row with this number, or of the first behind it; None if there is none."""
+        if self.is_table:
+            return number - 1 if 0 < number <= self.count else None
+        # of the last indexed row that does not begin behind it
+        step = max(0, bisect_left(self._places[::2], number) - 1) if self.has_lines else 0
+        at, entries = self._entered(step * STEP)
+        for position, entry in enumerate(entries, at):
+            if entry.row.number >= number:
+                return position
+            if stopped():
+                break
+        return None
+
     def _entered(self, first: int) -> tuple[int, Iterator[Entry]]:
         """The number of a row at or before `first`, and the rows from it on."""
         if self.is_table:
@@ -120,20 +138,20 @@ class RowFile:
             return step * STEP, self._lines(number, start)
         return 0, self.rows()
 
-    def rows(self) -> Iterator[Entry]:
-        """All rows."""
+    def rows(self, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
+        """All rows; of a file of lines, with `keep`, the others unread: an empty text."""
         if self.has_lines:
-            return self._lines(0, 0)
+            return self._lines(0, 0, keep)
         return _caught(lambda reading: read_rows(self.path, self.name, reading), self.name)
 
-    def _lines(self, number: int, start: int) -> Iterator[Entry]:
+    def _lines(self, number: int, start: int, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
         """The lines behind the first `number`, which are `start` bytes. Unlike in training, a bad one ends nothing."""
         with self.path.open("rb") as file:
             file.seek(start)
             while raw := read_piece(file):
                 size, number = len(raw) + _skip_rest(file, raw), number + 1
                 if not raw.isspace():
-                    yield self._line(raw, number, start)
+                    yield self._line(raw, number, start) if keep is None or keep(raw) else UNREAD
                 start += size
 
     def _line(self, raw: bytes, number: int, start: int) -> Entry:
@@ -224,7 +242,11 @@ def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
 def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, Entry | None]]:
     """Position and entry of each row that has `text` in it, whatever its case; every STEP rows (position, None)."""
     wanted = text.casefold()
-    for position, entry in enumerate(source.rows()):
+    # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps what is not ASCII.
+    is_plain = wanted.isascii() and wanted.isprintable() and not {*wanted} & {*'"\\/'}
+    raw_wanted = wanted.encode(errors="replace")
+    keep = (lambda raw: raw_wanted in raw.lower()) if is_plain else None
+    for position, entry in enumerate(source.rows(keep)):
         if stopped():
             return
         content = entry.row.value if isinstance(entry.row.value, str) else as_json(entry.row.value)

@@ -1,4 +1,4 @@
-"""Data files read in a process of their own, for the TUI: JSON lines in, JSON lines out, as `pipeline.inference.server`.
+"""Data files read in a process of their own, for the TUI, with the protocol of `pipeline.inference.server`.
 
 `python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never the screen. Every
 request names its `path`, `columns`, `base` (the folder of a model with the tokenizer, or null) and `max_length`; each
@@ -30,7 +30,7 @@ Answer = dict[str, Any]
 EVERY = 0.2  # seconds between two reports of progress
 SUMMARY = 200  # characters of a row in a list
 TOKENIZED = 50_000  # characters; longer rows in a list are only tokenized when they are opened
-SHOWN = 40_000  # characters of a row
+SHOWN = 12_000  # characters of a row: what a terminal wraps without delay
 EDITABLE = 200_000  # characters
 FOUND = 1000  # rows that a search gives
 
@@ -92,7 +92,7 @@ class Browser:
 
     def answer(self, request: Request) -> Answer:
         do = request.text("do")
-        if do not in ("index", "page", "row", "draft", "find", "check", "copy", "convert"):
+        if do not in ("index", "page", "row", "draft", "find", "locate", "check", "copy", "convert"):
             raise UserError(f"unknown request {do!r}.")
         answer: Answer = getattr(self, do)(request)
         return answer
@@ -129,6 +129,12 @@ class Browser:
                 return {"complete": False}
         request.go_on()
         return {"complete": True}
+
+    def locate(self, request: Request) -> Answer:
+        """The position of a line or row by its number, or of the next one that is there."""
+        position = self._open(request).position_of(request.number("row"), request.stopped)
+        request.go_on()
+        return {"position": position}
 
     def row(self, request: Request) -> Answer:
         """One row, turn by turn."""
