@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 
 LINES = (".txt", ".jsonl")
 STEP = 64  # rows between two that the index knows the place of
-LONGEST = 2000  # characters of the beginning of a row that cannot be read
+LONGEST = 2**17  # characters that are kept of a line that cannot be read
 Stopped = Callable[[], bool]
 
 
@@ -159,7 +159,7 @@ class RowFile:
             line = decode_line(raw, number, start, self.name)
             return Entry(row_of_text(number, line) if self.is_text else row_of_json(number, line, self.name))
         except UserError as error:
-            text = raw[: 4 * LONGEST].decode("utf-8", errors="replace")[:LONGEST]
+            text = raw[: 4 * LONGEST].decode("utf-8", errors="replace")[:LONGEST].rstrip("\r\n")
             return Entry(Row(number, ""), without_location(error, self.name, number), text)
 
 
@@ -249,8 +249,20 @@ def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, En
     for position, entry in enumerate(source.rows(keep)):
         if stopped():
             return
-        content = entry.row.value if isinstance(entry.row.value, str) else as_json(entry.row.value)
-        if any(wanted in each.casefold() for each in (content or entry.raw, entry.problem)):
+        if any(wanted in each.casefold() for each in (*_texts(entry.row.value), entry.raw)):
             yield position, entry
         elif position % STEP == 0:
             yield position, None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a row, without the names of roles."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [part for key, part in value.items() if key not in ("role", "from")]
+        elif isinstance(value, list):
+            waiting += value

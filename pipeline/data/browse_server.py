@@ -31,7 +31,7 @@ EVERY = 0.2  # seconds between two reports of progress
 SUMMARY = 200  # characters of a row in a list
 TOKENIZED = 50_000  # characters; longer rows in a list are only tokenized when they are opened
 SHOWN = 12_000  # characters of a row: what a terminal wraps without delay
-EDITABLE = 200_000  # characters
+EDITABLE = 100_000  # characters; less than `browse.LONGEST`, so that no line is cut by being edited
 FOUND = 1000  # rows that a search gives
 
 
@@ -267,7 +267,7 @@ class Browser:
         if len(line) <= EDITABLE:
             answer["line"] = line
         if entry.problem:
-            return answer | {"turns": [("as it is", [("read", line)])], "hidden": 0}
+            return answer | _as_it_is(line)
         tokenizer, _, missing = self._open_tokenizer(request)
         shown = View(())
         try:
@@ -277,7 +277,7 @@ class Browser:
         except UserError as error:
             answer["problem"] = without_location(error, name, number)
         if not shown.turns:
-            return answer | {"turns": [("as it is", [("read", line[:SHOWN])])], "hidden": max(0, len(line) - SHOWN)}
+            return answer | _as_it_is(line)
         turns, hidden = _shortened(shown)
         return answer | {
             **{"turns": turns, "hidden": hidden, "missing": missing, "template": tokenizer and tokenizer.has_template},
@@ -293,6 +293,11 @@ def _load(base: Path) -> "tuple[Tokenizer | None, int | None, str]":
         return load_tokenizer(base), max_positions(base), ""
     except (UserError, OSError) as error:
         return None, None, explain(error) if isinstance(error, OSError) else str(error)
+
+
+def _as_it_is(line: str) -> Answer:
+    turns = [("as it is", [("read", line[:SHOWN])])] if line else []
+    return {"turns": turns, "hidden": max(0, len(line) - SHOWN)}
 
 
 def _first_words(example: Example) -> str:

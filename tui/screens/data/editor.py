@@ -67,14 +67,16 @@ class Editor(ModalScreen[Edited | None]):
         Binding("ctrl+t", "as_json", "Fields or JSON"),
         Binding("escape", "cancel", "Cancel"),
     ]
-    DEFAULT_CSS = """
+    CSS = """
     Editor { align: center middle; }
     Editor > .dialog { width: 96%; max-width: 130; height: 94%; max-height: 94%; padding: 0 1; }
     Editor .fields { height: 1fr; }
-    Editor TextArea { height: auto; min-height: 3; max-height: 14; padding: 0; }
+    Editor TextArea { height: auto; max-height: 14; padding: 0; border: none; border-left: wide $foreground 25%; }
+    Editor TextArea:focus { border: none; border-left: wide $accent; }
+    Editor #out { margin-bottom: 1; }
     Editor .json { height: 1fr; max-height: 100%; }
     Editor Static { height: auto; }
-    Editor .role { color: $text-muted; text-style: bold; }
+    Editor .role { color: $text-muted; }
     Editor #reading { max-height: 3; }
     """
 
@@ -114,6 +116,7 @@ class Editor(ModalScreen[Edited | None]):
         field = self.query(TextArea).last()
         self.set_focus(field)
         field.move_cursor(field.document.end)
+        self.call_after_refresh(field.scroll_visible, animate=False)
 
     def line(self) -> str:
         """The row as it stands in the fields. Raises UserError if it is no JSON object."""
@@ -197,13 +200,14 @@ class Editor(ModalScreen[Edited | None]):
         self.dismiss(Edited(line, out, answer))
 
     def action_cancel(self) -> None:
-        if self._is_changed() and not self._warned:
+        if self.is_changed() and not self._warned:
             self._warned = True
             self._say("Esc again drops what you typed; Ctrl+S saves it.", "warning")
             return
         self.dismiss(None)
 
-    def _is_changed(self) -> bool:
+    def is_changed(self) -> bool:
+        """Whether closing it would lose something."""
         try:
             return json.loads(self.line()) != _loaded(self._first)
         except UserError:

@@ -1,4 +1,4 @@
-"""The data files of a project: which they are, what reads them, with what settings; and rows that are added to them."""
+"""The data files of a project: which they are, what reads them, with what settings; and how rows get into them."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.data.containers import READERS, SAVED, TABLES, Reading, is_hub_id, suffix_of
 from pipeline.data.formats import FORMATS, iter_examples
@@ -18,6 +18,7 @@ from pipeline.project.stage_graph import Project, Stage
 MAX_OTHERS = 200  # files that are listed besides the project's own
 CORRECTIONS = "data/corrections.jsonl"
 OTHERS = (".yaml", ".yml", ".py")  # prompts, tasks, scorers
+FIRST_WITHOUT_SPACES = "\u2e80"  # from here on are scripts that put no spaces between words
 CUTS = ("max_length", "window")
 
 
@@ -146,6 +147,15 @@ def edited_name(name: str) -> str:
     return str(path.with_name(f"{stem}.edited.jsonl"))
 
 
+def spaced(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt and its completion with a space between them where two words would become one."""
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
+        return dict(record)
+    joins = all(letter.isalnum() and letter < FIRST_WITHOUT_SPACES for letter in (prompt[-1], completion[0]))
+    return {**record, "completion": f" {completion}"} if joins else dict(record)
+
+
 def append_row(path: Path, name: str, line: str) -> None:
     """Append a row to a .jsonl file. Raises UserError if its rows are of a format that the row may not stand beside."""
     if suffix_of(path) != (".jsonl", ""):
@@ -163,21 +173,16 @@ def append_row(path: Path, name: str, line: str) -> None:
             gap = "" if file.read(1) == b"\n" else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        file.write(f"{gap}{line}\n".encode())
+        file.write(f"{gap}{line}\n".encode(errors="replace"))
         file.flush()
         os.fsync(file.fileno())
 
 
-class Change(NamedTuple):
-    """What makes the next run train on a file: the values to write, and what they do in words."""
-
-    values: Mapping[str, Any]
-    text: str
-
-
-def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str, Change]:
-    """The changes of params that let a stage train on a file, by their key: besides its data, or instead of a file."""
-    changes = {}
+def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str, dict[str, Any]]:
+    """The key of each stage's data → the params to write so that it trains on a file, besides its data or instead of
+    another.
+    """
+    ways = {}
     for stage in project.stages.values():
         section = project.params.section(stage.section)
         if not isinstance(section, Training) or stage.section != stage.name or stage.name == "pretrain":
@@ -186,16 +191,12 @@ def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str
         if compares or name in section.files or (instead_of and instead_of not in section.files):
             continue
         key = f"{stage.name}.data"
-        values = {key: _with_file(section.data, name, instead_of)}
-        text = f"{instead_of} → {name}" if instead_of else f"+ {name}"
+        ways[key] = {key: _with_file(section.data, name, instead_of)}
         vocabulary = project.stages.get("expand_vocab")
         if vocabulary and not project.params.origin.imports:  # MiniGPT has no token for a word that it was not told of
             words = project.section(vocabulary).data
-            if name not in words:
-                values["expand_vocab.data"] = [*words, name]
-                text += ", and its new words to expand_vocab.data"
-        changes[key] = Change(values, text)
-    return changes
+            ways[key] |= {} if name in words else {"expand_vocab.data": [*words, name]}
+    return ways
 
 
 def _with_file(data: Any, name: str, instead_of: str) -> Any:

@@ -165,7 +165,7 @@ listed, all are counted."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "screen.problem(1)", "next", id="data.next"),
         Binding("N", "screen.problem(-1)", "previous", id="data.previous"),
-        Binding("m", "screen.measure", "check all", id="data.check"),
+        Binding("m", "screen.measure", "check all", id="data.measure"),
     ]
 
     class Chosen(Message):

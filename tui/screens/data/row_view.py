@@ -88,7 +88,7 @@ class RowPane(Pane):
 
 Without a model in `artifacts` there are no tokens: the mask is that of the roles."""
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("e", "screen.edit", "edit", id="data.edit_row"),
+        Binding("e", "screen.edit", "edit", id="data.edit"),
         Binding("y", "screen.copy", "copy", id="data.copy"),
     ]
 

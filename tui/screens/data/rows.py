@@ -230,8 +230,8 @@ class RowsPane(Pane):
 - `m` checks all rows, which small files are at once. `n`, `N` go from problem to problem."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "screen.edit", "edit", id="data.edit"),
-        Binding("n", "screen.problem(1)", "next problem", id="data.next_problem"),
-        Binding("N", "screen.problem(-1)", "previous problem", id="data.previous_problem", show=False),
+        Binding("n", "screen.problem(1)", "next problem", id="data.next"),
+        Binding("x", "screen.export", "export", id="data.export"),
     ]
 
     class Filtered(Message):

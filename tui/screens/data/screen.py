@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
@@ -23,7 +24,6 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.data.editor import Edited, Editor
 from tui.screens.data.files import (
     CORRECTIONS,
-    Change,
     DataFile,
     append_row,
     edited_name,
@@ -46,6 +46,7 @@ COMMAND = (sys.executable, "-P", "-m", "pipeline.data.browse_server")
 SMALL_BYTES = 4 * 2**20  # files up to here are checked as soon as they are opened
 REST = 0.05  # seconds on a row before it is read: a held key passes over rows
 TYPE_A_PATH = "…"
+LORA = "finetune_lora.data"
 NOTHING = "No data file. Press o to open one."
 
 
@@ -92,13 +93,13 @@ A file is never changed in place: an edited row is written into a copy, `NAME.ed
 corrected in the chat is appended to a file of its own, `data/corrections.jsonl`. Both can be put into `params.yaml`
 from here, so that the next run (`R`) trains on them."""
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "open_file", "Open a file", id="data.open_file", show=False),
-        Binding("e", "edit", "Edit the row into a copy", id="data.edit_copy", show=False),
-        Binding("x", "export", "Write the rows in another format", id="data.export"),
-        Binding("m", "measure", "Check and measure all rows", id="data.measure_all", show=False),
-        Binding("n", "problem(1)", "Next problem", id="data.problem_next", show=False),
-        Binding("N", "problem(-1)", "Previous problem", id="data.problem_previous", show=False),
-        Binding("y", "copy", "Copy the row", id="data.copy_row", show=False),
+        Binding("o", "open_file", "Open a file", id="data.open"),
+        Binding("x", "export", "Export", id="data.export"),
+        Binding("e", "edit", "Edit the row into a copy", id="data.edit", show=False),
+        Binding("m", "measure", "Check and measure all rows", id="data.measure", show=False),
+        Binding("n", "problem(1)", "Next problem", id="data.next", show=False),
+        Binding("N", "problem(-1)", "Previous problem", id="data.previous", show=False),
+        Binding("y", "copy", "Copy the row", id="data.copy", show=False),
     ]
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ from here, so that the next run (`R`) trains on them."""
         if name == TYPE_A_PATH:
             name = await self.app.push_screen_wait(PathScreen("Data file, folder of save_to_disk, or hub id:"))
         if name:
-            self.open_with(file=name)
+            self.open_with(file=os.path.expanduser(name))
 
     def open_with(self, **request: Any) -> None:
         """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt", "completion"}."""
@@ -186,6 +187,10 @@ from here, so that the next run (`R`) trains on them."""
             self.open_file(known, ("row", int(request["row"])) if request.get("row") else None)
         if record := request.get("add"):
             self._add(dict(record))
+
+    def unsaved(self) -> str:
+        editors = [screen for screen in self.app.screen_stack if isinstance(screen, Editor)]
+        return "the row that is being edited" if any(editor.is_changed() for editor in editors) else ""
 
     def open_file(self, file: DataFile, goal: tuple[str, int] | None = None) -> None:
         """Show a file from its first row on, or at ("row", number), ("position", number)."""
@@ -473,26 +478,27 @@ from here, so that the next run (`R`) trains on them."""
         if answer.get("template") is False and isinstance(messages, list):
             roles = [message.get("role") for message in messages]
             if roles == ["user", "assistant"]:
-                return {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
-        return record
+                record = {"prompt": str(messages[0]["content"]), "completion": str(messages[1]["content"])}
+        return spaced(record)
 
     async def _offer_training(self, name: str, instead_of: str = "") -> None:
         """Ask which stage shall train on a file, unless one does, and write it to the params."""
         project = self._project
         if project is None or any(key.endswith("data") for key in project_files(project).get(name, DataFile("")).uses):
             return
-        changes: dict[str, Change] = ways_to_train(project, name, instead_of)
-        if not changes:
+        ways = ways_to_train(project, name, instead_of)
+        if not ways:
             return
-        title = f"No stage trains on {flat(name)} yet. Write to {project.params.file}:"
-        choices = {key: f"{key}: {flat(change.text)}" for key, change in changes.items()}
-        chosen = await self.app.push_screen_wait(Menu(title, {**choices, "": "nothing"}, "finetune_lora.data"))
+        how = f"instead of {flat(instead_of)}" if instead_of else "beside its data"
+        choices = {**{key: f"{key}: {how}" for key in ways}, "": "nothing, the file is kept"}
+        chosen = await self.app.push_screen_wait(Menu(f"Which stage trains on {flat(name)}?", choices, LORA))
         if not chosen:
             return
         followed = follows_params(self.workbench.params_path)
-        self.workbench.edits.save(self.workbench.params_path, changes[chosen].values)
+        self.workbench.edits.save(self.workbench.params_path, ways[chosen])
         advice = "" if followed else " Add it to dvc.yaml, too: it is not as `lora new` writes it."
-        self.workbench.log_message(f"Written: {chosen} in {project.params.file} (z takes it back).{advice}")
+        keys = " and ".join(ways[chosen])
+        self.workbench.log_message(f"{flat(name)} is in {keys} (z takes it back).{advice}")
         self.workbench.project_watch.look_now()
 
     @work(group="edit")
@@ -522,4 +528,4 @@ from here, so that the next run (`R`) trains on them."""
 
 
 def _trains_lora(file: DataFile) -> bool:
-    return any(key.startswith("finetune_lora.data") for key in file.uses)
+    return any(key.startswith(LORA) for key in file.uses)
