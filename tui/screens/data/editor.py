@@ -209,7 +209,7 @@ class Editor(ModalScreen[Edited | None]):
     def is_changed(self) -> bool:
         """Whether closing it would lose something."""
         try:
-            return json.loads(self.line()) != _loaded(self._first)
+            return bool(json.loads(self.line()) != _loaded(self._first))
         except UserError:
             return self.query(TextArea).last().text != _pretty(self._first)
 

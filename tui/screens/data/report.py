@@ -63,19 +63,19 @@ def draw_lengths(report: Mapping[str, Any], file: DataFile, colors: Mapping[str,
 
 
 def _axis(width: int, longest: int, cut_at: int, limit: int, name: str, colors: Mapping[str, str]) -> Text:
-    """0, the mark of the cut, the longest; what would overlap is left out."""
-    line, right = ["0", *" " * (width - 1)], f"{longest:,} tokens"
-    if width > len(right) + 2:
-        line[width - len(right) :] = right
-    text = Text("".join(line), "dim", no_wrap=True)
-    for mark in (f"▲ {name} {limit:,}", f"▲ {limit:,}", "▲"):
-        start = min(cut_at, width - len(mark))
-        if cut_at < width and start > 1 and (mark == "▲" or set(line[start : start + len(mark)]) == {" "}):
-            marked = text.plain[:start] + mark + text.plain[start + len(mark) :]
-            text = Text(marked, "dim", no_wrap=True)
-            text.stylize(f"not dim {colors['warning']}", start, start + len(mark))
-            break
-    return text
+    """0, the mark of the cut with as many words as there is room for, the longest."""
+    full = f"0{f'{longest:,} tokens':>{max(0, width - 1)}}"[:width]
+    if cut_at >= width:
+        return Text(full, "dim", no_wrap=True)
+    texts = (f"{name} {limit:,}", f"{limit:,}")
+    for ends, words in ((full, texts[0]), (full, texts[1]), ("0".ljust(width), texts[0]), ("0".ljust(width), texts[1])):
+        for mark, start in ((f"▲ {words}", cut_at), (f"{words} ▲", cut_at - len(words) - 1)):
+            stop = start + len(mark)
+            if start > 1 and stop <= width and not ends[start - 1 : stop + 1].strip():
+                return Text.assemble(
+                    (ends[:start], "dim"), (mark, colors["warning"]), (ends[stop:], "dim"), no_wrap=True
+                )
+    return Text.assemble(" " * cut_at, ("▲", colors["warning"]), no_wrap=True)
 
 
 def length_facts(report: Mapping[str, Any], file: DataFile) -> list[str]:

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from tui.screens.data.files import (
     other_file,
     other_files,
     project_files,
+    spaced,
     ways_to_train,
 )
 from tui.screens.data.report import LengthsPane, ProblemsPane
@@ -177,7 +177,9 @@ from here, so that the next run (`R`) trains on them."""
         if name == TYPE_A_PATH:
             name = await self.app.push_screen_wait(PathScreen("Data file, folder of save_to_disk, or hub id:"))
         if name:
-            self.open_with(file=os.path.expanduser(name))
+            with suppress(RuntimeError):  # no such user's home
+                name = str(Path(name).expanduser()) if name.startswith("~") else name
+            self.open_with(file=name)
 
     def open_with(self, **request: Any) -> None:
         """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt", "completion"}."""
