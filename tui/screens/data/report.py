@@ -36,12 +36,14 @@ def longer_than(lengths: Lengths, most: int) -> int:
 
 
 def draw_lengths(report: Mapping[str, Any], file: DataFile, colors: Mapping[str, str], width: int, rows: int) -> Text:
-    """Bars of the examples by length; red behind the cut, which the axis marks."""
+    """Bars of the examples by length, and the place of the cut; red where all are cut, yellow where some are."""
     lengths: Lengths = report["lengths"]
     limit, name = (file.max_length, "max_length") if file.max_length else (file.window, "window")
     longest = lengths[-1][0]
     longest = max(longest, min(limit, 2 * longest))
     columns = columns_of(lengths, width, longest)
+    over = columns_of([each for each in lengths if each[0] > limit], width, longest) if file.max_length else [0] * width
+    styles = [colors["error" if o == n else "warning" if o else "accent"] for n, o in zip(columns, over, strict=True)]
     cut_at = limit * width // (longest + 1) if limit and limit <= longest else width
     most, height = max(columns), max(1, rows - 1)
     lines = []
@@ -49,9 +51,8 @@ def draw_lengths(report: Mapping[str, Any], file: DataFile, colors: Mapping[str,
         line = Text(no_wrap=True)
         for column, count in enumerate(columns):
             eighths = max(int(count > 0 and row == 0), round(count / most * height * 8) - 8 * row)
-            style = colors["error"] if column > cut_at and file.max_length else colors["accent"]
             if eighths > 0:
-                line.append(LEVELS[min(8, eighths) - 1], style)
+                line.append(LEVELS[min(8, eighths) - 1], styles[column])
             else:
                 line.append("│" if column == cut_at else " ", colors["warning"])
         lines.append(line)

@@ -72,7 +72,7 @@ def facts(answer: Mapping[str, Any]) -> list[str]:
     if answer["cut"]:
         turns = [kind for _, turn in answer["turns"] for kind in ["cut" in [k for k, _ in turn]]]
         where = f" from turn {turns.index(True) + 1}" if len(turns) > 1 and True in turns else ""
-        parts.append(f"{answer['cut']:,} cut{where}")
+        parts.insert(1, f"{answer['cut']:,} cut{where}")
     return parts
 
 
@@ -123,7 +123,9 @@ Without a model in `artifacts` there are no tokens: the mask is that of the role
         legend = Text(no_wrap=True, overflow="ellipsis")
         for kind, label in LEGEND:
             legend.append(label, styles(colors)[kind]).append("  ")
-        if self._answer and self._answer.get("missing"):
+        missing = bool(self._answer and self._answer.get("missing"))
+        self.query_one("#legend").set_class(missing, "-note")
+        if self._answer and missing:
             legend = Text(f"no tokens: {visible(self._answer['missing'])}", colors["warning"])
         self.query_one("#legend", Static).update(legend)
         if self._answer:
