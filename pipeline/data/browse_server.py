@@ -26,6 +26,8 @@ from pipeline.errors import UserError, explain, first_line
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer
 
+    Opened = tuple[Tokenizer | None, int | None, str]  # the tokenizer, the number of positions; without one, why
+
 Answer = dict[str, Any]
 EVERY = 0.2  # seconds between two reports of progress
 SUMMARY = 200  # characters of a row in a list
@@ -137,11 +139,13 @@ class Browser:
         return {"position": position}
 
     def row(self, request: Request) -> Answer:
-        """One row, turn by turn."""
+        """One row, turn by turn; while the tokenizer is loaded, before that without tokens."""
         entries = self._open(request).read(request.number("position"), 1, request.stopped)
         request.go_on()
         if not entries:
             raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")
+        if self._is_loading(request):
+            request.send(event="row", **self._turns(request, entries[0], (None, None, "loading the tokenizer …")))
         return self._turns(request, entries[0])
 
     def draft(self, request: Request) -> Answer:
@@ -207,7 +211,12 @@ class Browser:
                 self._file = key, RowFile(path, name)
             return self._file[1]
 
-    def _open_tokenizer(self, request: Request) -> "tuple[Tokenizer | None, int | None, str]":
+    def _is_loading(self, request: Request) -> bool:
+        """Whether its tokenizer is not here yet: the libraries alone take seconds to import on a busy machine."""
+        base, loaded = request.text("base"), self._tokenizer
+        return bool(base) and (loaded is None or loaded[0] != base)
+
+    def _open_tokenizer(self, request: Request) -> "Opened":
         """The tokenizer and the number of positions; without one, why."""
         base = request.text("base")
         if not base:
@@ -258,7 +267,7 @@ class Browser:
             lengths[places[id(example)]] = (len(encoded.ids), sum(encoded.trained[1:kept]), cut)
         return {"lengths": lengths, "problems": problems, "missing": ""}
 
-    def _turns(self, request: Request, entry: Entry) -> Answer:
+    def _turns(self, request: Request, entry: Entry, opened: "Opened | None" = None) -> Answer:
         from pipeline.data.turns import View, view
 
         name, number = request.text("path"), entry.row.number
@@ -268,7 +277,7 @@ class Browser:
             answer["line"] = line
         if entry.problem:
             return answer | _as_it_is(line)
-        tokenizer, _, missing = self._open_tokenizer(request)
+        tokenizer, _, missing = opened or self._open_tokenizer(request)
         shown = View(())
         try:
             example = example_of(entry.row, name, request.columns)
@@ -285,7 +294,7 @@ class Browser:
         }
 
 
-def _load(base: Path) -> "tuple[Tokenizer | None, int | None, str]":
+def _load(base: Path) -> "Opened":
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.files.base_model import max_positions
 

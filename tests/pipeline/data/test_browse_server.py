@@ -77,7 +77,8 @@ def test_a_page_is_rows_at_once_and_then_their_lengths(client: Client) -> None:
 
 
 def test_a_row_comes_turn_by_turn_and_as_the_line_that_can_be_edited(client: Client) -> None:
-    (answer,) = client.ask("row", position=0, **FILE)
+    first, answer = client.ask("row", position=0, **FILE)
+    assert first["event"] == "row" and first["tokens"] is None and first["turns"], "shown while the tokenizer loads"
     assert [role for role, _ in answer["turns"]] == ["user", "assistant"] and answer["template"] is True
     assert json.loads(answer["line"]) == ROWS[0] and answer["cut"] > 0
     (answer,) = client.ask("row", position=2, **FILE)

@@ -178,15 +178,21 @@ listed, all are counted."""
 
     def __init__(self) -> None:
         super().__init__(id="problems")
+        self._report: Mapping[str, Any] | None = None
 
     def contents(self) -> Iterable[Widget]:
         yield ProblemList()
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._report and self.show_report(self._report))
 
     @property
     def _list(self) -> ProblemList:
         return self.query_one(ProblemList)
 
     def show_report(self, report: Mapping[str, Any]) -> None:
+        self._report = report
         colors = self.app.theme_variables
         options = []
         for number, problem in enumerate(report["problems"][:MAX_PROBLEMS]):
@@ -200,6 +206,7 @@ listed, all are counted."""
         self.show_title(*(f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts if n))
 
     def show_text(self, text: str) -> None:
+        self._report = None
         self.show_title()
         self._list.set_options([Option(Text(flat(text), "dim"), disabled=True)])
 

@@ -41,11 +41,10 @@ class RowList(ScrollView, can_focus=True):
     RowList { height: 1fr; background: transparent; scrollbar-size-vertical: 1; overflow-x: hidden; }
     RowList > .rows--cursor { background: $block-cursor-blurred-background; text-style: bold; }
     RowList:focus > .rows--cursor { background: $block-cursor-background; color: $block-cursor-foreground; }
-    RowList > .rows--number { color: $text-muted; }
     RowList > .rows--problem { color: $text-error; }
     RowList > .rows--cut { color: $text-warning; }
     """
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"rows--cursor", "rows--number", "rows--problem", "rows--cut"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"rows--cursor", "rows--problem", "rows--cut"}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j", "move(1)", "Down", show=False),
         Binding("up,k", "move(-1)", "Up", show=False),
@@ -190,7 +189,7 @@ class RowList(ScrollView, can_focus=True):
     def _cells(self, line: RowLine | None, width: int) -> list[tuple[str, str]]:
         digits = max(3, len(str(self.total)))
         if line is None:
-            return [("…".rjust(digits), "rows--number")]
+            return [("…".rjust(digits), "dim")]
         level = "error" if line.problem else self.problems.get(line.number, "")
         tokens = "" if line.tokens is None else f"{line.tokens:,}"
         right = f" {tokens:>5} " if width > 24 else " "
@@ -200,13 +199,15 @@ class RowList(ScrollView, can_focus=True):
         shown = set_cell_size(text, room) if cell_len(text) <= room else f"{set_cell_size(text, max(0, room - 1))}…"
         style = "rows--problem" if level == "error" else "rows--cut"
         return [
-            (f"{line.number:>{digits}} ", "rows--number"),
+            (f"{line.number:>{digits}} ", "dim"),
             (shown, "rows--problem" if line.problem else ""),
-            (right, "rows--cut" if line.cut else "rows--number"),
+            (right, "rows--cut" if line.cut else "dim"),
             (sign, style),
         ]
 
     def _style(self, name: str) -> Style:
+        if name == "dim":
+            return Style(dim=True)
         return self.get_component_rich_style(name, partial=True) if name else Style()
 
     def _want(self, position: int) -> None:

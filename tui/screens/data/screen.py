@@ -293,9 +293,11 @@ from here, so that the next run (`R`) trains on them."""
             return
         await asyncio.sleep(REST)
         try:
-            if answer := await self._ask("row", file, position=position):
-                self._row = {**answer, "position": position}
-                self.query_one(RowPane).show_row(answer, file.max_length)
+            async with aclosing(self._stream("row", file, position=position)) as answers:
+                async for answer in answers:
+                    if answer["event"] in ("row", "done"):
+                        self._row = {**answer, "position": position}
+                        self.query_one(RowPane).show_row(answer, file.max_length)
         except UserError as error:
             self.query_one(RowPane).show_text(flat(str(error)))
 
@@ -374,8 +376,8 @@ from here, so that the next run (`R`) trains on them."""
         if file is None:
             return
         lengths, problems = self.query_one(LengthsPane), self.query_one(ProblemsPane)
-        problems.show_text("checking …")
-        lengths.show_text("counting …")
+        problems.show_text("loading the tokenizer …" if file.base else "checking …")
+        lengths.show_text("counting …" if file.base else "")
         try:
             async with aclosing(self._stream("check", file)) as answers:
                 async for answer in answers:

@@ -69,7 +69,7 @@ async def open_data(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncItera
     async with app.run_test(size=size) as pilot:
         screen = app.screen
         assert isinstance(screen, DataScreen)
-        await until(pilot, lambda: screen._row is not None)
+        await until(pilot, lambda: screen._row and screen._row["event"] == "done")
         yield pilot, screen
 
 

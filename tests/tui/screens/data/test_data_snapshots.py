@@ -66,7 +66,7 @@ def still_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 async def read(pilot: Pilot[Any]) -> DataScreen:
     screen = pilot.app.screen
     assert isinstance(screen, DataScreen)
-    await until(pilot, lambda: screen._row is not None and screen.report is not None)
+    await until(pilot, lambda: screen._row and screen._row["event"] == "done" and screen.report)
     return screen
 
 
