@@ -179,7 +179,8 @@ class Editor(ModalScreen[Edited | None]):
         return line, answer
 
     def _say(self, text: str, color: str) -> None:
-        self.query_one("#reading", Static).update(Text(text, self.app.theme_variables[color]))
+        if self.app.is_running:
+            self.query_one("#reading", Static).update(Text(text, self.app.theme_variables[color]))
 
     @on(Input.Submitted, "#out")
     def _submitted(self) -> None:

@@ -185,7 +185,11 @@ listed, all are counted."""
 
     def on_mount(self) -> None:
         super().on_mount()
-        self.app.theme_changed_signal.subscribe(self, lambda _: self._report and self.show_report(self._report))
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._draw_again())
+
+    def _draw_again(self) -> None:
+        if self._report:
+            self.show_report(self._report)
 
     @property
     def _list(self) -> ProblemList:

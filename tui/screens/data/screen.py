@@ -218,11 +218,16 @@ from here, so that the next run (`R`) trains on them."""
         if self._reader is None:
             advice = "Open the file again (o)."
             self._reader = Inference(self.workbench.root, COMMAND, "The process that reads data files", advice)
-        async with aclosing(self._reader.stream(do, **file.request(), **fields)) as answers:
-            async for answer in answers:
-                if file is not self.file and do not in ("draft", "copy", "convert"):
-                    return
-                yield answer
+        try:
+            async with aclosing(self._reader.stream(do, **file.request(), **fields)) as answers:
+                async for answer in answers:
+                    is_old = file is not self.file and do not in ("draft", "copy", "convert")
+                    if is_old or not self.app.is_running:
+                        return
+                    yield answer
+        except UserError:
+            if self.app.is_running:  # else the process was stopped, and there is nothing left to show it on
+                raise
 
     async def _ask(self, do: str, file: DataFile, **fields: Any) -> Answer | None:
         """The last answer; None if another file was opened meanwhile."""
@@ -450,9 +455,7 @@ from here, so that the next run (`R`) trains on them."""
 
     def _draft_reader(self, file: DataFile) -> Any:
         async def read(line: str) -> Mapping[str, Any]:
-            answer = await self._ask("draft", file, line=line)
-            assert answer is not None
-            return answer
+            return await self._ask("draft", file, line=line) or {"problem": "it was not read", "turns": []}
 
         return read
 
