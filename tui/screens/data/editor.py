@@ -143,8 +143,9 @@ class Editor(ModalScreen[Edited | None]):
         self._line, self._record = line, json.loads(line)
         self._fields = {} if self._fields else text_fields(self._record)
         fields = self.query_one(".fields")
-        await fields.remove_children()
-        await fields.mount(*self._widgets())
+        with self.app.batch_update():  # a text area that is painted while it goes has no styles any more
+            await fields.remove_children()
+            await fields.mount(*self._widgets())
         self._focus_last()
 
     @on(TextArea.Changed)

@@ -3,16 +3,14 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import OptionList
 
@@ -33,52 +31,19 @@ from tui.screens.data.files import (
     spaced,
     ways_to_train,
 )
+from tui.screens.data.files_pane import FilesPane
+from tui.screens.data.reader import Reader
 from tui.screens.data.report import LengthsPane, ProblemsPane
 from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import PAGE, RowList, RowsPane
-from tui.services.engine_client import Answer, Inference
+from tui.services.engine_client import Answer
 from tui.services.param_edits import follows_params
-from tui.widgets.pane import Pane
-from tui.widgets.text import KeyedList
 
-# -P: do not import a folder named `pipeline` in the user's project instead of ours
-COMMAND = (sys.executable, "-P", "-m", "pipeline.data.browse_server")
 SMALL_BYTES = 4 * 2**20  # files up to here are checked as soon as they are opened
 REST = 0.05  # seconds on a row before it is read: a held key passes over rows
 TYPE_A_PATH = "…"
 LORA = "finetune_lora.data"
 NOTHING = "No data file. Press o to open one."
-
-
-class FilesPane(Pane):
-    """The project's data files, then others in `data/`."""
-
-    TITLE = "Files"
-    HELP = """The data files of the project with what reads them, then other files in `data/`. Enter opens one; `o` asks
-for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a folder of `save_to_disk`, a hub
-id."""
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "screen.open_file", "other file", id="data.open")]
-
-    def __init__(self) -> None:
-        super().__init__(id="files")
-        self._shown: tuple[Mapping[str, DataFile], str] = ({}, "")
-
-    def contents(self) -> Iterable[Widget]:
-        yield KeyedList(markup=False)
-
-    def show_files(self, files: Mapping[str, DataFile], opened: str) -> None:
-        self._shown, width, lines = (files, opened), self.content_size.width - 1, {}
-        for name, file in files.items():
-            mark = "● " if name == opened else "  "
-            line = Text.assemble(mark, (flat(name.removeprefix("data/")), "" if file.uses else "dim"))
-            line.append(f"  {file.readers}", "dim")
-            line.truncate(max(width, 8), overflow="ellipsis")
-            lines[name] = line
-        self.query_one(KeyedList).show(lines)
-
-    def on_resize(self, event: Resize) -> None:
-        super().on_resize(event)
-        self.show_files(*self._shown)
 
 
 class DataScreen(WorkbenchScreen):
@@ -104,7 +69,7 @@ from here, so that the next run (`R`) trains on them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._reader: Inference | None = None
+        self.reader = Reader(self.workbench.root, lambda file: file is self.file, lambda: self.app.is_running)
         self._files: dict[str, DataFile] = {}
         self.file: DataFile | None = None
         self.report: Mapping[str, Any] | None = None
@@ -126,8 +91,7 @@ from here, so that the next run (`R`) trains on them."""
         self.set_focus(self._list)
 
     async def on_unmount(self) -> None:
-        if self._reader:
-            await self._reader.stop()
+        await self.reader.process.stop()
 
     @property
     def _list(self) -> RowList:
@@ -213,35 +177,11 @@ from here, so that the next run (`R`) trains on them."""
 
     # Reading
 
-    async def _stream(self, do: str, file: DataFile, **fields: Any) -> AsyncGenerator[Answer, None]:
-        """The answers of the reading process about a file, until another is opened."""
-        if self._reader is None:
-            advice = "Open the file again (o)."
-            self._reader = Inference(self.workbench.root, COMMAND, "The process that reads data files", advice)
-        try:
-            async with aclosing(self._reader.stream(do, **file.request(), **fields)) as answers:
-                async for answer in answers:
-                    is_old = file is not self.file and do not in ("draft", "copy", "convert")
-                    if is_old or not self.app.is_running:
-                        return
-                    yield answer
-        except UserError:
-            if self.app.is_running:  # else the process was stopped, and there is nothing left to show it on
-                raise
-
-    async def _ask(self, do: str, file: DataFile, **fields: Any) -> Answer | None:
-        """The last answer; None if another file was opened meanwhile."""
-        last = None
-        async with aclosing(self._stream(do, file, **fields)) as answers:
-            async for answer in answers:
-                last = answer
-        return last if last and last["event"] == "done" else None
-
     @work(exclusive=True, group="index")
     async def _index(self, file: DataFile) -> None:
         """Count the rows, then go to the one that was asked for."""
         try:
-            async with aclosing(self._stream("index", file)) as answers:
+            async with aclosing(self.reader.stream("index", file)) as answers:
                 async for answer in answers:
                     if "rows" in answer:
                         self._list.set_total(answer["rows"])
@@ -266,7 +206,7 @@ from here, so that the next run (`R`) trains on them."""
         if self.file is None:
             return
         try:
-            async with aclosing(self._stream("page", self.file, first=first, count=PAGE)) as answers:
+            async with aclosing(self.reader.stream("page", self.file, first=first, count=PAGE)) as answers:
                 async for answer in answers:
                     self._put(answer)
         except UserError as error:
@@ -298,7 +238,7 @@ from here, so that the next run (`R`) trains on them."""
             return
         await asyncio.sleep(REST)
         try:
-            async with aclosing(self._stream("row", file, position=position)) as answers:
+            async with aclosing(self.reader.stream("row", file, position=position)) as answers:
                 async for answer in answers:
                     if answer["event"] in ("row", "done"):
                         self._row = {**answer, "position": position}
@@ -307,19 +247,16 @@ from here, so that the next run (`R`) trains on them."""
             self.query_one(RowPane).show_text(flat(str(error)))
 
     @work(exclusive=True, group="go")
-    async def _go_to(self, number: int) -> None:
-        """Move to a row by its number."""
-        if self.file is None:
-            return
-        if self.query_one(RowsPane).filter_text:
-            self.query_one(RowsPane).close_filter()
-        answer = await self._ask("locate", self.file, row=number)
-        if answer is None:
-            return
-        if answer["position"] is None:
-            self.warn(f"{self.file.name} has no row {number:,}.")
-            return
-        self._list.cursor = answer["position"]
+    async def _go_to(self, number: int, typing: bool = False) -> None:
+        """Move to a row by its number; while it is typed, without leaving the field or a word."""
+        rows = self.query_one(RowsPane)
+        if rows.filter_text and not typing:
+            rows.close_filter()
+        answer = await self.reader.ask("locate", self.file, row=number) if self.file else None
+        if answer and answer["position"] is not None:
+            self._list.cursor = answer["position"]
+        elif answer and not typing:
+            self.warn(f"There is no row {number:,}.")
 
     # Search
 
@@ -333,18 +270,9 @@ from here, so that the next run (`R`) trains on them."""
         elif text.startswith("#"):
             if text[1:].isdecimal():
                 self._list.show_found(None)
-                self._jump(int(text[1:][:12]))
+                self._go_to(int(text[1:][:12]), typing=True)
         else:
             self._find(text)
-
-    @work(exclusive=True, group="go")
-    async def _jump(self, number: int) -> None:
-        if (
-            self.file
-            and (answer := await self._ask("locate", self.file, row=number))
-            and answer["position"] is not None
-        ):
-            self._list.cursor = answer["position"]
 
     @work(exclusive=True, group="find")
     async def _find(self, text: str) -> None:
@@ -355,7 +283,7 @@ from here, so that the next run (`R`) trains on them."""
         self._list.show_found([])
         self._show_found("searching …")
         try:
-            async with aclosing(self._stream("find", self.file, text=text)) as answers:
+            async with aclosing(self.reader.stream("find", self.file, text=text)) as answers:
                 async for answer in answers:
                     self._put(answer)
                     for row in answer["rows"] if answer["event"] == "page" else ():
@@ -384,7 +312,7 @@ from here, so that the next run (`R`) trains on them."""
         problems.show_text("loading the tokenizer …" if file.base else "checking …")
         lengths.show_text("counting …" if file.base else "")
         try:
-            async with aclosing(self._stream("check", file)) as answers:
+            async with aclosing(self.reader.stream("check", file)) as answers:
                 async for answer in answers:
                     if answer["event"] == "rows":
                         problems.show_text(f"checking … {answer['rows']:,} rows")
@@ -442,7 +370,7 @@ from here, so that the next run (`R`) trains on them."""
         with self.workbench.errors_shown():
             replace = edited.out == file.name if again else False
             fields = {"position": row["position"], "line": edited.line, "out": edited.out, "replace": replace}
-            answer = await self._ask("copy", file, **fields)
+            answer = await self.reader.ask("copy", file, **fields)
             if answer:
                 left = f" {answer['left_out']:,} rows that cannot be read are left out." if answer["left_out"] else ""
                 kept = "" if again else f" {file.name} is as it was."
@@ -455,7 +383,7 @@ from here, so that the next run (`R`) trains on them."""
 
     def _draft_reader(self, file: DataFile) -> Any:
         async def read(line: str) -> Mapping[str, Any]:
-            return await self._ask("draft", file, line=line) or {"problem": "it was not read", "turns": []}
+            return await self.reader.ask("draft", file, line=line) or {"problem": "it was not read", "turns": []}
 
         return read
 
@@ -521,7 +449,7 @@ from here, so that the next run (`R`) trains on them."""
         if not out:
             return
         with self.workbench.errors_shown():
-            if answer := await self._ask("convert", file, out=out):
+            if answer := await self.reader.ask("convert", file, out=out):
                 notes = "".join(f" {note}." for note in answer["notes"])
                 self.workbench.log_message(
                     flat(f"Written: {out}, {answer['rows']:,} rows of {answer['format']}.{notes}")

@@ -285,8 +285,8 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
 async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await checked(pilot, screen)
-        assert screen._reader and screen._reader._process
-        screen._reader._process._kill()
+        assert screen.reader.process._process
+        screen.reader.process._process._kill()
         screen._row = None
         await pilot.press("j")
         await until(pilot, lambda: screen._row is not None or "Open the file again" in row_text(screen))
