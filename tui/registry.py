@@ -27,7 +27,9 @@ class ScreenEntry(NamedTuple):
 SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
+    "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
