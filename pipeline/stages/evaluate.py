@@ -10,6 +10,7 @@ from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
+from pipeline.evaluation.comparison import stages_by_variant
 from pipeline.evaluation.limits import verdict
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files.artifact import read_manifest, write_json
@@ -29,7 +30,7 @@ from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_step
 from pipeline.project.params.sections import Evaluate, Training
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
-from pipeline.stages.report import draw_comparison, stages_by_variant, write_report
+from pipeline.stages.report import draw_comparison, write_report
 from pipeline.training.data import held_out_examples, training_examples
 
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
