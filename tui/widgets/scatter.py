@@ -180,7 +180,7 @@ def _write_intervals(grid: _Grid, point: Point, x: Axis, y: Axis) -> None:
 def _bottom(x: Axis, margin: int, columns: int, muted: Style) -> Iterator[Text]:
     """x's line, in which its title stands, and its ticks."""
     line, texts = ["─"] * columns, _Grid(columns, 1)
-    for tick in x.ticks(max(2, columns // 9)):
+    for tick in x.ticks(max(2, columns // 8)):
         at, text = x.cell(tick, columns), x.format(tick)
         start = min(max(at - len(text) // 2, 0), columns - len(text))
         if texts.free(start, 0, len(text)) and (start == 0 or texts.free(start - 1, 0, 1)):
