@@ -8,7 +8,8 @@ import re
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.markdown import Heading, Markdown
+from rich.markdown import Heading, Markdown, TableElement
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.style import Style
 from rich.theme import Theme
@@ -19,6 +20,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 LEAST_WIDTH = 50  # cells; in a narrower pane the page is moved sideways
+MAX_WIDTH = 2000  # cells of a table; what is wider is cut
 PICTURE = re.compile(r"!\[(?P<title>[^]]*)\]\((?P<file>[^)\s]*)[^)]*\)")
 
 
@@ -30,8 +32,32 @@ class _Heading(Heading):
         yield self.text
 
 
+class _Table(TableElement):
+    """A column is as wide as its longest word, even if the page must be moved sideways: a number that is cut is wrong.
+
+    What room is left goes to the columns with the longest texts.
+    """
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:  # names given by rich
+        wide = options.update(width=MAX_WIDTH)
+        for table in super().__rich_console__(console, options):
+            columns = table.columns  # type: ignore[union-attr]  # it is a Table
+            cells = [[Measurement.get(console, wide, cell) for cell in (c.header, *c.cells)] for c in columns]
+            least, most = ([max(getattr(m, name) for m in each) for each in cells] for name in ("minimum", "maximum"))
+            room = options.max_width - sum(least) - 2 * len(columns) - 1
+            wanted = [high - low for low, high in zip(least, most, strict=True)]
+            share = min(max(room, 0) / max(sum(wanted), 1), 1.0)
+            for column, low, more in zip(columns, least, wanted, strict=True):
+                column.width = low + int(more * share)
+            yield from console.render(table, wide)
+
+
 class _Page(Markdown):
-    elements = {**Markdown.elements, "heading_open": _Heading}  # noqa: RUF012  # as rich declares it
+    elements = {  # noqa: RUF012  # as rich declares it
+        **Markdown.elements,
+        "heading_open": _Heading,
+        "table_open": _Table,
+    }
 
 
 def lay_out(text: str, width: int, variables: dict[str, str]) -> list[list[Segment]]:
@@ -48,7 +74,7 @@ def lay_out(text: str, width: int, variables: dict[str, str]) -> list[list[Segme
         file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", theme=Theme(styles)
     )
     page = _Page(PICTURE.sub(r"*▣ \g<title> (f shows it)*", text), hyperlinks=False)
-    return console.render_lines(page, pad=False)
+    return list(Segment.split_lines(console.render(page)))
 
 
 def _color(variables: dict[str, str], name: str) -> str:

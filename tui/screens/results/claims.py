@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
+from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -68,11 +69,21 @@ that a claim is measured on.
         self.show_title(self._summary if not parts else f"{len(rows)} of {self._summary}", *map(str.strip, parts))
 
     def _columns(self) -> Iterable[Column]:
+        # three texts share what verdict and part leave; the pane below has them in full
+        room = max(self.size.width - 40, 48)
+        claim, says, measured = room * 5 // 10, room * 2 // 10, room * 3 // 10
         yield Column("verdict", self._mark, lambda row: str(row["verdict"]))
         yield Column("part", lambda row: Text(str(row["title"])), lambda row: natural_sort_key(str(row["section"])))
-        yield Column("claim", lambda row: _cell(row["quote"], 60), lambda row: str(row["quote"]))
-        yield Column("document", lambda row: _cell(row["shown"]["says"], 24), lambda row: str(row["shown"]["says"]))
-        yield Column("measured", lambda row: _cell(row["shown"]["measured"], 40), lambda row: row["shown"]["measured"])
+        yield Column("claim", lambda row: _cell(row["quote"], claim), lambda row: str(row["quote"]))
+        yield Column("document", lambda row: _cell(row["shown"]["says"], says), lambda row: str(row["shown"]["says"]))
+        yield Column(
+            "measured", lambda row: _cell(row["shown"]["measured"], measured), lambda row: row["shown"]["measured"]
+        )
+
+    def on_resize(self, event: Resize) -> None:
+        super().on_resize(event)
+        if self._claims:
+            self._narrow()
 
     def _mark(self, row: Claim) -> Text:
         return Text(row["mark"], self.app.theme_variables.get(COLORS.get(row["verdict"], ""), "dim"))
@@ -101,7 +112,7 @@ def _in_section(row: Claim, section: str) -> bool:
 
 
 def _cell(text: Any, most: int) -> Text:
-    """A text in one line; the pane below the table has it in full."""
+    """A text in one line."""
     cell = Text(" ".join(str(text).split()), no_wrap=True)
     cell.truncate(most, overflow="ellipsis")
     return cell

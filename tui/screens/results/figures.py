@@ -124,7 +124,7 @@ class FiguresView(Horizontal):
 
     def show(self, pictures: Sequence[Picture]) -> None:
         self._pictures = {picture.key: picture for picture in pictures}
-        self.query_one(ListPane).show([(p.key, p.title, p.about, True) for p in pictures])
+        self.query_one(ListPane).show(pictures)
         if not pictures:
             self.query_one(PicturePane).show(None)
 

@@ -333,7 +333,7 @@ from the base, example by example, with its own interval: a change whose interva
             )
         wide = min(max((len(task.name) for task in evaluation.tasks), default=0), 20)
         if wide:
-            yield Text("\ntasks: score with its 95% interval, and change from the base with its own", "dim")
+            yield Text("\ntasks: score, 95% interval, change from the base", "dim")
         for task in evaluation.tasks:
             yield from _task_line(method, task, wide)
 

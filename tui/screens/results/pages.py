@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList
 
 from pipeline.errors import UserError
-from tui.screens.results.documents import Page, read_page
+from tui.screens.results.documents import Page, Picture, read_page
 from tui.widgets.markdown_page import MarkdownPage
 from tui.widgets.pane import Pane
 from tui.widgets.table import VIM_KEYS
@@ -56,7 +56,7 @@ class ListPane(Pane):
     """The pages or pictures that there are; those that were not made yet are dim."""
 
     DEFAULT_CSS = """
-    ListPane > VimList { height: 1fr; }
+    ListPane > VimList { height: 1fr; background: transparent; text-wrap: nowrap; text-overflow: ellipsis; }
     """
     FILTER = True
 
@@ -78,12 +78,9 @@ class ListPane(Pane):
     def list(self) -> VimList:
         return self.query_one(VimList)
 
-    def show(self, entries: Sequence[tuple[str, str, str, bool]]) -> None:
-        """Entries as key, title, what stands after it, whether it was made."""
-        self._entries = {
-            key: Text(title, "" if made else "dim", no_wrap=True, overflow="ellipsis").append(f"  {about}", "dim")
-            for key, title, about, made in entries
-        }
+    def show(self, entries: Sequence[Page | Picture]) -> None:
+        """List pages or pictures."""
+        self._entries = {entry.key: Text(entry.title, "" if entry.path else "dim") for entry in entries}
         self._fill()
 
     def _fill(self) -> None:
@@ -134,7 +131,7 @@ The report that a stage wrote, as text. Arrows, j k, PgUp PgDn, g G move in it.
                 self.page.show(read_page(page.path))
             except UserError as error:
                 self.page.show(str(error))
-        self.show_title(title=page.title if page else self.TITLE)
+        self.show_title(*([page.about] if page and page.about else []), title=page.title if page else self.TITLE)
 
     def filtered(self, text: str) -> None:
         self.page.find(text)
@@ -154,7 +151,7 @@ class PagesView(Horizontal):
 
     def show(self, pages: Sequence[Page]) -> None:
         before, self._pages = self._pages, {page.key: page for page in pages}
-        self.query_one(ListPane).show([(p.key, p.title, p.about, p.path is not None) for p in pages])
+        self.query_one(ListPane).show(pages)
         if not before or not pages:
             self._show_page(pages[0].key if pages else "")
 
