@@ -143,7 +143,7 @@ def draw(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, mut
     lines = [Text(pad_or_truncate(f"{' ' * margin}↑ {y.title}", width), muted, no_wrap=True)]
     for row in range(rows):
         mark = marks.get(rows - 1 - row, "")
-        line = Text(f"{mark:>{margin - 1}} {'┤' if mark else '│'}", muted, no_wrap=True)
+        line = Text(no_wrap=True).append(f"{mark:>{margin - 1}} {'┤' if mark else '│'}", muted)
         lines.append(line.append_text(grid.line(row, " ", muted)))
     return [*lines, *_bottom(x, margin, columns, muted)]
 

@@ -64,7 +64,7 @@ class RowsPane(Pane, Generic[R]):
         self._all: Sequence[R] = ()
 
     def contents(self) -> Iterable[Widget]:
-        yield Table()
+        yield Table(cursor_foreground_priority="renderable")  # a model keeps its colour under the cursor
         yield Static(classes="empty", markup=False)
 
     def key_of(self, row: R) -> str:
@@ -107,11 +107,13 @@ class RowsPane(Pane, Generic[R]):
         self.rows = sorted(rows, key=lambda row: _last_if_missing(by, row)) if by else rows
         with self.app.batch_update():
             self.table.clear(columns=True)
-            for column in self.columns:
-                title = f"{column.title} {SORTED}" if column is by else column.title
-                self.table.add_column(Text(title, no_wrap=True), key=column.title)
-            for row in self.rows:
-                self.table.add_row(*(column.cell(row) for column in self.columns), key=self.key_of(row))
+            cells = [[column.cell(row) for row in self.rows] for column in self.columns]
+            for column, texts in zip(self.columns, cells, strict=True):
+                title = Text(f"{column.title} {SORTED}" if column is by else column.title, no_wrap=True)
+                # the table's own measure is of the rows before, where it is filled twice in a moment
+                self.table.add_column(title, key=column.title, width=max(text.cell_len for text in (title, *texts)))
+            for row, texts in zip(self.rows, zip(*cells, strict=True), strict=True):
+                self.table.add_row(*texts, key=self.key_of(row))
             self.point(key)
         if (row := self.pointed) is not None:
             self.post_message(self.Pointed(self, row))

@@ -81,24 +81,36 @@ class Views(Widget):
     DEFAULT_CSS = """
     Views { height: 1; padding: 0 1; }
     """
-    entries: reactive[tuple[tuple[str, str, str], ...]] = reactive(())  # view, key, label
+    entries: reactive[tuple[tuple[str, str, str, str], ...]] = reactive(())  # view, key, label, facts
     current: reactive[str] = reactive("")
+
+    def _texts(self) -> list[tuple[str, str, str]]:
+        """View, key and label, as long as the width allows: with facts, else without, else the first word."""
+        for shorten in (lambda label, facts: f"{label} {facts}".rstrip(), lambda label, _: label, _first_word):
+            texts = [(view, key, shorten(label, facts)) for view, key, label, facts in self.entries]
+            if sum(len(key) + len(label) + 4 for _, key, label in texts) <= self.size.width:
+                break
+        return texts
 
     def render(self) -> RenderResult:
         line = Text(no_wrap=True, overflow="ellipsis", end="")
         accent = self.app.theme_variables["accent"]
-        for view, key, label in self.entries:
+        for view, key, label in self._texts():
             style = "reverse bold" if view == self.current else ""
             line.append(f" {key}", style or f"bold {accent}").append(f" {label} ", style).append(" ")
         return line
 
     def on_click(self, event: Click) -> None:
         start = 1
-        for view, key, label in self.entries:
+        for view, key, label in self._texts():
             start += len(key) + len(label) + 4
             if event.x < start:
                 self.app.call_later(self.screen.run_action, f"view('{view}')")
                 return
+
+
+def _first_word(label: str, _: str) -> str:
+    return label.split()[0]
 
 
 class ResultsScreen(WorkbenchScreen):
@@ -106,6 +118,7 @@ class ResultsScreen(WorkbenchScreen):
 
     NAME = "results"
     CSS_PATH = "results.tcss"
+    AUTO_FOCUS = "MethodsPane Table"
     HELP = """\
 Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its size and the limits
 that it breaks.
@@ -195,8 +208,9 @@ other stages wrote.
             "studies": bool(results.studies),
             "claims": results.claims is not None,
         }
-        entries = [(view, self._key(view), self._label(view)) for view in self.LABELS if found.get(view, True)]
-        views.entries, views.current = tuple(entries), switcher.current or ""
+        shown = [view for view in self.LABELS if found.get(view, True)]
+        views.entries = tuple((view, self._key(view), self.LABELS[view], self._facts(view)) for view in shown)
+        views.current = switcher.current or ""
         match switcher.current:
             case "methods":
                 self._show_methods(results.evaluation)
@@ -226,17 +240,15 @@ other stages wrote.
         keys = [key for key, bound in self.active_bindings.items() if bound.binding.id == binding.id]
         return keys[0] if keys else binding.key
 
-    def _label(self, view: str) -> str:
-        results = self.results
-        if view == "claims" and isinstance(results.claims, tuple) and self.size.width >= 100:
-            counts = [sum(row["verdict"] == verdict for row in results.claims[1]) for verdict in VERDICTS]
-            return " ".join(
-                [self.LABELS[view], *(f"{n} {mark}" for n, mark in zip(counts, VERDICTS.values(), strict=True))]
-            )
+    def _facts(self, view: str) -> str:
+        """What the line of views says after a view's name."""
+        claims, studies = self.results.claims, self.results.studies
+        if view == "claims" and isinstance(claims, tuple):
+            marks = VERDICTS.items()
+            return " ".join(f"{sum(row['verdict'] == name for row in claims[1])} {mark}" for name, mark in marks)
         if view == "studies":
-            done = sum(page.path is not None for page in results.studies)
-            return f"{self.LABELS[view]} {done}/{len(results.studies)}"
-        return self.LABELS[view]
+            return f"{sum(page.path is not None for page in studies)}/{len(studies)}"
+        return ""
 
     # Views
 
