@@ -73,7 +73,7 @@ that a claim is measured on.
         room = max(self.size.width - 40, 48)
         claim, says, measured = room * 5 // 10, room * 2 // 10, room * 3 // 10
         yield Column("verdict", self._mark, lambda row: str(row["verdict"]))
-        yield Column("part", lambda row: Text(str(row["title"])), lambda row: natural_sort_key(str(row["section"])))
+        yield Column("part", lambda row: _cell(row["title"], 14), lambda row: natural_sort_key(str(row["section"])))
         yield Column("claim", lambda row: _cell(row["quote"], claim), lambda row: str(row["quote"]))
         yield Column("document", lambda row: _cell(row["shown"]["says"], says), lambda row: str(row["shown"]["says"]))
         yield Column(

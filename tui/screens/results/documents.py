@@ -21,12 +21,16 @@ TITLES = {"evaluate": "Comparison", "figures": "Figures", "claims": "The documen
 
 @dataclass(frozen=True)
 class Page:
-    """A report. `path` is None where its stage did not run yet; `about`: its place in the document, or what it does."""
+    """A report. `path` is None where its stage did not run yet; `about`: its place in the document, or what it does.
+
+    `folder`: its stage's output, such as studies/rank.
+    """
 
     key: str
     title: str
     about: str
     path: Path | None
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Picture:
 def read_pages(project: Project) -> list[Page]:
     """The reports of the evaluation, of the figures and of the claims that there are."""
     stages = [project.readable[name] for name in TITLES if name in project.readable]
-    paths = {stage.name: project.artifact(stage.name) / REPORT for stage in stages}
-    return [Page(name, TITLES[name], "", path) for name, path in paths.items() if path.is_file()]
+    pages = [Page(s.name, TITLES[s.name], "", project.artifact(s.name) / REPORT, s.output) for s in stages]
+    return [page for page in pages if page.path and page.path.is_file()]
 
 
 def read_studies(project: Project) -> list[Page]:
@@ -55,7 +59,8 @@ def read_studies(project: Project) -> list[Page]:
         folder = project.artifact(stage.name)
         made = (folder / REPORT).is_file()
         section = str(_manifest(folder).get("section", "")) if made else ""
-        pages.append(Page(stage.method, stage.title, section or stage.summary, folder / REPORT if made else None))
+        path = folder / REPORT if made else None
+        pages.append(Page(stage.method, stage.title, section or stage.summary, path, stage.output))
     return pages
 
 

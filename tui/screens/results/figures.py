@@ -33,23 +33,12 @@ Terminal, half blocks elsewhere. `+` enlarges it.
   and `p` goes on.
 - `o` shows the numbers that it was drawn from. An SVG is for a browser: here its PNG is shown.
 """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "numbers", "numbers", id="results.figure_numbers"),
-        Binding("p", "pixels", "pixels", id="results.pixels"),
-    ]
     can_focus = True
     DEFAULT_CSS = """
     PicturePane > #caption { height: auto; }
     PicturePane > #picture { height: 1fr; align: center middle; }
     PicturePane > #picture > * { width: auto; height: auto; }
     """
-
-    class Numbers(Message):
-        """The user wants the numbers of the picture."""
-
-        def __init__(self, picture: Picture) -> None:
-            super().__init__()
-            self.picture = picture
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -97,19 +86,28 @@ Terminal, half blocks elsewhere. `+` enlarges it.
             if self._image is not None:
                 await holder.mount(widget_for(self._image, self.kind))
 
-    async def action_pixels(self) -> None:
+    async def draw_otherwise(self) -> None:
+        """Draw it by the next of KINDS."""
         kinds = list(KINDS)
         self.kind = kinds[(kinds.index(self.kind) + 1) % len(kinds)]
         self.app.notify(f"Pictures as {KINDS[self.kind]}.", markup=False)
         await self._draw()
 
-    def action_numbers(self) -> None:
-        if self.picture:
-            self.post_message(self.Numbers(self.picture))
-
 
 class FiguresView(Horizontal):
     """A list of figures at the left, the picture at the right."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("o", "numbers", "numbers", id="results.figure_numbers"),
+        Binding("p", "pixels", "pixels", id="results.pixels"),
+    ]
+
+    class Numbers(Message):
+        """The user wants the numbers of the picture."""
+
+        def __init__(self, picture: Picture) -> None:
+            super().__init__()
+            self.picture = picture
 
     def __init__(self, id: str) -> None:  # as Textual names it
         super().__init__(id=id)
@@ -133,6 +131,13 @@ class FiguresView(Horizontal):
         found = next((each for each in self._pictures if each == key or each.startswith(f"{key}/")), "")
         if found:
             self.query_one(ListPane).point(found)
+
+    async def action_pixels(self) -> None:
+        await self.query_one(PicturePane).draw_otherwise()
+
+    def action_numbers(self) -> None:
+        if picture := self.query_one(PicturePane).picture:
+            self.post_message(self.Numbers(picture))
 
     @on(ListPane.Pointed)
     def _pointed(self, event: ListPane.Pointed) -> None:

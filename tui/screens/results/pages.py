@@ -160,6 +160,13 @@ class PagesView(Horizontal):
         self.query_one(ListPane).point(key)
         self._show_page(key)
 
+    @property
+    def folder(self) -> str:
+        """The output folder of the shown page's stage, such as studies/rank."""
+        option = self.query_one(ListPane).list.highlighted_option
+        page = self._pages.get(str(option.id)) if option else None
+        return page.folder if page else ""
+
     def refresh_page(self) -> None:
         """Read the shown page again: its stage may have run."""
         option = self.query_one(ListPane).list.highlighted_option

@@ -1,7 +1,7 @@
 """Results: which adapter to ship, then the sweep, the report, figures, studies and the document's claims."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,16 +14,18 @@ from textual.events import Click
 from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
+from textual.worker import get_current_worker
 
 from pipeline.errors import UserError
 from pipeline.files.digest_cache import signature
+from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import Claims, calculated_claims, claim_files, read_claims
 from tui.dialogs import Menu
 from tui.screens.base import WorkbenchScreen
 from tui.screens.results.claims import ClaimPane, ClaimsPane
 from tui.screens.results.documents import Page, Picture, numbers_of, read_pages, read_pictures, read_studies
-from tui.screens.results.figures import FiguresView, PicturePane
+from tui.screens.results.figures import FiguresView
 from tui.screens.results.findings import Evaluation, Method, Sweep, Trial, read_evaluation, read_sweep
 from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane, fields
 from tui.screens.results.pages import PageReader, PagesView
@@ -45,26 +47,29 @@ class Results:
     pictures: Sequence[Picture] = ()
     studies: Sequence[Page] = ()
     claims: Claims | str | None = None
-    seen: object = field(default=None, compare=False)  # stamps of all files that were read
+    seen: object = None  # stamps of all files, once all were read
 
 
-def read_results(project: Project, before: Results) -> Results:
-    """Read everything again; `before` itself if no file changed."""
+def read_results(project: Project, before: Results) -> Iterator[Results]:
+    """Read everything again, the comparison first; nothing if no file changed."""
     stages = [stage for stage in project.readable.values() if stage.kind in KINDS]
     # of a sweep the table alone: its adapters are many files
-    paths = [project.artifact(stage.name) / ("sweep.json" if stage.kind == "adapters" else "") for stage in stages]
+    paths = [project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "") for stage in stages]
     seen = project.params, *map(signature, paths)
     if seen == before.seen:
-        return before
+        return
+    first = replace(
+        before, evaluation=_or_why(lambda: read_evaluation(project)), sweep=_or_why(lambda: read_sweep(project))
+    )
+    yield first
     has_claims = any(stage.kind == "claims" for stage in project.stages.values())
-    return Results(
-        _or_why(lambda: read_evaluation(project)),
-        _or_why(lambda: read_sweep(project)),
-        read_pages(project),
-        read_pictures(project),
-        read_studies(project),
-        _or_why(lambda: read_claims(project) or (calculated_claims() if has_claims else None)),
-        seen,
+    yield replace(
+        first,
+        pages=read_pages(project),
+        pictures=read_pictures(project),
+        studies=read_studies(project),
+        claims=_or_why(lambda: read_claims(project) or (calculated_claims() if has_claims else None)),
+        seen=seen,
     )
 
 
@@ -185,19 +190,21 @@ other stages wrote.
 
     @work(thread=True, exclusive=True, group="results")
     def _read(self, project: Project) -> None:
-        before = self.results
-        results = read_results(project, before)
-        if results is not before:
-            self.app.call_from_thread(self._take, results)
+        worker = get_current_worker()
+        for results in read_results(project, self.results):
+            if not worker.is_cancelled:
+                self.app.call_from_thread(self._take, results)
 
     def _take(self, results: Results) -> None:
+        first = self.results == Results()
         self.results = results
-        if not self._chosen and results.evaluation is None and results.sweep is not None:
+        if first and results.evaluation is None and results.sweep is not None and not self._chosen:
             self._switch("sweep")  # a project that only sweeps
         self._show()
-        for pages in self.query(PagesView):
-            pages.refresh_page()
-        self._open_wanted()
+        if results.seen is not None:
+            for pages in self.query(PagesView):
+                pages.refresh_page()
+            self._open_wanted()
 
     def _show(self) -> None:
         """Show what was read, in the view that is on; the others are filled when they are shown."""
@@ -227,7 +234,9 @@ other stages wrote.
                 self.query_one(ClaimsPane).show(results.claims)
 
     def _show_methods(self, evaluation: Evaluation | str | None) -> None:
-        if evaluation is None and (problem := self.workbench.project_watch.problem):
+        if self.results == Results() and self.workbench.project_watch.project:
+            evaluation = "Reading the evaluation …"
+        elif evaluation is None and (problem := self.workbench.project_watch.problem):
             evaluation = problem
         shown = evaluation if isinstance(evaluation, Evaluation) else None
         self.query_one("#methods").set_class(shown is None, "-empty")
@@ -261,9 +270,12 @@ other stages wrote.
         self.set_focus(first)
 
     def action_view(self, view: str) -> None:
-        """Show a view."""
+        """Show a view; the figures from a report begin with its own."""
+        before = self.query_one(ContentSwitcher).current
         self._chosen = True
         self._switch(view)
+        if view == "figures" and before in ("report", "studies"):
+            self.query_one(FiguresView).point(self.query_one(f"#{before}", PagesView).folder)
 
     def open_with(self, **request: Any) -> None:
         """`view`, `method`, `study`, `figure`, `claim` (an id) or `section` of the document: shows it."""
@@ -343,8 +355,8 @@ other stages wrote.
 
     # Numbers
 
-    @on(PicturePane.Numbers)
-    def _show_figure_numbers(self, event: PicturePane.Numbers) -> None:
+    @on(FiguresView.Numbers)
+    def _show_figure_numbers(self, event: FiguresView.Numbers) -> None:
         if event.picture.numbers:
             self._show_numbers(event.picture.title, event.picture.numbers)
         else:
