@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tui.widgets.line_chart import ACROSS, DOWN, braille
+from tui.widgets.plot.raster import ACROSS, DOWN, braille
 
 POINTS = st.lists(st.tuples(st.floats(-5, 25), st.floats(-20, 20)), max_size=30).map(sorted)
 
