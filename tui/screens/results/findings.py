@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.comparison import MISSING, broken_limits, by_variant, comparison, stages_by_variant
+from pipeline.evaluation.comparison import (
+    MISSING,
+    broken_limits,
+    by_variant,
+    comparison,
+    stages_by_variant,
+    task_scores,
+)
 from pipeline.evaluation.selection import choose, loss_of, pareto
 from pipeline.files.artifact import read_json
 from pipeline.inference.catalog import BASES
@@ -16,6 +23,9 @@ from pipeline.project.stage_graph import Project, Stage
 
 METRICS, SWEEP = "metrics.json", "finetune_sweep"
 SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
+COUNTS = (  # keys of a variant's numbers that are whole numbers, if they are there
+    *("parameters", "bytes", "trainable", "old_prompts_kept", "old_prompts", "prompts_corrected", "prompts_to_correct"),
+)
 Numbers = Mapping[str, Any]  # a variant's part of metrics.json
 
 
@@ -135,7 +145,9 @@ def read_evaluation(project: Project) -> Evaluation | None:
         evaluation = Evaluation(
             methods, _distinct(LEARNED, every), _distinct(KEPT, every), [_task_measure(name) for name in tasks], gate
         )
-        _ = evaluation.verdict  # a gate of another shape is met here, and not while a screen is drawn
+        # what has another shape is met here, and not while a screen is drawn
+        task_scores(by_variant(metrics))
+        _ = evaluation.verdict
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
         raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
     return evaluation
@@ -144,6 +156,8 @@ def read_evaluation(project: Project) -> Evaluation | None:
 def _method(
     project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], broken: Sequence[list[str]]
 ) -> Method:
+    if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
+        raise TypeError(f"{name} has counts that are none")
     base = project.artifact(project.variants[name][0])
     path = project.artifact(stage.name)
     if base == path:

@@ -15,7 +15,7 @@ from tui.screens.results.findings import Evaluation, Measure, Method
 from tui.screens.results.rows import Column, RowsPane
 from tui.widgets.colors import NO_LOOK, method_look, method_style, share_style
 from tui.widgets.pane import Pane
-from tui.widgets.scatter import Axis, Point, draw
+from tui.widgets.plot.scatter import Axis, Point, draw
 from tui.widgets.text import bar
 
 BAR = 8  # cells of a bar in the table
@@ -319,18 +319,18 @@ from the base, example by example, with its own interval: a change whose interva
         if "trainable" in numbers:
             count, share = numbers["trainable"], method.cells.get("share\nof all", "")
             beside = " beside one copy of its base" if method.stage.kind == "adapter" else ""
-            yield Text(f"trained {count:,} of {numbers['parameters']:,} parameters, {share}; {size} to store{beside}")
+            yield Text(
+                f"trained {count:,} of {numbers.get('parameters', 0):,} parameters, {share}; {size} to store{beside}"
+            )
         else:
-            yield Text(f"{numbers['parameters']:,} parameters; {size} to store")
+            yield Text(f"{numbers.get('parameters', 0):,} parameters; {size} to store")
         for label, headings in (("learned", LEARNED_CELLS), ("kept", KEPT_CELLS)):
             said = [form.format(method.cells[name]) for name, form in headings.items() if _measured(method, name)]
             if said:
                 yield Text(f"{label:<8}").append(", ".join(said))
-        if numbers.get("old_prompts") or numbers.get("prompts_to_correct"):
-            yield Text(
-                f"prompts {numbers['old_prompts_kept']} of {numbers['old_prompts']} keep their answer, "
-                f"{numbers['prompts_corrected']} of {numbers['prompts_to_correct']} have the corrected one"
-            )
+        kept, old, right, wrong = (numbers.get(key, 0) for key in PROMPTS)
+        if old or wrong:
+            yield Text(f"prompts {kept} of {old} keep their answer, {right} of {wrong} have the corrected one")
         wide = min(max((len(task.name) for task in evaluation.tasks), default=0), 20)
         if wide:
             yield Text("\ntasks: score, 95% interval, change from the base", "dim")
@@ -338,6 +338,7 @@ from the base, example by example, with its own interval: a change whose interva
             yield from _task_line(method, task, wide)
 
 
+PROMPTS = ("old_prompts_kept", "old_prompts", "prompts_corrected", "prompts_to_correct")
 LEARNED_CELLS = {
     "new\ncompleted": "{} new sentences completed",
     "new\nloss": "loss {} on new sentences",

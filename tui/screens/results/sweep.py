@@ -15,12 +15,13 @@ from tui.screens.results.findings import Sweep, Trial, value_text
 from tui.screens.results.rows import Column, RowsPane
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane
-from tui.widgets.scatter import Axis, Point, draw
+from tui.widgets.plot.scatter import Axis, Point, draw
 
 NOTHING = (
     "No sweep yet. Add finetune_sweep to params.yaml, such as finetune_sweep: {grid: {rank: [1, 4, 16]}}, and press R."
 )
 FRONT, BEST = "◆", "◂"
+MAX_NAME = 28  # cells
 LEAST_HEIGHT, LEAST_WIDTH = 9, 36  # of a plot
 
 
@@ -61,20 +62,21 @@ token). **divergence**: KL from the base on `finetune_sweep.old_data` (nats per 
 
     def _columns(self, sweep: Sweep) -> Iterable[Column]:
         yield Column("adapter", self._name_cell, lambda trial: natural_sort_key(trial.name))
+        yield Column("loss", lambda trial: _number(trial.loss), lambda trial: trial.loss)
+        if sweep.diverges:
+            yield Column("divergence", lambda trial: _number(trial.divergence), lambda trial: trial.divergence)
         for key in sweep.keys:
             yield Column(
                 key,
                 lambda trial, key=key: Text(value_text(trial.values.get(key)), justify="right"),  # type: ignore[misc]
                 lambda trial, key=key: _order(trial.values.get(key)),  # type: ignore[misc]
             )
-        yield Column("loss", lambda trial: _number(trial.loss), lambda trial: trial.loss)
-        if sweep.diverges:
-            yield Column("divergence", lambda trial: _number(trial.divergence), lambda trial: trial.divergence)
         yield Column("trained", lambda trial: Text(f"{trial.trainable:,}", justify="right"), lambda t: t.trainable)
         yield Column("state", self._state_cell, lambda trial: trial.state)
 
     def _name_cell(self, trial: Trial) -> Text:
         variables, name = self.app.theme_variables, Text(trial.name, no_wrap=True)
+        name.truncate(MAX_NAME, overflow="ellipsis")  # its values stand beside it
         if trial.front:
             name.append(f" {FRONT}", variables["accent"])
         return name.append(f" {BEST}", f"bold {variables['success']}") if trial.best else name
@@ -145,16 +147,17 @@ the adapters that no other beats in both. The adapter that the table's cursor is
             return
         across = max(min(width // LEAST_WIDTH, len(plots)), 1)
         down = max(min(height // LEAST_HEIGHT, -(-len(plots) // across)), 1)
-        wide, high = width // across - (across > 1), height // down
         shown = plots[: across * down]
+        hidden = plots[len(shown) :]
+        wide, high = width // across - (across > 1), (height - bool(hidden)) // down
         drawn = [self._plot(key, trials, wide, high) for key in shown]
         lines = [
             Text("  ").join(_padded(row, wide) for row in rows)
             for start in range(0, len(drawn), across)
             for rows in zip(*drawn[start : start + across], strict=True)
         ]
-        if hidden := len(plots) - len(shown):
-            lines[-1] = Text(f"+ has room for {hidden} more: {', '.join(plots[len(shown) :])}", "dim")
+        if hidden:
+            lines.append(Text(f"+ has room for {len(hidden)} more: {', '.join(hidden)}", "dim"))
         static.update(Text("\n").join(lines))
 
     def _plot(self, key: str, trials: Sequence[Trial], width: int, height: int) -> list[Text]:
@@ -162,12 +165,13 @@ the adapters that no other beats in both. The adapter that the table's cursor is
         known = [(trial, value) for trial, value in zip(trials, values, strict=True) if value is not None]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for _, value in known)
         names = list(dict.fromkeys(sorted(value_text(value) for _, value in known)))
-        title = "divergence from the base" if key == "divergence" else key
-        if numeric:
-            tried = sorted({float(value) for _, value in known}) if key != "divergence" else []
-            x = Axis.around(title, [float(value) for _, value in known], whole=tried, falls=key == "divergence")
+        if key == "divergence":
+            x = Axis.around("divergence from the base", [float(value) for _, value in known], falls=True)
+        elif numeric:
+            tried = sorted({float(value) for _, value in known})
+            x = Axis.around(key, tried, marks=[(value, value_text(value)) for value in tried])
         else:
-            x = Axis(title, -0.5, len(names) - 0.5, lambda at: names[round(at)], whole=range(len(names)))
+            x = Axis(key, (-0.5, len(names) - 0.5), marks=list(enumerate(names)))
         y = Axis.around("loss, less is better", [trial.loss or 0.0 for trial, _ in known], falls=True)
         points = [
             self._point(trial, float(value) if numeric else names.index(value_text(value))) for trial, value in known

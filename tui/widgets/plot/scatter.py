@@ -1,19 +1,20 @@
 """A scatter in cells: a sign for each point, its label beside it, light axes. Labels never overlap signs or labels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import floor, log10
+from math import ceil, floor, log10
 
 from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
+from tui.widgets.plot import scale
+from tui.widgets.plot.scale import Range
 from tui.widgets.text import pad_or_truncate
 
-DECADE = 8.0  # from this ratio of largest to smallest value on, an axis is logarithmic
 INSET = 2  # cells between the frame and the first and the last value
 NEAR = 3  # rows that a label may be away from its point
-Range = tuple[float, float]
+SHARES = (0.1, 0.2, 0.25, 0.5, 1.0)  # steps of an axis in percent
 
 
 @dataclass(frozen=True)
@@ -31,65 +32,54 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity: its title, how a value is written. `falls`: the smallest is drawn where the largest would be.
+    """A quantity. `falls`: less is better, and drawn where more of others would be. `range`: with `log`, of exponents.
 
-    `low`, `high`: the range drawn. `whole`: ticks at these values alone, as of ranks that were tried.
+    `marks`: the values that are written at the axis, with their labels, as of ranks that were tried; else it has ticks.
     """
 
     title: str
-    low: float
-    high: float
-    format: Callable[[float], str] = "{:.4g}".format
+    range: Range
     falls: bool = False
     log: bool = False
-    whole: Sequence[float] = ()
+    share: bool = False
+    marks: Sequence[tuple[float, str]] = ()
 
     @classmethod
-    def around(cls, title: str, values: Sequence[float], share: bool = False, **options: object) -> "Axis":
-        """The axis that has room for all values: of shares in steps of a tenth, of others with a margin."""
-        low, high = min(values, default=0.0), max(values, default=1.0)
+    def around(
+        cls,
+        title: str,
+        values: Sequence[float],
+        share: bool = False,
+        falls: bool = False,
+        marks: Sequence[tuple[float, str]] = (),
+    ) -> "Axis":
+        """The axis that has room for all values: of shares up to 100%; logarithmic where they span a decade."""
         if share:
-            low, high = min(floor(low * 10) / 10, 0.9), 1.0
-            return cls(title, low, high, lambda value: f"{value:.0%}", **options)  # type: ignore[arg-type]
-        log = low > 0 and high / low >= DECADE
-        margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        ends = (low / (high / low) ** 0.06, high * (high / low) ** 0.06) if log else (low - margin, high + margin)
-        return cls(title, *ends, log=log, **options)  # type: ignore[arg-type]
+            return cls(title, (min(floor(min(values, default=0.0) * 10) / 10, 0.9), 1.0), falls, share=True)
+        log = scale.spans_decade(values)
+        return cls(title, scale.fit(values, log), falls, log, marks=marks)
 
     def cell(self, value: float, cells: int) -> int:
         """Where a value is drawn among `cells`, from the left or from below."""
-        low, high, at = (log10(n) if self.log else n for n in (self.low, self.high, max(value, self._least)))
+        low, high = self.range
+        at = (log10(value) if value > 0 else low) if self.log else value
         share = (at - low) / (high - low)
         inset = INSET if cells > 10 * INSET else 0  # a sign on the frame would read as a part of it
         last = cells - 1 - 2 * inset
         return inset + min(max(round((1 - share if self.falls else share) * last), 0), last)
 
-    @property
-    def _least(self) -> float:
-        return self.low if self.log else float("-inf")
-
-    def ticks(self, most: int) -> list[float]:
-        """At most `most` values to write at the axis."""
-        if self.whole:
-            return list(self.whole[:: -(-len(self.whole) // max(most, 1))])
-        if self.log:
-            powers = range(floor(log10(self.low)), floor(log10(self.high)) + 1)
-            choices = [
-                [10.0**power * factor for power in powers for factor in factors] for factors in ((1, 2, 5), (1,))
-            ]
-        else:
-            step = _nice((self.high - self.low) / max(most, 1))
-            steps = (step, _nice(step * 1.01), _nice(step * 3))
-            choices = [[(floor(self.low / wide) + n) * wide for n in range(most + 3)] for wide in steps]
-        slack = (self.high - self.low) * 1e-9
-        inside = [[at for at in values if self.low - slack <= at <= self.high + slack] for values in choices]
-        return next((values for values in inside if len(values) <= most), inside[-1][:most])
-
-
-def _nice(step: float) -> float:
-    """The smallest of 1, 2 or 5 times a power of ten that is at least `step`."""
-    power = 10.0 ** floor(log10(step))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))
+    def ticks(self, most: int) -> list[tuple[float, str]]:
+        """At most `most` values to write at the axis, with their labels."""
+        if self.marks:
+            return list(self.marks[:: -(-len(self.marks) // max(most, 1))])
+        low, high = self.range
+        if self.share:
+            step = next((step for step in SHARES if floor((high - low) / step + 1e-9) < most), SHARES[-1])
+            first = ceil(low / step - 1e-9)
+            values = [(first + n) * step for n in range(floor((high - first * step) / step + 1e-9) + 1)]
+            return [(value, f"{value:.0%}") for value in values]
+        ticks = scale.ticks(self.range, most, self.log)
+        return [(scale.power_of_ten(at) if self.log else at, label) for at, label in ticks]
 
 
 class _Grid:
@@ -123,7 +113,7 @@ def draw(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, mut
     Points in the same cell share a sign, the first one's, and a label.
     """
     rows = height - 3  # y's title, x's line and its ticks
-    marks = {y.cell(tick, rows): y.format(tick) for tick in y.ticks(min(6, rows // 2))} if rows > 2 else {}
+    marks = {y.cell(at, rows): label for at, label in y.ticks(min(6, rows // 2))} if rows > 2 else {}
     margin = max(map(len, marks.values()), default=0) + 1
     columns = width - margin - 1
     if rows < 3 or columns < 8:
@@ -180,8 +170,8 @@ def _write_intervals(grid: _Grid, point: Point, x: Axis, y: Axis) -> None:
 def _bottom(x: Axis, margin: int, columns: int, muted: Style) -> Iterator[Text]:
     """x's line, in which its title stands, and its ticks."""
     line, texts = ["─"] * columns, _Grid(columns, 1)
-    for tick in x.ticks(max(2, columns // 8)):
-        at, text = x.cell(tick, columns), x.format(tick)
+    for value, text in x.ticks(max(2, columns // 8)):
+        at = x.cell(value, columns)
         start = min(max(at - len(text) // 2, 0), columns - len(text))
         if texts.free(start, 0, len(text)) and (start == 0 or texts.free(start - 1, 0, 1)):
             texts.write(start, 0, text, muted)
