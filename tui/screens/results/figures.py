@@ -72,12 +72,12 @@ Terminal, half blocks elsewhere. `+` enlarges it.
             image, text = None, str(error)
         self.app.call_from_thread(self._show_image, picture, image, text)
 
-    async def _show_image(self, picture: Picture, image: Any, text: str) -> None:
+    def _show_image(self, picture: Picture, image: Any, text: str) -> None:
         if picture is not self.picture:
             return
         self._image = image
         self._caption(text)
-        await self._draw()
+        self.call_later(self._draw)
 
     async def _draw(self) -> None:
         holder = self.query_one("#picture")

@@ -158,8 +158,8 @@ def _method(
 ) -> Method:
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
         raise TypeError(f"{name} has counts that are none")
-    base = project.artifact(project.variants[name][0])
     path = project.artifact(stage.name)
+    base: Path | None = project.artifact(project.variants[name][0])
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None

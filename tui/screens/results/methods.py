@@ -147,10 +147,14 @@ Lines through a sign are the 95% bootstrap intervals of a task's score. Models i
         values = x.of(method.numbers), y.of(method.numbers)
         if values[0] is None or values[1] is None:
             return None
-        style = Style.parse(style_of(method, self)) + Style(reverse=method.name == self._pointed)
-        label = f"{method.name} ✗" if method.broken else method.name
         return Point(
-            values[0], values[1], sign_of(method), label, style, x.interval(method.numbers), y.interval(method.numbers)
+            *values,
+            sign_of(method),
+            f"{method.name} ✗" if method.broken else method.name,
+            Style.parse(style_of(method, self)),
+            method.name == self._pointed,
+            x.interval(method.numbers),
+            y.interval(method.numbers),
         )
 
 

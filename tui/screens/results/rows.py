@@ -112,11 +112,11 @@ class RowsPane(Pane, Generic[R]):
                 title = Text(f"{column.title} {SORTED}" if column is by else column.title, no_wrap=True)
                 # the table's own measure is of the rows before, where it is filled twice in a moment
                 self.table.add_column(title, key=column.title, width=max(text.cell_len for text in (title, *texts)))
-            for row, texts in zip(self.rows, zip(*cells, strict=True), strict=True):
-                self.table.add_row(*texts, key=self.key_of(row))
+            for row, line in zip(self.rows, zip(*cells, strict=True), strict=True):
+                self.table.add_row(*line, key=self.key_of(row))
             self.point(key)
-        if (row := self.pointed) is not None:
-            self.post_message(self.Pointed(self, row))
+        if self.pointed is not None:
+            self.post_message(self.Pointed(self, self.pointed))
 
     def point(self, key: str) -> None:
         """Move the cursor to a row, if it is shown."""

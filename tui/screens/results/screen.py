@@ -232,6 +232,7 @@ other stages wrote.
                 self.query_one(FiguresView).show(results.pictures)
             case "claims":
                 self.query_one(ClaimsPane).show(results.claims)
+        self.refresh_bindings()  # the bottom line leaves out what a border shows by now
 
     def _show_methods(self, evaluation: Evaluation | str | None) -> None:
         if self.results == Results() and self.workbench.project_watch.project:

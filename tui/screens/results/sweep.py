@@ -181,11 +181,9 @@ the adapters that no other beats in both. The adapter that the table's cursor is
     def _point(self, trial: Trial, x: float) -> Point:
         pointed = trial.name == self._pointed
         color = method_style("sweep", self.background_colors[1])
-        style = Style.parse(color) + Style(
-            bold=trial.best, reverse=pointed, dim=not (pointed or trial.front or trial.best)
-        )
+        style = Style.parse(color) + Style(bold=trial.best, dim=not (pointed or trial.front or trial.best))
         sign = FRONT if trial.front else method_look("sweep").sign if trial.best else "●"
-        return Point(x, trial.loss or 0.0, sign, trial.name if pointed else "", style)
+        return Point(x, trial.loss or 0.0, sign, trial.name if pointed else "", style, pointed)
 
 
 def _padded(line: Text, width: int) -> Text:

@@ -1,7 +1,7 @@
 """A scatter in cells: a sign for each point, its label beside it, light axes. Labels never overlap signs or labels."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, floor, log10
 
 from rich.cells import cell_len
@@ -26,6 +26,7 @@ class Point:
     sign: str
     label: str = ""
     style: Style = field(default_factory=Style)
+    pointed: bool = False  # its label is in reverse
     x_range: Range | None = None
     y_range: Range | None = None
 
@@ -125,7 +126,7 @@ def draw(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, mut
     for (at, row), (first, *others) in cells.items():
         grid.write(at, row, first.sign, first.style)
         labels = [point.label for point in (first, *others) if point.label]
-        cells[at, row] = [Point(first.x, first.y, first.sign, ", ".join(labels), first.style)]
+        cells[at, row] = [replace(first, label=", ".join(labels))]
     for (at, row), (point,) in cells.items():
         _write_label(grid, at, row, point)
     for point in points:  # last: they give way to signs and labels
@@ -150,7 +151,7 @@ def _write_label(grid: _Grid, at: int, row: int, point: Point) -> None:
             if grid.free(start - (away != 0), row + away, wide + (away != 0)) and (
                 start + wide == grid.width or grid.free(start + wide, row + away, 1) or away == 0
             ):
-                grid.write(start, row + away, point.label, point.style)
+                grid.write(start, row + away, point.label, point.style + Style(reverse=point.pointed))
                 return
 
 

@@ -27,6 +27,12 @@ def model(done: int, kept: float, **more: Any) -> dict[str, Any]:
     return {**NUMBERS, **share, **more}
 
 
+@pytest.fixture(autouse=True)
+def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is another in each picture."""
+    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "")
+
+
 @pytest.fixture
 def evaluated(empty: Path) -> Path:
     """A project with an evaluation, a broken limit, and a sweep."""
