@@ -94,6 +94,8 @@ class MarkdownPage(ScrollView, can_focus=True):
         Binding("k", "scroll_up", "Up", show=False),
         Binding("g", "scroll_home", "First line", show=False),
         Binding("G", "scroll_end", "Last line", show=False),
+        Binding("pagedown", "page(1)", "Page down", show=False),
+        Binding("pageup", "page(-1)", "Page up", show=False),
         Binding("n", "next_match", "Next place that is searched", show=False),
     ]
 
@@ -132,6 +134,10 @@ class MarkdownPage(ScrollView, can_focus=True):
             here = self.scroll_offset.y
             self._go(next((line for line in self.matches if line >= here), self.matches[0]))
         self.refresh()
+
+    def action_page(self, pages: int) -> None:
+        """Move by pages at once: drawn in between, each picture costs as much as the last."""
+        self.scroll_relative(y=pages * self.size.height, animate=False)
 
     def action_next_match(self) -> None:
         if self.matches:

@@ -141,7 +141,7 @@ Lines through a sign are the 95% bootstrap intervals of a task's score. Models i
             for name, measure in (("x", x), ("y", y))
         ]
         muted = Style(dim=True)
-        static.update(Text("\n").join(draw(points, axes[0], axes[1], *static.size, muted)))
+        static.update(Text("\n").join(draw(points, axes[0], axes[1], *static.size, muted)), layout=False)
 
     def _point(self, method: Method, x: Measure, y: Measure) -> Point | None:
         values = x.of(method.numbers), y.of(method.numbers)

@@ -154,6 +154,7 @@ other stages wrote.
     def __init__(self) -> None:
         super().__init__()
         self.results = Results()
+        self._filled: dict[str, Results] = {}  # view → what it shows
         self._chosen = False  # whether the user chose the view
         self._wanted: dict[str, str] = {}  # what another screen asked for, until it is read
 
@@ -178,6 +179,12 @@ other stages wrote.
                 yield ClaimPane()
 
     def on_mount(self) -> None:
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_again())
+        self._show()
+
+    def _show_again(self) -> None:
+        """Fill the views anew: in other colours, or with another problem."""
+        self._filled.clear()
         self._show()
 
     # Reading
@@ -186,7 +193,7 @@ other stages wrote.
         if project := self.workbench.project_watch.project:
             self._read(project)
         else:
-            self._show()
+            self._show_again()
 
     @work(thread=True, exclusive=True, group="results")
     def _read(self, project: Project) -> None:
@@ -217,8 +224,11 @@ other stages wrote.
         }
         shown = [view for view in self.LABELS if found.get(view, True)]
         views.entries = tuple((view, self._key(view), self.LABELS[view], self._facts(view)) for view in shown)
-        views.current = switcher.current or ""
-        match switcher.current:
+        views.current = view = switcher.current or ""
+        if self._filled.get(view) is results:
+            return
+        self._filled[view] = results
+        match view:
             case "methods":
                 self._show_methods(results.evaluation)
             case "sweep":

@@ -158,7 +158,7 @@ the adapters that no other beats in both. The adapter that the table's cursor is
         ]
         if hidden:
             lines.append(Text(f"+ has room for {len(hidden)} more: {', '.join(hidden)}", "dim"))
-        static.update(Text("\n").join(lines))
+        static.update(Text("\n").join(lines), layout=False)
 
     def _plot(self, key: str, trials: Sequence[Trial], width: int, height: int) -> list[Text]:
         values = [trial.divergence if key == "divergence" else trial.values.get(key) for trial in trials]
