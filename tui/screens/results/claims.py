@@ -31,9 +31,8 @@ What the document says, beside what this project measured. Every verdict is comp
 - `✓ holds`: they agree within the claim's tolerance. `✗ differs`: under none of the conditions tried.
 - `◐ depends`: under some of them only. `– not run`: press R to measure what is missing.
 
-`p` shows one section and its subsections, `u` one verdict, `/` the claims with all words that are typed. Enter or `o`
-opens the numbers
-that a claim is measured on.
+`p` shows one section and its subsections, `u` one verdict, `/` the claims with all words that are typed. Enter or
+`o` opens the numbers that a claim is measured on.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("o", "ask('open')", "numbers", id="results.claim_numbers"),

@@ -1,6 +1,7 @@
 """The pages and pictures that the project's stages wrote, and the numbers behind them, as Markdown."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,7 @@ def read_page(path: Path) -> str:
 
 def numbers_of(path: Path, root: Path) -> str:
     """The numbers in a file as Markdown, below its name: a table, or JSON as it is."""
-    name = path.relative_to(root) if path.is_relative_to(root) else path
-    heading = f"## {name}\n\n"
+    heading = f"## {os.path.relpath(path, root)}\n\n"
     try:
         size = path.stat().st_size
         if size > MAX_NUMBERS or path.suffix not in (".csv", ".json", ".txt", ".yaml"):

@@ -53,11 +53,10 @@ class ScatterPane(Pane):
 
     TITLE = "Learned against kept"
     HELP = """\
-Each sign is a model: **to the right** it learned more of what is new, **upwards** it kept more of what the base knew.
-The best
-is in the upper right corner. A quantity of which less is better, such as a loss, is drawn from right to left, so this
-always holds.
-Lines through a sign are the 95% bootstrap intervals of a task's score. Models in one cell share a sign and a label.
+Each sign is a model: **to the right** it learned more of what is new, **upwards** it kept more of what the base
+knew. The best is in the upper right corner. A quantity of which less is better, such as a loss, is drawn from right
+to left, so this always holds. Lines through a sign are the 95% bootstrap intervals of a task's score. Models in one
+cell share a sign and a label.
 
 - `h` chooses what is shown to the right, `v` upwards: what was measured, and each task of `evaluate.tasks`.
 """
@@ -294,9 +293,9 @@ class DetailPane(Pane):
 
     TITLE = "Model"
     HELP = """\
-The model that the table's cursor is on. A task's line is its score from 0 to 1 with the 95% bootstrap interval, then
-the change
-from the base, example by example, with its own interval: a change whose interval holds 0 may be chance.
+The model that the table's cursor is on. A task's line is its score from 0 to 1 with the 95% bootstrap interval,
+then the change from the base, example by example, with its own interval: a change whose interval holds 0 may be
+chance.
 """
     can_focus = True
     DEFAULT_CSS = """

@@ -1,121 +1,32 @@
 """Results: which adapter to ship, then the sweep, the report, figures, studies and the document's claims."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from rich.text import Text
 from textual import on, work
-from textual.app import RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import Click
-from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 from textual.worker import get_current_worker
 
-from pipeline.errors import UserError
-from pipeline.files.digest_cache import signature
-from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import Claims, calculated_claims, claim_files, read_claims
+from pipeline.workbench import claim_files
 from tui.dialogs import Menu
 from tui.screens.base import WorkbenchScreen
 from tui.screens.results.claims import ClaimPane, ClaimsPane
-from tui.screens.results.documents import Page, Picture, numbers_of, read_pages, read_pictures, read_studies
+from tui.screens.results.documents import numbers_of
 from tui.screens.results.figures import FiguresView
-from tui.screens.results.findings import Evaluation, Method, Sweep, Trial, read_evaluation, read_sweep
+from tui.screens.results.findings import Evaluation, Method, Sweep, Trial
 from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane, fields
 from tui.screens.results.pages import PageReader, PagesView
+from tui.screens.results.reading import Results, read_results
 from tui.screens.results.rows import RowsPane
 from tui.screens.results.sweep import PlotsPane, SweepPane
+from tui.screens.results.views import Views
 
-T = TypeVar("T")
-KINDS = ("evaluation", "adapters", "figures", "study", "claims")  # of stages whose output is shown here
 MAX_FILES = 8  # whose numbers are shown at a time
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the project's stages found. A text instead of a value says why it cannot be read."""
-
-    evaluation: Evaluation | str | None = None
-    sweep: Sweep | str | None = None
-    pages: Sequence[Page] = ()
-    pictures: Sequence[Picture] = ()
-    studies: Sequence[Page] = ()
-    claims: Claims | str | None = None
-    seen: object = None  # stamps of all files, once all were read
-
-
-def read_results(project: Project, before: Results) -> Iterator[Results]:
-    """Read everything again, the comparison first; nothing if no file changed."""
-    stages = [stage for stage in project.readable.values() if stage.kind in KINDS]
-    # of a sweep the table alone: its adapters are many files
-    paths = [project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "") for stage in stages]
-    seen = project.params, *map(signature, paths)
-    if seen == before.seen:
-        return
-    first = replace(
-        before, evaluation=_or_why(lambda: read_evaluation(project)), sweep=_or_why(lambda: read_sweep(project))
-    )
-    yield first
-    has_claims = any(stage.kind == "claims" for stage in project.stages.values())
-    yield replace(
-        first,
-        pages=read_pages(project),
-        pictures=read_pictures(project),
-        studies=read_studies(project),
-        claims=_or_why(lambda: read_claims(project) or (calculated_claims() if has_claims else None)),
-        seen=seen,
-    )
-
-
-def _or_why(read: Callable[[], T]) -> T | str:
-    try:
-        return read()
-    except UserError as error:
-        return str(error)
-
-
-class Views(Widget):
-    """The screen's views in one line, each with its key; a click shows one."""
-
-    DEFAULT_CSS = """
-    Views { height: 1; padding: 0 1; }
-    """
-    entries: reactive[tuple[tuple[str, str, str, str], ...]] = reactive(())  # view, key, label, facts
-    current: reactive[str] = reactive("")
-
-    def _texts(self) -> list[tuple[str, str, str]]:
-        """View, key and label, as long as the width allows: with facts, else without, else the first word."""
-        for shorten in (lambda label, facts: f"{label} {facts}".rstrip(), lambda label, _: label, _first_word):
-            texts = [(view, key, shorten(label, facts)) for view, key, label, facts in self.entries]
-            if sum(len(key) + len(label) + 4 for _, key, label in texts) <= self.size.width:
-                break
-        return texts
-
-    def render(self) -> RenderResult:
-        line = Text(no_wrap=True, overflow="ellipsis", end="")
-        accent = self.app.theme_variables["accent"]
-        for view, key, label in self._texts():
-            style = "reverse bold" if view == self.current else ""
-            line.append(f" {key}", style or f"bold {accent}").append(f" {label} ", style).append(" ")
-        return line
-
-    def on_click(self, event: Click) -> None:
-        start = 1
-        for view, key, label in self._texts():
-            start += len(key) + len(label) + 4
-            if event.x < start:
-                self.app.call_later(self.screen.run_action, f"view('{view}')")
-                return
-
-
-def _first_word(label: str, _: str) -> str:
-    return label.split()[0]
 
 
 class ResultsScreen(WorkbenchScreen):
@@ -125,9 +36,8 @@ class ResultsScreen(WorkbenchScreen):
     CSS_PATH = "results.tcss"
     AUTO_FOCUS = "MethodsPane Table"
     HELP = """\
-Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its size and the limits
-that it breaks.
-`◂` marks the model that forgot least. The line below the header has the other views:
+Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its size and the
+limits that it breaks. `◂` marks the model that forgot least. The line below the header has the other views:
 
 - `a` all methods, `w` the sweep by its keys, `r` reports, `f` figures, `t` studies, `d` the document's claims.
 
@@ -331,6 +241,8 @@ other stages wrote.
             self._show_claim_numbers(str(row["id"]), str(row["quote"]))
         elif what in ("chat", "enter"):
             self._chat(row)
+        elif what == "open" and isinstance(row, Method) and not row.stage.trains:
+            self.warn(f"{row.name} was not trained, so it has no curve.")
         elif what == "open":
             run = row.stage.name if isinstance(row, Method) else f"finetune_sweep/{row.name}"
             self.workbench.go("curves", run=run)
@@ -392,6 +304,6 @@ other stages wrote.
 
 VERDICTS = {"holds": "✓", "differs": "✗", "depends": "◐"}
 STUDIES_HELP = """\
-The document's studies, in its order: what each measured, in words, tables and a picture (`f`). Those that did not run
-are dim; R runs them.
+The document's studies, in its order: what each measured, in words, tables and a picture (`f`). Those that did not
+run are dim; R runs them.
 """

@@ -31,10 +31,11 @@ class SweepPane(RowsPane[Trial]):
     TITLE = "Sweep"
     HELP = f"""\
 A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last epoch of training
-(nats per
-token). **divergence**: KL from the base on `finetune_sweep.old_data` (nats per token). Less is better of both.
+(nats per token). **divergence**: KL from the base on `finetune_sweep.old_data` (nats per token). Less is better of
+both.
 
-- `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss without diverging more.
+- `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss without diverging
+  more.
 - An adapter that diverged, or that the search stopped early, has no loss.
 
 `c` or Enter prompts it beside the base, `o` shows its loss curve.
@@ -99,11 +100,10 @@ class PlotsPane(Pane):
 
     TITLE = "Loss by key"
     HELP = f"""\
-A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that span a decade have a
-logarithmic
-axis. With `finetune_sweep.old_data`, the first plot is the loss against the divergence from the base, and `{FRONT}`
-are the Pareto front:
-the adapters that no other beats in both. The adapter that the table's cursor is on has its name beside it.
+A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that span a decade have
+a logarithmic axis. With `finetune_sweep.old_data`, the first plot is the loss against the divergence from the base,
+and `{FRONT}` are the Pareto front: the adapters that no other beats in both. The adapter that the table's cursor is
+on has its name beside it.
 
 `+` enlarges the pane: it then has room for more plots.
 """

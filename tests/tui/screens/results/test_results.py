@@ -20,8 +20,9 @@ from tui.screens.results.claims import ClaimPane, ClaimsPane
 from tui.screens.results.figures import PicturePane
 from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane
 from tui.screens.results.pages import ListPane, PagePane, PageReader, PagesView
-from tui.screens.results.screen import ResultsScreen, Views
+from tui.screens.results.screen import ResultsScreen
 from tui.screens.results.sweep import PlotsPane, SweepPane
+from tui.screens.results.views import Views
 
 
 class Session:
