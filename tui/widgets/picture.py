@@ -73,12 +73,12 @@ def widget_for(picture: "Image", kind: str) -> "Widget":
 @cache
 def _library() -> Any:
     """The library's widgets. Call it in a thread first: it takes 50 ms."""
-    terminal, sys.__stdout__ = sys.__stdout__, io.StringIO()  # type: ignore[assignment, misc]  # not a terminal
+    terminal, sys.__stdout__ = sys.__stdout__, io.StringIO()  # type: ignore[assignment, misc]
     try:
         from textual_image import _terminal, widget
     finally:
-        sys.__stdout__ = terminal
-    _terminal.get_cell_size._result = _terminal.CellSize(*_cell_size())  # type: ignore[attr-defined]  # its cache
+        sys.__stdout__ = terminal  # type: ignore[misc]
+    _terminal.get_cell_size._result = _terminal.CellSize(*_cell_size())  # its cache
     _keep_control_codes()
     return widget
 

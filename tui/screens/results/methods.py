@@ -143,11 +143,12 @@ cell share a sign and a label.
         static.update(Text("\n").join(draw(points, axes[0], axes[1], *static.size, muted)), layout=False)
 
     def _point(self, method: Method, x: Measure, y: Measure) -> Point | None:
-        values = x.of(method.numbers), y.of(method.numbers)
-        if values[0] is None or values[1] is None:
+        right, up = x.of(method.numbers), y.of(method.numbers)
+        if right is None or up is None:
             return None
         return Point(
-            *values,
+            right,
+            up,
             sign_of(method),
             f"{method.name} ✗" if method.broken else method.name,
             Style.parse(style_of(method, self)),

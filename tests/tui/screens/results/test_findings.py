@@ -55,7 +55,7 @@ def test_a_project_without_results_has_none(empty_project: Project) -> None:
     assert read_evaluation(empty_project) is None
     assert read_sweep(empty_project) is None
     assert read_claims(empty_project) is None
-    assert read_pages(empty_project) == read_pictures(empty_project) == []
+    assert not read_pages(empty_project) and not read_pictures(empty_project)
     assert all(page.path is None for page in read_studies(empty_project))
 
 

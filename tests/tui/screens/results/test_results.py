@@ -175,6 +175,30 @@ async def test_a_broken_limit_is_named(project: Path) -> None:
         await until(user.pilot, lambda: "✓ keeps evaluate.limits" in user.drawn(DetailPane))
 
 
+async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path) -> None:
+    def numbers(loss: float, score: float) -> dict[str, Any]:
+        scores = {"score": score, "low": score - 0.1, "high": score + 0.1, "n": 9}
+        return {"parameters": 100, "bytes": 40_000, "new_loss": loss, "tasks": {"capitals": scores}}
+
+    path = empty / "artifacts/evaluation/metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"base": numbers(2, 0.5), "lora": numbers(1, 0.7)}), encoding="utf-8")
+    async with results(empty) as user:
+        drawn = user.drawn(ScatterPane)
+        assert "↑ capitals" in drawn and "loss on new sentences ─▶" in drawn
+        assert "forgot least" not in user.title(MethodsPane)
+        await until(user.pilot, lambda: "capitals" in user.drawn(DetailPane))
+
+
+async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
+    path = empty / "artifacts/evaluation/metrics.json"
+    path.parent.mkdir(parents=True)
+    numbers = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
+    path.write_text(json.dumps({"base": numbers, "lora": numbers}), encoding="utf-8")
+    async with results(empty) as user:
+        assert "Set evaluate.old_data" in user.drawn(ScatterPane)
+
+
 async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
     async with results(empty) as user:
         pane = user.screen.query_one(MethodsPane)
