@@ -43,6 +43,8 @@ What the document says, beside what this project measured. Every verdict is comp
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.section, self.verdict = ALL, ALL
+        self._width = 0
+        self._wanted = ""  # the claim to point at once the table is filled
         self._summary, self._claims = "", list[Claim]()
 
     def key_of(self, row: Claim) -> str:
@@ -62,8 +64,11 @@ What the document says, beside what this project measured. Every verdict is comp
         self._narrow()
 
     def _narrow(self) -> None:
+        self._width = self.size.width
+        if not self._width:  # it is filled once it has a width: with hundreds of claims that takes a tenth of a second
+            return
         rows = [row for row in self._claims if _in_section(row, self.section) and self.verdict in (ALL, row["verdict"])]
-        self.fill(rows, self._columns())
+        self.fill(rows, self._columns(), self._wanted)
         parts = [f"{name} {value}" for name, value in (("§", self.section), ("", self.verdict)) if value != ALL]
         self.show_title(self._summary if not parts else f"{len(rows)} of {self._summary}", *map(str.strip, parts))
 
@@ -81,11 +86,15 @@ What the document says, beside what this project measured. Every verdict is comp
 
     def on_resize(self, event: Resize) -> None:
         super().on_resize(event)
-        if self._claims:
+        if self._claims and self._width != self.size.width:
             self._narrow()
 
     def _mark(self, row: Claim) -> Text:
         return Text(row["mark"], self.app.theme_variables.get(COLORS.get(row["verdict"], ""), "dim"))
+
+    def point(self, key: str) -> None:
+        self._wanted = key
+        super().point(key)
 
     def choose(self, section: str | None = None, verdict: str | None = None) -> None:
         """Show one section with its subsections, one verdict, or `ALL` of them."""

@@ -15,7 +15,7 @@ from pipeline.project.stage_graph import Project
 from pipeline.workbench import claim_files
 from tui.dialogs import Menu
 from tui.screens.base import WorkbenchScreen
-from tui.screens.results.claims import ClaimPane, ClaimsPane
+from tui.screens.results.claims import ALL, ClaimPane, ClaimsPane
 from tui.screens.results.documents import numbers_of
 from tui.screens.results.figures import FiguresView
 from tui.screens.results.findings import Evaluation, Method, Sweep, Trial
@@ -219,6 +219,7 @@ other stages wrote.
         if section := wanted.get("section"):
             self.query_one(ClaimsPane).choose(section=section)
         if claim := wanted.get("claim"):
+            self.query_one(ClaimsPane).choose(section=ALL, verdict=ALL)
             self.query_one(ClaimsPane).point(claim)
 
     # What the panes ask

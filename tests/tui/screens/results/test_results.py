@@ -344,6 +344,7 @@ async def test_another_screen_can_ask_for_a_claim(studied: Path) -> None:
         claims = user.screen.query_one(ClaimsPane)
         await until(user.pilot, lambda: (row := claims.pointed) and row["id"] == "share-full")
         user.screen.open_with(section="2.4")
+        await user.pilot.pause()
         assert {row["section"] for row in claims.rows} == {"2.4"}
         user.screen.open_with(study="rank")
         assert user.view == "studies"
