@@ -16,10 +16,10 @@ from pipeline.evaluation.comparison import (
     task_scores,
 )
 from pipeline.evaluation.selection import choose, loss_of, pareto
-from pipeline.files.artifact import read_json
-from pipeline.inference.catalog import BASES
+from pipeline.files.artifact import read_json, read_manifest, sealed_digest
+from pipeline.inference.catalog import BASES, Measurements, measured
 from pipeline.project.logs.run_log import TABLE
-from pipeline.project.stage_graph import Project, Stage
+from pipeline.project.stage_graph import ARTIFACTS, Project, Stage
 
 METRICS, SWEEP = "metrics.json", "finetune_sweep"
 SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
@@ -175,13 +175,17 @@ def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Mea
 
 @dataclass(frozen=True)
 class Trial:
-    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`: no other beats it."""
+    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`: no other beats it.
+
+    `kept`: the share of old answers that an evaluation of exactly these weights measured.
+    """
 
     name: str
     path: Path
     values: Mapping[str, Any]  # swept key → its value
     loss: float | None
     divergence: float | None
+    kept: float | None
     trainable: int
     state: str
     front: bool
@@ -213,7 +217,7 @@ def read_sweep(project: Project) -> Sweep | None:
         return None
     rows = read_json(path, "Run `lora finetune sweep` again")
     try:
-        front = pareto(rows)
+        front, measurements = pareto(rows), measured([project.root / ARTIFACTS])
         try:
             best = choose(rows)
         except UserError:  # no loss is finite
@@ -225,6 +229,7 @@ def read_sweep(project: Project) -> Sweep | None:
                 values=dict(row["values"]),
                 loss=loss_of(row),
                 divergence=_finite(row.get("divergence")),
+                kept=_kept(folder / Path(name).name, measurements),
                 trainable=int(row["trainable"]),
                 state="dropped" if row.get("dropped") else str(row["state"]),
                 front=name in front,
@@ -238,6 +243,13 @@ def read_sweep(project: Project) -> Sweep | None:
     names = dict.fromkeys(key for trial in trials for key in trial.values)
     keys = [key for key in names if len({repr(trial.values.get(key)) for trial in trials}) > 1]
     return Sweep(trials, keys, held_out, project.artifact("expand_vocab"))
+
+
+def _kept(adapter: Path, measurements: Measurements) -> float | None:
+    try:
+        return KEPT[0].of(measurements[sealed_digest(read_manifest(adapter))])
+    except (UserError, KeyError, TypeError, AttributeError):  # it diverged, or was not evaluated
+        return None
 
 
 def _finite(value: Any) -> float | None:

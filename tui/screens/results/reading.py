@@ -7,12 +7,13 @@ from typing import TypeVar
 from pipeline.errors import UserError
 from pipeline.files.digest_cache import signature
 from pipeline.project.logs.run_log import TABLE
-from pipeline.project.stage_graph import Project
+from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.workbench import Claims, calculated_claims, read_claims
 from tui.screens.results.documents import Page, Picture, read_pages, read_pictures, read_studies
 from tui.screens.results.findings import Evaluation, Sweep, read_evaluation, read_sweep
 
 T = TypeVar("T")
+MEASURED = "measured"  # the folder of what `lora evaluate --adapter` measured
 KINDS = ("evaluation", "adapters", "figures", "study", "claims")  # of stages whose output is shown
 
 
@@ -34,7 +35,7 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
     stages = [stage for stage in project.readable.values() if stage.kind in KINDS]
     # of a sweep the table alone: its adapters are many files
     paths = [project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "") for stage in stages]
-    seen = project.params, *map(signature, paths)
+    seen = project.params, *map(signature, (*paths, project.root / ARTIFACTS / MEASURED))
     if seen == before.seen:
         return
     first = replace(

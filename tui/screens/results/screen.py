@@ -25,6 +25,7 @@ from tui.screens.results.reading import Results, read_results
 from tui.screens.results.rows import RowsPane
 from tui.screens.results.sweep import PlotsPane, SweepPane
 from tui.screens.results.views import Views
+from tui.services.evaluation import Evaluation as Evaluator
 
 MAX_FILES = 8  # whose numbers are shown at a time
 
@@ -64,6 +65,7 @@ other stages wrote.
     def __init__(self) -> None:
         super().__init__()
         self.results = Results()
+        self.evaluation: Evaluator | None = None  # of adapters that the pipeline does not evaluate
         self._filled: dict[str, Results] = {}  # view → what it shows
         self._chosen = False  # whether the user chose the view
         self._wanted: dict[str, str] = {}  # what another screen asked for, until it is read
@@ -249,8 +251,27 @@ other stages wrote.
             self.workbench.go("curves", run=run)
         elif what == "fields":
             self.app.push_screen(PageReader(fields(row), row.name))
+        elif what == "evaluate" and isinstance(row, Trial):
+            self._evaluate(row)
         elif what == "evaluate":
             self.workbench.start_pipeline("repro", "evaluate")
+
+    @work(group="evaluate")
+    async def _evaluate(self, trial: Trial) -> None:
+        """Measure what an adapter of the sweep learned and kept."""
+        with self.workbench.errors_shown():
+            self.evaluation = self.evaluation or Evaluator(self.workbench.params_path)
+            running = self.evaluation.run([trial.path])
+            self.workbench.log_message(f"Evaluating {trial.name} …")
+            problems = await running
+            self.workbench.log_message(
+                problems or f"Evaluated: {trial.name}.", "warning" if problems else "information"
+            )
+            self.project_changed()
+
+    def on_unmount(self) -> None:
+        if self.evaluation:
+            self.evaluation.stop()
 
     def _chat(self, row: Method | Trial) -> None:
         base = (

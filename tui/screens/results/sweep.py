@@ -38,11 +38,13 @@ both.
   more.
 - An adapter that diverged, or that the search stopped early, has no loss.
 
-`c` or Enter prompts it beside the base, `o` shows its loss curve.
+`c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is then the share of old
+answers that are still the base's.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "ask('chat')", "chat", id="results.chat_sweep"),
         Binding("o", "ask('open')", "curve", id="results.open_sweep"),
+        Binding("E", "ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
     ]
 
     def __init__(self, **options: Any) -> None:
@@ -72,6 +74,8 @@ both.
                 lambda trial, key=key: Text(value_text(trial.values.get(key)), justify="right"),  # type: ignore[misc]
                 lambda trial, key=key: _order(trial.values.get(key)),  # type: ignore[misc]
             )
+        if any(trial.kept is not None for trial in sweep.trials):
+            yield Column("kept", _kept, lambda trial: None if trial.kept is None else -trial.kept)
         yield Column("trained", lambda trial: Text(f"{trial.trainable:,}", justify="right"), lambda t: t.trainable)
         yield Column("state", self._state_cell, lambda trial: trial.state)
 
@@ -84,6 +88,10 @@ both.
 
     def _state_cell(self, trial: Trial) -> Text:
         return Text(trial.state, self.app.theme_variables["error"] if trial.state == "diverged" else "")
+
+
+def _kept(trial: Trial) -> Text:
+    return Text(MISSING if trial.kept is None else f"{trial.kept:.0%}", justify="right")
 
 
 def _number(value: float | None) -> Text:

@@ -256,6 +256,18 @@ async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -
         ]
 
 
+async def test_an_adapter_of_a_sweep_is_evaluated(project: Path) -> None:
+    async with results(project) as user:
+        await user.press("w")
+        pane = user.screen.query_one(SweepPane)
+        pane.point("rank-2")
+        assert all(trial.kept is None for trial in pane.rows)
+        await user.press("E")
+        await until(user.pilot, lambda: any(trial.kept is not None for trial in pane.rows), 120)
+        assert [trial.name for trial in pane.rows if trial.kept is not None] == ["rank-2"]
+        assert "kept" in [column.title for column in pane.columns]
+
+
 async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     rows = {
         f"a{n}": {
