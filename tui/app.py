@@ -159,10 +159,10 @@ class Workbench(App[None]):
                     yield screen  # type: ignore[misc]  # it is one
 
     def _followed_processes(self) -> dict[str, int]:
-        """Processes that the monitor follows: the stage that runs, the engine. Called in another thread."""
+        """Processes that the monitor follows: the stage that runs, the engine, this one. Called in another thread."""
         running, engine = self.project_watch.running, self.inference and self.inference.pid
         stage = {running.stage.name: running.run.pid} if running and running.run else {}
-        return stage | ({"engine": engine} if engine else {})
+        return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _project_changed(self) -> None:
         if self.screen_stack and hasattr(self.base_screen, "notice"):
@@ -172,6 +172,8 @@ class Workbench(App[None]):
 
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
+        if not self.screen_stack:  # between two screens
+            return
         for header in self.base_screen.query(Header):
             watch = self.project_watch
             states = [*watch.states.values()]

@@ -28,7 +28,9 @@ SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
     "results": ScreenEntry("Results", "Results", "tui.screens.results.screen:ResultsScreen"),
+    "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
+    "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
