@@ -27,6 +27,7 @@ class ScreenEntry(NamedTuple):
 SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "results": ScreenEntry("Results", "Results", "tui.screens.results.screen:ResultsScreen"),
     "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
     "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
