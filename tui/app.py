@@ -1,6 +1,5 @@
 """`lora-tui`: the screens on one project."""
 
-import argparse
 import asyncio
 import os
 import re
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,17 +30,17 @@ from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, load_config, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.help import page
-from tui.palette import Everything
 from tui.registry import SCREENS
 from tui.services.machine import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
-from tui.themes import DARK, LIGHT, THEMES
+from tui.themes import DARK, LIGHT, THEMES, ParsedOnce
 from tui.widgets.header import Header, describe_state
 
 if TYPE_CHECKING:
+    from textual.command import Provider
+
     from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
 
@@ -73,12 +71,18 @@ KEY_ROUNDS = 3
 KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
 
+def _palette() -> "type[Provider]":
+    from tui.palette import Everything  # 15 ms, which the first paint should not wait for
+
+    return Everything
+
+
 class Workbench(App[None]):
     """The app: its project, services, saved state and message history. The screens do the rest."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "lora"
-    COMMANDS = {Everything}  # noqa: RUF012  # as Textual declares it
+    COMMANDS = {_palette}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
     MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012
     MODELS = "models"  # the screen that prompts a model
@@ -117,16 +121,20 @@ class Workbench(App[None]):
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
+        self.set_reactive(App.theme, self._initial_theme())  # set after the start, it would style everything twice
+        self.stylesheet = ParsedOnce(self.get_css_variables())
 
     def on_mount(self) -> None:
-        self.theme = self._initial_theme()
-        self.theme_changed_signal.subscribe(self, self._remember_theme)
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         self.switch_mode(self.first_screen)
-        self.run_worker(self.project_watch.run(), group="watch")
         self.set_interval(1.0, self.refresh_header)
-        self.call_after_refresh(self.machine.start)
+        self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
+
+    def _start_services(self) -> None:
+        self.theme_changed_signal.subscribe(self, self._remember_theme)
+        self.run_worker(self.project_watch.run(), group="watch")
+        self.machine.start()
 
     # The screens
 
@@ -310,10 +318,7 @@ class Workbench(App[None]):
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         fallback = LIGHT.name if light else DARK.name
         wanted = self.config.theme or self.state.theme or fallback
-        if wanted not in self.available_themes:
-            self.log_message(f"Unknown theme {wanted!r}; using {fallback}.", "warning")
-            return fallback
-        return wanted
+        return wanted if wanted in self.available_themes else fallback
 
     def _remember_theme(self, theme: Theme) -> None:
         self.state.theme = theme.name
@@ -347,6 +352,8 @@ class Workbench(App[None]):
     def action_help(self) -> None:
         if isinstance(self.screen, ModalScreen):
             return
+        from tui.help import page
+
         screen = self.base_screen
         self.push_screen(HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help"))
 
@@ -391,31 +398,56 @@ def _abbreviate_home(path: Path) -> str:
 
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
-
-    def port(text: str) -> int:
-        if not (text.isdecimal() and 1 <= int(text) <= 65535):
-            raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
-        return int(text)
-
-    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
-    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=port, default=8000, help="port of --web")
-    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
-    arguments = parser.parse_args()
+    # Without arguments, parsing them is not worth the 5 ms of argparse.
+    arguments = _read_arguments() if sys.argv[1:] else Arguments()
     try:
-        if not arguments.params.parent.is_dir():
-            raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
         config = load_config(config_path())
+        params, greeting = arguments.params or Path(PARAMS), ""
+        if arguments.demo and arguments.params:
+            raise UserError("--demo opens a project of its own, so it takes no --params. Leave out one of them.")
+        if not params.parent.is_dir():
+            raise UserError(f"{params.parent} is not a folder. Name a params file with --params.")
         if arguments.web:
             try:
                 from tui.services.web import serve
             except ImportError:
                 sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-            serve(arguments.params, arguments.port)
+            serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
             return
+        if arguments.demo:
+            from tui.services.demo import greet, open_demo
+
+            params = open_demo()
+            greeting = greet(params.parent)
     except UserError as error:
         sys.exit(f"error: {error}")
-    app = Workbench(arguments.params, config)
+    app = Workbench(params, config, greeting)
     app.run()
     sys.exit(app.return_code or 0)
+
+
+class Arguments:
+    """What is typed after `lora-tui`."""
+
+    params: Path | None = None
+    demo: bool = False
+    web: bool = False
+    port: int = 8000
+
+
+def _read_arguments() -> Arguments:
+    from argparse import ArgumentParser, ArgumentTypeError
+    from importlib.metadata import version
+
+    def port(text: str) -> int:
+        if not (text.isdecimal() and 1 <= int(text) <= 65535):
+            raise ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+        return int(text)
+
+    parser = ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
+    parser.add_argument("--params", type=Path, help="params file of the project (params.yaml)")
+    parser.add_argument("--demo", action="store_true", help="open a small finished project that comes with the program")
+    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument("--port", type=port, default=8000, help="port of --web")
+    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
+    return parser.parse_args(namespace=Arguments())
