@@ -30,7 +30,7 @@ from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, load_config, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.registry import SCREENS
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME
 from tui.services.machine import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
 
+PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
@@ -84,7 +85,7 @@ class Workbench(App[None]):
     TITLE = "lora"
     COMMANDS = {_palette}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
-    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012
+    MODES = {name: entry.load for name, entry in {**SCREENS, WELCOME: FIRST_LOOK}.items()}  # noqa: RUF012
     MODELS = "models"  # the screen that prompts a model
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -102,39 +103,64 @@ class Workbench(App[None]):
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
 
-    def __init__(self, params: Path = Path("params.yaml"), config: Config | None = None) -> None:
-        self.params_path = params.absolute()
-        self.root = self.params_path.parent
+    def __init__(self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = "") -> None:
         self.config = config or Config()
-        self.folder_label = _abbreviate_home(self.root)
-        self.runner = Runner(self.root)
-        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
-        self.edits = ParamEdits()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the first screen that prompts
-        self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet
         self._delivering = False
         self._interrupted = -INTERRUPT_TWICE  # when Ctrl+C was last pressed
+        self._greeting = greeting
+        self._take_project(params.absolute())
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
         self.set_reactive(App.theme, self._initial_theme())  # set after the start, it would style everything twice
         self.stylesheet = ParsedOnce(self.get_css_variables())
 
+    def _take_project(self, params: Path) -> None:
+        """Everything that belongs to one project, begun anew."""
+        self.params_path, self.root = params, params.parent
+        self.folder_label = _abbreviate_home(self.root)
+        self.runner = Runner(self.root)
+        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.edits = ParamEdits()
+        self.inference: Inference | None = None  # created by the first screen that prompts
+        self.first_screen = next(iter(SCREENS))
+
     def on_mount(self) -> None:
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
-        self.switch_mode(self.first_screen)
+        # A project that lost its params file says so on its screens; a folder without any part of one offers some.
+        is_project = self.params_path.exists() or (self.root / DVC).exists() and self.params_path.name == PARAMS
+        self.switch_mode(self.first_screen if is_project else WELCOME)
         self.set_interval(1.0, self.refresh_header)
         self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
 
     def _start_services(self) -> None:
         self.theme_changed_signal.subscribe(self, self._remember_theme)
+        if self.config.theme and self.config.theme != self.theme:
+            self.log_message(f"Unknown theme {self.config.theme!r}; using {self.theme}.", "warning")
+        if self._greeting:
+            self.log_message(self._greeting)
         self.run_worker(self.project_watch.run(), group="watch")
         self.machine.start()
+
+    async def open_project(self, params: Path, greeting: str = "") -> None:
+        """Show another project in this terminal or browser: screens and services begin anew."""
+        await self.switch_mode(WELCOME)  # the others are removed, and the one that is shown cannot be
+        self.workers.cancel_group(self, "watch")
+        if self.inference:
+            await self.inference.stop()
+        self._take_project(params.absolute())
+        for name in SCREENS:
+            await self.remove_mode(name)
+            self.add_mode(name, SCREENS[name].load)
+        await self.switch_mode(self.first_screen)
+        self.run_worker(self.project_watch.run(), group="watch")
+        if greeting:
+            self.log_message(greeting)
 
     # The screens
 
@@ -219,7 +245,7 @@ class Workbench(App[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
         """`X` is offered while something runs, `R` while nothing does."""
         busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
-        return {"stop": busy, "run": not busy}.get(action, True)
+        return {"stop": busy, "run": not busy and self._current_mode != WELCOME}.get(action, True)
 
     def action_run(self) -> None:
         """Run the pipeline."""

@@ -30,3 +30,7 @@ SCREENS = {
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
     "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
 }
+
+# shown in a folder without a project; no number leads to it
+WELCOME = "welcome"
+FIRST_LOOK = ScreenEntry("Welcome", "Welcome", "tui.screens.welcome.screen:WelcomeScreen")

@@ -11,8 +11,8 @@ import asyncio
 import secrets
 import shlex
 import sys
+from collections.abc import Sequence
 from errno import EADDRINUSE
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -92,9 +92,9 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         web.run_app(self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url)
 
 
-def serve(params: Path, port: int) -> None:
-    """Serve the app until Ctrl+C. Raises UserError if the port cannot be opened."""
-    command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
+def serve(arguments: Sequence[str], port: int) -> None:
+    """Serve `lora-tui ARGUMENTS` until Ctrl+C. Raises UserError if the port cannot be opened."""
+    command = shlex.join([sys.executable, "-P", "-m", "tui", *arguments])
     try:
         TokenServer(command, port).serve()
     except OSError as error:
