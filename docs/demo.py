@@ -38,15 +38,15 @@ LEFT_OUT = {".lora-cache", "tmp", "cache", "lock", "tokens"}  # caches, locks, t
 README = """\
 # The demo of the LoRA workbench
 
-A language model of {parameters:,} parameters that knows 22 German sentences, and what several methods make of 8 new ones.
-Everything here was computed by the stages of dvc.yaml, with version {version} of the program on {date}.
+A language model of {parameters:,} parameters that knows 22 German sentences, and what several methods make of 8 new
+ones. Everything here was computed by the stages of dvc.yaml, with version {version} of the program on {date}.
 
-`lora-tui --demo` opens it. R runs the pipeline again, which takes about a minute; change params.yaml before, if you like.
+`lora-tui --demo` opens it. R runs the pipeline again, which takes about a minute; edit params.yaml before, if you like.
 The evaluation has a limit (evaluate.limits) that LoRA keeps and full fine-tuning breaks: so its gate says "failed".
 
-In each manifest.json "{trained}" says with which code and library versions the artifact was made. "code" and "versions" were
-set to those of the program that unpacked the demo, so that its stages count as up to date. A demo that lacks a file, or
-in which one of these artifacts was changed, is unpacked again; what you made anew is never touched.
+In each manifest.json "{trained}" says with which code and library versions the artifact was made. "code" and "versions"
+were set to those of the program that unpacked the demo, so that its stages count as up to date. A demo that lacks a
+file, or in which one of these artifacts was changed, is unpacked again; what you made anew stays until then.
 """
 
 

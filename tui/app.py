@@ -116,7 +116,8 @@ class Workbench(App[None]):
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
-        self.set_reactive(App.theme, self._initial_theme())  # set after the start, it would style everything twice
+        self._theme_shown = self._initial_theme()
+        self.set_reactive(App.theme, self._theme_shown)  # set after the start, it would style everything twice
         self.stylesheet = ParsedOnce(self.get_css_variables())
 
     def _take_project(self, params: Path) -> None:
@@ -130,18 +131,21 @@ class Workbench(App[None]):
         self.first_screen = next(iter(SCREENS))
 
     def on_mount(self) -> None:
+        self.theme_changed_signal.subscribe(self, self._remember_theme)
+        wanted = self.config.theme or self.state.theme
+        if wanted not in (None, self.theme):
+            self.log_message(f"Unknown theme {wanted!r}; using {self.theme}.", "warning")
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         # A project that lost its params file says so on its screens; a folder without any part of one offers some.
-        is_project = self.params_path.exists() or (self.root / DVC).exists() and self.params_path.name == PARAMS
+        is_project = self.params_path.exists() or ((self.root / DVC).exists() and self.params_path.name == PARAMS)
         self.switch_mode(self.first_screen if is_project else WELCOME)
         self.set_interval(1.0, self.refresh_header)
         self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
 
     def _start_services(self) -> None:
-        self.theme_changed_signal.subscribe(self, self._remember_theme)
-        if self.config.theme and self.config.theme != self.theme:
-            self.log_message(f"Unknown theme {self.config.theme!r}; using {self.theme}.", "warning")
+        if not self.is_running:  # it was closed before its first frame
+            return
         if self._greeting:
             self.log_message(self._greeting)
         self.run_worker(self.project_watch.run(), group="watch")
@@ -347,8 +351,9 @@ class Workbench(App[None]):
         return wanted if wanted in self.available_themes else fallback
 
     def _remember_theme(self, theme: Theme) -> None:
-        self.state.theme = theme.name
-        self.remember()
+        if theme.name != self._theme_shown:  # else it is the one of the start, which nobody chose
+            self.state.theme = self._theme_shown = theme.name
+            self.remember()
 
     def remember(self) -> None:
         """Save the state for the next start."""

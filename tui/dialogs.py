@@ -94,7 +94,9 @@ class MarkdownReader(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         from textual.widgets import Markdown  # with its parser 40 ms, which the first paint should not wait for
 
-        yield _frame(VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"), self._title, "Esc close")
+        yield _frame(
+            VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"), self._title, "Esc close"
+        )
 
     def on_mount(self) -> None:
         self.set_focus(self.query_one(VerticalScroll))

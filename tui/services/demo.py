@@ -21,6 +21,7 @@ from pipeline.files import artifact
 from pipeline.files.digest_cache import cache_home, signature
 from pipeline.project import provenance
 from pipeline.project.runner import input_facts
+from pipeline.project.stage_graph import Project, Stage
 from pipeline.workbench import open_project
 from tui.services.pipeline_process import Runner
 
@@ -105,7 +106,7 @@ def _stamp(folder: Path) -> None:
     artifact.write_file(folder / STAMP, _text({**stamp, **now}))
 
 
-def _today(manifest: Mapping[str, Any], project: Any, stage: Any) -> Mapping[str, Any]:
+def _today(manifest: Mapping[str, Any], project: Project, stage: Stage) -> Mapping[str, Any]:
     """The facts that differ without a cause in the project: code, libraries, and params that did not exist yet."""
     facts = input_facts(project, stage)
     params = {key: manifest["params"].get(key, value) for key, value in facts["params"].items()}

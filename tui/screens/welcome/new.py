@@ -64,8 +64,9 @@ class Creation(ModalScreen[Made | None]):
             note.update(f"✗ {explain(error) if isinstance(error, OSError) else error}")
             note.add_class("wrong")
             return
-        # What was chosen is a table; without a base nothing is chosen, and two lines say what was written.
-        self.dismiss((self._root / self._arguments[0] / "params.yaml", printed if printed.count("\n") > 3 else ""))
+        report = printed.partition("\nNext: ")[0]  # that is for a shell
+        # Without a base nothing is chosen: a line says which files were written.
+        self.dismiss((self._root / self._arguments[0] / "params.yaml", report if "\n" in report else ""))
 
 
 class NewProject(ModalScreen[Made | None]):
@@ -96,7 +97,11 @@ class NewProject(ModalScreen[Made | None]):
         arguments, problem = self._read()
         self.query_one(".wrong", Static).update(f"✗ {problem}" if problem else "")
         if not problem:
-            self.app.push_screen(Creation(arguments, self._root), lambda made: made and self.dismiss(made))
+            self.app.push_screen(Creation(arguments, self._root), self._made)
+
+    def _made(self, made: Made | None) -> None:
+        if made:  # else it was cancelled, and the form stays for another try
+            self.dismiss(made)
 
     def _read(self) -> tuple[list[str], str]:
         """The command's arguments, and what is wrong with them."""
@@ -109,7 +114,11 @@ class NewProject(ModalScreen[Made | None]):
             return [], f"{base} needs data to train on: a file, a folder or the id of a hub data set."
         if data and not base:
             return [], "Your data needs a base model: a checkpoint folder, a .gguf file or a hub id."
-        arguments = [folder, *(["--base", base] if base else []), *(part for name in data for part in ("--data", _path(name)))]
+        arguments = [
+            folder,
+            *(["--base", base] if base else []),
+            *(part for name in data for part in ("--data", _path(name))),
+        ]
         return [*arguments, *(["--methods", ",".join(methods)] if methods else [])], ""
 
 

@@ -82,6 +82,7 @@ class WelcomeScreen(WorkbenchScreen):
     def body(self) -> Iterable[Widget]:
         with VerticalScroll(id="welcome"):
             yield Picture()
+            yield Static("LoRA workbench", id="name")
             yield Static("Adapt a language model to your data; see what it learns and forgets.", id="what")
             yield Static(self._missing(), id="where", markup=False)
             yield Choices(*(Option(_line(name), id=name) for name in CHOICES), markup=False)
