@@ -1,4 +1,4 @@
-"""The packed demo: unpacked whole, up to date under any code, replaced when damaged, and never over a user's own work."""
+"""The packed demo: whole, up to date under any code, replaced when damaged, and never over a user's own work."""
 
 import io
 import json
