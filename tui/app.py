@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
+    from tui.services.loaded_models import LoadedModels
 
 PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
@@ -127,7 +128,8 @@ class Workbench(App[None]):
         self.runner = Runner(self.root)
         self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
         self.edits = ParamEdits()
-        self.inference: Inference | None = None  # created by the first screen that prompts
+        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
+        self.models: LoadedModels | None = None
         self.first_screen = next(iter(SCREENS))
 
     def on_mount(self) -> None:
@@ -144,8 +146,9 @@ class Workbench(App[None]):
         self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
 
     def _start_services(self) -> None:
-        gc.freeze()  # what was imported stays, and need not be looked through again
-        gc.enable()
+        if not gc.isenabled():  # see tui/start.py
+            gc.freeze()  # what was imported stays, and need not be looked through again
+            gc.enable()
         if not self.is_running:  # it was closed before its first frame
             return
         if self._greeting:
@@ -197,10 +200,10 @@ class Workbench(App[None]):
                     yield screen  # type: ignore[misc]  # it is one
 
     def _followed_processes(self) -> dict[str, int]:
-        """Processes that the monitor follows: the stage that runs, the engine. Called in another thread."""
+        """Processes that the monitor follows: the stage that runs, the engine, this one. Called in another thread."""
         running, engine = self.project_watch.running, self.inference and self.inference.pid
         stage = {running.stage.name: running.run.pid} if running and running.run else {}
-        return stage | ({"engine": engine} if engine else {})
+        return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _project_changed(self) -> None:
         if self.screen_stack and hasattr(self.base_screen, "notice"):
@@ -210,6 +213,8 @@ class Workbench(App[None]):
 
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
+        if not self.screen_stack:  # between two screens
+            return
         for header in self.base_screen.query(Header):
             watch = self.project_watch
             states = [*watch.states.values()]

@@ -27,8 +27,10 @@ class ScreenEntry(NamedTuple):
 SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
+    "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
 
 # shown in a folder without a project; no number leads to it

@@ -1,0 +1,178 @@
+"""The adapters screen on the real inference process."""
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.tokenizers.chat_template import render
+from pipeline.errors import UserError
+from pipeline.files.text import escape_whitespace
+from pipeline.inference.engine import complete, continued, load, top_k
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.pilot import until
+from tests.tui.screens.models.test_adapters import USUAL, Session
+from tui.app import Workbench
+from tui.screens.models.answers import TopK
+from tui.screens.models.conversation import Answer
+from tui.widgets.prompting import EngineBar, Slider
+
+PROMPT = "die katze sitzt auf dem"
+
+
+@asynccontextmanager
+async def open_adapters(root: Path, count: int = len(USUAL) + 2) -> AsyncIterator[Session]:
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "adapters"
+    async with app.run_test(size=(120, 40)) as pilot:
+        session = Session(pilot)
+        await session.checked(count)
+        yield session
+
+
+async def answers(s: Session, prompt: str) -> list[Answer]:
+    await s.ask(prompt)
+    await until(s.pilot, lambda: not s.screen._is_generating(), 60)
+    assert s.screen.conversation.newest is not None
+    return s.screen.conversation.newest.answers
+
+
+async def test_answers_are_those_of_the_library(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await s.press("u")
+        by_name = {answer.name: answer for answer in await answers(s, PROMPT)}
+    folder = brief / "artifacts"
+    for name, loaded in {
+        "base": load(folder / "base"),
+        "full": load(folder / "full_finetuned"),
+        "lora": load(folder / "expanded", folder / "lora_adapter"),
+    }.items():
+        assert by_name[name].text.strip() == complete(loaded, PROMPT)
+        expected = top_k(loaded, PROMPT, 5)
+        assert [token for token, _ in by_name[name].top_k] == [choice.token for choice in expected]
+        for (_, probability), choice in zip(by_name[name].top_k, expected, strict=True):
+            assert probability == pytest.approx(choice.probability, abs=1e-5)
+
+
+@pytest.mark.slow
+async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) -> None:
+    """Text with its own spaces, with a chat template too, and attention over the maximum of tokens."""
+    folder = project / "artifacts/toy"
+    toy_checkpoint(folder, max_position_embeddings=600)
+    loaded = load(folder)
+    async with open_adapters(project, len(USUAL) + 3) as s:
+        await s.point("toy")
+        await s.press("space")
+        await s.point("base")
+        await s.press("space")
+        by_name = {answer.name: answer for answer in await answers(s, "The currency")}
+        assert "does not know: The, currency" in by_name["base"].error and not by_name["toy"].error
+        assert by_name["toy"].text == continued(loaded, "The currency")
+        assert [token for token, _ in by_name["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
+        assert all(escape_whitespace(token) in s.text(TopK) for token, _ in by_name["toy"].top_k)
+
+        await s.press("b")
+        await s.point("base")
+        await s.press("space")
+        s.screen.conversation.chat = True
+        (answer,) = await answers(s, "hi")
+        assert answer.text == continued(loaded, render(folder, "hi"))
+        assert s.screen.conversation.newest is not None and s.screen.conversation.newest.answers_text().startswith(
+            "hi → "
+        )
+
+        (entry,) = s.screen.selected_entries()
+        text, tokens = "", 0
+        while tokens < 512:
+            text += " euro."
+            tokens = len(loaded.tokenizer.encode(text))
+        weights = (await s.screen.conversation.attention(entry, text, 1.0, False, 1, 3))["weights"]
+        assert len(weights) == tokens == 512
+        assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
+        with pytest.raises(UserError, match="attention is shown for up to 512"):
+            await s.screen.conversation.attention(entry, text + " euro.", 1.0, False, 1, 3)
+
+
+@pytest.mark.slow
+async def test_strength_0_is_the_base_and_1_the_adapter(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await s.press("u")
+        before = await answers(s, PROMPT)
+        expanded, lora = before[1], before[5]
+        s.screen.query_one(Slider).value = 0.0
+        probed = await s.screen.conversation.probe(0.0)
+        assert probed[5].of["tisch"] == pytest.approx(expanded.of["tisch"], abs=1e-6)
+        probed = await s.screen.conversation.probe(1.0)
+        assert probed[5].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
+
+
+@pytest.mark.slow
+async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await s.press("u")
+        assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
+        assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
+
+
+async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await s.press("u")
+        first = await answers(s, PROMPT)
+        engine = s.app.inference
+        assert engine is not None
+        pid = engine.pid
+        assert pid is not None
+        s.screen._status_timer.pause()  # so that only the prompt is pending below
+        await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
+        os.kill(pid, signal.SIGSTOP)  # so that it has not answered yet
+        await s.ask(PROMPT)
+        await until(s.pilot, lambda: engine._process is not None and engine._process._pending)
+        os.kill(pid, signal.SIGKILL)
+        await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
+        await until(s.pilot, lambda: "it was killed" in s.messages())
+        await s.screen._status().wait()
+        assert not engine.running, "a check of its status must not start a new one"
+        assert len(s.screen.entries) == len(USUAL) + 2
+        again = await answers(s, PROMPT)
+        assert [answer.text for answer in again] == [answer.text for answer in first]
+        assert engine.pid != pid
+
+
+@pytest.mark.slow
+async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await answers(s, PROMPT)
+        engine = s.app.inference
+        assert engine is not None
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        await s.ask(PROMPT)
+        await until(s.pilot, s.screen._is_generating)
+        await s.press("escape")
+        await until(s.pilot, lambda: not s.screen._is_generating(), 1)
+        os.kill(engine.pid, signal.SIGCONT)
+        assert (await answers(s, PROMPT))[0].text
+
+
+async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/expanded")
+    shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
+    async with open_adapters(project) as s:
+        await s.point("lora")
+        assert "was trained on another base" in s.details()
+        assert "was trained on another base" in (await answers(s, PROMPT))[0].error
+
+
+@pytest.mark.slow
+async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(brief: Path) -> None:
+    async with open_adapters(brief) as s:
+        await answers(s, PROMPT)
+        await s.press("escape", "escape")
+        await s.point("lora")
+        await until(s.pilot, lambda: "0.q_proj" in s.details())
+        assert s.details().count("first ") == 8  # four matrices in two layers
