@@ -1,17 +1,15 @@
 """`lora-tui`: the screens on one project."""
 
-import argparse
 import asyncio
+import gc
 import os
 import re
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,23 +28,24 @@ from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
-from tui.config import Config, State, config_path, load_config, state_path
+from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.help import page
-from tui.palette import Everything
-from tui.registry import SCREENS
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME
 from tui.services.machine import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
-from tui.themes import DARK, LIGHT, THEMES
+from tui.themes import DARK, LIGHT, THEMES, ParsedOnce
 from tui.widgets.header import Header, describe_state
 
 if TYPE_CHECKING:
+    from textual.command import Provider
+
     from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
+PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
@@ -74,14 +73,20 @@ KEY_ROUNDS = 3
 KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
 
+def _palette() -> "type[Provider]":
+    from tui.palette import Everything  # 15 ms, which the first paint should not wait for
+
+    return Everything
+
+
 class Workbench(App[None]):
     """The app: its project, services, saved state and message history. The screens do the rest."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "lora"
-    COMMANDS = {Everything}  # noqa: RUF012  # as Textual declares it
+    COMMANDS = {_palette}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
-    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012
+    MODES = {name: entry.load for name, entry in {**SCREENS, WELCOME: FIRST_LOOK}.items()}  # noqa: RUF012
     MODELS = "models"  # the screen that prompts a model
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -99,36 +104,72 @@ class Workbench(App[None]):
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
 
-    def __init__(self, params: Path = Path("params.yaml"), config: Config | None = None) -> None:
-        self.params_path = params.absolute()
-        self.root = self.params_path.parent
+    def __init__(self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = "") -> None:
         self.config = config or Config()
-        self.folder_label = _abbreviate_home(self.root)
-        self.runner = Runner(self.root)
-        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
-        self.edits = ParamEdits()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
-        self.models: LoadedModels | None = None
-        self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet
         self._delivering = False
         self._interrupted = -INTERRUPT_TWICE  # when Ctrl+C was last pressed
+        self._greeting = greeting
+        self._take_project(params.absolute())
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
+        self._theme_shown = self._initial_theme()
+        self.set_reactive(App.theme, self._theme_shown)  # set after the start, it would style everything twice
+        self.stylesheet = ParsedOnce(self.get_css_variables())
+
+    def _take_project(self, params: Path) -> None:
+        """Everything that belongs to one project, begun anew."""
+        self.params_path, self.root = params, params.parent
+        self.folder_label = _abbreviate_home(self.root)
+        self.runner = Runner(self.root)
+        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.edits = ParamEdits()
+        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
+        self.models: LoadedModels | None = None
+        self.first_screen = next(iter(SCREENS))
 
     def on_mount(self) -> None:
-        self.theme = self._initial_theme()
         self.theme_changed_signal.subscribe(self, self._remember_theme)
+        wanted = self.config.theme or self.state.theme
+        if wanted not in (None, self.theme):
+            self.log_message(f"Unknown theme {wanted!r}; using {self.theme}.", "warning")
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
-        self.switch_mode(self.first_screen)
-        self.run_worker(self.project_watch.run(), group="watch")
+        # A project that lost its params file says so on its screens; a folder without any part of one offers some.
+        is_project = self.params_path.exists() or ((self.root / DVC).exists() and self.params_path.name == PARAMS)
+        self.switch_mode(self.first_screen if is_project else WELCOME)
         self.set_interval(1.0, self.refresh_header)
-        self.call_after_refresh(self.machine.start)
+        self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
+
+    def _start_services(self) -> None:
+        if not gc.isenabled():  # see tui/start.py
+            gc.freeze()  # what was imported stays, and need not be looked through again
+            gc.enable()
+        if not self.is_running:  # it was closed before its first frame
+            return
+        if self._greeting:
+            self.log_message(self._greeting)
+        self.run_worker(self.project_watch.run(), group="watch")
+        self.machine.start()
+
+    async def open_project(self, params: Path, greeting: str = "") -> None:
+        """Show another project in this terminal or browser: screens and services begin anew."""
+        await self.switch_mode(WELCOME)  # the others are removed, and the one that is shown cannot be
+        self.workers.cancel_group(self, "watch")
+        if self.inference:
+            await self.inference.stop()
+        self._take_project(params.absolute())
+        for name in SCREENS:
+            await self.remove_mode(name)
+            self.add_mode(name, SCREENS[name].load)
+        await self.switch_mode(self.first_screen)
+        self.run_worker(self.project_watch.run(), group="watch")
+        if greeting:
+            self.log_message(greeting)
 
     # The screens
 
@@ -215,7 +256,7 @@ class Workbench(App[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
         """`X` is offered while something runs, `R` while nothing does."""
         busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
-        return {"stop": busy, "run": not busy}.get(action, True)
+        return {"stop": busy, "run": not busy and self._current_mode != WELCOME}.get(action, True)
 
     def action_run(self) -> None:
         """Run the pipeline."""
@@ -317,14 +358,12 @@ class Workbench(App[None]):
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         fallback = LIGHT.name if light else DARK.name
         wanted = self.config.theme or self.state.theme or fallback
-        if wanted not in self.available_themes:
-            self.log_message(f"Unknown theme {wanted!r}; using {fallback}.", "warning")
-            return fallback
-        return wanted
+        return wanted if wanted in self.available_themes else fallback
 
     def _remember_theme(self, theme: Theme) -> None:
-        self.state.theme = theme.name
-        self.remember()
+        if theme.name != self._theme_shown:  # else it is the one of the start, which nobody chose
+            self.state.theme = self._theme_shown = theme.name
+            self.remember()
 
     def remember(self) -> None:
         """Save the state for the next start."""
@@ -354,6 +393,8 @@ class Workbench(App[None]):
     def action_help(self) -> None:
         if isinstance(self.screen, ModalScreen):
             return
+        from tui.help import page
+
         screen = self.base_screen
         self.push_screen(HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help"))
 
@@ -397,32 +438,7 @@ def _abbreviate_home(path: Path) -> str:
 
 
 def main() -> None:
-    """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
+    """`lora-tui`, for a script that was installed when it began here."""
+    from tui.start import main as start
 
-    def port(text: str) -> int:
-        if not (text.isdecimal() and 1 <= int(text) <= 65535):
-            raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
-        return int(text)
-
-    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
-    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=port, default=8000, help="port of --web")
-    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
-    arguments = parser.parse_args()
-    try:
-        if not arguments.params.parent.is_dir():
-            raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
-        config = load_config(config_path())
-        if arguments.web:
-            try:
-                from tui.services.web import serve
-            except ImportError:
-                sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-            serve(arguments.params, arguments.port)
-            return
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    app = Workbench(arguments.params, config)
-    app.run()
-    sys.exit(app.return_code or 0)
+    start()

@@ -34,3 +34,7 @@ SCREENS = {
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
     "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
+
+# shown in a folder without a project; no number leads to it
+WELCOME = "welcome"
+FIRST_LOOK = ScreenEntry("Welcome", "Welcome", "tui.screens.welcome.screen:WelcomeScreen")
