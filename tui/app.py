@@ -1,37 +1,51 @@
-"""`lora-tui`: four screens on one project."""
+"""`lora-tui`: the screens on one project."""
 
 import argparse
 import asyncio
 import os
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from shutil import disk_usage
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.segment import Segment
-from textual.app import App, SystemCommand
+from textual import work
+from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.color import Color
 from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
-from textual.screen import Screen
+from textual.screen import ModalScreen, Screen
 from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, load_config, state_path
-from tui.dialogs import HelpScreen, Message, MessagesScreen, Severity
+from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
+from tui.help import page
+from tui.palette import Everything
 from tui.registry import SCREENS
-from tui.services.pipeline_process import Runner
+from tui.services.machine import Machine
+from tui.services.param_edits import ParamEdits
+from tui.services.pipeline_process import Runner, Running
+from tui.services.project_watch import ProjectWatch
+from tui.themes import DARK, LIGHT, THEMES
+from tui.widgets.header import Header, describe_state
 
 if TYPE_CHECKING:
+    from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
+
+MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
+INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
 
 
 class _ControlCharacterFilter(LineFilter):
@@ -57,21 +71,28 @@ KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyb
 
 
 class Workbench(App[None]):
-    """The app: its project, saved state and message history. The screens do the rest."""
+    """The app: its project, services, saved state and message history. The screens do the rest."""
 
     CSS_PATH = "app.tcss"
     TITLE = "lora"
-    ENABLE_COMMAND_PALETTE = True
-    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012  # as Textual declares it
+    COMMANDS = {Everything}  # noqa: RUF012  # as Textual declares it
+    ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
+    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012
+    MODELS = "models"  # the screen that prompts a model
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(f"{number},f{number + 1}", f"switch_mode('{name}')", entry.label, id=f"app.{name}", show=False)
             for number, (name, entry) in enumerate(SCREENS.items(), 1)
         ),
-        Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
-        Binding("f8", "messages", "Messages", id="app.messages", show=False),
-        Binding("f9", "toggle_dark", "Dark or light", id="app.dark", show=False),
+        Binding("R", "run", "Run", id="app.run"),
+        Binding("X", "stop", "Stop", id="app.stop"),
+        Binding("z", "undo", "Take back the last write to a params file", id="app.undo", show=False),
+        Binding("T", "next_theme", "Next theme", id="app.theme", show=False),
+        Binding("f12", "messages", "Messages", id="app.messages", show=False),
+        Binding("question_mark,f1", "help", "Help", id="app.help"),
+        Binding("ctrl+p,colon", "command_palette", "Palette", id="app.palette", priority=False),
         Binding("q", "quit", "Quit", id="app.quit"),
+        Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
 
     def __init__(self, params: Path = Path("params.yaml"), config: Config | None = None) -> None:
@@ -80,13 +101,19 @@ class Workbench(App[None]):
         self.config = config or Config()
         self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
+        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.edits = ParamEdits()
+        self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the adapters screen
-        self.first_screen = "pipeline"
+        self.inference: Inference | None = None  # created by the first screen that prompts
+        self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet
         self._delivering = False
+        self._interrupted = -INTERRUPT_TWICE  # when Ctrl+C was last pressed
         super().__init__()
+        for theme in THEMES.values():
+            self.register_theme(theme)
 
     def on_mount(self) -> None:
         self.theme = self._initial_theme()
@@ -94,6 +121,57 @@ class Workbench(App[None]):
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         self.switch_mode(self.first_screen)
+        self.run_worker(self.project_watch.run(), group="watch")
+        self.set_interval(1.0, self.refresh_header)
+        self.call_after_refresh(self.machine.start)
+
+    # The screens
+
+    @property
+    def base_screen(self) -> "WorkbenchScreen":
+        """The screen of the workbench that is shown, perhaps below a dialog."""
+        screen: Any = self.screen_stack[0]
+        return screen  # type: ignore[no-any-return]  # every mode's first screen is one
+
+    async def shown(self, name: str) -> "WorkbenchScreen":
+        """Switch to a screen, and return it once it is mounted."""
+        await self.switch_mode(name)
+        screen = self.base_screen
+        while not screen.is_mounted:
+            await asyncio.sleep(0.01)
+        return screen
+
+    @work(group="go")
+    async def go(self, name: str, **request: Any) -> None:
+        """Show a screen, and there what `request` asks for; each screen names its own keywords."""
+        (await self.shown(name)).open_with(**request)
+
+    def created_screens(self) -> "Iterator[WorkbenchScreen]":
+        """The screens that were shown at least once."""
+        for stack in self._screen_stacks.values():
+            for screen in stack[:1]:
+                if hasattr(screen, "unsaved"):
+                    yield screen  # type: ignore[misc]  # it is one
+
+    def _followed_processes(self) -> dict[str, int]:
+        """Processes that the monitor follows: the stage that runs, the engine. Called in another thread."""
+        running, engine = self.project_watch.running, self.inference and self.inference.pid
+        stage = {running.stage.name: running.run.pid} if running and running.run else {}
+        return stage | ({"engine": engine} if engine else {})
+
+    def _project_changed(self) -> None:
+        if self.screen_stack and hasattr(self.base_screen, "notice"):
+            self.refresh_header()
+            self.base_screen.notice()
+            self.refresh_bindings()  # `stop` is offered while something runs
+
+    def refresh_header(self) -> None:
+        """Update the top line of the screen that is shown; it is drawn only if it changed."""
+        for header in self.base_screen.query(Header):
+            watch = self.project_watch
+            states = [*watch.states.values()]
+            header.state = describe_state(states, watch.pipeline is not None, watch.problem, self.theme_variables)
+            header.facts = (watch.branch, self.machine.summary(), self.folder_label)
 
     async def on_event(self, event: Event) -> None:
         """Queue keys and pastes, so that each is handled before the next; pass on everything else.
@@ -125,7 +203,91 @@ class Workbench(App[None]):
         finally:
             self._delivering = False
 
+    # Run, stop, undo, quit
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
+        """`X` is offered while something runs, `R` while nothing does."""
+        busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
+        return {"stop": busy, "run": not busy}.get(action, True)
+
+    def action_run(self) -> None:
+        """Run the pipeline."""
+        self.start_pipeline("repro")
+
+    def start_pipeline(self, *arguments: str) -> None:
+        """Run `dvc ARGUMENTS`, or say why that cannot be."""
+        with self.errors_shown():
+            if self.project_watch.problem:
+                raise UserError(f"Nothing was started: {self.project_watch.problem}")
+            if self.params_path.name != "params.yaml":
+                raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
+            running = self.runner.start(arguments)
+            self.log_message(f"Started: {running.command}. It continues if you quit.")
+            self.project_watch.look_now()
+
+    @work(group="ask")
+    async def action_stop(self) -> None:
+        running, pipeline = self.project_watch.running, self.project_watch.pipeline
+        what = running.stage.name if running else pipeline.command if pipeline else ""
+        question = f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
+        if await self.push_screen_wait(Ask(question, {"y": "stop it"}, "Stop")):
+            with self.errors_shown():
+                self.log_message(self.runner.stop(), "warning")
+                self.project_watch.look_now()
+
+    def action_undo(self) -> None:
+        with self.errors_shown():
+            self.log_message(self.edits.undo())
+            self.project_watch.look_now()
+
+    async def action_quit(self) -> None:
+        """Quit; ask first if something would be lost."""
+        self._quit()
+
+    @work(group="ask", exclusive=True)
+    async def _quit(self) -> None:
+        lost = [f"Quitting loses {text}." for screen in self.created_screens() if (text := screen.unsaved())]
+        running = self.project_watch.running
+        answers = {"y": "quit"}
+        if running:
+            lost.append(f"{running.stage.name} is running, and goes on after you quit.")
+            answers = {"y": "quit, the run goes on", "s": "stop the run, then quit"}
+        answer = await self.push_screen_wait(Ask("\n".join(lost), answers, "Quit")) if lost else "y"
+        if answer == "s":
+            with self.errors_shown():
+                self.runner.stop()
+        if answer:
+            self.exit()
+
+    def action_interrupted(self) -> None:
+        """Quit if Ctrl+C is pressed twice; a stage that runs goes on."""
+        now = time.monotonic()
+        if now - self._interrupted < INTERRUPT_TWICE:
+            self.exit()
+        self._interrupted = now
+        self.log_message("Press Ctrl+C again to quit.")
+
+    def _pipeline_ended(self, ended: Running) -> None:
+        """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
+        states = self.project_watch.states
+        stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
+        failed = [state for state in stages if state.state in ("failed", "died")]
+        if failed:
+            self.log_message(f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error")
+        elif any(state.state == "stopped" for state in stages):
+            self.log_message("Stopped. Run again to resume from the checkpoint.")
+        elif all(state.state == "current" for state in states.values()):
+            gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
+            is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
+            text = " ".join(["All stages are up to date.", *gates])
+            self.log_message(text, "error" if is_broken else "information")
+        elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
+            self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
+        else:
+            self.log_message("The pipeline ended early. Its log is on the screen Pipeline.", "warning")
+
     async def on_unmount(self) -> None:
+        self.machine.stop()
         if self.inference:
             await self.inference.stop()
 
@@ -143,7 +305,7 @@ class Workbench(App[None]):
     def _initial_theme(self) -> str:
         """The theme of the config, else the one last chosen, else one that suits the terminal's background."""
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
-        fallback = "textual-light" if light else "textual-dark"
+        fallback = LIGHT.name if light else DARK.name
         wanted = self.config.theme or self.state.theme or fallback
         if wanted not in self.available_themes:
             self.log_message(f"Unknown theme {wanted!r}; using {fallback}.", "warning")
@@ -180,29 +342,20 @@ class Workbench(App[None]):
             self.fail(error)
 
     def action_help(self) -> None:
-        if not isinstance(self.screen, HelpScreen):
-            self.push_screen(HelpScreen(self.keys_of(self.screen)))
+        if isinstance(self.screen, ModalScreen):
+            return
+        screen = self.base_screen
+        self.push_screen(HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help"))
 
     def action_messages(self) -> None:
         if not isinstance(self.screen, MessagesScreen):
             self.push_screen(MessagesScreen(self.message_history))
 
-    def action_toggle_dark(self) -> None:
-        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+    def action_next_theme(self) -> None:
+        names = list(THEMES)
+        self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
 
-    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """Textual's commands, and every key binding of the screen by its description."""
-        yield from super().get_system_commands(screen)
-        for keys, binding in self.keys_of(screen):
-            if not binding.system:
-                action = binding.action
-
-                async def run(action: str = action) -> None:
-                    await screen.run_action(action)
-
-                yield SystemCommand(binding.description, f"key {keys}", run)
-
-    def keys_of(self, screen: Screen[object]) -> list[tuple[str, Binding]]:
+    def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():

@@ -8,20 +8,25 @@ from textual.screen import Screen
 
 
 class ScreenEntry(NamedTuple):
-    """A screen: its label in the tab bar, and its class as `module:class`."""
+    """A screen: its label in the header, a shorter one for a narrow terminal, and its class as `module:class`."""
 
     label: str
+    short: str
     source: str
 
     def load(self) -> Screen[None]:
+        return self.kind()()
+
+    def kind(self) -> Callable[[], Screen[None]]:
+        """The class."""
         module, _, name = self.source.partition(":")
-        make: Callable[[], Screen[None]] = getattr(import_module(module), name)
-        return make()
+        kind: Callable[[], Screen[None]] = getattr(import_module(module), name)
+        return kind
 
 
 SCREENS = {
-    "pipeline": ScreenEntry("Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
-    "curves": ScreenEntry("Curves", "tui.screens.curves.screen:CurvesScreen"),
-    "calculator": ScreenEntry("Calculator", "tui.screens.calculator.screen:CalculatorScreen"),
-    "adapters": ScreenEntry("Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
+    "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
+    "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
+    "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
 }

@@ -1,67 +1,42 @@
-"""What the four screens share: the tab bar at the top, the keys at the bottom."""
+"""What all screens share: the header, the keys at the bottom, panes that filter and enlarge, help."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from rich.text import Text
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
-from textual.widgets import Footer
 
 from tui.app import Workbench
-from tui.registry import SCREENS
+from tui.widgets.header import Header
+from tui.widgets.key_bar import KeyBar
+from tui.widgets.pane import FilterField, Pane
 
-TALL, WIDE = 20, 110  # from this many rows, columns on there is room for secondary widgets
-
-
-class TabBar(Widget):
-    """One line: 1 Pipeline  2 Curves  3 Calculator  4 Adapters, and the project's folder."""
-
-    DEFAULT_CSS = """
-    TabBar { height: 1; dock: top; background: $panel; color: $foreground; }
-    """
-
-    def __init__(self, current: str, folder_label: str) -> None:
-        super().__init__()
-        self.current = current
-        self.folder_label = folder_label
-
-    def render(self) -> RenderResult:
-        line = Text(no_wrap=True, overflow="ellipsis")
-        for number, (name, entry) in enumerate(SCREENS.items(), 1):
-            line.append(f" {number} {entry.label} ", "reverse bold" if name == self.current else "")
-        room = self.size.width - line.cell_len - 2
-        if room > 8:
-            folder_label = self.folder_label if len(self.folder_label) <= room else f"…{self.folder_label[1 - room :]}"
-            line.append(folder_label.rjust(room + 1), "dim")
-        return line
-
-    def on_click(self, event: Click) -> None:
-        start = 0
-        for number, (name, entry) in enumerate(SCREENS.items(), 1):
-            start += len(f" {number} {entry.label} ")
-            if event.x < start:
-                self.app.switch_mode(name)
-                return
+TALL, WIDE, HUGE = 20, 110, 170  # from this many rows, columns, columns on there is room for more
 
 
 class WorkbenchScreen(Screen[None]):
-    """A screen of the workbench. Subclasses set NAME and implement `body`."""
+    """A screen of the workbench. Subclasses set NAME and HELP, and implement `body`."""
 
     NAME: ClassVar[str] = ""
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Leave the field", show=False)]
+    HELP: ClassVar[str] = ""
+    ESCAPE_TO_MINIMIZE = False  # `action_leave` decides: a field first
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "Leave", id="app.leave"),
+        Binding("slash", "filter", "Filter", id="app.filter", key_display="/", show=False),
+        Binding("plus,f10", "enlarge", "Enlarge the pane", id="app.enlarge", show=False),
+    ]
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  # as Textual declares it
         (0, "-narrow"),
         (WIDE, "-wide"),
+        (HUGE, "-huge"),
     ]
-
     VERTICAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-short"),
         (TALL, "-tall"),
     ]
+    _seen_revision = -1  # of the watch, when `project_changed` was last called
 
     @property
     def workbench(self) -> Workbench:
@@ -72,17 +47,83 @@ class WorkbenchScreen(Screen[None]):
         self.workbench.log_message(text, "warning")
 
     def compose(self) -> ComposeResult:
-        yield TabBar(self.NAME, self.workbench.folder_label)
+        yield Header(self.NAME)
         yield from self.body()
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyBar()
 
     def body(self) -> Iterable[Widget]:
-        """The widgets between the tab bar and the keys."""
+        """The widgets between the header and the keys."""
         return ()
 
+    # What the app and other screens ask
+
+    def open_with(self, **request: Any) -> None:
+        """Show what another screen asks for; each screen names its own keywords."""
+
+    def unsaved(self) -> str:
+        """What quitting would lose, in words that follow "Quitting loses"; "" if nothing."""
+        return ""
+
+    def project_changed(self) -> None:
+        """The watch saw a change. Called while the screen is shown, and once when it is shown again."""
+
+    def notice(self) -> None:
+        """Call `project_changed` if the watch saw a change since the last call."""
+        if self.is_mounted and self._seen_revision != self.workbench.project_watch.revision:
+            self._seen_revision = self.workbench.project_watch.revision
+            self.project_changed()
+
+    def on_screen_resume(self) -> None:
+        self.workbench.refresh_header()
+        self.notice()
+
+    # Panes
+
+    @property
+    def focused_pane(self) -> Pane | None:
+        """The pane that holds the focus."""
+        return next((node for node in (self.focused or self).ancestors_with_self if isinstance(node, Pane)), None)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
+        """Esc is offered where there is something to leave."""
+        if action == "leave":
+            return self.maximized is not None or self._is_typing() or isinstance(self.focused, FilterField)
+        return True
+
+    def _is_typing(self) -> bool:
+        return self.focused is not None and self.focused.check_consume_key("a", "a")
+
     def action_leave(self) -> None:
-        """Take the focus from the field, so that keys go to the screen."""
+        """End the filter, else leave the field, else show the other panes again."""
+        focused = self.focused
+        pane = self.focused_pane
+        if isinstance(focused, FilterField) and pane:
+            pane.close_filter()
+        elif self._is_typing():
+            self.leave_field()
+        else:
+            self.minimize()
+            self.refresh_bindings()
+
+    def leave_field(self) -> None:
+        """Take the focus from a text field, so that keys go to the screen."""
         self.set_focus(None)
+
+    def action_filter(self) -> None:
+        """Open the filter of the focused pane, else of the first that has one."""
+        panes = (pane for pane in (self.focused_pane, *self.query(Pane)) if pane and pane.FILTER and pane.size)
+        if pane := next(panes, None):
+            pane.open_filter()
+        else:
+            self.warn("There is no list to filter here.")
+
+    def action_enlarge(self) -> None:
+        """Let the focused pane fill the screen, and back."""
+        if self.maximized is not None:
+            self.minimize()
+        elif pane := self.focused_pane or next(iter(self.query(Pane)), None):
+            self.maximize(pane, container=False)
+        self.refresh_bindings()
 
     def give_focus(self, widget: Widget) -> None:
         """Focus a widget now, even if a CSS class has only just shown it: keys already typed are meant for it."""

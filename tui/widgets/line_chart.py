@@ -19,6 +19,8 @@ from textual_plot import PlotWidget
 from textual_plot.axis_formatter import AxisFormatter
 from textual_plot.plot_widget import Legend
 
+from tui.widgets.colors import readable
+
 SIGN_EVERY = 18  # cells between two symbols on a line
 PHASE = 0.37  # of SIGN_EVERY between two curves' symbols: those of eight curves stay at least a tenth apart
 BAND, DIM = 0.4, 0.55  # share of the curve's colour in its band and in a dim line; the rest is background
@@ -418,27 +420,3 @@ def braille(points: Sequence[tuple[float, float]], width: int, height: int) -> d
             part = parts[top % DOWN if y == first else 0][end % DOWN if y == last else DOWN - 1]
             bits[x, y] = bits.get((x, y), 0) | part
     return {cell: chr(0x2800 | dots) for cell, dots in bits.items()}
-
-
-# Colours that are readable on a dark and on a light background
-
-CONTRAST = 4.5  # minimum contrast of a line against the background (WCAG's value for text)
-
-
-def readable(color: Color, background: Color) -> Color:
-    """`color`, made lighter or darker until its contrast with `background` is at least CONTRAST."""
-    towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
-    for part in range(0, 11):
-        blended = color.blend(towards, part / 10)
-        if contrast(blended, background) >= CONTRAST:
-            break
-    return blended
-
-
-def contrast(one: Color, other: Color) -> float:
-    """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
-    luminances = []
-    for color in (one, other):
-        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized)
-        luminances.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
-    return (max(luminances) + 0.05) / (min(luminances) + 0.05)

@@ -5,7 +5,7 @@ from textual.color import Color
 
 from pipeline.project.stage_graph import other_look
 from pipeline.stages.registry import STAGES
-from tui.widgets.line_chart import CONTRAST, contrast, readable
+from tui.widgets.colors import CONTRAST, contrast, readable
 
 COLORS = sorted(
     {look.color for look in (*(stage.look for stage in STAGES.values()), *map(other_look, range(20))) if look}

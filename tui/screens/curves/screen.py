@@ -20,7 +20,8 @@ from pipeline.project.logs.run_log import OPTIONAL
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.runs import Line, Runs
 from tui.screens.curves.series import FACTS, QUANTITIES
-from tui.widgets.line_chart import LossChart, Range, View, range_of, readable
+from tui.widgets.colors import readable
+from tui.widgets.line_chart import LossChart, Range, View, range_of
 from tui.widgets.text import KeyedList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."

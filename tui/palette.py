@@ -1,0 +1,175 @@
+"""The palette over everything: commands of all screens, stages, models, params, recent prompts, pages of the docs."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from textual.binding import Binding
+from textual.command import DiscoveryHit, Hit, Hits, Provider
+
+from pipeline.inference.catalog import model_folders
+from pipeline.project.stage_graph import ARTIFACTS
+from tui.dialogs import MarkdownReader
+from tui.registry import SCREENS
+from tui.widgets.form import format_value
+from tui.widgets.pane import Pane
+
+if TYPE_CHECKING:
+    from tui.app import Workbench
+
+MAX_PROMPTS, MAX_MODELS = 50, 2000
+DOCS = Path(__file__).parents[1] / "docs"
+INSTALLED_DOCS = "lora_workbench_defaults/docs/"
+
+
+class Command(NamedTuple):
+    """A line of the palette."""
+
+    text: str
+    help: str
+    run: Callable[[], Any]
+
+
+class Everything(Provider):
+    """Searches all commands; before a letter is typed, it offers those of the screen."""
+
+    @property
+    def _app(self) -> "Workbench":
+        return self.app  # type: ignore[return-value]  # it is made by that app only
+
+    async def startup(self) -> None:
+        self._here = list(_screen_commands(self._app, self._app.base_screen.NAME))
+        self._commands = [
+            *self._here,
+            *_app_commands(self._app),
+            *(c for name in SCREENS if name != self._app.base_screen.NAME for c in _screen_commands(self._app, name)),
+            *_stages(self._app),
+            *_params(self._app),
+            *_prompts(self._app),
+            *await asyncio.to_thread(lambda: [*_models(self._app), *_docs(self._app)]),
+        ]
+
+    async def discover(self) -> Hits:
+        for command in (*self._here, *_app_commands(self._app)):
+            yield DiscoveryHit(command.text, command.run, help=command.help)
+
+    async def search(self, query: str) -> Hits:
+        matcher = self.matcher(query)
+        for number, command in enumerate(self._commands):
+            if score := matcher.match(command.text):
+                # an earlier group first where the match is as good
+                yield Hit(score - number / 1e6, matcher.highlight(command.text), command.run, help=command.help)
+            if number % 200 == 199:
+                await asyncio.sleep(0)
+
+
+def _app_commands(app: "Workbench") -> Iterator[Command]:
+    for binding in _bindings(type(app).BINDINGS):
+        if binding.action.startswith("switch_mode"):
+            yield Command(f"Go to {binding.description}", f"key {app.get_key_display(binding)}", _action(app, binding))
+        elif binding.id != "app.palette":
+            yield Command(binding.description, f"key {app.get_key_display(binding)}", _action(app, binding))
+    for theme in app.available_themes:
+        yield Command(f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme))
+
+
+def _action(app: "Workbench", binding: Binding) -> Callable[[], Any]:
+    async def run() -> None:
+        await app.run_action(binding.action)
+
+    return run
+
+
+def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
+    """The bindings that have a name of their own: movements and the like are no commands."""
+    return (binding for binding in declared if isinstance(binding, Binding) and binding.id)
+
+
+def _screen_commands(app: "Workbench", name: str) -> Iterator[Command]:
+    """The commands of a screen and of its panes, which are found by the folder that their class is in."""
+    kind: Any = SCREENS[name].kind()
+    folder = kind.__module__.rpartition(".")[0]
+    owners = [kind, *(pane for pane in _panes(Pane) if pane.__module__.startswith(f"{folder}."))]
+    for owner in owners:
+        for binding in _bindings(owner.__dict__.get("BINDINGS", ())):
+            label = f"{SCREENS[name].label}: {binding.description}"
+            yield Command(label, f"key {app.get_key_display(binding)}", _remote(app, name, owner, binding.action))
+
+
+def _panes(kind: type[Pane]) -> Iterator[type[Pane]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _panes(below)
+
+
+def _remote(app: "Workbench", name: str, owner: type, action: str) -> Callable[[], Any]:
+    async def run() -> None:
+        screen = await app.shown(name)
+        node: Any = screen
+        if issubclass(owner, Pane):
+            node = next(iter(screen.query(owner)), screen)
+            if focus := node.first_focusable() if isinstance(node, Pane) else None:
+                screen.set_focus(focus)
+        await app.run_action(action, default_namespace=node)
+
+    return run
+
+
+def _stages(app: "Workbench") -> Iterator[Command]:
+    for name, stage in app.project_watch.stages.items():
+        yield Command(f"Stage {name}", stage.summary, partial(app.go, "pipeline", stage=name))
+
+
+def _params(app: "Workbench") -> Iterator[Command]:
+    project = app.project_watch.project
+    for name, stage in app.project_watch.stages.items() if project else ():
+        section = project.home(name).section(stage)  # type: ignore[union-attr]  # there is none without a project
+        for key in section.__struct_fields__:
+            value = format_value(getattr(section, key))
+            yield Command(f"{name}.{key}: {value}", "param", partial(app.go, "pipeline", stage=name, param=key))
+
+
+def _prompts(app: "Workbench") -> Iterator[Command]:
+    for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
+        yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, app.MODELS, prompt=prompt))
+
+
+def _models(app: "Workbench") -> Iterator[Command]:
+    project = app.project_watch.project
+    folders = [owner.root / ARTIFACTS for owner in (project, project and project.parent) if owner]
+    folders += [Path(folder).expanduser() for folder in (*app.config.folders, *app.state.folders)]
+    for folder in folders:
+        for path in sorted(model_folders(folder))[:MAX_MODELS]:
+            name = str(path.relative_to(folder.parent if folder not in folders[:2] else folder))
+            yield Command(f"Model {name}", str(path), partial(app.go, app.MODELS, select=path))
+
+
+def _docs(app: "Workbench") -> Iterator[Command]:
+    """Each page by its title, each section by its own."""
+    for page in sorted(_pages()):
+        try:
+            lines = page.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            continue
+        title = next((line[2:] for line in lines if line.startswith("# ")), page.stem)
+        headings = [line.lstrip("# ") for line in lines if line.startswith("## ")]
+        for text in (title, *(f"{title}: {heading}" for heading in headings)):
+            yield Command(f"Docs: {text}", page.name, partial(_read, app, page))
+
+
+def _read(app: "Workbench", page: Path) -> None:
+    app.push_screen(MarkdownReader(page))
+
+
+def _pages() -> list[Path]:
+    """The Markdown files of the docs: of the clone, else of the installed package."""
+    if DOCS.is_dir():
+        return [*DOCS.glob("*.md")]
+    try:
+        paths = [path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)]
+    except PackageNotFoundError:
+        return []
+    return [Path(str(path.locate())) for path in paths if path.suffix == ".md" and path.parent.name == "docs"]

@@ -1,0 +1,49 @@
+"""Three themes of our own beside Textual's: dark, light, and one of high contrast. Colour means state or magnitude."""
+
+from textual.theme import Theme
+
+DARK = Theme(
+    "lora-dark",
+    primary="#5B8DEF",
+    secondary="#7A88A8",
+    accent="#4FC1E9",
+    warning="#E9B44C",
+    error="#F0616D",
+    success="#5FC48B",
+    foreground="#D8DEE9",
+    background="#12151C",
+    surface="#171B24",
+    panel="#1F2530",
+    boost="#242B38",
+)
+LIGHT = Theme(
+    "lora-light",
+    primary="#2459B8",
+    secondary="#5A6478",
+    accent="#00698C",
+    warning="#8A5A00",
+    error="#B3213B",
+    success="#1E7A45",
+    foreground="#1C2430",
+    background="#FAFAF7",
+    surface="#F3F3EE",
+    panel="#E7E8E2",
+    boost="#E9ECF2",
+    dark=False,
+)
+CONTRAST = Theme(
+    "lora-contrast",
+    primary="#FFFFFF",
+    secondary="#C0C0C0",
+    accent="#00FFFF",
+    warning="#FFFF00",
+    error="#FF8080",
+    success="#00FF80",
+    foreground="#FFFFFF",
+    background="#000000",
+    surface="#000000",
+    panel="#202020",
+    boost="#303030",
+    text_alpha=1.0,
+)
+THEMES = {theme.name: theme for theme in (DARK, LIGHT, CONTRAST)}

@@ -1,0 +1,44 @@
+"""Colours: each method's own, readable on any background, and a scale for magnitudes."""
+
+from textual.color import Color
+
+from pipeline.project.stage_graph import Look
+from pipeline.stages.registry import METHODS
+
+CONTRAST = 4.5  # minimum contrast of text against the background (WCAG's value)
+NO_LOOK = Look("#808080", "·")
+LOOKS = {name: stage.look for name, stage in METHODS.items() if stage.look}
+
+
+def method_look(name: str) -> Look:
+    """The colour and sign of a method on every screen, by its name or that of its stage (`finetune_lora`)."""
+    return LOOKS.get(name.removeprefix("finetune_"), NO_LOOK)
+
+
+def method_style(name: str, background: Color) -> str:
+    """A Rich style with the method's colour, readable on `background`."""
+    return readable(Color.parse(method_look(name).color), background).hex
+
+
+def share_style(share: float) -> str:
+    """The theme variable for a magnitude of which less is better: a load, a loss of what was known."""
+    return "$success" if share < 0.5 else "$warning" if share < 0.85 else "$error"
+
+
+def readable(color: Color, background: Color) -> Color:
+    """`color`, made lighter or darker until its contrast with `background` is at least CONTRAST."""
+    towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
+    for part in range(0, 11):
+        blended = color.blend(towards, part / 10)
+        if contrast(blended, background) >= CONTRAST:
+            break
+    return blended
+
+
+def contrast(one: Color, other: Color) -> float:
+    """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
+    luminances = []
+    for color in (one, other):
+        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized)
+        luminances.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
