@@ -19,37 +19,42 @@ from textual.widgets import Button, Input, RadioButton, RadioSet, Static
 
 from pipeline.errors import UserError
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
-from tui.screens.curves.series import Log
-from tui.widgets.line_chart import Curve, Range, power_of_ten
+from tui.screens.curves.metrics import METRICS
+from tui.screens.curves.runs import RunView
+from tui.screens.curves.selection import Drawn
+from tui.widgets.plot.scale import Range, power_of_ten
 
 LABELS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
 FORMATS = tuple(LABELS)
+COLUMNS_EXPORTED = 600  # points of a line, at most
 
 
-def panel(
-    title: str, labels: Sequence[str], curves: Sequence[Curve], y: Range | None = None, log: bool = False
-) -> dict[str, Any]:
+def panel(metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None, log: bool = False) -> dict[str, Any]:
     """A panel for `pipeline.stages.charts`, in plain values. With `log`, `y` is given in exponents of ten."""
     parts = []
-    for label, curve in zip(labels, curves, strict=True):
-        columns, flat = curve.columns, curve.flat_column()
+    for line in drawn:
+        columns, held_out = line.columns(metric, x, COLUMNS_EXPORTED), METRICS[metric].held_out
+        marks = line.columns(held_out, x, COLUMNS_EXPORTED) if held_out and not line.quiet else []
+        flat = line.flat() if metric == "loss" and not line.quiet else None
+        flat_column = next((c for c in columns if flat and c.x >= flat[1] >= columns[0].x), None)
+        label = line.view.run.curve_label(line.curve_log.name) + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
         parts.append(
             {
-                "label": label,
-                "color": curve.color,
-                "sign": curve.sign,
-                "dim": curve.dim,
-                "flat": (flat.x, flat.mean) if flat else None,
+                "label": "" if line.quiet else label,
+                "color": line.look.color,
+                "sign": line.look.sign,
+                "dim": line.quiet,
+                "flat": (flat_column.x, flat_column.mean) if flat_column else None,
                 "x": [column.x for column in columns],
                 "low": [column.low for column in columns],
                 "high": [column.high for column in columns],
                 "mean": [column.mean for column in columns],
-                "held_out": {"x": [c.x for c in curve.held_out], "y": [c.mean for c in curve.held_out]},
+                "held_out": {"x": [c.x for c in marks], "y": [c.mean for c in marks]},
             }
         )
     if y and log:
         y = power_of_ten(y[0]), power_of_ten(y[1])
-    return {"title": title, "log": log, "y": y, "curves": parts}
+    return {"title": METRICS[metric].title, "log": log, "y": y, "curves": parts}
 
 
 async def render_chart(chart: dict[str, Any]) -> bytes:
@@ -65,11 +70,12 @@ async def render_chart(chart: dict[str, Any]) -> bytes:
     return out
 
 
-def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
-    """The header, then all rows, one chunk per run. A column that no run has is left out."""
-    optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in logs)]
+def csv_lines(views: Sequence[RunView]) -> Iterator[bytes]:
+    """The header, then all rows, one chunk per curve. A column that no run has is left out."""
+    curves = [(view.run.curve_label(curve.name), curve.log) for view in views for curve in view.curve_logs.values()]
+    optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in curves)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
-    for label, log in logs:
+    for label, log in curves:
         text = StringIO()
         rows = csv.writer(text, lineterminator="\n")
         sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]  # step → value
