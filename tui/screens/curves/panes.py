@@ -12,7 +12,6 @@ from textual.containers import VerticalScroll
 from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Static
 
 from tui.screens.curves.describe import Paint, adapter_line, run_line
 from tui.screens.curves.metrics import METRICS
@@ -23,7 +22,7 @@ from tui.widgets.plot.line_plot import Line, Row, View, line_plot
 from tui.widgets.plot.scale import spans_decade
 from tui.widgets.plot.sparkline import sparkline
 from tui.widgets.table import VIM_KEYS
-from tui.widgets.text import KeyedList
+from tui.widgets.text import KeyedList, Lines
 
 CELL, LOW = (26, 18), 4  # cells of a small plot: wished for, at least; rows below which it is a sparkline
 SPARK, GAP = 8, 3  # cells of a sparkline, and between two
@@ -323,19 +322,17 @@ class TextPane(Pane):
 
     DEFAULT_CSS = """
     TextPane VerticalScroll { height: 1fr; scrollbar-size-vertical: 1; }
-    TextPane Static { height: auto; }
     """
+    text = Text()  # what is shown
 
     def contents(self) -> Iterable[Widget]:
         with VerticalScroll():
-            yield Static(markup=False)
+            yield Lines()
 
     def show_text(self, text: Text) -> None:
-        if text != self._shown:
-            self._shown = text
-            self.query_one(Static).update(text)
-
-    _shown = Text()
+        if text != self.text:
+            self.text = text
+            self.query_one(Lines).show(lambda _: text.split())
 
 
 class DetailsPane(TextPane):

@@ -20,7 +20,7 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run
 from pipeline.workbench import GRAPH
 from tui.screens.curves.metrics import COST, HELD_OUT
-from tui.screens.curves.series import Cost, Log, Series
+from tui.screens.curves.series import MIN_STEPS, Cost, Log, Series
 
 STATES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 STALLED = 30.0, 10.0  # seconds, and steps at the usual pace, without a new step after which no end is foretold
@@ -192,10 +192,18 @@ class RunView:
     @property
     def seconds_left(self) -> float | None:
         """From the pace of the last steps; None while nothing can be said: at the start, or when no step comes."""
-        pace, (done, total) = self.timed.cost.seconds_per_step, self.steps
+        pace, (done, total) = self.timed.cost.seconds_per_step or self._mean_pace, self.steps
         if not self.alive or pace is None or not isfinite(pace) or self.quiet > max(STALLED[0], STALLED[1] * pace):
             return None
         return pace * max(total - done, 0)
+
+    @property
+    def _mean_pace(self) -> float | None:
+        """Seconds a step since the run began or resumed: telemetry is written with a delay."""
+        journal = self.journal
+        if journal is None or not journal.since or journal.done - journal.first < MIN_STEPS:
+            return None
+        return max(time.time() - journal.since, 0.0) / (journal.done - journal.first)
 
     @property
     def quiet(self) -> float:

@@ -99,6 +99,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._wanted = ""  # a run that another screen asked for, until it is found
         self._answers_hidden = False
+        self._states: dict[str, str] = {}  # of the stages, when it was last read what they kept
         self._reading = False
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
@@ -135,7 +136,11 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
             self._point_to(key)
 
     def project_changed(self) -> None:
-        self._read_kept()
+        """Progress is a change too; what was kept changes when a stage does."""
+        states = {name: state.state for name, state in self.workbench.project_watch.states.items()}
+        if states != self._states:
+            self._states = states
+            self._read_kept()
 
     @work(exclusive=True, group="kept")
     async def _read_kept(self) -> None:
@@ -451,8 +456,12 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
-            self.runs.smooth(SMOOTHINGS[index])
-            self._draw_plots()
+            self._smooth(SMOOTHINGS[index])
+
+    @work(exclusive=True, group="smooth")
+    async def _smooth(self, strength: float) -> None:
+        await self.runs.smooth(strength)
+        self._draw_plots()
 
     # Export
 
