@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from textual.color import Color
 from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
+from textual.keys import format_key
 from textual.screen import ModalScreen, Screen
 from textual.theme import Theme
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from tui.services.engine_client import Inference
 
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
+KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
 
 
@@ -73,7 +76,7 @@ KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyb
 class Workbench(App[None]):
     """The app: its project, services, saved state and message history. The screens do the rest."""
 
-    CSS_PATH = "app.tcss"
+    CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "lora"
     COMMANDS = {Everything}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
@@ -354,6 +357,15 @@ class Workbench(App[None]):
     def action_next_theme(self) -> None:
         names = list(THEMES)
         self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
+
+    def get_key_display(self, binding: Binding) -> str:
+        """The key as it is written on a keyboard: Enter, Esc, Ctrl+P, F1."""
+        if binding.key_display:
+            return binding.key_display
+        modifiers, key = binding.parse_key()
+        name = KEY_NAMES.get(key) or (key.upper() if re.fullmatch(r"f\d+", key) else format_key(key))
+        parts = [{"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier) for modifier in modifiers]
+        return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
 
     def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""

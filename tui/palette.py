@@ -90,6 +90,8 @@ def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
 
 def _screen_commands(app: "Workbench", name: str) -> Iterator[Command]:
     """The commands of a screen and of its panes, which are found by the folder that their class is in."""
+    if name not in SCREENS:  # the first look has none
+        return
     kind: Any = SCREENS[name].kind()
     folder = kind.__module__.rpartition(".")[0]
     owners = [kind, *(pane for pane in _panes(Pane) if pane.__module__.startswith(f"{folder}."))]
@@ -166,7 +168,7 @@ def _read(app: "Workbench", page: Path) -> None:
 
 def _pages() -> list[Path]:
     """The Markdown files of the docs: of the clone, else of the installed package."""
-    if DOCS.is_dir():
+    if (DOCS / "tui.md").is_file():  # and not the folder docs of another package
         return [*DOCS.glob("*.md")]
     try:
         paths = [path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)]

@@ -2,6 +2,26 @@
 
 from textual.theme import Theme
 
+
+def _variables(cursor: str, resting: str, scrollbar: str, background: str, foreground: str) -> dict[str, str]:
+    """The cursor of lists, dimmer where the focus is elsewhere, and thin scroll bars that do not draw the eye."""
+    return {
+        "block-cursor-background": cursor,
+        "block-cursor-foreground": foreground,
+        "block-cursor-text-style": "bold",
+        "block-cursor-blurred-background": resting,
+        "block-cursor-blurred-foreground": foreground,
+        "block-cursor-blurred-text-style": "none",
+        "scrollbar": scrollbar,
+        "scrollbar-hover": scrollbar,
+        "scrollbar-active": foreground,
+        "scrollbar-background": background,
+        "scrollbar-background-hover": background,
+        "scrollbar-background-active": background,
+        "scrollbar-corner-color": background,
+    }
+
+
 DARK = Theme(
     "lora-dark",
     primary="#5B8DEF",
@@ -15,6 +35,7 @@ DARK = Theme(
     surface="#171B24",
     panel="#1F2530",
     boost="#242B38",
+    variables=_variables("#2B4A6F", "#232B39", "#3A4556", "#12151C", "#F2F5FA"),
 )
 LIGHT = Theme(
     "lora-light",
@@ -30,6 +51,7 @@ LIGHT = Theme(
     panel="#E7E8E2",
     boost="#E9ECF2",
     dark=False,
+    variables=_variables("#BFD9EE", "#E1E5EA", "#B9BDC4", "#FAFAF7", "#0B1420"),
 )
 CONTRAST = Theme(
     "lora-contrast",
@@ -45,5 +67,6 @@ CONTRAST = Theme(
     panel="#202020",
     boost="#303030",
     text_alpha=1.0,
+    variables=_variables("#0000C0", "#404040", "#FFFFFF", "#000000", "#FFFFFF"),
 )
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, CONTRAST)}

@@ -13,7 +13,7 @@ from textual.widget import Widget
 from pipeline.project.status import StageState
 from tui.registry import SCREENS
 
-NAME = " lora "
+NAME = " lora  "
 Part = tuple[str, str]  # text, style
 
 
@@ -49,10 +49,10 @@ class Header(Widget):
 
     def render(self) -> RenderResult:
         width, variables = self.size.width, self.app.theme_variables
-        line = Text(NAME, f"bold {variables['accent']}", no_wrap=True, overflow="ellipsis", end="")
+        line = Text(no_wrap=True, overflow="ellipsis", end="").append(NAME, f"bold {variables['accent']}")
         for name, label in zip(SCREENS, self._labels(), strict=True):
             text = label.rstrip()
-            line.append(text, "reverse bold" if name == self.current else "").append(" " * (len(label) - len(text)), "")
+            line.append(text, "reverse bold" if name == self.current else "").append(label[len(text) :])
         right = Text(end="")
         text, style = self.state
         for fact in (text, *self.facts):

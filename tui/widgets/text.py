@@ -1,12 +1,15 @@
 """Text in cells: bars, padding, durations, and a block of lines that is drawn for the width available."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
+from textual.binding import Binding, BindingType
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
+
+from tui.widgets.table import VIM_KEYS
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -86,6 +89,12 @@ class KeyedList(OptionList):
     KeyedList { height: auto; border: none; padding: 0; }
     KeyedList:focus { border: none; }
     """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *VIM_KEYS,
+        Binding("g", "first", "First", show=False),
+        Binding("G", "last", "Last", show=False),
+    ]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(compact=True, **options)

@@ -1,0 +1,285 @@
+"""The frame of every screen: header, keys at the bottom, panes that filter and enlarge, undo, run, stop, quit."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from rich.text import Text
+from textual.binding import Binding
+from textual.widget import Widget
+from textual.widgets import Input
+
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.stage_graph import Stage
+from pipeline.project.status import StageState
+from pipeline.workbench import GRAPH
+from tests.helpers.pilot import until
+from tests.helpers.projects import load
+from tui.app import Workbench
+from tui.dialogs import Ask
+from tui.screens.base import WorkbenchScreen
+from tui.services.pipeline_process import Runner, Running
+from tui.widgets.header import Header, describe_state
+from tui.widgets.key_bar import KeyBar
+from tui.widgets.pane import FilterField, Pane
+from tui.widgets.text import KeyedList
+
+FRUIT = ("apple", "apricot", "banana")
+COLORS = {name: name for name in ("accent", "error", "warning", "success")}
+
+
+class FruitPane(Pane):
+    TITLE = "Fruit"
+    HELP = "What **grows** on trees."
+    FILTER = True
+    BINDINGS: ClassVar[list[Any]] = [Binding("e", "eat", "Eat", id="fruit.eat")]
+    eaten = 0
+
+    def contents(self) -> Iterable[Widget]:
+        yield KeyedList()
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.filtered("")
+
+    def filtered(self, text: str) -> None:
+        self.query_one(KeyedList).show({name: Text(name) for name in FRUIT if text in name})
+
+    def action_eat(self) -> None:
+        self.eaten += 1
+
+
+class FruitScreen(WorkbenchScreen):
+    NAME = "fruit"
+    HELP = "All that is **eaten**."
+    talk = ""
+    seen = 0
+
+    def body(self) -> Iterable[Widget]:
+        yield FruitPane()
+        yield Input(id="name")
+
+    def unsaved(self) -> str:
+        return self.talk
+
+    def project_changed(self) -> None:
+        self.seen += 1
+
+
+class FruitApp(Workbench):
+    MODES: ClassVar[dict[str, Any]] = {**Workbench.MODES, "fruit": FruitScreen}
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root / "params.yaml")
+        self.first_screen = "fruit"
+
+    @property
+    def fruit(self) -> FruitScreen:
+        assert isinstance(self.base_screen, FruitScreen)
+        return self.base_screen
+
+    @property
+    def shown_fruit(self) -> list[str]:
+        return [str(option.id) for option in self.fruit.query_one(KeyedList).options]
+
+
+def bottom(app: Workbench) -> str:
+    return str(app.screen.query_one(KeyBar).render())
+
+
+async def test_a_filter_narrows_its_list_and_escape_shows_all_again(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await pilot.press("slash", *"ap")
+        assert app.shown_fruit == ["apple", "apricot"]
+        assert "Enter" in bottom(app) and "F2–F9 screens" in bottom(app)
+        await pilot.press("enter")
+        assert isinstance(app.focused, KeyedList) and "/ap" in str(app.fruit.query_one(FruitPane).border_title)
+        await pilot.press("j")
+        assert app.focused.highlighted_option and app.focused.highlighted_option.id == "apricot"
+        await pilot.press("slash", "escape")
+        assert app.shown_fruit == list(FRUIT)
+        assert not isinstance(app.focused, FilterField)
+
+
+async def test_letters_typed_into_a_field_are_no_commands(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        field = app.fruit.query_one("#name", Input)
+        app.fruit.set_focus(field)
+        await pilot.press(*"qXRz1eT", "plus", "slash", "question_mark", "colon")
+        assert field.value == "qXRz1eT+/?:" and app.screen is app.fruit
+        assert "esc leave" in bottom(app).lower()
+        await pilot.press("escape", "e")
+        assert not field.has_focus and app.fruit.query_one(FruitPane).eaten == 0  # the pane has no focus
+        app.fruit.set_focus(app.fruit.query_one(KeyedList))
+        await pilot.press("e")
+        assert app.fruit.query_one(FruitPane).eaten == 1
+
+
+@pytest.mark.parametrize("key", ["plus", "f10"])
+async def test_a_pane_fills_the_screen_and_returns(empty: Path, key: str) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.focused, KeyedList))
+        pane = app.fruit.query_one(FruitPane)
+        await pilot.press(key)
+        await until(pilot, lambda: pane.size.height > 18)
+        assert app.screen.query_one(KeyBar).region.height == app.screen.query_one(Header).region.height == 1
+        await pilot.press("escape")
+        await until(pilot, lambda: app.fruit.maximized is None)
+
+
+async def test_help_is_of_the_focused_pane(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(120, 60)) as pilot:
+        await until(pilot, lambda: isinstance(app.focused, KeyedList))
+        await pilot.press("question_mark")
+        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        text = "\n".join("".join(s.text for s in strip) for strip in app.screen._compositor.render_strips())
+        for part in ("Fruit", "What grows on trees.", "All that is eaten.", "fruit.eat", "palette", "up to date"):
+            assert part in text
+
+
+async def test_the_palette_has_commands_of_all_screens_params_stages_and_docs(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.project_watch.project is not None)
+        from tui.palette import Everything
+
+        app.state.prompts = ["der wind"]
+        palette = Everything(app.screen)
+        await palette.startup()
+        texts = [command.text for command in palette._commands]
+        assert "finetune_lora.rank: 4" in texts and "Stage finetune_lora" in texts
+        assert "Prompt: der wind" in texts and "Run" in texts and "Theme: lora-contrast" in texts
+        assert any(text.startswith("Docs: ") for text in texts)
+        assert sum(text.startswith("Curves: ") for text in texts) > 2
+
+
+async def test_a_write_is_taken_back(empty: Path) -> None:
+    app = FruitApp(empty)
+    path = empty / "params.yaml"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        before = path.read_text(encoding="utf-8")
+        await pilot.press("z")
+        assert "Nothing to take back" in app.message_history[-1].text
+        app.edits.save(path, {"finetune_lora.rank": 16})
+        app.edits.save(path, {"finetune_lora.alpha": 32})
+        await pilot.press("z")
+        assert load(path).finetune_lora.rank == 16 and "finetune_lora.alpha" in app.message_history[-1].text
+        await pilot.press("z")
+        assert path.read_text(encoding="utf-8") == before
+        app.edits.save(path, {"finetune_lora.rank": 16})
+        path.write_text(path.read_text(encoding="utf-8") + "# by hand\n", encoding="utf-8")
+        await pilot.press("z")
+        assert "changed by another program" in app.message_history[-1].text
+        assert path.read_text(encoding="utf-8").endswith("# by hand\n")
+
+
+async def test_nothing_is_started_while_the_params_are_broken(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(Runner, "start", lambda _, arguments: started.append(arguments))
+    (empty / "params.yaml").write_text("finetune_lora: {rank: 0}\n", encoding="utf-8")
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await pilot.press("R")
+        assert not started and app.message_history[-1].severity == "error"
+        assert "rank must be at least 1" in app.message_history[-1].text
+        await until(pilot, lambda: "✗ params" in str(app.screen.query_one(Header).render()))
+
+
+async def test_stop_asks_first(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    monkeypatch.setattr(Runner, "running", lambda _: Running(1, "dvc repro", 0.0))
+
+    def stop(_: Runner) -> str:
+        stopped.append("x")
+        return "Stopping."
+
+    monkeypatch.setattr(Runner, "stop", stop)
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: app.project_watch.pipeline is not None)
+        for answer, times in (("escape", 0), ("enter", 0), ("y", 1)):
+            if not isinstance(app.screen, Ask):
+                await pilot.press("X")
+                await until(pilot, lambda: isinstance(app.screen, Ask))
+            await pilot.press(answer)
+            assert len(stopped) == times, answer
+
+
+async def test_quit_asks_only_when_something_would_be_lost(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        app.fruit.talk = "a conversation of 2 turns"
+        await pilot.press("q")
+        await until(pilot, lambda: isinstance(app.screen, Ask))
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        app.fruit.talk = ""
+        await pilot.press("q")
+        await until(pilot, lambda: not app.is_running)
+
+
+async def test_control_c_twice_quits(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        app.fruit.talk = "a conversation"
+        await pilot.press("ctrl+c")
+        assert app.is_running and "again to quit" in app.message_history[-1].text
+        await pilot.press("ctrl+c")
+        await until(pilot, lambda: not app.is_running)
+
+
+async def test_screens_hear_of_changes_while_they_are_shown_and_when_they_return(empty: Path) -> None:
+    app = FruitApp(empty)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: len(app.project_watch.states) == len(app.project_watch.stages))
+        screen = app.fruit
+        await until(pilot, lambda: screen.seen > 0)
+        await pilot.press("1")
+        await until(pilot, lambda: app.screen is not screen)
+        before = screen.seen
+        app.edits.save(empty / "params.yaml", {"finetune_lora.rank": 16})
+        app.project_watch.look_now()
+        await until(pilot, lambda: app.project_watch.project.params.finetune_lora.rank == 16)  # type: ignore[union-attr]
+        assert screen.seen == before
+        app.switch_mode("fruit")
+        await until(pilot, lambda: screen.seen == before + 1)
+
+
+def state(name: str, of: Any, **journal: Any) -> StageState:
+    stage: Stage = GRAPH.stages[name]
+    return StageState(stage, of, (), Journal("running", 1, 0.0, **journal) if journal else None)
+
+
+def test_the_header_says_what_runs_else_what_failed_else_what_is_left() -> None:
+    done, lost = state("pretrain", "current"), state("finetune_lora", "failed")
+    running = state("finetune_lora", "running", done=64, total=100)
+    assert describe_state([done, running], True, "x", COLORS)[0].startswith("▶ finetune_lora 64% ")
+    assert describe_state([done], True, "", COLORS)[0] == "▶ starting"
+    assert describe_state([done, lost], False, "", COLORS) == ("✗ finetune_lora", "bold error")
+    assert describe_state([done, state("merge", "waits")], False, "", COLORS) == ("● 1 to run", "warning")
+    assert describe_state([done], False, "", COLORS)[0] == "✓"
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 120, 200])
+async def test_the_header_fits_and_names_the_screen_shown(empty: Path, width: int) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(width, 24)) as pilot:
+        await until(pilot, lambda: app.screen.query(Header))
+        header = app.screen.query_one(Header)
+        header.state, header.facts = ("▶ finetune_lora 64% 0:12", "bold"), ("main", "cpu 1.1/23 GiB", "~/app")
+        text = str(header.render())
+        assert len(text) <= width or width == 30
+        assert "Pipeline" in text
+        assert ("64%" in text) == (width > 30)
+        assert ("~/app" in text) == (width >= 120) or width == 120  # its place depends on the number of screens
