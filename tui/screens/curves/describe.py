@@ -83,11 +83,10 @@ def _when(view: RunView) -> str:
     return f"{then:%H:%M}" if then.date() == datetime.now().date() else f"{then:%d %b}"
 
 
-def details(line: Drawn, look: Look, cursor: float | None, paint: Paint) -> Text:
+def details(line: Drawn, cursor: float | None, paint: Paint) -> Text:
     """What is known of a run, or of an adapter of a sweep: state, values, what it cost."""
-    text = Text.assemble(
-        (look.sign, paint.of(look)), " ", (printable(line.view.run.curve_label(line.curve_log.name)), "bold")
-    )
+    name = printable(line.view.run.curve_label(line.curve_log.name))
+    text = Text.assemble((line.look.sign, paint.of(line.look)), " ", (name, "bold"))
     for fact in (*_progress(line.view, paint), *_values(line, cursor), *_cost(line), *_trouble(line.view, paint)):
         text.append("\n").append(fact)
     return text
@@ -117,7 +116,8 @@ def _values(line: Drawn, cursor: float | None) -> Iterator[str]:
             yield f"nothing logged at step {cursor:,.0f}"
         return
     step, loss = log.steps[index], log.series["loss"]
-    yield f"step {step:,.0f}: loss {_four(loss.y[index])}, smoothed {_four(loss.smooth[index])}"
+    yield f"loss {_four(loss.y[index])} at step {step:,.0f}"
+    yield f"smoothed {_four(loss.smooth[index])}"
     for name, held_out in HELD_OUT.items():
         if (value := log.series[held_out].value_at(step)) is not None:
             yield f"held-out {METRICS[name].short} {_four(value)}"
@@ -188,6 +188,6 @@ def answers(shown: Sequence[Drawn], cursor: float | None, paint: Paint) -> Text:
         text.append(f"  step {samples[0].step:,}\n")
         for sample in samples:
             answer = "(not finite)" if sample.answer is None else printable(sample.answer)
-            text.append(f"  {printable(sample.prompt)} ", "dim").append(f"→ {answer}\n")
+            text.append(f"  {printable(sample.prompt)}\n", "dim").append(f"  → {answer}\n")
     text.rstrip()
     return text

@@ -1,4 +1,4 @@
-"""Export the Curves screen: a dialog for format and path; a chart, drawn by another process, or the numbers as CSV."""
+"""Export what is shown: a chart, drawn by another process, or the numbers as CSV."""
 
 import asyncio
 import csv
@@ -7,25 +7,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
-
-from textual import on
-from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
-from textual.content import Content
-from textual.screen import ModalScreen
-from textual.widgets import Button, Input, RadioButton, RadioSet, Static
+from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.runs import RunView
 from tui.screens.curves.selection import Drawn
 from tui.widgets.plot.scale import Range, power_of_ten
 
-LABELS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
-FORMATS = tuple(LABELS)
+KINDS = (".svg", ".png", ".csv")
 COLUMNS_EXPORTED = 600  # points of a line, at most
 
 
@@ -57,6 +49,19 @@ def panel(metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None,
     return {"title": METRICS[metric].title, "log": log, "y": y, "curves": parts}
 
 
+async def save(
+    path: Path, views: Sequence[RunView], panels: Sequence[dict[str, Any]], x: Range, smoothing: float
+) -> None:
+    """Write the runs' numbers or the panels, as the suffix of `path` says. Raises UserError and OSError."""
+    kind = path.suffix[1:].lower()
+    if kind == "csv":
+        chunks = csv_lines(views)
+    else:
+        picture = {"format": kind, "title": f"smoothing {smoothing:g}", "x": x, "panels": panels}
+        chunks = iter([await render_chart(picture)])
+    await asyncio.to_thread(write_file, path, chunks, durable=True)
+
+
 async def render_chart(chart: dict[str, Any]) -> bytes:
     """The chart as the bytes of an image file. Raises UserError if the drawing process fails."""
     pipe = asyncio.subprocess.PIPE
@@ -85,81 +90,17 @@ def csv_lines(views: Sequence[RunView]) -> Iterator[bytes]:
         yield text.getvalue().encode()
 
 
-class Format(RadioButton):
-    """A radio button that is empty when off: Textual's differs in colour only."""
-
-    @property
-    def _button(self) -> Content:
-        self.BUTTON_INNER = "●" if self.value else " "
-        return super()._button
+def free_name(root: Path, stem: str) -> str:
+    """A name that does not exist yet: curves.svg, else curves-2.svg, …"""
+    names = (f"{stem}{number}.svg" for number in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next((name for name in names if not (root / name).exists()), f"{stem}.svg")
 
 
-class ExportScreen(ModalScreen[Path | None]):
-    """Asks for a format and a path; returns the path, whose suffix is the format."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss", "Close")]
-    DEFAULT_CSS = """
-    ExportScreen { align: center middle; }
-    ExportScreen Input { margin: 1 0; }
-    ExportScreen Horizontal { height: auto; align-horizontal: right; }
-    ExportScreen Button { margin-left: 2; }
-    ExportScreen RadioSet { width: 100%; }
-    """
-
-    def __init__(self, root: Path, stem: str) -> None:
-        super().__init__()
-        self.root, self.stem = root, stem
-
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog"):
-            yield Static("Export what is shown: the runs that are switched on, this range, this smoothing.")
-            with RadioSet():
-                for kind in FORMATS:
-                    yield Format(LABELS[kind], value=kind == FORMATS[0], id=kind)
-            yield Input(self._default(FORMATS[0]), placeholder="a path, from the project's folder")
-            yield Static(id="note")
-            with Horizontal():
-                yield Button("Export", variant="primary", id="export")
-                yield Button("Cancel", id="cancel")
-
-    def on_mount(self) -> None:
-        self.set_focus(self.query_one(Input))
-
-    def _default(self, kind: str) -> str:
-        """A name that does not exist yet: curves.svg, else curves-2.svg, …"""
-        names = (f"{self.stem}{number}.{kind}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
-        return next((name for name in names if not (self.root / name).exists()), f"{self.stem}.{kind}")
-
-    @property
-    def path(self) -> Path:
-        return self.root / Path(self.query_one(Input).value.strip()).expanduser()
-
-    @on(RadioSet.Changed)
-    def _format_changed(self, event: RadioSet.Changed) -> None:
-        kind, field = str(event.pressed.id), self.query_one(Input)
-        chosen = Path(field.value)
-        defaults = [self._default(name) for name in FORMATS]
-        field.value = self._default(kind) if field.value in defaults else str(chosen.with_suffix(f".{kind}"))
-
-    @on(Input.Changed)
-    def _update_note(self) -> None:
-        self.query_one("#note", Static).update(
-            self._problem() or ("" if not self.path.exists() else "will be replaced")
-        )
-
-    def _problem(self) -> str:
-        """Why the path is invalid; empty if it is valid."""
-        kind = self.path.suffix.removeprefix(".").lower()
-        if kind not in FORMATS:
-            return f"The path must end in {', '.join(f'.{name}' for name in FORMATS)}."
-        return "" if self.path.parent.is_dir() else f"{self.path.parent} is not a folder."
-
-    @on(Input.Submitted)
-    @on(Button.Pressed, "#export")
-    def _export(self) -> None:
-        if not self._problem():
-            self.dismiss(self.path)
-
-    @on(Button.Pressed, "#cancel")
-    def _cancel(self) -> None:
-        self.dismiss(None)
+def path_for(root: Path, answer: str) -> Path:
+    """The path that was typed. Raises UserError if nothing can be written there."""
+    path = root / Path(answer).expanduser()
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers.")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder. Choose one that exists.")
+    return path

@@ -21,7 +21,6 @@ from tui.widgets.plot.chart import Chart, PlotWidget
 from tui.widgets.plot.line_plot import Line, Row, View, line_plot
 from tui.widgets.plot.scale import spans_decade
 from tui.widgets.plot.sparkline import sparkline
-from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import KeyedList, Lines
 
 CELL, LOW = (26, 18), 4  # cells of a small plot: wished for, at least; rows below which it is a sparkline
@@ -57,10 +56,11 @@ steps* moves with it, *steps … to …* stays. A drag moves the picture, the wh
 
 @dataclass(frozen=True)
 class Panel:
-    """A small plot: the metric's name, the value of the pointed run, and its lines for so many columns."""
+    """A small plot: the metric's name, a run's value and its colour, and the lines for so many columns."""
 
     name: str
     value: str
+    style: str
     lines: Callable[[int], Sequence[Line]]
 
 
@@ -135,13 +135,12 @@ class SmallPlots(PlotWidget, can_focus=True):
         """A title with the value, and the plot below it; a column stays free at the right."""
         lines = panel.lines(2 * width)
         log = spans_decade(value for line in lines if not line.stray for value in line.values())
-        style = lines[-1].style if lines else ""
         room = width - 2 - cell_len(panel.value)
         title = METRICS[panel.name].short[: max(room - 1, 0)]
         head: Row = [
             (title, self._title_style(number)),
             (" " * (room - len(title)), ""),
-            (panel.value, style),
+            (panel.value, panel.style),
             ("  ", ""),
         ]
         view = View(self._view.x, None, log, self._view.cursor)
@@ -161,7 +160,7 @@ class SmallPlots(PlotWidget, can_focus=True):
             values = [log10(value) for value in values] if spans_decade(values) else values
             parts: Row = [
                 (METRICS[panel.name].short, self._title_style(number)),
-                (f" {sparkline(values, SPARK)} {panel.value}", lines[-1].style if lines else ""),
+                (f" {sparkline(values, SPARK)} {panel.value}", panel.style),
             ]
             y, column = self._append(rows, y, column, parts, width, number)
         for name, value in self._numbers:
@@ -237,16 +236,11 @@ class RunList(KeyedList):
     """A line per run, and below an open sweep one per adapter. Option ids are their keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        *VIM_KEYS,
-        Binding("home,g", "first", "First", show=False),
-        Binding("end,G", "last", "Last", show=False),
         Binding("enter", "screen.open", "Open", show=False),
     ]
     DEFAULT_CSS = """
     RunList { height: 1fr; scrollbar-size-vertical: 1; background: transparent; }
     RunList:focus { background: transparent; }
-    RunList > .option-list--option-highlighted { color: $foreground; background: $foreground 10%; text-style: none; }
-    RunList:focus > .option-list--option-highlighted { color: $foreground; background: $accent 30%; text-style: bold; }
     """
 
     def __init__(self) -> None:
@@ -332,7 +326,7 @@ class TextPane(Pane):
     def show_text(self, text: Text) -> None:
         if text != self.text:
             self.text = text
-            self.query_one(Lines).show(lambda _: text.split())
+            self.query_one(Lines).show(lambda _: list(text.split()))
 
 
 class DetailsPane(TextPane):

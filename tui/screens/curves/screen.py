@@ -1,9 +1,8 @@
 """The curves screen: what every run logs over its steps, live."""
 
-import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from time import monotonic, process_time
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +13,11 @@ from textual.containers import Container, Vertical
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
-from pipeline.files.artifact import MANIFEST, write_file
-from tui.dialogs import Reader
+from pipeline.files.artifact import MANIFEST
+from tui.dialogs import Ask, PathScreen, Reader
 from tui.registry import SCREENS
 from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
+from tui.screens.curves import export
 from tui.screens.curves.describe import Paint, answers, details
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.panes import (
@@ -43,6 +43,7 @@ POLL = 0.5  # seconds between checks of the files
 CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
+ROOMY = 34  # columns of the list from which its title says what its columns are
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,29 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._poll()
 
     def open_with(self, run: str = "", **_: Any) -> None:
-        """Show a run: a stage (the newest of it), a method, or the folder of its logs."""
+        """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an adapter of a sweep."""
         self._wanted = run
         self._find_wanted()
 
     def _find_wanted(self) -> None:
-        wanted, views = self._wanted, self.runs.views
+        """Point to the run that another screen asked for, once it is found."""
+        wanted, _, adapter = self._wanted.partition("/")
         names = {wanted, f"finetune_{wanted}"}
-        key = next((key for key, view in views.items() if key == wanted or names & {view.run.stage, view.name}), "")
-        if wanted and key:
-            self._wanted = ""
-            self.runs.show(key)
-            self._point_to(key)
+        key = next((key for key, view in self.runs.views.items() if view.run.stage in names), "")
+        if not wanted or not key:
+            return
+        self._wanted = ""
+        self.runs.show(key)
+        if curve_log := self.runs.views[key].curve_logs.get(adapter):
+            self._opened.add(key)
+            key = self.runs.views[key].adapter_key(curve_log) or key
+        self._update_list()
+        self._point_to(key)
+        self._read_now()
 
     def project_changed(self) -> None:
         """Progress is a change too; what was kept changes when a stage does."""
-        states = {name: state.state for name, state in self.workbench.project_watch.states.items()}
+        states: dict[str, str] = {name: state.state for name, state in self.workbench.project_watch.states.items()}
         if states != self._states:
             self._states = states
             self._read_kept()
@@ -217,35 +225,35 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         small = [name for name in logged if name != self.metric]
         constant = [name for name in small if self.runs.is_constant(name)]
         panels = [
-            Panel(name, self._value(drawn, name), lambda columns, name=name: lines(name, columns))  # type: ignore[misc]
-            for name in small
-            if name not in constant
+            Panel(name, *self._value(drawn, name), partial(lines, name)) for name in small if name not in constant
         ]
-        numbers = [(METRICS[name].short, self._value(drawn, name)) for name in constant]
+        numbers = [(METRICS[name].short, self._value(drawn, name)[0]) for name in constant]
         self.query_one(SmallPlots).draw(panels, numbers, View(x, cursor=self.window.cursor))
         self._show_texts(drawn)
 
-    def _value(self, drawn: list[Drawn], name: str) -> str:
-        """The value of the pointed run, else of the newest that has one."""
-        values = (line.value(name, self.window.cursor) for line in reversed(drawn) if not line.quiet)
-        value = next((value for value in values if value is not None), None)
-        return "–" if value is None else METRICS[name].format(value)
+    def _value(self, drawn: list[Drawn], name: str) -> tuple[str, str]:
+        """The value of the pointed run, else of the uppermost that has one, and the colour of that run."""
+        for line in reversed(drawn):
+            value = None if line.quiet else line.value(name, self.window.cursor)
+            if value is not None:
+                return METRICS[name].format(value), self._paint(self.chart).of(line.look)
+        return "–", ""
 
     def _show_title(self, lines: list[Line]) -> None:
+        """What is drawn, as much of it as there is room for: the least important comes last."""
         x, window = self.steps(), self.window
-        steps = "all steps"
-        if window.x is not None:
-            steps = f"last {x[1] - x[0]:,.0f} steps" if window.following else f"steps {x[0]:,.0f} to {x[1]:,.0f}"
         facts = [f"at step {window.cursor:,.0f}"] if window.cursor is not None else []
-        facts += [steps, "log" if self.logarithmic else "linear"]
-        if self.logarithmic and any(min(line.curve_log.series(self.metric).y, default=1) <= 0 for line in self.drawn()):
+        if window.x is None:
+            facts.append("all steps")
+        else:
+            facts.append(f"last {x[1] - x[0]:,.0f} steps" if window.following else f"steps {x[0]:,.0f} to {x[1]:,.0f}")
+        facts.append("log" if self.logarithmic else "linear")
+        if self.logarithmic and any(y <= 0 for line in lines for y in line.values()):
             facts.append("without values ≤ 0")
-        if any(line.marks for line in lines):
-            facts.append("× held out")
-        facts.append(f"smooth {self.runs.smoothing:g}")
+        facts += ["× held out"] * any(line.marks for line in lines) + [f"smooth {self.runs.smoothing:g}"]
         title, pane = METRICS[self.metric].title, self.query_one(ChartPane)
         while len(facts) > 1 and len(title) + len(" · ".join(facts)) + 4 > pane.size.width:
-            facts.pop()  # the least important is the last one
+            facts.pop()
         pane.show_title(" · ".join(facts), title=title)
 
     def _show_texts(self, drawn: list[Drawn]) -> None:
@@ -256,9 +264,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if has_answers:
             pane.show_text(answers(drawn, self.window.cursor, paint))
         line = self._pointed_line()
-        self.query_one(DetailsPane).show_text(
-            details(line, self._look(), self.window.cursor, paint) if line else Text("No run")
-        )
+        self.query_one(DetailsPane).show_text(details(line, self.window.cursor, paint) if line else Text())
 
     def _paint(self, widget: Widget) -> Paint:
         return Paint(widget.background_colors[1], self.app.theme_variables, widget.size.width)
@@ -266,7 +272,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     def _update_list(self) -> None:
         pane = self.query_one(RunsPane)
         self.query_one(RunList).show_runs(self.runs, self._opened, pane.filter_text)
-        pane.show_title(f"{len(self.runs.shown)} of {len(self.runs.views)} on")
+        facts = f"{len(self.runs.shown)} of {len(self.runs.views)} on"
+        pane.show_title(facts + (" · loss, kept" if pane.size.width > ROOMY else ""))
 
     def drawn(self) -> list[Drawn]:
         """The curves that are on, in drawing order."""
@@ -285,11 +292,6 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         key, view = found
         curves = (log for log in view.curve_logs.values() if pointed and view.adapter_key(log) == pointed)
         return Drawn(view, next(curves, view.best), self.runs.looks[key])
-
-    def _look(self) -> Any:
-        found = self._pointed_view()
-        assert found  # there is a pointed line
-        return self.runs.looks[found[0]]
 
     def steps(self) -> Range:
         """The visible steps: all, the window's, or as many up to the newest step."""
@@ -347,7 +349,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     def action_info(self) -> None:
         """All that is known of the run, with its settings."""
         if line := self._pointed_line():
-            text = details(line, self._look(), self.window.cursor, self._paint(self))
+            text = details(line, self.window.cursor, self._paint(self))
             settings = [f"{key}  {value}" for key, value in line.view.run.params.items()]
             text.append("\n\nSettings\n" if settings else "", "bold").append("\n".join(settings))
             self.app.push_screen(Reader(text, title="Run"))
@@ -359,18 +361,15 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def action_chat(self) -> None:
         """Talk with the model that the run made."""
-        found, project = self._pointed_view(), self.workbench.project_watch.project
-        if not found or not project or "chat" not in SCREENS:
+        line, project = self._pointed_line(), self.workbench.project_watch.project
+        if not line or not project or "chat" not in SCREENS:
             return
-        run = found[1].run
-        folders = (run.log_folder, project.artifact(run.stage))
-        model = next((folder for folder in folders if (folder / MANIFEST).is_file() and run.digest), None)
-        if model is None or run.sweeps:
-            self.warn(
-                "This run has no model yet." if not run.sweeps else "A sweep has several models: choose one with 5."
-            )
-        else:
+        run = line.view.run
+        folders = (at / line.curve_log.name for at in (run.log_folder, project.artifact(run.stage)) if run.digest)
+        if model := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
             self.workbench.go("chat", models=[model])
+        else:
+            self.warn("This run has made no model yet.")
 
     # The window
 
@@ -467,30 +466,29 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     @work
     async def action_export(self) -> None:
-        from tui.screens.curves import export  # its dialog's widgets are imported when it is first opened
-
-        drawn, views = self.drawn(), [view for _, view in self.runs.visible()]
+        views = [view for _, view in self.runs.visible()]
         if not any(log.steps for view in views for log in view.logs):
             hint = "switch a run on in the list" if self.runs.views else "there are no runs yet"
             self.warn(f"There is nothing to export: {hint}.")
             return
         stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
-        path: Path | None = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
-        if path is None:
+        question = "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on (.csv)"
+        name = export.free_name(self.workbench.root, stem)
+        answer = await self.app.push_screen_wait(PathScreen(question, name))
+        if answer is None:
             return
         with self.workbench.errors_shown():
-            if path.suffix.lower() == ".csv":
-                chunks = export.csv_lines(views)
-            else:
-                chunks = iter([await export.render_chart(self.picture(drawn, path.suffix[1:].lower()))])
-            await asyncio.to_thread(write_file, path, chunks, durable=True)
+            path = export.path_for(self.workbench.root, answer)
+            if path.exists():
+                ask = Ask(f"{answer} exists.", {"y": "replace it"}, title="Export")
+                if not await self.app.push_screen_wait(ask):
+                    return
+            await export.save(path, views, self.panels(), self.steps(), self.runs.smoothing)
             self.workbench.log_message(f"Exported to {path}.")
 
-    def picture(self, drawn: list[Drawn], kind: str) -> dict[str, object]:
+    def panels(self) -> list[dict[str, Any]]:
         """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes them."""
-        from tui.screens.curves.export import panel
-
-        x, small = self.steps(), [name for name in self.runs.logged() if name != self.metric]
-        panels = [panel(self.metric, drawn, x, self.chart.plot.y, self.logarithmic)]
-        panels += [panel(name, drawn, x) for name in small if not self.runs.is_constant(name)]
-        return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
+        drawn, x = self.drawn(), self.steps()
+        large = export.panel(self.metric, drawn, x, self.chart.plot.y, self.logarithmic)
+        small = [name for name in self.runs.logged() if name != self.metric and not self.runs.is_constant(name)]
+        return [large, *(export.panel(name, drawn, x) for name in small)]
