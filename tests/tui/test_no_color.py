@@ -18,8 +18,7 @@ from tui.registry import SCREENS
 from tui.screens.adapters.conversation import Sampling
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.calculator.result import Confirm, document_table
-from tui.screens.curves.export import ExportScreen
-from tui.widgets.line_chart import LossChart
+from tui.widgets.plot.chart import Chart
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
@@ -45,7 +44,7 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
     app.first_screen, app.inference = name, FakeInference()
     async with app.run_test(size=(80, 24)) as pilot:
         if name == "curves":
-            await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))
+            await until(pilot, lambda: app.screen.query_one(Chart).plot.x != (0, 1))
         assert not colors(app)
         await pilot.press("tab", "tab", "down", "l", "m", "escape")
         for size in ((80, 24), (60, 16), (160, 50)):
@@ -65,7 +64,6 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
     "confirm": lambda _: Confirm("params.yaml", {"finetune_lora.rank": (8, 16)}),
     "claims": lambda _: document_table(),
-    "export": lambda app: ExportScreen(app.root, "loss"),
     "attention": lambda _: AttentionScreen("lora", _weights),
 }
 

@@ -1,7 +1,7 @@
 """The curves screen: what every run logs over its steps, live."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import monotonic, process_time
 from typing import Any, ClassVar, Literal
@@ -32,6 +32,7 @@ from tui.screens.curves.panes import (
 )
 from tui.screens.curves.runs import RunView
 from tui.screens.curves.selection import Drawn, Runs
+from tui.screens.curves.window import Window
 from tui.widgets.plot.chart import Chart
 from tui.widgets.plot.line_plot import Line, View
 from tui.widgets.plot.scale import Range, spans_decade
@@ -44,20 +45,6 @@ CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
 ROOMY = 34  # columns of the list from which its title says what its columns are
-
-
-@dataclass(frozen=True)
-class Window:
-    """What is visible. `x` None: all steps; `y` None: all values; `log` None: where a decade is spanned.
-
-    `following`: `x` moves with the newest step.
-    """
-
-    x: Range | None = None
-    y: Range | None = None
-    log: bool | None = None
-    following: bool = False
-    cursor: float | None = None
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -185,6 +172,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
                 self.redraw()
             elif any(state_changes):
                 self._update_list()
+                self._show_texts(self.drawn())
             self._find_wanted()
         finally:
             self._reading = False
@@ -241,12 +229,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def _show_title(self, lines: list[Line]) -> None:
         """What is drawn, as much of it as there is room for: the least important comes last."""
-        x, window = self.steps(), self.window
-        facts = [f"at step {window.cursor:,.0f}"] if window.cursor is not None else []
-        if window.x is None:
-            facts.append("all steps")
-        else:
-            facts.append(f"last {x[1] - x[0]:,.0f} steps" if window.following else f"steps {x[0]:,.0f} to {x[1]:,.0f}")
+        facts = self.window.facts(self.steps())
         facts.append("log" if self.logarithmic else "linear")
         if self.logarithmic and any(y <= 0 for line in lines for y in line.values()):
             facts.append("without values ≤ 0")
@@ -294,12 +277,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         return Drawn(view, next(curves, view.best), self.runs.looks[key])
 
     def steps(self) -> Range:
-        """The visible steps: all, the window's, or as many up to the newest step."""
-        steps = [log.steps for _, view in self.runs.visible() for log in view.logs if log.steps]
-        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
-        if self.window.x is None:
-            return (first, last) if first < last else (first - 1, last + 1)
-        return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
+        """The visible steps."""
+        return self.window.steps(self.runs)
 
     # Runs
 
@@ -374,7 +353,10 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     # The window
 
     def _set_window(self, **change: object) -> None:
-        self.window = replace(self.window, **change)  # type: ignore[arg-type]
+        self._show(replace(self.window, **change))  # type: ignore[arg-type]
+
+    def _show(self, window: Window) -> None:
+        self.window = window
         self._draw_plots()
         self.refresh_bindings()
 
@@ -430,13 +412,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._set_window(x=None, y=None, following=False)
 
     def action_sideways(self, direction: int) -> None:
-        """Move the step cursor by a column, at least by a step; the first press sets it to the last step."""
-        first, last = self.steps()
-        if self.window.cursor is None:
-            self._set_window(cursor=round(last if direction < 0 else first))
-            return
-        by = max(round((last - first) / self.chart.plot.width), 1)
-        self._set_window(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
+        """Move the step cursor; the first press sets it."""
+        self._show(self.window.sideways(direction, self.steps(), self.chart.plot.width))
 
     def action_end_of_steps(self, end: Literal[0, 1]) -> None:
         self._set_window(cursor=round(self.steps()[end]))
@@ -455,11 +432,12 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
-            self._smooth(SMOOTHINGS[index])
+            self.runs.smoothing = SMOOTHINGS[index]  # now: the next key may come before the lines are smoothed
+            self._smooth()
 
     @work(exclusive=True, group="smooth")
-    async def _smooth(self, strength: float) -> None:
-        await self.runs.smooth(strength)
+    async def _smooth(self) -> None:
+        await self.runs.smooth()
         self._draw_plots()
 
     # Export

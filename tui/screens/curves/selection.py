@@ -138,11 +138,10 @@ class Runs:
         self._switched[key] = True
         self.update_shown()
 
-    async def smooth(self, smoothing: float) -> None:
+    async def smooth(self) -> None:
         """Smooth all lines anew, with a turn of the event loop after each: a long log takes 0.1 s."""
-        self.smoothing = smoothing
         for curve_log in [curve for view in self.views.values() for curve in view.curve_logs.values()]:
-            curve_log.smooth(smoothing)
+            curve_log.smooth(self.smoothing)
             await asyncio.sleep(0)
 
     def update_shown(self) -> set[str]:
