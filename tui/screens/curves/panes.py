@@ -12,6 +12,7 @@ from textual.containers import VerticalScroll
 from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
+from textual.widgets import Static
 
 from tui.screens.curves.describe import Paint, adapter_line, run_line
 from tui.screens.curves.metrics import METRICS
@@ -24,7 +25,7 @@ from tui.widgets.plot.sparkline import sparkline
 from tui.widgets.text import KeyedList, Lines
 
 CELL, LOW = (26, 18), 4  # cells of a small plot: wished for, at least; rows below which it is a sparkline
-SPARK, GAP = 8, 3  # cells of a sparkline, and between two
+SPARK, TEXT, GAP = (8, 30), 20, 3  # cells of a sparkline, at least and at most, of the text beside it, between two
 
 
 class ChartPane(Pane):
@@ -153,14 +154,15 @@ class SmallPlots(PlotWidget, can_focus=True):
     def _sparklines(self, width: int, height: int) -> list[Row]:
         """`grad norm ▇▅▃▁ 0.31   learning rate 0.002`, in as many rows as there are."""
         rows: list[Row] = [[] for _ in range(max(height, 1))]
+        spark = min(max(width // (len(self._panels) + 1) - TEXT, SPARK[0]), SPARK[1])
         y = column = 0
         for number, panel in enumerate(self._panels):
-            lines = panel.lines(2 * SPARK)
+            lines = panel.lines(2 * spark)
             values = [value for _, value in lines[-1].points] if lines else []
             values = [log10(value) for value in values] if spans_decade(values) else values
             parts: Row = [
                 (METRICS[panel.name].short, self._title_style(number)),
-                (f" {sparkline(values, SPARK)} {panel.value}", panel.style),
+                (f" {sparkline(values, spark)} {panel.value}", panel.style),
             ]
             y, column = self._append(rows, y, column, parts, width, number)
         for name, value in self._numbers:
@@ -311,12 +313,31 @@ adapter (bright) and the others (dim); Enter opens it. Names tell what differs f
         self.post_message(self.Filtered())
 
 
-class TextPane(Pane):
-    """A text that scrolls."""
+class DetailsPane(Pane):
+    """The run that the cursor is on."""
 
-    DEFAULT_CSS = """
-    TextPane VerticalScroll { height: 1fr; scrollbar-size-vertical: 1; }
-    """
+    TITLE = "Run"
+    HELP = """The run that the list's cursor is on: its state, values at its newest step or at the step cursor, memory as
+it was predicted and measured, and its pace. The time left is estimated from the last 200 steps. `i` in the list tells
+all."""
+    text = Text()  # what is shown
+
+    def contents(self) -> Iterable[Widget]:
+        yield Static(markup=False)
+
+    def show_text(self, text: Text) -> None:
+        """What does not fit is cut: a text that changes with each key must not lay out the screen anew."""
+        if text != self.text:
+            self.text = text
+            self.query_one(Static).update(text, layout=False)
+
+
+class AnswersPane(Pane):
+    """What the runs answered."""
+
+    TITLE = "Answers"
+    HELP = """What the runs that are on answered to the prompts of `samples` while they trained: at the step cursor, or
+at last."""
     text = Text()  # what is shown
 
     def contents(self) -> Iterable[Widget]:
@@ -327,19 +348,3 @@ class TextPane(Pane):
         if text != self.text:
             self.text = text
             self.query_one(Lines).show(lambda _: list(text.split()))
-
-
-class DetailsPane(TextPane):
-    """The run that the cursor is on."""
-
-    TITLE = "Run"
-    HELP = """The run that the list's cursor is on: its state, values at its newest step or at the step cursor, memory
-as it was predicted and measured, and its pace. The time left is estimated from the last 200 steps."""
-
-
-class AnswersPane(TextPane):
-    """What the runs answered."""
-
-    TITLE = "Answers"
-    HELP = """What the runs that are on answered to the prompts of `samples` while they trained: at the step cursor,
-or at last."""

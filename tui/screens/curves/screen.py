@@ -61,7 +61,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         (WIDE, "-wide"),
         (HUGE, "-huge"),
     ]
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-tall"), (HIGH, "-high")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-low"), (HIGH, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "sideways(-1)", "Step cursor", id="curves.left", key_display="← →"),
         Binding("right", "sideways(1)", "Step cursor to the right", id="curves.right", show=False),
@@ -86,7 +86,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self.logarithmic = False  # whether the large chart is drawn so
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._wanted = ""  # a run that another screen asked for, until it is found
-        self._answers_hidden = False
+        self._answers: bool | None = None  # whether they are shown, if the user has said so
         self._states: dict[str, str] = {}  # of the stages, when it was last read what they kept
         self._reading = False
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
@@ -241,7 +241,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def _show_texts(self, drawn: list[Drawn]) -> None:
         has_answers = self.runs.has_answers()
-        self.set_class(has_answers and not self._answers_hidden, "-answers")
+        wanted = self.has_class("-high") if self._answers is None else self._answers
+        self.set_class(has_answers and wanted, "-answers")
         pane = self.query_one(AnswersPane)
         paint = self._paint(pane)
         if has_answers:
@@ -426,7 +427,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def action_answers(self) -> None:
         """Show or hide what the runs answered."""
-        self._answers_hidden = not self._answers_hidden
+        self._answers = not self.has_class("-answers")
         self._draw_plots()
 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
