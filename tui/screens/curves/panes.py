@@ -317,9 +317,9 @@ class DetailsPane(Pane):
     """The run that the cursor is on."""
 
     TITLE = "Run"
-    HELP = """The run that the list's cursor is on: its state, values at its newest step or at the step cursor, memory as
-it was predicted and measured, and its pace. The time left is estimated from the last 200 steps. `i` in the list tells
-all."""
+    HELP = """The run that the list's cursor is on: its state, values at its newest step or at the step cursor, memory
+as it was predicted and measured, and its pace. The time left is estimated from the last 200 steps. `i` in the list
+tells all."""
     text = Text()  # what is shown
 
     def contents(self) -> Iterable[Widget]:

@@ -19,7 +19,7 @@ Point = tuple[float, float]
 Row = list[tuple[str, str]]  # runs of text and their style, as Rich reads it
 EVALUATED, FLAT, GRID, CURSOR = "×", "»", "┈", "│"
 ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
-MAX_LABELS, MIN_LABEL = 0.35, 6  # of the width, for the labels at line ends; cells, or there are none
+MAX_LABELS, MIN_LABEL = 0.4, 6  # of the width, for the labels at line ends; cells, or there are none
 MARK_EVERY = 3  # cells between two marks, at least
 SIGN_EVERY, PHASE = 18, 0.37  # cells between two signs on a line; of it, from one line's to the next one's
 
