@@ -136,19 +136,23 @@ class RunView:
         self._select_best()
 
     def poll_state(self) -> bool:
-        """Read the run state and the outcomes of adapters again. Returns whether they changed."""
-        before = self.journal, self.alive
+        """Read the run state and the outcomes of adapters again. Returns whether they changed, but for the progress."""
+        before = self._condition
         folder = self.run.folder
         self.journal = run_state.read(folder) if folder else None
         self.alive = bool(folder and self.journal and self.journal.state == "running" and run_state.alive(folder))
         now = file_stamp(self.run.log_folder / TABLE) if self.run.sweeps else None
         if now == self._outcomes_stamp:
-            return before != (self.journal, self.alive)
+            return before != self._condition
         self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
         for name, curve_log in self.curve_logs.items():
             curve_log.outcome = outcome if (outcome := outcomes.get(name, "")) in (DIVERGED, STOPPED) else ""
         self._select_best()
         return True
+
+    @property
+    def _condition(self) -> tuple[object, ...]:
+        return (self.journal.state, self.journal.message, self.alive) if self.journal else (None, "", self.alive)
 
     def _select_best(self) -> None:
         """The curve that represents the run: that of the lowest loss; a diverged one or a NaN is never better."""

@@ -142,7 +142,7 @@ async def test_another_screen_can_ask_for_a_run(root: Path, run: str) -> None:
 async def test_o_opens_the_stage_and_i_tells_all(root: Path) -> None:
     async with open_curves(root) as (pilot, screen):
         asked: list[dict[str, str]] = []
-        screen.workbench.go = lambda name, **request: asked.append({"screen": name, **request})  # type: ignore[method-assign, assignment, return-value]
+        screen.workbench.go = lambda name, **request: asked.append({"screen": name, **request})  # type: ignore[method-assign, assignment]
         await point_to(pilot, screen, "lora")
         await pilot.press("o")
         assert asked == [{"screen": "pipeline", "stage": "finetune_lora"}]

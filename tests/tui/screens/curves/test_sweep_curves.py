@@ -206,7 +206,9 @@ async def test_an_adapter_whose_log_begins_later_joins_the_others(empty: Path) -
         await until(pilot, lambda: "stopped after step 20" in details_text(screen))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"rank-1": 3}', '{"rank-1": {}}'], ids=["empty", "half", "list", "number", "object"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rank-1": 3}', '{"rank-1": {}}'], ids=["empty", "half", "list", "number", "object"]
+)
 async def test_a_broken_outcomes_file_is_ignored(empty: Path, text: str) -> None:
     (write_sweep(empty, FOUR) / "sweep.json").write_text(text, encoding="utf-8")
     async with open_curves(empty) as (_, screen):

@@ -80,7 +80,9 @@ def test_signs_tell_lines_apart_without_colors() -> None:
     st.booleans(),
 )
 def test_anything_fits_any_size(points: list[tuple[float, float]], width: int, height: int, log: bool) -> None:
-    plot = line_plot([Line(points, "", "a name that is long", "0.123", "■", marks=points[:3])], width, height, View(log=log))
+    plot = line_plot(
+        [Line(points, "", "a name that is long", "0.123", "■", marks=points[:3])], width, height, View(log=log)
+    )
     assert [sum(len(cells) for cells, _ in row) for row in plot.rows] == [width] * height
 
 
