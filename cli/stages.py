@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -285,7 +285,7 @@ def evaluate(
         bool, Option("--apply-chat-template", help="Ask the questions of --harness in the chat template.")
     ] = False,
     adapter: Annotated[
-        list[Path] | None, Option(help="Adapter for --harness instead of the project's models, with its base.")
+        list[Path] | None, Option(help="Adapter to evaluate instead of the project's models, with its base.")
     ] = None,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
@@ -293,7 +293,7 @@ def evaluate(
 ) -> None:
     """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
 
-    With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
+    With --adapter: the same numbers of these adapters, such as a sweep's → artifacts/measured. With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
     be your own; a task may run Python code.
     """
     from cli.project import refuse_broken, report
@@ -306,13 +306,39 @@ def evaluate(
         outside = named(base, adapter or ()) if base or adapter else None
         _run_harness(options, outside, params, overrides, trust_remote_code, as_json)
         return
-    given = (option is not None for option in (include_path, limit, num_fewshot, adapter, base))
-    if any((*given, apply_chat_template, trust_remote_code, as_json)):
-        raise UserError("Without --harness TASK, evaluate takes --params, --set and --force alone.")
+    given = (option is not None for option in (include_path, limit, num_fewshot))
+    if any((*given, base and not adapter, apply_chat_template, trust_remote_code, as_json)):
+        raise UserError("Without --harness TASK, evaluate takes --adapter, --base, --params, --set and --force alone.")
+    if adapter:
+        _measure(adapter, base, params, overrides)
+        return
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
     refuse_broken(project_of(params, overrides), shown=not UNDER_DVC)
+
+
+def _measure(adapters: Sequence[Path], base: Path | None, params: Path, overrides: list[str] | None) -> None:
+    """Evaluate adapters and show what was measured of each."""
+    from cli.console import follow, print_note, print_table
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
+    from pipeline.stages.evaluate import METRICS, measure, measuring
+
+    if missing := [str(path) for path in adapters if not path.is_dir()]:
+        raise UserError(f"--adapter {missing[0]} is not a folder. Name an adapter's folder.")
+    job = measuring(project_of(params, overrides))
+    problems = follow(measure(job, [path.absolute() for path in adapters], base), "evaluate")
+    rows = []
+    for name, numbers in read_json(job.out / METRICS, "Run it again").items():
+        old, done = numbers.get("forgetting", {}), numbers.get("new_completed")
+        cells = (numbers.get("new_loss"), ".3f"), (old.get("answers_kept"), ".0%"), (old.get("loss_rise"), "+.3f")
+        new, kept, rise = ("–" if value is None else f"{value:{form}}" for value, form in cells)
+        rows.append((name, new, "–" if done is None else f"{done}/{numbers['new_sentences']}", kept, rise))
+    columns = ("adapter", "new loss", "new completed", "answers kept", "forgot")
+    print_table(columns, rows, right=columns[1:])
+    for problem in problems:
+        print_note(problem)
 
 
 def _run_harness(

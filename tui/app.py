@@ -45,6 +45,7 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
+    from tui.services.loaded_models import LoadedModels
 
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
@@ -108,7 +109,8 @@ class Workbench(App[None]):
         self.edits = ParamEdits()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the first screen that prompts
+        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
+        self.models: LoadedModels | None = None
         self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet

@@ -27,6 +27,7 @@ class ScreenEntry(NamedTuple):
 SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "adapters": ScreenEntry("Adapters", "Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
 }

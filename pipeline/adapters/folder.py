@@ -42,15 +42,15 @@ def refuse_virtual(folder: Path) -> None:
         )
 
 
-def base_of(adapter: Path | None, here: Path = Path()) -> Path:
+def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
     """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
 
-    A relative name is looked up in `here`, then in the adapter's parent folders. Raises UserError.
+    A relative name is looked up in `here`, in the adapter's parent folders, then in `last`. Raises UserError.
     """
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (here, *adapter.resolve().parents):  # a project that was moved, or is read from elsewhere
+    for folder in (here, *adapter.resolve().parents, *last):  # a project that was moved, or is read from elsewhere
         if isinstance(name, str) and (folder / name).is_dir():
             return folder / name
     raise UserError(f"{adapter} names {name!r} as its base, but there is no such folder. Pass the base with --base.")

@@ -1,9 +1,9 @@
 """Finds and describes the models and adapters in a folder from their files, without loading them."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from pipeline.files.digest_cache import Signature, signature
 from pipeline.files.safetensors_file import read_header
 from pipeline.files.text import natural_sort_key
 from pipeline.project.gate import badge
-from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+from pipeline.project.logs.run_log import LOSS, read_final_loss
 from pipeline.project.stage_graph import Project
 
 UNSEALED = "no manifest: base unknown"
@@ -78,6 +78,10 @@ class VerificationResult:
     reason: str | None = None
     forgetting: float | None = None  # increase of the loss on the old sentences, in nats per token
     gate: str | None = None  # "passed", or how many of evaluate.limits it breaks
+    kept: float | None = None  # share of the answers to old sentences that are still the base's
+    learned: float | None = None  # share of the new sentences that it completes
+    new_loss: float | None = None  # on the new sentences, in nats per token
+    digest: str = ""  # of its files, by which evaluations name it; "" if that is not known
 
 
 def adapters(
@@ -157,7 +161,7 @@ def describe(folder: Path) -> Model:
         kind = "base" if trained in (None, *BASES) else "merged" if trained == "merge" else "checkpoint"
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
     try:
-        last_loss = final_loss(read_steps(folder / LOSS))
+        last_loss = read_final_loss(folder / LOSS)
     except OSError:
         last_loss = None
     return Model(
@@ -220,10 +224,7 @@ def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | No
 
 def find_base(adapter: Path, root: Path) -> Path:
     """The base that an adapter names: searched next to it, then in `root`. Raises UserError."""
-    try:
-        return base_of(adapter, adapter.parent)
-    except UserError:
-        return base_of(adapter, root)
+    return base_of(adapter, adapter.parent, root)
 
 
 def check(
@@ -242,18 +243,38 @@ def check(
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if not (model.path / artifact.MANIFEST).exists():
             read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
-            return VerificationResult(UNBOUND, NOT_CHECKED)
+            # the files of an adapter are few; a base would be hashed for nothing, as only adapters are measured alone
+            digest = artifact.contents_digest(contents(model.path)) if model.kind == "adapter" else ""
+            return scored(VerificationResult(UNBOUND, NOT_CHECKED, digest=digest), measurements)
         adapter = model.kind == "adapter"  # verified above
         manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        digest = artifact.sealed_digest(manifest)
-        gate = measurements.get(digest, {}).get("gate")
-        return VerificationResult(VERIFIED, None, _measured_forgetting(digest, measurements), gate)
+        return scored(VerificationResult(VERIFIED, digest=artifact.sealed_digest(manifest)), measurements)
     except UserError as error:
         return VerificationResult(REFUSED, str(error))
     except OSError as error:
         return VerificationResult(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
     except (AttributeError, KeyError, TypeError):  # a manifest whose sections have another type
         return VerificationResult(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
+
+
+def scored(verdict: VerificationResult, measurements: Measurements) -> VerificationResult:
+    """The verdict with what an evaluation measured of these files; another tool may have written it."""
+    metrics = measurements.get(verdict.digest, {})
+
+    def number(read: Callable[[], Any]) -> float | None:
+        try:
+            return float(read())
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+
+    return replace(
+        verdict,
+        forgetting=_measured_forgetting(verdict.digest, measurements),
+        gate=metrics.get("gate"),
+        kept=number(lambda: metrics["forgetting"]["answers_kept"]),
+        learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
+        new_loss=number(lambda: metrics["new_loss"]),
+    )
 
 
 def _measured_forgetting(digest: str, measurements: Measurements) -> float | None:

@@ -2,17 +2,20 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 from pipeline.inference import engine
+from pipeline.inference.chat import History, Message, fit_history
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
@@ -21,6 +24,8 @@ from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
+ROLES = ("system", "user", "assistant")
+MAX_MAP = 12  # tokens in a small map of a head; more are pooled
 MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
 
@@ -31,7 +36,25 @@ class Request:
         self._fields = fields
 
     def text(self, key: str) -> str:
-        value = self._fields.get(key)
+        return self._text(key, self._fields.get(key))
+
+    def messages(self) -> list[Message] | None:
+        """The conversation, if the request has one."""
+        value = self._fields.get("messages")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+            raise UserError(f"messages must be a list of objects, at least one, got {abbreviate_repr(value)}.")
+        for n, message in enumerate(value):
+            if message.get("role") not in ROLES:
+                rule = f"messages[{n}].role must be one of {', '.join(ROLES)}"
+                raise UserError(f"{rule}, got {abbreviate_repr(message.get('role'))}.")
+        return [
+            {"role": message["role"], "content": self._text(f"messages[{n}].content", message.get("content"))}
+            for n, message in enumerate(value)
+        ]
+
+    def _text(self, key: str, value: object) -> str:
         if not isinstance(value, str):
             raise UserError(f"{key} must be a string, got {value!r}.")
         try:
@@ -102,7 +125,7 @@ class RequestHandler:
     """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a request may call, besides
     `generate`. Each raises UserError for an invalid request."""
 
-    ONE_ANSWER = ("load", "unload", "top_k", "attention", "spectrum", "status")
+    ONE_ANSWER = ("load", "unload", "top_k", "attention", "attention_maps", "spectrum", "status")
 
     def __init__(self) -> None:
         self.models = ModelPool()
@@ -164,17 +187,34 @@ class RequestHandler:
             request.number("top_p", 1.0),
             request.integer("seed", 0),
         )
-        prompt = engine.encode(loaded, _render_prompt(loaded, request))
-        tokens, reason = 0, "length"
+        limit, messages = request.integer("limit", 20), request.messages()
+        if messages is None:
+            history = History(engine.encode(loaded, _render_prompt(loaded, request)))
+        else:
+            history = fit_history(loaded, messages, limit)
+            yield {
+                "event": "prompt",
+                "tokens": len(history.ids),
+                "window": loaded.model.max_length,
+                "cut_messages": history.cut_messages,
+                "cut_tokens": history.cut_tokens,
+                "opens_thought": history.opens_thought,
+            }
+        tokens, reason, begun = 0, "length", 0.0
         ends, decode_next = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
-        for drawn in stream(loaded.model, prompt, ends, request.integer("limit", 20), sampling):
+        for drawn in stream(loaded.model, history.ids, ends, limit, sampling):
+            begun = begun or time.perf_counter()
             if drawn.id in ends:
                 reason = "end"
             else:
                 tokens += 1
                 # by a stream: a character may be spread over several tokens
                 yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
-        yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
+        end = time.perf_counter()
+        # The first token comes with the prompt; each later one, an end token too, is a step of its own.
+        steps = tokens - (reason == "length")
+        rate = steps / (end - begun) if steps > 0 else None
+        yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": end - start, "tokens_per_second": rate}
 
     def attention(self, request: Request) -> Answer:
         loaded = self._requested_model(request)
@@ -182,20 +222,34 @@ class RequestHandler:
         layer, head = request.integer("layer"), request.integer("head")
         if layer >= shape.layers or head >= shape.heads:
             raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
-        ids = engine.encode(loaded, _render_prompt(loaded, request))
-        if len(ids) > MAX_ATTENTION_TOKENS:
-            raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
-        weights = engine.layer_attention(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[0, head]
-        tokens = [loaded.tokenizer.word(id_) for id_ in ids]
-        if virtual := loaded.model.virtual:
-            tokens = [f"[{virtual.count} virtual]", *tokens]
-            weights = engine.merge_virtual_tokens(weights, len(ids))
+        ids = _attended(loaded, request)
         return {
-            "tokens": tokens,
-            "weights": finite(weights).tolist(),
+            "tokens": _attended_tokens(loaded, ids),
+            "weights": finite(_heads(loaded, ids, layer)[head]).tolist(),
             "layers": shape.layers,
             "heads": shape.heads,
         }
+
+    def attention_maps(self, request: Request) -> Answer:
+        """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of the `difference`, by
+        layer and head; `change` is the share of a token's attention that the adapter moves, a mean over tokens."""
+        model, strength = self.models.get(request.text("model")), request.strength()
+        loaded = model.at(strength)
+        ids = _attended(loaded, request)
+        maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
+        for layer in range(loaded.model.shape.layers):  # one after the other: all at once may not fit in memory
+            own = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
+            maps["maps"].append(_small(own))
+            if loaded.adapter is None:
+                continue
+            base = finite(_heads(model.at(0), ids, layer))
+            more = own.shape[-1] - base.shape[-1]  # the adapter's virtual tokens, which the base has not
+            base = functional.pad(base, (more, 0, more, 0))
+            maps["base"].append(_small(base))
+            maps["difference"].append(_small(own - base))
+            moved = (own - base)[:, more:].abs().sum(-1) / 2  # both rows sum to 1
+            maps["change"].append(moved.mean(-1).tolist())
+        return {"tokens": _attended_tokens(loaded, ids), **maps}
 
     def spectrum(self, request: Request) -> Answer:
         modules = spectra(request.path("adapter"))
@@ -211,3 +265,34 @@ class RequestHandler:
 def _render_prompt(loaded: LoadedModel, request: Request) -> str:
     text = request.text("text")
     return chat_template.render(loaded.base, text) if request.flag("chat") else text
+
+
+def _attended(loaded: LoadedModel, request: Request) -> Sequence[int]:
+    """The prompt's ids. Raises UserError if there are too many to show."""
+    ids = engine.encode(loaded, _render_prompt(loaded, request))
+    if len(ids) > MAX_ATTENTION_TOKENS:
+        raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
+    return ids
+
+
+def _attended_tokens(loaded: LoadedModel, ids: Sequence[int]) -> list[str]:
+    tokens = [loaded.tokenizer.word(id_) for id_ in ids]
+    return [f"[{virtual.count} virtual]", *tokens] if (virtual := loaded.model.virtual) else tokens
+
+
+def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
+    """The weights of a layer's heads, (H, T, T); virtual tokens are one token, the first."""
+    model = loaded.model
+    weights = engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)[0].float().cpu()
+    if model.virtual:
+        return torch.stack([engine.merge_virtual_tokens(head, len(ids)) for head in weights])
+    return weights
+
+
+def _small(heads: Tensor) -> list[list[list[float]]]:
+    """(H, T, T) as at most (H, MAP, MAP): each number the one of its part that is furthest from zero."""
+    size = min(heads.shape[-1], MAX_MAP)
+    largest = functional.adaptive_max_pool2d(heads[None], size)[0]
+    smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]
+    small: list[list[list[float]]] = torch.where(largest >= -smallest, largest, smallest).tolist()
+    return small

@@ -1,5 +1,8 @@
 """evaluate: compares learning and forgetting of the project's variants (§9.3)."""
 
+import hashlib
+import json
+import os
 from collections.abc import Generator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,9 +15,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.limits import verdict
 from pipeline.evaluation.tasks import Task, read_tasks
+from pipeline.files import artifact
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
-from pipeline.inference.catalog import BASES
+from pipeline.inference.catalog import BASES, find_base
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import (
     AnswerScore,
@@ -27,11 +31,13 @@ from pipeline.inference.score import (
 )
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate, Training
+from pipeline.project.provenance import code_digest
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.project.stage_graph import Project
+from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.report import draw_comparison, stages_by_variant, write_report
 from pipeline.training.data import held_out_examples, training_examples
 
+MEASURED = "measured"  # the folder below artifacts/ of what `measure` writes
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
 REPORT, PICTURE = "report.md", "finetuning_comparison.png"
 SAMPLE_TOKENS = 64  # of a sample answer at most: it shows how a model answers, and is shown in a table
@@ -56,15 +62,11 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     samples: dict[str, Any] = {}
     before: EvalScores | None = None
     for done, loaded in enumerate(engine.variants(project), 1):
-        metrics[loaded.name] = numbers = dict[str, Any]()
-        if settings.old_data:
-            old = score(loaded, _old_examples(job, loaded, settings), before)
-            before = before or old
-            numbers |= _forgetting(old, before)
-        numbers |= _score_new(loaded, new, settings, max_length)
+        numbers, before = _scores(job, loaded, before, new, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         samples[loaded.name] = _samples(loaded, new, settings.sample_answers)
         numbers |= {**_count_prompts(predictions[loaded.name]), **answers.add(loaded), **_cost(project, loaded.name)}
+        metrics[loaded.name] = numbers
         yield Progress(done, len(project.variants), loaded.name)
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
     curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
@@ -78,6 +80,78 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     write_report(job.out / REPORT, project, {**metrics, **gate}, predictions, samples)
     measured = {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}
     return {"variants": measured, **gate}
+
+
+def measure(job: Job, adapters: Sequence[Path], base: Path | None = None) -> Generator[Event, None, list[str]]:
+    """Evaluate adapters that the pipeline does not, such as a sweep's, as it evaluates its variants → job.out, which
+    then also has what an earlier call measured there with the same settings. Returns what was wrong, a sentence each.
+
+    Raises UserError if no adapter could be evaluated.
+    """
+    project, settings = job.project, job.project.params.evaluate
+    prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
+    answers = Answers(read_tasks(project.root, settings.task_files))
+    new, max_length = new_examples(job)
+    reference = next(engine.variants(project), None)  # forgetting counts from it
+    if reference is None:
+        raise UserError("The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`.")
+    _, before = _scores(job, reference, None, new, max_length)
+    answers.add(reference)
+    facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
+    metrics, inputs = _measured_before(job)
+    problems: list[str] = []
+    for done, adapter in enumerate(adapters, 1):
+        name = Path(os.path.relpath(adapter, project.root)).as_posix()
+        try:
+            digest = artifact.digest(adapter)  # before it is loaded: measured is what these files are
+            trusted = project.params.origin.trust_remote_code
+            loaded = engine.load(base or find_base(adapter, project.root), adapter, name, trusted)
+            numbers, _ = _scores(job, loaded, before, new, max_length)
+            counts = _count_prompts(_predictions(loaded, prompts, settings))
+            metrics[name] = {**numbers, **counts, **answers.add(loaded), "bytes": weight_bytes(adapter)}
+            inputs[name] = digest
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            with artifact.writing(job.out) as out:  # after each: many take long, and one who watches sees them arrive
+                write_json(out / METRICS, metrics)
+                artifact.seal(out, {**facts, "variants": {name: name for name in inputs}, "inputs": inputs})
+        yield Progress(done, len(adapters), name)
+    if len(problems) == len(adapters):
+        raise UserError("\n".join(problems))
+    return problems
+
+
+def measuring(project: Project) -> Job:
+    """The job of `measure`: its key changes with everything but the adapters that the numbers depend on."""
+    stage = project.stage("evaluate")
+    files = {name: artifact.digest(project.root / name) for name in project.data_files(stage)}
+    settings = {"params": project.stage_params(stage), "files": files, "code": code_digest(*stage.code)}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return Job(project, stage, project.root / ARTIFACTS / MEASURED, project.run_folder(stage.name), key, None)
+
+
+def _measured_before(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metrics and digests of an earlier `measure` with the same settings."""
+    try:
+        manifest = artifact.read_manifest(job.out)
+        if manifest.get("settings") == job.key:
+            return artifact.read_json(job.out / METRICS, ""), dict(manifest["inputs"])
+    except (UserError, KeyError, TypeError, ValueError):
+        pass  # there is none, or it is not ours: it is measured again
+    return {}, {}
+
+
+def _scores(
+    job: Job, loaded: LoadedModel, before: EvalScores | None, new: Sequence[Example], max_length: int
+) -> tuple[dict[str, Any], EvalScores | None]:
+    """What it kept and what it learned; and the scores from which forgetting counts: `before`, or else its own."""
+    settings, numbers = job.project.params.evaluate, dict[str, Any]()
+    if settings.old_data:
+        old = score(loaded, _old_examples(job, loaded, settings), before)
+        before = before or old
+        numbers |= _forgetting(old, before)
+    return numbers | _score_new(loaded, new, settings, max_length), before
 
 
 def _limited(project: Project, settings: Evaluate, tasks: Sequence[Task], prompts: Sequence[Prompt]) -> list[str]:

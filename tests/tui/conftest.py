@@ -51,8 +51,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.screens.pipeline.screen.TICK", 0.1)
     monkeypatch.setattr("tui.screens.curves.screen.POLL", 0.1)
     monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
-    monkeypatch.setattr("tui.screens.adapters.screen.EVERY", 0.3)
-    monkeypatch.setattr("tui.screens.adapters.screen.STATUS_EVERY", 0.1)
+    monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
+    monkeypatch.setattr("tui.screens.models.screen.STATUS_EVERY", 0.1)
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def empty(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tab bar shows the same folder on every machine: for snapshots."""
+    """The header shows the same folder and memory on every machine: for snapshots."""
     monkeypatch.setattr("tui.app._abbreviate_home", lambda _: "~/project")
+    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "cpu 2.4/24 GiB")
 
 
 @pytest.fixture

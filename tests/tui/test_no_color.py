@@ -15,10 +15,11 @@ from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
 from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
-from tui.screens.adapters.conversation import Sampling
-from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.calculator.result import Confirm, document_table
+from tui.screens.models.dialogs import AttentionScreen
+from tui.services.loaded_models import Sampling
 from tui.widgets.plot.chart import Chart
+from tui.widgets.sampling import SamplingScreen
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 

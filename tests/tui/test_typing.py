@@ -15,11 +15,11 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.projects import SHIPPED, load
 from tui.app import Workbench
-from tui.screens.adapters.answers import PromptInput
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.screen import AdaptersScreen
 from tui.screens.pipeline.panels import StageList
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.widgets.form import FieldInput
+from tui.widgets.prompting import PromptInput
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:

@@ -78,7 +78,7 @@ class Pane(Vertical):
         self.title = title or self.title
         text = Text(self.title, no_wrap=True, overflow="ellipsis")
         for fact in facts:
-            text.append("  ").append(fact, "" if isinstance(fact, Text) else "not bold")
+            text.append("  ").append_text(fact if isinstance(fact, Text) else Text(fact, "not bold"))
         if self.FILTER and self.filter_text:
             text.append(f"  /{self.filter_text}", "not bold")
         if text != self._title_text:  # setting it draws the whole pane again

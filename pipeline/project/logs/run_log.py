@@ -272,6 +272,25 @@ def final_loss(steps: Sequence[Step]) -> float | None:
     return epoch_means(steps)[-1] if steps else None
 
 
+def read_final_loss(path: Path) -> float | None:
+    """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises OSError."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    parse, steps = step_parser(header), list[Step]()
+    try:
+        for line in reversed(lines):
+            step = Step(*parse(line))
+            if steps and step.epoch != steps[-1].epoch:
+                break
+            steps.append(step)
+    except ValueError:  # a half-written or invalid line
+        return final_loss(read_steps(path))
+    return final_loss(steps[::-1])
+
+
 def epoch_means(steps: Sequence[Step]) -> list[float]:
     """Mean loss of each epoch, in order."""
     epochs: dict[int, list[float]] = {}

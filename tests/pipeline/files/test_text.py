@@ -7,9 +7,9 @@ import pytest
 from rich.cells import cell_len
 
 from pipeline.files.text import escape_whitespace
-from tui.screens.adapters.answers import CELL, format_answer, table
-from tui.screens.adapters.conversation import Answer, Exchange, Sampling
-from tui.screens.adapters.dialogs import BARS, bars, matrix, sentence, window
+from tui.screens.models.answers import CELL, format_answer, table
+from tui.screens.models.conversation import Answer, Exchange, Sampling
+from tui.screens.models.dialogs import BARS, bars, matrix, sentence, window
 from tui.widgets.text import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]

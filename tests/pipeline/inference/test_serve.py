@@ -118,6 +118,12 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     assert (shown["tokens"], shown["layers"], shown["heads"]) == (text.split(), 2, 4)
     torch.testing.assert_close(torch.tensor(shown["weights"]), weights)
 
+    small = talk.ask(10, "attention_maps", model="lora", text=text)
+    torch.testing.assert_close(torch.tensor(small["maps"][1][2]), weights)  # so few tokens need no pooling
+    before = layer_attention(plain.model, torch.tensor([engine.encode(plain, text)]), 1)[0, 2]
+    torch.testing.assert_close(torch.tensor(small["difference"][1][2]), weights - before)
+    assert small["change"][1][2] == pytest.approx(float((weights - before).abs().sum(-1).mean() / 2))
+
     modules = talk.ask(6, "spectrum", adapter=str(changes))["modules"]
     assert [set(module) for module in modules] == [{"name", "rank", "values", "share_of_first"}] * 8
     status = talk.ask(7, "status")

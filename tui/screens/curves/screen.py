@@ -44,7 +44,6 @@ POLL = 0.5  # seconds between checks of the files
 CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
-ROOMY = 34  # columns of the list from which its title says what its columns are
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -257,7 +256,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         pane = self.query_one(RunsPane)
         self.query_one(RunList).show_runs(self.runs, self._opened, pane.filter_text)
         facts = f"{len(self.runs.shown)} of {len(self.runs.views)} on"
-        pane.show_title(facts + (" · loss, kept" if pane.size.width > ROOMY else ""))
+        pane.show_title(facts + (" · loss, kept" if self.app.size.width >= WIDE else ""))
 
     def drawn(self) -> list[Drawn]:
         """The curves that are on, in drawing order."""

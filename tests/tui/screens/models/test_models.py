@@ -27,12 +27,14 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Completions, EngineBar, PromptInput, Slider, TopK
-from tui.screens.adapters.conversation import trusts_remote_code
-from tui.screens.adapters.dialogs import AttentionView, SamplingScreen
-from tui.screens.adapters.library import Entry, Library
-from tui.screens.adapters.models import ModelDetails, ModelTable, format_details
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.answers import Completions, TopK
+from tui.screens.models.dialogs import AttentionView
+from tui.screens.models.models import ModelDetails, ModelTable, format_details
+from tui.screens.models.screen import AdaptersScreen
+from tui.services.loaded_models import trusts_remote_code
+from tui.services.model_library import Entry, Library
+from tui.widgets.prompting import EngineBar, PromptInput, Slider
+from tui.widgets.sampling import SamplingScreen
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
 MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]
@@ -753,7 +755,7 @@ async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
         return check(*arguments)
 
     monkeypatch.setattr(ModelTable, "clear", count)
-    monkeypatch.setattr("tui.screens.adapters.library.check", slow)
+    monkeypatch.setattr("tui.services.model_library.check", slow)
     models = 1 + len(sealed_copies(empty, 300))
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:

@@ -16,10 +16,11 @@ from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
-from tests.tui.screens.adapters.test_adapters import USUAL, Session
+from tests.tui.screens.models.test_adapters import USUAL, Session
 from tui.app import Workbench
-from tui.screens.adapters.answers import EngineBar, Slider, TopK
-from tui.screens.adapters.conversation import Answer
+from tui.screens.models.answers import TopK
+from tui.screens.models.conversation import Answer
+from tui.widgets.prompting import EngineBar, Slider
 
 PROMPT = "die katze sitzt auf dem"
 

@@ -15,8 +15,8 @@ from pipeline.files.base_model import base_fingerprint
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tui.app import Workbench
-from tui.screens.adapters.answers import PromptInput
-from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.models.screen import AdaptersScreen
+from tui.widgets.prompting import PromptInput
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])

@@ -1,0 +1,603 @@
+"""The screen of models: which there are, what they keep and learned, and a prompt to several side by side."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, ClassVar
+
+from textual import on, work
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.events import Resize
+from textual.widget import Widget
+from textual.widgets import Input
+
+from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
+from tui.dialogs import Menu, PathScreen, Reader
+from tui.screens.base import WIDE, WorkbenchScreen
+from tui.screens.models.attention import AttentionScreen
+from tui.screens.models.columns import BY_LABEL
+from tui.screens.models.conversation import LOADING, Conversation, transcript
+from tui.screens.models.details import Details, format_fields
+from tui.screens.models.panes import DetailsPane, ModelsPane, PromptPane
+from tui.screens.models.table import ModelTable, sort_choices
+from tui.services.engine_client import EngineDied
+from tui.services.evaluation import Evaluation
+from tui.services.loaded_models import MAX_LOADED, Latest, shared_models
+from tui.services.model_library import Entry, read_documents
+from tui.services.vocabulary import vocabulary
+from tui.widgets.prompting import STEP, Slider
+from tui.widgets.sampling import SamplingScreen
+
+FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
+SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+MAX_PROMPTS = 200  # in the saved history
+EVERY = 1.0  # seconds between checks for changed files, at least
+IDLE_SHARE = 150  # times as long as a check takes there is none: thousands of models must not keep a core busy
+BATCH = 0.25  # seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
+STATUS_EVERY = 2.0  # seconds between status requests
+FRAME = 0.05  # seconds between redraws of a streaming answer, at least
+PROMPTING = {"strength", "sampling", "attention", "copy", "save", "again"}  # actions on the answers
+
+
+class ModelsScreen(WorkbenchScreen):
+    """List and prompt side by side; below 110 columns one of the two. The list follows the files."""
+
+    NAME: ClassVar[str] = "models"
+    CSS_PATH = "models.tcss"
+    HELP = (
+        "Which models there are, what each **keeps** of the base's answers and **learned** of the new sentences, and "
+        "how it answers beside others. The pipeline's own come first, then folders, which Enter unfolds.\n\n"
+        "Space chooses the models that a prompt goes to, Enter goes to the prompt. `E` evaluates adapters that the "
+        "pipeline does not, such as a sweep's."
+    )
+    AUTO_FOCUS = "ModelTable"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("c", "chat", "chat", id="models.chat"),
+        Binding("left_square_bracket", "strength(-1)", "strength", id="models.weaker", key_display="[ ]"),
+        Binding("right_square_bracket", "strength(1)", "stronger", id="models.stronger", show=False),
+        Binding("a", "attention", "attention", id="models.attention"),
+        Binding("t", "sampling", "sampling", id="models.sampling"),
+        Binding("ctrl+r", "again", "ask again", id="models.again"),
+        Binding("y", "copy", "copy the answer", id="models.copy"),
+        Binding("x", "save", "save all answers", id="models.save"),
+        Binding("v", "verify", "check all files again", id="models.verify", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("-browse")
+        models = shared_models(self.workbench)
+        self.library, self.engine = models.library, models.inference
+        self.conversation = Conversation(models)
+        self.evaluation = Evaluation(self.workbench.params_path)
+        self.entries: list[Entry] = []
+        self.chosen: list[Path] = []
+        self.details: Details | None = None
+        self._wanted: Path | None = None  # to be pointed at once it is listed
+        self._stop = threading.Event()  # stops the scan
+        self._checked: deque[Entry | None] = deque()  # not drawn yet; None: the scan is done
+        self._visible: Sequence[Path] = ()  # checked first
+        self._next_look = 0.0  # when the files are looked at again
+        self._probe = Latest(self._probe_once)
+        self._answered_for: tuple[Path, ...] = ()  # the models of the newest answers
+        # Widgets are attributes, because messages and answers can arrive while the screen closes and queries fail.
+        self.list_pane, self.details_pane, self.prompt_pane = ModelsPane(), DetailsPane(), PromptPane()
+        self.table, self.prompt = self.list_pane.table, self.prompt_pane.prompt
+        self.slider, self.answers, self.bar = (
+            self.prompt_pane.slider,
+            self.prompt_pane.answers,
+            self.prompt_pane.bar,
+        )
+
+    def body(self) -> Iterable[Widget]:
+        yield Horizontal(Vertical(self.list_pane, self.details_pane, id="models"), self.prompt_pane, id="body")
+
+    def on_mount(self) -> None:
+        self._drawing = self.set_interval(BATCH, self._show_verdicts, pause=True)
+        self._watcher = self.set_interval(EVERY, self._watch)
+        self._status_timer = self.set_interval(STATUS_EVERY, self._tick)
+        for folder in self._folders():
+            if not folder.is_dir():
+                self.warn(f"{folder} is not a folder, so it is not searched for models.")
+        self.prompt.remember(self.workbench.state.prompts)
+        self._show_sampling()
+        self._start_scan()
+
+    def on_unmount(self) -> None:
+        self._stop.set()
+        self.evaluation.stop()
+
+    # What the app and other screens ask
+
+    def open_with(self, select: Path | str | None = None, prompt: str = "", **_: Any) -> None:
+        """Point at the model in a folder; put a text into the prompt."""
+        if select is not None:
+            self._wanted = self.workbench.root / select
+            self.action_browse()
+            self._point_at_wanted()
+        if prompt:
+            self.prompt.value = prompt
+            self.action_prompt()
+
+    def unsaved(self) -> str:
+        count = len(self.conversation.exchanges) - self._saved
+        return f"{count} prompts and their answers" if count > 1 else ""
+
+    _saved = 0  # exchanges in the last transcript
+
+    def project_changed(self) -> None:
+        if (project := self.workbench.project_watch.project) and project is not self.library.project:
+            self.library.project = project  # other variants: their names and groups change
+            self._start_scan()
+
+    # Views and focus
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in PROMPTING and self.app.size.width < WIDE and not self.has_class("-prompt"):
+            return False
+        if action == "leave" and self._is_generating():
+            return True
+        return super().check_action(action, parameters)
+
+    def on_resize(self, _: Resize) -> None:
+        self.refresh_bindings()
+
+    def _switch_view(self, name: str) -> None:
+        self.set_class(name == "-browse", "-browse")
+        self.set_class(name == "-prompt", "-prompt")
+        self.refresh_bindings()
+
+    def action_prompt(self) -> None:
+        self._switch_view("-prompt")
+        self.give_focus(self.prompt)
+
+    def action_browse(self) -> None:
+        self._switch_view("-browse")
+        self.give_focus(self.table)
+
+    @on(ModelTable.Opened)
+    def _ask_opened(self) -> None:
+        self.action_prompt()
+
+    def action_leave(self) -> None:
+        """Escape: interrupt the answer, else leave the field or the enlarged pane, else go back to the list."""
+        typing = self.focused in (self.prompt, self.answers, self.slider)
+        if self._is_generating():
+            self.action_interrupt()
+        elif typing and self.maximized is None:
+            self.action_browse()
+        else:
+            super().action_leave()
+
+    # The list of models
+
+    def _folders(self) -> list[Path]:
+        """The folders that the user added, in the config and here."""
+        names = [*self.workbench.config.folders, *self.workbench.state.folders]
+        return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
+
+    def _start_scan(self) -> None:
+        """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
+        self.library.folders = [*self.library.artifacts, *self._folders()]
+        self._stop.set()
+        self._stop = stop = threading.Event()
+        checked: deque[Entry | None] = deque()
+        self._checked = checked
+        self._drawing.resume()
+
+        def scan() -> None:
+            entries: list[Entry] = []
+            for entry in self.library.scan():
+                if stop.is_set():
+                    return
+                entries.append(entry)
+            if not stop.is_set():
+                self.call_later(self._show_scan, entries)
+            for entry in self.library.check_all(entries, lambda: self._visible):
+                if stop.is_set():
+                    return
+                checked.append(entry)
+            checked.append(None)
+
+        # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
+        threading.Thread(target=scan, daemon=True).start()
+
+    @work(exclusive=True, group="watch")
+    async def _watch(self) -> None:
+        started = monotonic()
+        if self.is_current and started >= self._next_look:
+            changed = await asyncio.to_thread(self.library.changed)
+            self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
+            if changed:
+                self._start_scan()
+
+    def _show_scan(self, entries: list[Entry]) -> None:
+        """Show what a scan found; entries that are not checked yet have no verdict."""
+        paths = {entry.model.path for entry in entries}
+        for gone in [path for path in self.chosen if path not in paths]:
+            self.chosen.remove(gone)
+            self.warn(f"{self.library.label(gone)} is gone, and no longer chosen.")
+        self.entries = entries
+        self.list_pane.show(self.entries, self.chosen)
+        self._visible = self.table.visible_paths()
+        self._point_at_wanted()
+        self.show_details()
+        if entries and not self.engine.running:
+            self._start_engine()
+
+    def _show_verdicts(self) -> None:
+        """Show what was checked since the last call: verdicts of small models arrive faster than the list is drawn."""
+        fresh: dict[Path, Entry] = {}
+        while self._checked:
+            entry = self._checked.popleft()
+            if entry is None:
+                self._drawing.pause()
+            else:
+                fresh[entry.model.path] = entry
+        if not fresh:
+            return
+        self.entries = [fresh.get(entry.model.path, entry) for entry in self.entries]
+        self.list_pane.show(self.entries)
+        self._visible = self.table.visible_paths()
+        if self.details and (entry := fresh.get(self.details.entry.model.path)):
+            self._read(entry)
+
+    def _point_at_wanted(self) -> None:
+        if self._wanted and self.table.point(self._wanted):
+            self._wanted = None
+
+    def chosen_entries(self) -> list[Entry]:
+        """The chosen models in display order, or the one under the cursor."""
+        if not self.chosen:
+            return [self.library.read(entry) for entry in [self.table.pointed] if entry]
+        chosen = sorted((e for e in self.entries if e.model.path in self.chosen), key=lambda entry: entry.sort_key)
+        return [self.library.read(entry) for entry in chosen]
+
+    def _choose(self, paths: Sequence[Path]) -> None:
+        self.chosen = list(paths)
+        self.list_pane.show(self.entries, self.chosen)
+        self._update_prompt()
+
+    @work(exclusive=True, group="words")
+    async def _update_prompt(self) -> None:
+        """The strength that can be set, and the words that are marked, are those of the chosen models."""
+        entries = self.chosen_entries()
+        self.slider.disabled = not any(entry.model.scales for entry in entries)
+        adapters = [entry.label for entry in entries if entry.model.kind == "adapter"]
+        self.slider.why = f"{adapters[0]} changes no weights" if adapters else "no adapter chosen"
+        self.prompt_pane.show_models([entry.label for entry in entries])
+        bases = await asyncio.to_thread(lambda: [self.library.base(entry.model) for entry in entries])
+        words = await asyncio.to_thread(lambda: [vocabulary(base) for base in bases if base])
+        labels = [entry.label for entry, base in zip(entries, bases, strict=True) if base]
+        self.prompt_pane.know({label: known for label, known in zip(labels, words, strict=True) if known is not None})
+
+    @on(ModelTable.Pointed)
+    def show_details(self) -> None:
+        """Show the details of the model under the cursor."""
+        entry = self.table.pointed
+        self._visible = self.table.visible_paths()
+        if entry is None:
+            self.details = None
+            self.details_pane.show(None)
+        elif self.details is None or self.details.entry != entry:
+            self._read(entry)
+        if not self.chosen:
+            self._update_prompt()
+
+    @work(exclusive=True, group="details")
+    async def _read(self, entry: Entry) -> None:
+        entry, documents = await asyncio.to_thread(lambda: (self.library.read(entry), read_documents(entry.model.path)))
+        newest = next(
+            (other for other in self.entries if other.model.path == entry.model.path and other.verdict), entry
+        )
+        self.details = Details(newest, *documents)
+        if newest.model.scales:
+            self.details.spectrum = await asyncio.to_thread(self._kept_spectrum, newest)
+        self.details_pane.show(self.details)
+
+    @on(ModelTable.Chosen)
+    def toggle_chosen(self, event: ModelTable.Chosen) -> None:
+        """Choose models, or none of them any more if all were."""
+        more = [path for path in event.paths if path not in self.chosen]
+        if not more:
+            self._choose([path for path in self.chosen if path not in event.paths])
+            return
+        if len(self.chosen) + len(more) > MAX_LOADED:
+            self.warn(f"At most {MAX_LOADED} models are compared side by side. Take one away with Space first.")
+        self._choose([*self.chosen, *more][:MAX_LOADED])
+
+    def action_pipeline(self) -> None:
+        """Choose the pipeline's models; if they are chosen, none."""
+        variants = self.library.project_variants()
+        own = [entry.model.path for entry in self.entries if entry.model.path in variants]
+        if not own:
+            self.warn("The pipeline has made no model yet. R runs it.")
+        self._choose([] if self.chosen == own[:MAX_LOADED] else own[:MAX_LOADED])
+
+    @work
+    async def action_sort(self) -> None:
+        current = self.table.sort_column
+        choices = sort_choices(current, self.table.reverse)
+        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else ""))
+        if label is not None:
+            self.table.sort(BY_LABEL.get(label))
+
+    def action_sort_beside(self, by: int) -> None:
+        self.table.sort_beside(by)
+
+    def action_verify(self) -> None:
+        self.library.forget()
+        self._start_scan()
+        self.workbench.log_message("All models are being checked again.")
+
+    @work
+    async def action_folder(self) -> None:
+        """Add a folder to search, also in later sessions; a folder that was added before is removed."""
+        name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
+        if name is None:
+            return
+        folders, folder = self.workbench.state.folders, self.workbench.root / Path(name).expanduser()
+        if str(folder) in folders:
+            folders.remove(str(folder))
+        elif folder.is_dir():
+            folders.append(str(folder))
+        else:
+            self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
+            return
+        self.workbench.remember()
+        self._start_scan()
+
+    # What is asked of the model under the cursor
+
+    def action_chat(self) -> None:
+        """Chat with the chosen models, or the one under the cursor."""
+        if entries := self.chosen_entries():
+            self.workbench.go("chat", models=[entry.model.path for entry in entries])
+        else:
+            self.warn("No model is chosen. Move to one, or choose some with Space.")
+
+    def action_fields(self) -> None:
+        if self.details:
+            self.app.push_screen(Reader(format_fields(self.details), title=self.details.entry.label))
+
+    @work(group="evaluate")
+    async def action_evaluate(self) -> None:
+        """Evaluate the adapters that are chosen, or under the cursor: of a folder, those that were not yet."""
+        chosen = [entry for entry in self.entries if entry.model.path in self.chosen] or self.table.pointed_entries
+        adapters = [entry for entry in chosen if entry.model.kind == "adapter" and entry.group]
+        if len(chosen) > 1:
+            adapters = [entry for entry in adapters if entry.verdict is None or entry.verdict.kept is None]
+        if not adapters:
+            self.warn(
+                "There is no adapter to evaluate here: the pipeline evaluates its own models (R), and what was "
+                "evaluated stays. Move to another adapter, or to a folder."
+            )
+            return
+        paths = [entry.model.path for entry in adapters]
+        with self.workbench.errors_shown():
+            try:
+                running = self.evaluation.run(paths)
+                self.list_pane.show(self.entries, busy=paths)
+                if problems := await running:
+                    self.workbench.log_message(problems, "warning")
+                else:
+                    self.workbench.log_message(
+                        f"Evaluated: {', '.join(e.label for e in adapters[:4])}{' …' * (len(adapters) > 4)}."
+                    )
+            finally:
+                self.list_pane.show(self.entries, busy=self.evaluation.adapters)
+                self._start_scan()
+
+    # Prompting
+
+    @on(Input.Submitted, "PromptInput")
+    def submit(self, event: Input.Submitted) -> None:
+        prompt, state = event.value.strip(), self.workbench.state
+        if not prompt:
+            self.warn("The prompt is empty. Enter at least one word.")
+        elif not self.chosen_entries():
+            self.warn("No model is chosen. Press Esc, and choose one with Space.")
+        else:
+            state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
+            self.prompt.remember(state.prompts)
+            self.workbench.remember()
+            self._prompt_models(prompt)
+
+    def action_again(self) -> None:
+        """Ask the chosen models the newest prompt again, at the strength that is set now."""
+        if self.conversation.newest is None:
+            self.warn("There is no prompt to ask again yet.")
+        else:
+            self._prompt_models(self.conversation.newest.prompt)
+
+    @work(exclusive=True, group="ask")
+    async def _prompt_models(self, prompt: str) -> None:
+        self._set_engine_state("busy" if self.engine.running else "starting")
+        earlier = list(self.conversation.exchanges)
+        exchange = self.conversation.begin(prompt, self.chosen_entries(), self.slider.value)
+        await self.answers.start(exchange, earlier)
+        try:
+            async with aclosing(self.conversation.answers(exchange)) as changes:
+                drawn_at = 0.0
+                async for _ in changes:
+                    loading = [answer.name for answer in exchange.answers if answer.ended == LOADING]
+                    if loading or monotonic() - drawn_at >= FRAME:  # a load yields nothing until it is done
+                        state = "loading" if loading else "busy"
+                        self._set_engine_state(state if self.engine.running else "starting", *loading[:1])
+                        self.answers.show(exchange, self.slider.value)
+                        drawn_at = monotonic()
+                    await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
+        except UserError as error:
+            self._show_error(error)
+        else:
+            self._set_engine_state("ready")
+            self._status()
+            if self.conversation.chat and not exchange.chat:
+                self.warn("Not all of these models have a chat template, so they were prompted without it.")
+        finally:
+            self.answers.show(exchange, self.slider.value)
+            self.call_later(self.refresh_bindings)
+
+    def _show_error(self, error: UserError) -> None:
+        self._set_engine_state("died" if isinstance(error, EngineDied) else "ready")
+        self.workbench.fail(error)
+
+    def _is_generating(self) -> bool:
+        return any(worker.group == "ask" and worker.is_running for worker in self.workers)
+
+    def action_interrupt(self) -> None:
+        self.workers.cancel_group(self, "ask")
+        self._set_engine_state("ready" if self.engine.running else "not started")
+
+    # Strength, sampling, attention
+
+    @on(Slider.Changed)
+    def move(self) -> None:
+        self.answers.mark_stale(self.slider.value)
+        if self.engine.running and self.conversation.newest:
+            self.run_worker(self._probe.run(), group="probe")
+
+    async def _probe_once(self) -> None:
+        try:
+            self.answers.show_table(await self.conversation.probe(self.slider.value))
+        except UserError as error:
+            self._show_error(error)
+
+    def action_strength(self, steps: int) -> None:
+        if not self.slider.disabled:
+            self.slider.value += steps * STEP
+        elif any(entry.model.kind == "adapter" for entry in self.chosen_entries()):
+            self.warn(
+                "Strength scales weight changes; prefix and prompt tuning change no weights. Choose another adapter."
+            )
+        else:
+            self.warn("Strength scales an adapter's change. Choose an adapter.")
+
+    def _show_sampling(self) -> None:
+        chat = " · chat template" if self.conversation.chat else ""
+        self.prompt_pane.sampling.update(f"{self.conversation.sampling}{chat}")
+
+    @work
+    async def action_sampling(self) -> None:
+        has_chat = self.conversation.models.has_chat(self.chosen_entries())
+        settings = await self.app.push_screen_wait(
+            SamplingScreen(self.conversation.sampling, self.conversation.chat, has_chat)
+        )
+        if settings:
+            self.conversation.sampling, self.conversation.chat = settings
+            self._show_sampling()
+
+    def action_attention(self) -> None:
+        entries, exchange = self.chosen_entries(), self.conversation.newest
+        if not entries or exchange is None:
+            self.warn("Attention is shown for a prompt. Enter one first.")
+            return
+        pointed = next((entry for entry in entries if entry == self.table.pointed), None)
+        entry = pointed or next((entry for entry in entries if entry.model.kind == "adapter"), entries[0])
+        strength = self.slider.value if entry.model.scales else 1.0
+        ask = partial(self.conversation.attention, entry, exchange)
+        self.app.push_screen(AttentionScreen(entry.label, entry.model.kind == "adapter", strength, ask))
+
+    # Copy and save
+
+    def action_copy(self) -> None:
+        if self.conversation.newest is None:
+            self.warn("There is no answer to copy yet.")
+        else:
+            self.app.copy_to_clipboard(self.conversation.newest.answers_text())
+            self.workbench.log_message("Copied the last answer to the clipboard.")
+
+    @work
+    async def action_save(self) -> None:
+        if not self.conversation.exchanges:
+            self.warn("There is nothing to save yet.")
+            return
+        name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
+        if name is None:
+            return
+        path = self.workbench.root / Path(name).expanduser()
+        with self.workbench.errors_shown():
+            write_file(path, transcript(self.conversation.exchanges, path.suffix), durable=True)
+            self._saved = len(self.conversation.exchanges)
+            self.workbench.log_message(f"Saved {self._saved} prompts to {path}.")
+
+    # The engine and spectra
+
+    def _set_engine_state(self, state: str, model: str = "") -> None:
+        waits = {"starting": "starting the engine (importing libraries)", "loading": f"loading {model}".strip()}
+        self.answers.wait_for(waits.get(state, ""))
+        if state != self.bar.state:  # else the keys would be collected anew at every status request
+            self.bar.state = state
+            self.refresh_bindings()
+
+    @work(group="start")
+    async def _start_engine(self) -> None:
+        """Start the process before the first prompt needs it: importing libraries takes seconds."""
+        if self.bar.state == "not started":
+            self._set_engine_state("starting")
+            try:
+                self.bar.facts = await self.engine.ask("status")
+            except UserError as error:
+                self._show_error(error)
+            else:
+                if not self._is_generating():
+                    self._set_engine_state("ready")
+
+    def _tick(self) -> None:
+        if not self.is_current or self._is_generating() or self.bar.state == "starting":
+            return
+        if self.engine.running:
+            self._status()
+        elif self.bar.state in ("ready", "busy"):
+            self._set_engine_state("died")
+
+    @work(exclusive=True, group="status")
+    async def _status(self) -> None:
+        if not self.engine.running:  # it ended before this worker began, and asking would start a new one
+            self._set_engine_state("died")
+            return
+        try:
+            self.bar.facts = await self.engine.ask("status")
+        except UserError:
+            self._set_engine_state("died")
+        else:
+            if not self._is_generating():
+                self._set_engine_state("ready")
+
+    def action_spectrum(self) -> None:
+        if self.details and self.details.entry.model.scales:
+            self._measure_spectrum(self.details)
+        else:
+            self.warn("Only an adapter that changes weights has a spectrum. Move to a LoRA.")
+
+    def _kept_spectrum(self, entry: Entry) -> Any:
+        """The spectrum that was measured of these files before, if it was."""
+        facts = self.library.cache.get("spectrum", entry.model.path, self.library.stamp(entry.model))
+        return facts["modules"] if facts else None
+
+    @work(exclusive=True, group="spectrum")
+    async def _measure_spectrum(self, details: Details) -> None:
+        details.spectrum = await asyncio.to_thread(self._kept_spectrum, details.entry) or "measuring…"
+        self._show_spectrum(details)
+        if details.spectrum != "measuring…":
+            return
+        stamp = await asyncio.to_thread(self.library.stamp, details.entry.model)
+        try:
+            answer = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
+            details.spectrum = answer["modules"]
+            self.library.cache.put("spectrum", details.entry.model.path, stamp, {"modules": answer["modules"]}, ())
+            await asyncio.to_thread(self.library.cache.save)
+        except UserError as error:
+            details.spectrum = f"✗ {error}"
+        self._show_spectrum(details)
+
+    def _show_spectrum(self, details: Details) -> None:
+        if details is self.details:
+            self.details_pane.show(details)

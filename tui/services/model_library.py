@@ -1,0 +1,262 @@
+"""The models in some folders: their descriptions and verdicts, kept until their files change, also between starts."""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from pipeline.adapters.config import CONFIG
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.digest_cache import DigestStore, Signature, signature
+from pipeline.files.file_tail import file_stamp
+from pipeline.files.text import natural_sort_key
+from pipeline.inference.catalog import (
+    Measurements,
+    Model,
+    VerificationResult,
+    check,
+    describe,
+    find_base,
+    measured,
+    model_folders,
+    scored,
+)
+from pipeline.project.stage_graph import ARTIFACTS, Project
+from tui.services.model_cache import ModelCache, model_facts, model_of, stamp_of, verdict_of
+
+# Display order of the pipeline's models.
+ORDER = ("import", "pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
+CHECKING = "checking"
+MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
+SAVE_EVERY = 5.0  # seconds of checking that are lost at most if the program ends
+GONE = ""  # the stamp of a model whose files are gone
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model as the screen shows it. Without a verdict, it is not checked yet; without a method, its files are not
+    read yet.
+
+    `group`: the heading that it is listed under; "" for the models that the pipeline makes.
+    """
+
+    label: str
+    model: Model
+    verdict: VerificationResult | None
+    shown_path: str = ""  # relative to the project if it is inside, else absolute
+    group: str = ""
+
+    @property
+    def state(self) -> str:
+        return self.verdict.state if self.verdict else CHECKING
+
+    @property
+    def is_read(self) -> bool:
+        return bool(self.model.method)
+
+    @property
+    def gate(self) -> str:
+        """What to add to the state: whether it keeps evaluate.limits."""
+        return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
+
+    @cached_property
+    def sort_key(self) -> tuple[int, list[str | float]]:
+        """Pipeline models in ORDER, then all others by name."""
+        kind = "adapter" if self.model.kind == "adapter" else self.model.method
+        return (ORDER.index(kind) if kind in ORDER else len(ORDER), natural_sort_key(self.label))
+
+
+@dataclass(frozen=True)
+class CheckContext:
+    """What many models have in common, read once for all: evaluations and bases."""
+
+    measurements: Measurements
+    signature: Callable[[Path], Signature]
+    bases: dict[tuple[Path, str | None], Path | None] = field(default_factory=dict)  # by an adapter's parent, its name
+
+
+class Library:
+    """Finds and checks the models of a project and its parent.
+
+    All methods but `project_variants` and `label` read files: call them from a thread.
+    """
+
+    def __init__(self, project: Project) -> None:
+        self.project, self.root = project, project.root
+        self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
+        self.folders: list[Path] = list(self.artifacts)
+        self._models: dict[Path, tuple[Signature, Model]] = {}
+        self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}  # of the folders that contain models
+        self._verdicts: dict[Path, tuple[str, VerificationResult]] = {}
+        self._digests = DigestStore()
+        self.cache = ModelCache(self.root)
+
+    def project_variants(self) -> dict[Path, str]:
+        """Folder → name, for the models that the pipeline makes."""
+        return {self.project.artifact(pair[1] or pair[0]): name for name, pair in self.project.variants.items()}
+
+    def label(self, path: Path) -> str:
+        """A short name: the pipeline's, or the path within the searched folder."""
+        if name := self.project_variants().get(path):
+            return name
+        for folder in self.folders:
+            if path.is_relative_to(folder):
+                inside = path.relative_to(folder)
+                return str(inside if folder in self.artifacts else folder.name / inside)
+        return str(path)
+
+    def _group(self, path: Path) -> str:
+        """The heading of a model that the pipeline does not name: its folder in artifacts/, or the added folder."""
+        for folder in self.folders:
+            if path.is_relative_to(folder):
+                inside = path.relative_to(folder).parts
+                if folder in self.artifacts:
+                    return inside[0] if len(inside) > 1 else f"others in {ARTIFACTS}/"
+                names = [other.name for other in self.folders]
+                return folder.name if names.count(folder.name) == 1 else str(folder)
+        return str(path.parent)
+
+    def scan(self) -> Iterator[Entry]:
+        """Yield every model in the folders, with what is known of it so far: costs a stat per file."""
+        models: dict[Path, tuple[Signature, Model]] = {}
+        folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
+        variants = self.project_variants()
+        for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
+            folder_stamps.setdefault(path.parent, file_stamp(path.parent))
+            now = signature(path)
+            model = self._known(path, now)
+            models[path] = now, model or _unread(path, now)
+            verdict = self._known_verdict(model, now, context) if model else None
+            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self.artifacts))
+            shown_path = os.path.relpath(path, self.root) if in_project else str(path)
+            group = "" if path in variants else self._group(path)
+            yield Entry(variants.get(path) or self.label(path), models[path][1], verdict, shown_path, group)
+        self._models, self._folder_stamps = models, folder_stamps
+
+    def _known(self, path: Path, now: Signature) -> Model | None:
+        cached = self._models.get(path)
+        if cached and cached[0] == now and cached[1].method:
+            return cached[1]
+        facts = self.cache.get("model", path, stamp_of(now))
+        return model_of(path, facts) if facts else None
+
+    def _known_verdict(self, model: Model, now: Signature, context: CheckContext) -> VerificationResult | None:
+        current = self._stamp(model, now, context)
+        stamp, verdict = self._verdicts.get(model.path, ("", None))
+        if verdict is None or stamp != current:
+            facts = self.cache.get("verdict", model.path, current)
+            verdict = verdict_of(facts) if facts else None
+        return verdict and scored(verdict, context.measurements)
+
+    def changed(self) -> bool:
+        """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
+        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())) or any(
+            signature(path) != before for path, (before, _) in list(self._models.items())
+        )
+
+    def check_all(self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple) -> Iterator[Entry]:
+        """Yield the unchecked entries with a verdict, those of `first` before the others. For the list: accepts digests
+        cached by an earlier process."""
+        context, saved = self._check_context(), monotonic()
+        pending = {entry.model.path: entry for entry in entries if entry.verdict is None}
+        try:
+            while pending:
+                path = next((path for path in first() if path in pending), None) or next(iter(pending))
+                yield self.check(pending.pop(path), context, earlier=True)
+                if monotonic() - saved > SAVE_EVERY:
+                    self._save()
+                    saved = monotonic()
+        finally:
+            self._save()
+
+    def _save(self) -> None:
+        self._digests.save()
+        self.cache.save()
+
+    def read(self, entry: Entry) -> Entry:
+        """The entry with its model as its files describe it."""
+        if entry.is_read:
+            return entry
+        path, now = entry.model.path, signature(entry.model.path)  # before the files are read
+        model = describe(path)
+        self._models[path] = now, model
+        self.cache.put("model", path, stamp_of(now), model_facts(model), [now])
+        return replace(entry, model=model)
+
+    def check(self, entry: Entry, context: CheckContext | None = None, earlier: bool = False) -> Entry:
+        """The entry with its verdict, whose reason has paths relative to the project.
+
+        For loading, it hashes all files that this process has not hashed yet; `earlier`: accepts digests cached by
+        an earlier process.
+        """
+        context, entry = context or self._check_context(), self.read(entry)
+        model, path = entry.model, entry.model.path
+        now = signature(path)  # before the files are read
+        stamp = self._stamp(model, now, context)
+        fingerprint = partial(self._digests.fingerprint, earlier=earlier)
+        contents = partial(self._digests.contents, earlier=earlier)
+        verdict = check(model, self.root, fingerprint=fingerprint, contents=contents)
+        verdict = replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
+        self._verdicts[path] = stamp, verdict
+        base = self._base(model, context)
+        self.cache.put("verdict", path, stamp, asdict(verdict), [now, context.signature(base) if base else ()])
+        return replace(entry, verdict=scored(verdict, context.measurements))
+
+    def forget(self) -> None:
+        """Drop all verdicts and digests, so that everything is checked again."""
+        self._verdicts.clear()
+        self._digests.forget()
+        self.cache.forget()
+
+    def stamp(self, model: Model, context: CheckContext | None = None) -> str:
+        """Changes with the files of the model and of its base. GONE if it is gone."""
+        return self._stamp(model, signature(model.path), context or self._check_context())
+
+    def _stamp(self, model: Model, files: Signature, context: CheckContext) -> str:
+        if not files:
+            return GONE
+        base = self._base(model, context)
+        return stamp_of(files, context.signature(base) if base else ())
+
+    def _check_context(self) -> CheckContext:
+        return CheckContext(measured(self.folders), cache(signature))
+
+    def _base(self, model: Model, context: CheckContext) -> Path | None:
+        """`base`, looked up once for all adapters in a folder that name the same one; None for a model with its own."""
+        if model.kind != "adapter":
+            return None
+        key = model.path.parent, model.base
+        if key not in context.bases:
+            context.bases[key] = self.base(model)
+        return context.bases[key]
+
+    def base(self, model: Model) -> Path | None:
+        """The folder of the base model: the model's own, or for an adapter its base (None if it is missing)."""
+        if model.kind != "adapter":
+            return model.path
+        try:
+            return find_base(model.path, self.root)
+        except UserError:
+            return None
+
+
+def _unread(path: Path, files: Signature) -> Model:
+    """A model of which only the names of its files are known."""
+    kind = "adapter" if any(file.name == CONFIG for file in files) else ""
+    return Model(path, kind, "", None, (), None, None, 0, None, None, False)
+
+
+def read_documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and the adapter's config, each {} if it is missing, broken or too large."""
+
+    def read(path: Path) -> dict[str, Any]:
+        try:
+            return artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
+        except (UserError, OSError):
+            return {}
+
+    return read(folder / artifact.MANIFEST), read(folder / CONFIG)
