@@ -81,7 +81,7 @@ def alive(folder: Path) -> bool:
     """Whether a process holds the run folder's lock."""
     try:
         with (folder / LOCK).open("rb") as file:
-            pid = file.read()
+            pid = file.read(32)
             if not pid.isdigit():
                 return False
             # Do not try the lock of a process that is gone (ProcessLookupError): a stage that starts at this moment
@@ -91,7 +91,7 @@ def alive(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, OverflowError):  # OverflowError: a damaged file with a number that no process can have
         return False
     return False
 
