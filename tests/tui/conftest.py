@@ -52,7 +52,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.screens.curves.screen.POLL", 0.1)
     monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
     monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
-    monkeypatch.setattr("tui.screens.models.screen.STATUS_EVERY", 0.1)
+    monkeypatch.setattr("tui.screens.models.prompt_pane.STATUS_EVERY", 0.1)
 
 
 @pytest.fixture

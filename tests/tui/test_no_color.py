@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from textual.color import Color
 from textual.screen import Screen
+from tui.screens.models.attention import AttentionScreen
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
@@ -54,8 +55,9 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(layer: int, head: int) -> dict[str, Any]:
-    return FakeInference()._attention(layer, head)
+async def _weights(strength: float, **head: int) -> dict[str, Any]:
+    fake = FakeInference()
+    return fake._attention(**head) if head else fake._attention_maps(strength)
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
@@ -64,7 +66,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "attention": lambda _: AttentionScreen("lora", _weights),
+    "attention": lambda _: AttentionScreen("lora", True, 1.0, _weights),
 }
 
 

@@ -15,7 +15,7 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.projects import load
 from tui.app import Workbench
-from tui.screens.models.screen import AdaptersScreen
+from tui.screens.models.screen import ModelsScreen
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stages_pane import StageTree
 from tui.widgets.prompting import PromptInput
@@ -33,9 +33,10 @@ async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], Input]]:
     app = Workbench(root / "params.yaml")
     app.inference = FakeInference()
     async with app.run_test() as pilot:
-        await pilot.press("4", "p")
+        app.go("models", prompt=" ")
         await until(pilot, lambda: isinstance(app.focused, PromptInput))
         assert isinstance(app.focused, Input)
+        app.focused.value = ""
         yield pilot, app.focused
 
 
@@ -65,13 +66,13 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
     app.inference = FakeInference()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
+        await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
         screen = app.screen
-        assert isinstance(screen, AdaptersScreen)
+        assert isinstance(screen, ModelsScreen)
         burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
         await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
         assert (
-            str(screen.conversation.sampling)
+            str(screen.prompt_pane.conversation.sampling)
             == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
         )
 
