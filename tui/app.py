@@ -23,15 +23,15 @@ from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
-from textual.screen import ModalScreen, Screen
+from textual.screen import ModalScreen
 from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.registry import FIRST_LOOK, SCREENS, WELCOME
-from tui.services.machine import Machine
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
+from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
@@ -41,7 +41,6 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from textual.command import Provider
 
-    from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
@@ -174,12 +173,12 @@ class Workbench(App[None]):
     # The screens
 
     @property
-    def base_screen(self) -> "WorkbenchScreen":
+    def base_screen(self) -> NumberedScreen:
         """The screen of the workbench that is shown, perhaps below a dialog."""
-        screen: Any = self.screen_stack[0]
-        return screen  # type: ignore[no-any-return]  # every mode's first screen is one
+        screen: Any = self.screen_stack[0]  # every mode's first screen is one
+        return screen  # type: ignore[no-any-return]
 
-    async def shown(self, name: str) -> "WorkbenchScreen":
+    async def shown(self, name: str) -> NumberedScreen:
         """Switch to a screen, and return it once it is mounted."""
         await self.switch_mode(name)
         screen = self.base_screen
@@ -192,7 +191,7 @@ class Workbench(App[None]):
         """Show a screen, and there what `request` asks for; each screen names its own keywords."""
         (await self.shown(name)).open_with(**request)
 
-    def created_screens(self) -> "Iterator[WorkbenchScreen]":
+    def created_screens(self) -> Iterator[NumberedScreen]:
         """The screens that were shown at least once."""
         for stack in self._screen_stacks.values():
             for screen in stack[:1]:
@@ -415,7 +414,7 @@ class Workbench(App[None]):
         parts = [{"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier) for modifier in modifiers]
         return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
 
-    def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
+    def keys_of(self, screen: NumberedScreen) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():
@@ -435,10 +434,3 @@ def _abbreviate_home(path: Path) -> str:
     """The path with ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-
-
-def main() -> None:
-    """`lora-tui`, for a script that was installed when it began here."""
-    from tui.start import main as start
-
-    start()

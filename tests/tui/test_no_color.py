@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from textual.color import Color
 from textual.screen import Screen
-from tui.screens.models.attention import AttentionScreen
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until

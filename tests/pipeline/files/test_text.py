@@ -5,11 +5,11 @@ import time
 
 import pytest
 from rich.cells import cell_len
+from tui.screens.models.dialogs import BARS, bars, matrix, sentence, window
 
 from pipeline.files.text import escape_whitespace
 from tui.screens.models.answers import CELL, format_answer, table
 from tui.screens.models.conversation import Answer, Exchange, Sampling
-from tui.screens.models.dialogs import BARS, bars, matrix, sentence, window
 from tui.widgets.text import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]

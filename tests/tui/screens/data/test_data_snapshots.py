@@ -60,7 +60,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def still_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory of this machine in the header."""
-    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "cpu 1/8 GiB")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1/8 GiB")
 
 
 async def read(pilot: Pilot[Any]) -> DataScreen:

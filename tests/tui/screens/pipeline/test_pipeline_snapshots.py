@@ -48,7 +48,7 @@ def same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments are shown in the time zone of the machine, and the machine's load in the header."""
     monkeypatch.setenv("TZ", "UTC")
     monkeypatch.setattr("tui.widgets.header._clock", lambda _: "0:12")
-    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "")
 
 
 async def wait_until_loaded(pilot: Pilot[Any]) -> PipelineScreen:

@@ -30,7 +30,7 @@ def model(done: int, kept: float, **more: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is another in each picture."""
-    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "")
 
 
 @pytest.fixture

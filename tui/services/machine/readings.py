@@ -8,8 +8,8 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from tui.services.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
-from tui.services.nvml import Gpu, GpuReading, Gpus
+from tui.services.machine.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
+from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 
 if TYPE_CHECKING:
     from psutil import Process

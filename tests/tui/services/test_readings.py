@@ -13,9 +13,9 @@ import pynvml
 import pytest
 
 from tui.services import machine as module
-from tui.services.cgroup import cpu_quota, cpu_seconds, memory_limit
-from tui.services.machine import Machine, Sample
-from tui.services.nvml import Gpus, short_name
+from tui.services.machine.cgroup import cpu_quota, cpu_seconds, memory_limit
+from tui.services.machine.nvml import Gpus, short_name
+from tui.services.machine.readings import Machine, Sample
 
 GIB = 2**30
 
@@ -86,7 +86,7 @@ def test_a_reading_that_fails_is_one_sentence_and_the_next_may_succeed(
             raise OSError("no /proc")
         return 5
 
-    monkeypatch.setattr("tui.services.machine._Host.used", used)
+    monkeypatch.setattr("tui.services.machine.readings._Host.used", used)
     machine = started()
     deadline = time.monotonic() + 30
     while not machine.problem and time.monotonic() < deadline:
