@@ -41,11 +41,12 @@ class Everything(Provider):
         return self.app  # type: ignore[return-value]  # it is made by that app only
 
     async def startup(self) -> None:
-        self._here = list(_screen_commands(self._app, self._app.base_screen.NAME))
+        here = self._app.base_screen.NAME
+        self._here = list(_screen_commands(self._app, here)) if here in SCREENS else []
         self._commands = [
             *self._here,
             *_app_commands(self._app),
-            *(c for name in SCREENS if name != self._app.base_screen.NAME for c in _screen_commands(self._app, name)),
+            *(c for name in SCREENS if name != here for c in _screen_commands(self._app, name)),
             *_stages(self._app),
             *_params(self._app),
             *_prompts(self._app),

@@ -27,7 +27,14 @@ class ScreenEntry(NamedTuple):
 SCREENS = {
     "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "results": ScreenEntry("Results", "Results", "tui.screens.results.screen:ResultsScreen"),
+    "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
+    "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
+
+# shown in a folder without a project; no number leads to it
+WELCOME = "welcome"
+FIRST_LOOK = ScreenEntry("Welcome", "Welcome", "tui.screens.welcome.screen:WelcomeScreen")

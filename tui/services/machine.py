@@ -187,7 +187,8 @@ class _Host:
         tree: list[Process] = []
         with suppress(self._psutil.Error):
             root = self._psutil.Process(pid)
-            tree = [root, *root.children(recursive=True)]
+            # Of this program the children are what it started: the pipeline and the engine.
+            tree = [root] if pid == os.getpid() else [root, *root.children(recursive=True)]
         # A process that has another's id now is not equal to the one before.
         self._trees[pid] = [known[p.pid] if known.get(p.pid) == p else p for p in tree]
 

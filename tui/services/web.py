@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import shlex
 import sys
+from collections.abc import Sequence
 from errno import EADDRINUSE
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from textual_serve.server import Server
 
 from pipeline.errors import UserError
 
+TEMPLATES = Path(__file__).with_name("templates")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -28,7 +30,7 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
     """textual-serve's server behind a token; requests without it get 403."""
 
     def __init__(self, command: str, port: int) -> None:
-        super().__init__(command, host="localhost", port=port, title="lora")
+        super().__init__(command, host="localhost", port=port, title="LoRA workbench", templates_path=TEMPLATES)
         self._token = secrets.token_urlsafe()
         self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | ({*LOCAL_HOSTS} if port == 80 else set())
         self._browsers: set[asyncio.Task[Any]] = set()
@@ -54,7 +56,7 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
             raise web.HTTPForbidden(text="Open the URL that lora-tui printed.\n")
         response = await handler(request)
         if not response.prepared:
-            response.headers["Referrer-Policy"] = "no-referrer"  # the page loads a font from another site
+            response.headers["Referrer-Policy"] = "no-referrer"  # the URL holds the token
         return response
 
     async def handle_download(self, request: web.Request) -> web.StreamResponse:
@@ -92,9 +94,9 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         web.run_app(self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url)
 
 
-def serve(params: Path, port: int) -> None:
-    """Serve the app until Ctrl+C. Raises UserError if the port cannot be opened."""
-    command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
+def serve(arguments: Sequence[str], port: int) -> None:
+    """Serve `lora-tui ARGUMENTS` until Ctrl+C. Raises UserError if the port cannot be opened."""
+    command = shlex.join([sys.executable, "-P", "-m", "tui", *arguments])
     try:
         TokenServer(command, port).serve()
     except OSError as error:
