@@ -412,8 +412,10 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._set_window(x=None, y=None, following=False)
 
     def action_sideways(self, direction: int) -> None:
-        """Move the step cursor; the first press sets it."""
-        self._show(self.window.sideways(direction, self.steps(), self.chart.plot.width))
+        """Move the step cursor; the first press sets it to the last step of the run that the list's cursor is on."""
+        line = self._pointed_line()
+        last = line.curve_log.log.steps[-1] if line and line.curve_log.log.steps else self.steps()[1]
+        self._show(self.window.sideways(direction, self.steps(), self.chart.plot.width, last))
 
     def action_end_of_steps(self, end: Literal[0, 1]) -> None:
         self._set_window(cursor=round(self.steps()[end]))

@@ -27,11 +27,11 @@ class Window:
             return (first, last) if first < last else (first - 1, last + 1)
         return (last - (self.x[1] - self.x[0]), last) if self.following else self.x
 
-    def sideways(self, direction: int, steps: Range, columns: int) -> "Window":
-        """With the cursor a column further, at least a step; at first it is at the end that it comes from."""
+    def sideways(self, direction: int, steps: Range, columns: int, start: float) -> "Window":
+        """With the cursor a column further, at least a step; at first it is at `start`."""
         first, last = steps
         if self.cursor is None:
-            return replace(self, cursor=round(last if direction < 0 else first))
+            return replace(self, cursor=round(min(max(start, first), last)))
         by = max(round((last - first) / columns), 1)
         return replace(self, cursor=min(max(self.cursor + by * direction, round(first)), round(last)))
 

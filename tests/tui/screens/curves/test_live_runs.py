@@ -159,3 +159,10 @@ async def test_what_an_evaluation_measured_is_shown_as_kept(root: Path) -> None:
         await until(pilot, lambda: "■ lora 0.0656 ▆ 73%" in list_lines(screen))
         await point_to(pilot, screen, "lora")
         assert "kept 73% of the old answers" in details_text(screen)
+        asked: list[object] = []
+        screen.workbench.go = lambda *names, **request: asked.append((*names, request))  # type: ignore[method-assign, assignment]
+        await pilot.press("c")
+        assert asked == [("chat", {"models": [adapter]})]
+        await point_to(pilot, screen, "full")
+        await pilot.press("c")
+        assert len(asked) == 1 and "no model yet" in screen.workbench.message_history[-1].text
