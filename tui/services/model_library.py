@@ -152,11 +152,13 @@ class Library:
             verdict = verdict_of(facts) if facts else None
         return verdict and scored(verdict, context.measurements)
 
+    def added(self) -> bool:
+        """Whether a model was added, removed or replaced since the last complete scan. Costs a stat per folder."""
+        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items()))
+
     def changed(self) -> bool:
-        """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
-        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())) or any(
-            signature(path) != before for path, (before, _) in list(self._models.items())
-        )
+        """Whether a file of a model was changed in place since then. Costs a stat per file."""
+        return any(signature(path) != before for path, (before, _) in list(self._models.items()))
 
     def check_all(self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple) -> Iterator[Entry]:
         """Yield the unchecked entries with a verdict, those of `first` before the others. For the list: accepts digests

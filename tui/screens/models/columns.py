@@ -141,9 +141,10 @@ def name_width(entries: Sequence[Entry], width: int) -> int:
 
 
 def searched(entry: Entry) -> str:
-    """What the filter searches: every column, also those that are not shown."""
-    cells = (column.cell(entry, {}).plain for column in COLUMNS)
-    return "\n".join((*cells, entry.model.kind, entry.model.method, entry.shown_path)).casefold()
+    """What the filter searches: all words of the columns, also of those that are not shown."""
+    model = entry.model
+    words = (entry.label, model.kind, model.method, _size(entry), model.base, *model.targets, STATES[entry.state])
+    return "\n".join((*map(str, words), entry.gate, entry.shown_path)).casefold()
 
 
 def sorted_entries(entries: Sequence[Entry], column: Column, reverse: bool) -> list[Entry]:

@@ -34,7 +34,7 @@ FOLDER_QUESTION = "Search which folder for models? A folder that was added befor
 SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
 MAX_PROMPTS = 200  # in the saved history
 EVERY = 1.0  # seconds between checks for changed files, at least
-IDLE_SHARE = 150  # times as long as a check takes there is none: thousands of models must not keep a core busy
+IDLE_SHARE = 300  # times as long as a look at all files takes there is none: thousands must not keep a core busy
 BATCH = 0.25  # seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
 STATUS_EVERY = 2.0  # seconds between status requests
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
@@ -197,12 +197,14 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
-        started = monotonic()
-        if self.is_current and started >= self._next_look:
+        if not self.is_current:
+            return
+        changed, started = await asyncio.to_thread(self.library.added), monotonic()
+        if not changed and started >= self._next_look:
             changed = await asyncio.to_thread(self.library.changed)
             self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
-            if changed:
-                self._start_scan()
+        if changed:
+            self._start_scan()
 
     def _show_scan(self, entries: list[Entry]) -> None:
         """Show what a scan found; entries that are not checked yet have no verdict."""

@@ -381,7 +381,7 @@ async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
         await s.answered()
         assert "model.safetensors was changed" in s.completions()
         assert not s.engine.done("load")
-        await s.press("escape", "v")
+        await s.press("escape", "escape", "v")
         await until(s.pilot, lambda: "✗" in s.row("full"))
 
 

@@ -89,6 +89,9 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
     await until(pilot, lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries))
     await until(pilot, lambda: "looking" not in str(screen.query_one("#none", Static).render()))
     await until(pilot, lambda: not count or screen.prompt_pane.bar.facts)
+    watch = screen.workbench.project_watch
+    await until(pilot, lambda: watch.project and len(watch.states) == len(watch.project.stages))
+    screen.workbench.refresh_header()
     return screen
 
 

@@ -340,7 +340,7 @@ async def test_attention_shows_all_heads_then_one_and_what_the_adapter_changed(b
             (1, 1, 0.0),
         }
         await s.press("k")
-        assert "katze attends to" in shown() and "katze   0.75" in shown()
+        assert "katze attends to" in shown() and "katze 0.75" in shown()
         await s.press("escape")
         assert "layer 1" in shown(), "all heads again"
         await s.press("escape")
