@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -435,7 +436,5 @@ def _abbreviate_home(path: Path) -> str:
 
 
 def main() -> None:
-    """`lora-tui`, for a script that was installed when it began here."""
-    from tui.start import main as start
-
-    start()
+    """`lora-tui`, for a script that was installed when it began here; since then it begins in `tui.start`."""
+    import_module("tui.start").main()

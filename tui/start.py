@@ -23,13 +23,13 @@ def main() -> None:
             raise UserError(f"{params.parent} is not a folder. Name a params file with --params.")
         if arguments.web:
             try:
-                from tui.services.web import serve
+                from tui.services.web.server import serve
             except ImportError:
                 sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
             serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
             return
         if arguments.demo:
-            from tui.services.demo import greet, open_demo
+            from tui.services.projects.demo import greet, open_demo
 
             params = open_demo()
             greeting = greet(params.parent)

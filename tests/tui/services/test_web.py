@@ -65,7 +65,9 @@ async def test_the_app_is_served_at_the_url_that_is_printed(served: Served) -> N
         script = re.search(r'script src="([^"]+)"', page)
         assert address and script
         links = re.findall(r'(?:href|src)="(http[^"]+)"|url\("(http[^"]+)"\)', page)
-        assert links and all("".join(link).startswith(served.url) for link in links)  # nothing is fetched from elsewhere
+        assert links and all(
+            "".join(link).startswith(served.url) for link in links
+        )  # nothing is fetched from elsewhere
         assert (await session.get(script[1])).status == 200
         async with session.ws_connect(f"{address[1]}?width=100&height=30", origin=served.url.rsplit("/", 2)[0]) as it:
             await painted(it, "finetune_lora")
