@@ -29,8 +29,7 @@ from bench.terminal import terminal
 from bench.training import training
 
 BENCHMARKS = (
-    *(commands, terminal, keyboard, calculator, curves, data, engine, memory, training, methods, sweep),
-    *(commands, terminal, calculator, curves, models, data, engine, memory, training, methods, sweep),
+    *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
     *(real, methods_real, preferences, quantized, merge, several, serve),
 )
 

@@ -19,7 +19,7 @@ from pipeline.project.params import edit
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
-from tui.services.demo import ARCHIVE, TRAINED
+from tui.services.projects.demo import ARCHIVE, TRAINED
 
 METHODS = ("full", "freeze", "lora", "prefix", "prompt", "scratch", "sweep")
 OLD, NEW = ["die katze sitzt auf dem", "der hund"], ["der wind", "die suppe kocht auf dem"]

@@ -29,7 +29,7 @@ def main() -> None:
             serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
             return
         if arguments.demo:
-            from tui.services.demo import greet, open_demo
+            from tui.services.projects.demo import greet, open_demo
 
             params = open_demo()
             greeting = greet(params.parent)

@@ -12,8 +12,8 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.status import Status
 from pipeline.workbench import open_project
-from tui.services import demo
-from tui.services.demo import ARCHIVE, TRAINED, open_demo
+from tui.services.projects import demo
+from tui.services.projects.demo import ARCHIVE, TRAINED, open_demo
 
 
 @pytest.fixture(autouse=True)

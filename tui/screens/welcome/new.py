@@ -13,7 +13,7 @@ from textual.widgets import LoadingIndicator, Static
 
 from pipeline.errors import UserError, explain
 from pipeline.stages.registry import METHODS
-from tui.services.new_project import create
+from tui.services.projects.new_project import create
 from tui.widgets.form import Form, FormField, parse_names
 
 Made = tuple[Path, str]  # the params file, and what was chosen with which reasons ("" if nothing was)

@@ -119,7 +119,7 @@ class WelcomeScreen(WorkbenchScreen):
 
     @work(group="demo", exclusive=True, thread=True)
     def _open_demo(self) -> None:
-        from tui.services.demo import greet, open_demo
+        from tui.services.projects.demo import greet, open_demo
 
         self.app.call_from_thread(self._say, "unpacking the demo …")
         try:

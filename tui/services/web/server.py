@@ -22,7 +22,7 @@ from textual_serve.server import Server
 
 from pipeline.errors import UserError
 
-TEMPLATES = Path(__file__).with_name("templates")
+PAGE = Path(__file__).parent  # its app_index.html
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -30,7 +30,7 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
     """textual-serve's server behind a token; requests without it get 403."""
 
     def __init__(self, command: str, port: int) -> None:
-        super().__init__(command, host="localhost", port=port, title="LoRA workbench", templates_path=TEMPLATES)
+        super().__init__(command, host="localhost", port=port, title="LoRA workbench", templates_path=PAGE)
         self._token = secrets.token_urlsafe()
         self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | ({*LOCAL_HOSTS} if port == 80 else set())
         self._browsers: set[asyncio.Task[Any]] = set()

@@ -16,7 +16,9 @@ from tui.registry import SCREENS, WELCOME
 from tui.screens.welcome import new
 from tui.screens.welcome.new import Creation, NewProject
 from tui.screens.welcome.screen import WelcomeScreen
-from tui.services.new_project import create
+from tui.services.projects.new_project import create
+
+EMPTY = ("No runs", "No models", "No results", "not made yet", "Nothing ", "R runs the pipeline")  # of other projects
 
 
 @pytest.fixture
@@ -150,6 +152,8 @@ async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> No
             await until(pilot, lambda name=name: mode(app) == name and app.screen.is_mounted)  # type: ignore[misc]
             await pilot.pause()
             assert not [message for message in app.message_history if message.severity != "information"]
+            drawn = app.export_screenshot().replace("&#160;", " ")
+            assert not [text for text in EMPTY if text in drawn], name
 
 
 async def test_lora_new_makes_a_project_and_says_what_is_wrong(nothing: Path) -> None:
