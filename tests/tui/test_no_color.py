@@ -60,7 +60,7 @@ async def _weights(strength: float, **head: int) -> dict[str, Any]:
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda app: HelpScreen(*page("What it shows.", app.keys_of(app.screen), None)),
+    "help": lambda app: HelpScreen(*page("What it shows.", app.keys_of(app.base_screen), None)),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
