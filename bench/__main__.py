@@ -13,6 +13,7 @@ from bench.commands import commands
 from bench.curves import curves
 from bench.data import data
 from bench.engine import engine
+from bench.keyboard import keyboard
 from bench.memory import memory
 from bench.merge import merge
 from bench.methods import methods
@@ -28,7 +29,7 @@ from bench.terminal import terminal
 from bench.training import training
 
 BENCHMARKS = (
-    *(commands, terminal, calculator, curves, models, data, engine, memory, training, methods, sweep),
+    *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
     *(real, methods_real, preferences, quantized, merge, several, serve),
 )
 

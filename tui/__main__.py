@@ -1,5 +1,5 @@
 """`python -m tui`: same as `lora-tui`."""
 
-from tui.app import main
+from tui.start import main
 
 main()

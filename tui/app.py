@@ -1,17 +1,15 @@
 """`lora-tui`: the screens on one project."""
 
-import argparse
 import asyncio
+import gc
 import os
 import re
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,28 +23,28 @@ from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
-from textual.screen import ModalScreen, Screen
+from textual.screen import ModalScreen
 from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
-from tui.config import Config, State, config_path, load_config, state_path
+from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.help import page
-from tui.palette import Everything
-from tui.registry import SCREENS
-from tui.services.machine import Machine
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
+from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
-from tui.themes import DARK, LIGHT, THEMES
+from tui.themes import DARK, LIGHT, THEMES, ParsedOnce
 from tui.widgets.header import Header, describe_state
 
 if TYPE_CHECKING:
-    from tui.screens.base import WorkbenchScreen
+    from textual.command import Provider
+
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
+PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
@@ -74,14 +72,20 @@ KEY_ROUNDS = 3
 KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
 
+def _palette() -> "type[Provider]":
+    from tui.palette import Everything  # 15 ms, which the first paint should not wait for
+
+    return Everything
+
+
 class Workbench(App[None]):
     """The app: its project, services, saved state and message history. The screens do the rest."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "lora"
-    COMMANDS = {Everything}  # noqa: RUF012  # as Textual declares it
+    COMMANDS = {_palette}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
-    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012
+    MODES = {name: entry.load for name, entry in {**SCREENS, WELCOME: FIRST_LOOK}.items()}  # noqa: RUF012
     MODELS = "models"  # the screen that prompts a model
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -99,46 +103,82 @@ class Workbench(App[None]):
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
 
-    def __init__(self, params: Path = Path("params.yaml"), config: Config | None = None) -> None:
-        self.params_path = params.absolute()
-        self.root = self.params_path.parent
+    def __init__(self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = "") -> None:
         self.config = config or Config()
-        self.folder_label = _abbreviate_home(self.root)
-        self.runner = Runner(self.root)
-        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
-        self.edits = ParamEdits()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
-        self.models: LoadedModels | None = None
-        self.first_screen = next(iter(SCREENS))
         self.message_history: deque[Message] = deque(maxlen=1000)
         self._typed: deque[Key | Paste] = deque()  # not delivered yet
         self._delivering = False
         self._interrupted = -INTERRUPT_TWICE  # when Ctrl+C was last pressed
+        self._greeting = greeting
+        self._take_project(params.absolute())
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
+        self._theme_shown = self._initial_theme()
+        self.set_reactive(App.theme, self._theme_shown)  # set after the start, it would style everything twice
+        self.stylesheet = ParsedOnce(self.get_css_variables())
+
+    def _take_project(self, params: Path) -> None:
+        """Everything that belongs to one project, begun anew."""
+        self.params_path, self.root = params, params.parent
+        self.folder_label = _abbreviate_home(self.root)
+        self.runner = Runner(self.root)
+        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.edits = ParamEdits()
+        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
+        self.models: LoadedModels | None = None
+        self.first_screen = next(iter(SCREENS))
 
     def on_mount(self) -> None:
-        self.theme = self._initial_theme()
         self.theme_changed_signal.subscribe(self, self._remember_theme)
+        wanted = self.config.theme or self.state.theme
+        if wanted not in (None, self.theme):
+            self.log_message(f"Unknown theme {wanted!r}; using {self.theme}.", "warning")
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
-        self.switch_mode(self.first_screen)
-        self.run_worker(self.project_watch.run(), group="watch")
+        # A project that lost its params file says so on its screens; a folder without any part of one offers some.
+        is_project = self.params_path.exists() or ((self.root / DVC).exists() and self.params_path.name == PARAMS)
+        self.switch_mode(self.first_screen if is_project else WELCOME)
         self.set_interval(1.0, self.refresh_header)
-        self.call_after_refresh(self.machine.start)
+        self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
+
+    def _start_services(self) -> None:
+        if not gc.isenabled():  # see tui/start.py
+            gc.freeze()  # what was imported stays, and need not be looked through again
+            gc.enable()
+        if not self.is_running:  # it was closed before its first frame
+            return
+        if self._greeting:
+            self.log_message(self._greeting)
+        self.run_worker(self.project_watch.run(), group="watch")
+        self.machine.start()
+
+    async def open_project(self, params: Path, greeting: str = "") -> None:
+        """Show another project in this terminal or browser: screens and services begin anew."""
+        await self.switch_mode(WELCOME)  # the others are removed, and the one that is shown cannot be
+        self.workers.cancel_group(self, "watch")
+        if self.inference:
+            await self.inference.stop()
+        self._take_project(params.absolute())
+        for name in SCREENS:
+            await self.remove_mode(name)
+            self.add_mode(name, SCREENS[name].load)
+        await self.switch_mode(self.first_screen)
+        self.run_worker(self.project_watch.run(), group="watch")
+        if greeting:
+            self.log_message(greeting)
 
     # The screens
 
     @property
-    def base_screen(self) -> "WorkbenchScreen":
+    def base_screen(self) -> NumberedScreen:
         """The screen of the workbench that is shown, perhaps below a dialog."""
-        screen: Any = self.screen_stack[0]
-        return screen  # type: ignore[no-any-return]  # every mode's first screen is one
+        screen: Any = self.screen_stack[0]  # every mode's first screen is one
+        return screen  # type: ignore[no-any-return]
 
-    async def shown(self, name: str) -> "WorkbenchScreen":
+    async def shown(self, name: str) -> NumberedScreen:
         """Switch to a screen, and return it once it is mounted."""
         await self.switch_mode(name)
         screen = self.base_screen
@@ -151,7 +191,7 @@ class Workbench(App[None]):
         """Show a screen, and there what `request` asks for; each screen names its own keywords."""
         (await self.shown(name)).open_with(**request)
 
-    def created_screens(self) -> "Iterator[WorkbenchScreen]":
+    def created_screens(self) -> Iterator[NumberedScreen]:
         """The screens that were shown at least once."""
         for stack in self._screen_stacks.values():
             for screen in stack[:1]:
@@ -159,10 +199,10 @@ class Workbench(App[None]):
                     yield screen  # type: ignore[misc]  # it is one
 
     def _followed_processes(self) -> dict[str, int]:
-        """Processes that the monitor follows: the stage that runs, the engine. Called in another thread."""
+        """Processes that the monitor follows: the stage that runs, the engine, this one. Called in another thread."""
         running, engine = self.project_watch.running, self.inference and self.inference.pid
         stage = {running.stage.name: running.run.pid} if running and running.run else {}
-        return stage | ({"engine": engine} if engine else {})
+        return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _project_changed(self) -> None:
         if self.screen_stack and hasattr(self.base_screen, "notice"):
@@ -172,6 +212,8 @@ class Workbench(App[None]):
 
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
+        if not self.screen_stack:  # between two screens
+            return
         for header in self.base_screen.query(Header):
             watch = self.project_watch
             states = [*watch.states.values()]
@@ -213,7 +255,7 @@ class Workbench(App[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
         """`X` is offered while something runs, `R` while nothing does."""
         busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
-        return {"stop": busy, "run": not busy}.get(action, True)
+        return {"stop": busy, "run": not busy and self._current_mode != WELCOME}.get(action, True)
 
     def action_run(self) -> None:
         """Run the pipeline."""
@@ -275,6 +317,9 @@ class Workbench(App[None]):
     def _pipeline_ended(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
         states = self.project_watch.states
+        _, _, alone = ended.command.partition("--single-item ")
+        if name := alone.rpartition(" ")[2]:  # one stage: that others are out of date is no early end
+            states = {name: states[name]} if name in states else {}
         stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
         failed = [state for state in stages if state.state in ("failed", "died")]
         if failed:
@@ -284,7 +329,7 @@ class Workbench(App[None]):
         elif all(state.state == "current" for state in states.values()):
             gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
             is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
-            text = " ".join(["All stages are up to date.", *gates])
+            text = " ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates])
             self.log_message(text, "error" if is_broken else "information")
         elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
@@ -312,14 +357,12 @@ class Workbench(App[None]):
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         fallback = LIGHT.name if light else DARK.name
         wanted = self.config.theme or self.state.theme or fallback
-        if wanted not in self.available_themes:
-            self.log_message(f"Unknown theme {wanted!r}; using {fallback}.", "warning")
-            return fallback
-        return wanted
+        return wanted if wanted in self.available_themes else fallback
 
     def _remember_theme(self, theme: Theme) -> None:
-        self.state.theme = theme.name
-        self.remember()
+        if theme.name != self._theme_shown:  # else it is the one of the start, which nobody chose
+            self.state.theme = self._theme_shown = theme.name
+            self.remember()
 
     def remember(self) -> None:
         """Save the state for the next start."""
@@ -349,6 +392,8 @@ class Workbench(App[None]):
     def action_help(self) -> None:
         if isinstance(self.screen, ModalScreen):
             return
+        from tui.help import page
+
         screen = self.base_screen
         self.push_screen(HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help"))
 
@@ -369,7 +414,7 @@ class Workbench(App[None]):
         parts = [{"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier) for modifier in modifiers]
         return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
 
-    def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
+    def keys_of(self, screen: NumberedScreen) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():
@@ -389,35 +434,3 @@ def _abbreviate_home(path: Path) -> str:
     """The path with ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-
-
-def main() -> None:
-    """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
-
-    def port(text: str) -> int:
-        if not (text.isdecimal() and 1 <= int(text) <= 65535):
-            raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
-        return int(text)
-
-    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
-    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=port, default=8000, help="port of --web")
-    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
-    arguments = parser.parse_args()
-    try:
-        if not arguments.params.parent.is_dir():
-            raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
-        config = load_config(config_path())
-        if arguments.web:
-            try:
-                from tui.services.web import serve
-            except ImportError:
-                sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-            serve(arguments.params, arguments.port)
-            return
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    app = Workbench(arguments.params, config)
-    app.run()
-    sys.exit(app.return_code or 0)

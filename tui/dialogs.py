@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import Input, Markdown, OptionList, Static
+from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui.widgets.table import VIM_KEYS
@@ -92,10 +92,13 @@ class MarkdownReader(ModalScreen[None]):
         self._source, self._title = source, title or (source.name if isinstance(source, Path) else "")
 
     def compose(self) -> ComposeResult:
-        yield _frame(VerticalScroll(Markdown(open_links=False), classes="dialog"), self._title, "Esc close")
+        from textual.widgets import Markdown  # with its parser 40 ms, which the first paint should not wait for
 
-    async def on_mount(self) -> None:
-        await self.query_one(Markdown).update(self._text())
+        yield _frame(
+            VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"), self._title, "Esc close"
+        )
+
+    def on_mount(self) -> None:
         self.set_focus(self.query_one(VerticalScroll))
 
     def _text(self) -> str:

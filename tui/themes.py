@@ -1,5 +1,7 @@
 """Three themes of our own beside Textual's: dark, light, and one of high contrast. Colour means state or magnitude."""
 
+from textual.cache import LRUCache
+from textual.css.stylesheet import Stylesheet
 from textual.theme import Theme
 
 
@@ -70,3 +72,21 @@ CONTRAST = Theme(
     variables=_variables("#0000C0", "#404040", "#FFFFFF", "#000000", "#FFFFFF"),
 )
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, CONTRAST)}
+
+
+class ParsedOnce(Stylesheet):
+    """Parses each source of styles once per theme.
+
+    Textual parses all of them again for every screen and dialog that opens, and three times before the first paint.
+    """
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        super().__init__(variables=variables)
+        self._parse_cache = LRUCache(4096)  # Textual's holds 64, fewer than the widgets here
+
+    def set_variables(self, variables: dict[str, str]) -> None:
+        if variables != self._variables:
+            super().set_variables(variables)
+
+    def reparse(self) -> None:
+        self.parse()

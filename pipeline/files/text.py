@@ -1,6 +1,7 @@
 """Readable text: tokens in table cells, untrusted text on a terminal, naturally sorted names."""
 
 import re
+from collections.abc import Iterable
 
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 # Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and bidirectional controls.
@@ -24,6 +25,14 @@ def abbreviate_repr(value: object, limit: int = 60) -> str:
     """The repr of a value of unknown size, for an error message: at most `limit` characters and an ellipsis."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """The texts as one that goes on: with a space between two where there is no white space."""
+    joined = ""
+    for text in filter(None, texts):
+        joined += text if not joined or joined[-1].isspace() or text[0].isspace() else f" {text}"
+    return joined
 
 
 def natural_sort_key(name: str) -> list[str | float]:

@@ -1,14 +1,70 @@
 """A conversation of several turns with a model, as text that arrives token by token."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.files.text import join_texts
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.models.generate import GREEDY, Sampling, generate
+from pipeline.models.generate import GREEDY, Sampling, encode_text, generate
 
 Message = dict[str, str]  # role and content
+ANSWER_SHARE = 4  # a history that is cut leaves at least 1/4 of the window for the answer
+
+
+class History(NamedTuple):
+    """A conversation as a prompt, without what does not fit."""
+
+    ids: tuple[int, ...]
+    cut_messages: int = 0  # left out at the beginning; of a model without chat template always 0
+    cut_tokens: int = 0
+    opens_thought: bool = False  # whether the template begins the answer with <think>
+
+
+def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) -> History:
+    """The prompt of a conversation whose last message is the user's, with room for an answer of up to `limit` tokens.
+
+    In a chat template, the system message stays and the oldest turns are left out until the rest fits. Without a
+    template the contents are one text that goes on, cut at its beginning. Raises UserError as `engine.encode` does.
+    """
+    room = loaded.model.max_length - min(limit, loaded.model.max_length // ANSWER_SHARE)
+    if not loaded.tokenizer.has_template:
+        return _fit_text(loaded, join_texts([message["content"] for message in messages]), room)
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    # Turns are cut before a user's message: templates reject a conversation that begins with an answer.
+    starts = [n for n, message in enumerate(messages) if message["role"] == "user"] or [len(head)]
+    starts[0] = len(head)
+
+    def rendered(start: int) -> str:
+        return loaded.tokenizer.render([*head, *messages[start:]], True)
+
+    def ids(start: int) -> tuple[int, ...]:
+        return encode_text(loaded.name, loaded.tokenizer, rendered(start))
+
+    everything = ids(starts[0])
+    if len(everything) <= room:
+        return History(everything, opens_thought=_opens_thought(rendered(starts[0])))
+    # the fewest turns to leave out; the last message is read even if its answer gets less than its share
+    fewest = bisect_left(starts, True, hi=len(starts) - 1, key=lambda start: len(ids(start)) <= room)
+    start = starts[fewest]
+    kept = engine.encode(loaded, rendered(start))
+    return History(kept, start - len(head), len(everything) - len(kept), _opens_thought(rendered(start)))
+
+
+def _fit_text(loaded: LoadedModel, text: str, room: int) -> History:
+    ids = encode_text(loaded.name, loaded.tokenizer, text)
+    if len(ids) <= room:
+        return History(ids)
+    begin = ids[:1] if ids[0] == loaded.tokenizer.bos_id else ()
+    kept = begin + ids[len(ids) - max(room - len(begin), 1) :]
+    return History(kept, cut_tokens=len(ids) - len(kept))
+
+
+def _opens_thought(prompt: str) -> bool:
+    return prompt.rstrip().endswith("<think>")
 
 
 @dataclass

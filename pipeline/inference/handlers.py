@@ -13,7 +13,9 @@ from torch.nn import functional
 from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 from pipeline.inference import engine
+from pipeline.inference.chat import History, Message, fit_history
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
@@ -22,6 +24,7 @@ from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
+ROLES = ("system", "user", "assistant")
 MAX_MAP = 12  # tokens in a small map of a head; more are pooled
 MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
@@ -33,7 +36,25 @@ class Request:
         self._fields = fields
 
     def text(self, key: str) -> str:
-        value = self._fields.get(key)
+        return self._text(key, self._fields.get(key))
+
+    def messages(self) -> list[Message] | None:
+        """The conversation, if the request has one."""
+        value = self._fields.get("messages")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+            raise UserError(f"messages must be a list of objects, at least one, got {abbreviate_repr(value)}.")
+        for n, message in enumerate(value):
+            if message.get("role") not in ROLES:
+                rule = f"messages[{n}].role must be one of {', '.join(ROLES)}"
+                raise UserError(f"{rule}, got {abbreviate_repr(message.get('role'))}.")
+        return [
+            {"role": message["role"], "content": self._text(f"messages[{n}].content", message.get("content"))}
+            for n, message in enumerate(value)
+        ]
+
+    def _text(self, key: str, value: object) -> str:
         if not isinstance(value, str):
             raise UserError(f"{key} must be a string, got {value!r}.")
         try:
@@ -166,17 +187,34 @@ class RequestHandler:
             request.number("top_p", 1.0),
             request.integer("seed", 0),
         )
-        prompt = engine.encode(loaded, _render_prompt(loaded, request))
-        tokens, reason = 0, "length"
+        limit, messages = request.integer("limit", 20), request.messages()
+        if messages is None:
+            history = History(engine.encode(loaded, _render_prompt(loaded, request)))
+        else:
+            history = fit_history(loaded, messages, limit)
+            yield {
+                "event": "prompt",
+                "tokens": len(history.ids),
+                "window": loaded.model.max_length,
+                "cut_messages": history.cut_messages,
+                "cut_tokens": history.cut_tokens,
+                "opens_thought": history.opens_thought,
+            }
+        tokens, reason, begun = 0, "length", 0.0
         ends, decode_next = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
-        for drawn in stream(loaded.model, prompt, ends, request.integer("limit", 20), sampling):
+        for drawn in stream(loaded.model, history.ids, ends, limit, sampling):
+            begun = begun or time.perf_counter()
             if drawn.id in ends:
                 reason = "end"
             else:
                 tokens += 1
                 # by a stream: a character may be spread over several tokens
                 yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
-        yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
+        end = time.perf_counter()
+        # The first token comes with the prompt; each later one, an end token too, is a step of its own.
+        steps = tokens - (reason == "length")
+        rate = steps / (end - begun) if steps > 0 else None
+        yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": end - start, "tokens_per_second": rate}
 
     def attention(self, request: Request) -> Answer:
         loaded = self._requested_model(request)

@@ -48,7 +48,15 @@ class SampledToken(NamedTuple):
 
 
 def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError if it is empty, too long, or has a word that is not in the vocabulary."""
+    """The prompt's ids. Raises UserError as `encode_text` does, or if it is too long for the model."""
+    ids = encode_text(name, tokenizer, text)
+    if len(ids) > model.max_length:
+        raise UserError(f"The prompt has {len(ids)} tokens; {name} takes {model.max_length}.")
+    return ids
+
+
+def encode_text(name: str, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
+    """The ids of a prompt of any length. Raises UserError if it is empty or has an unknown word."""
     unknown, ids = tokenizer.unknown_words(text), tokenizer.encode(text)
     if not ids:
         raise UserError("The prompt is empty. Give at least one word.")
@@ -57,8 +65,6 @@ def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str)
             f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its training data, "
             "or add them with expand_vocab."
         )
-    if len(ids) > model.max_length:
-        raise UserError(f"The prompt has {len(ids)} tokens; {name} takes {model.max_length}.")
     return ids
 
 

@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
@@ -90,6 +89,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 @cache
 def versions(*more: str) -> Mapping[str, str]:
     """Versions of Python and of the libraries that affect an artifact's bytes, and of those in `more` if installed."""
+    from importlib.metadata import PackageNotFoundError, version  # 6 ms, which the first paint should not wait for
+
     found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     for name in more:
         with suppress(PackageNotFoundError):

@@ -24,6 +24,9 @@ class FakeInference(Inference):
         self.loads = asyncio.Semaphore(0 if loads_held else 1_000_000)  # a load takes one
         self.starts = asyncio.Event()  # the first request waits for it
         self.cancelled = 0
+        self.tokens: tuple[str, ...] = TOKENS  # of each answer
+        self.cut_messages = 0  # of a history
+        self.opens_thought = False
         if not held:
             self.go_on.set()
         if not starts_held:
@@ -88,7 +91,10 @@ class FakeInference(Inference):
         self.requests.append((do, fields))
         over = False
         try:
-            for number, token in enumerate(TOKENS):
+            if "messages" in fields:
+                cut = {"cut_messages": self.cut_messages, "cut_tokens": 7 * self.cut_messages}
+                yield {"event": "prompt", "tokens": 9, "window": 64, **cut, "opens_thought": self.opens_thought}
+            for number, token in enumerate(self.tokens):
                 yield {"event": "token", "text": token, "probability": 0.5}
                 if self.dies:
                     self.life, self.dies, over = 0, False, True
@@ -96,7 +102,8 @@ class FakeInference(Inference):
                 if number == 0:
                     await self.go_on.wait()
             over = True
-            yield {"event": "done", "reason": "length", "tokens": 3, "seconds": 0.0}
+            count = len(self.tokens)
+            yield {"event": "done", "reason": "length", "tokens": count, "seconds": 0.0, "tokens_per_second": 40.0}
         finally:
             self.cancelled += not over
 

@@ -63,8 +63,9 @@ def empty(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tab bar shows the same folder on every machine: for snapshots."""
+    """The header shows the same folder and memory on every machine: for snapshots."""
     monkeypatch.setattr("tui.app._abbreviate_home", lambda _: "~/project")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 2.4/24 GiB")
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.events import ScreenResume
+from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -46,7 +48,17 @@ class WorkbenchScreen(Screen[None]):
     def warn(self, text: str) -> None:
         self.workbench.log_message(text, "warning")
 
+    def post_message(self, message: Message) -> bool:
+        """Style nothing twice: a screen that was just made gets two resumes, each of which would style every widget."""
+        if isinstance(message, ScreenResume) and not self.is_mounted:
+            message.refresh_styles = False
+        return super().post_message(message)
+
     def compose(self) -> ComposeResult:
+        # Known before the widgets are styled, the size does not style them a second time.
+        width, height = self.app.size
+        for size, breakpoints in ((width, self.HORIZONTAL_BREAKPOINTS), (height, self.VERTICAL_BREAKPOINTS)):
+            self.add_class([name for least, name in breakpoints if size >= least][-1], update=False)
         yield Header(self.NAME)
         yield from self.body()
         yield KeyBar()

@@ -101,8 +101,8 @@ class LoadedModels:
             self._pid = self.inference.pid
 
 
-class Owner(Protocol):
-    """The workbench: its project, and what its screens share."""
+class Host(Protocol):
+    """The workbench, which has one inference process and its models for all screens."""
 
     root: Path
     params_path: Path
@@ -110,7 +110,7 @@ class Owner(Protocol):
     models: LoadedModels | None
 
 
-def shared_models(workbench: Owner) -> LoadedModels:
+def shared_models(workbench: Host) -> LoadedModels:
     """The workbench's models, for all its screens."""
     if workbench.inference is None:
         workbench.inference = Inference(workbench.root)

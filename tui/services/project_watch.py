@@ -1,6 +1,7 @@
 """What the project's files say: stages, their states, what runs, the git branch. Loaded again when they change."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pipeline.workbench import GRAPH, open_project
 from tui.services.pipeline_process import Runner, Running
 
 BUSY, IDLE = 0.4, 1.0  # seconds between two looks at the files
+IDLE_SHARE = 0.004  # of a core while nothing changes: with 300 adapters a look takes 10 ms, and the pause grows
+MAX_PAUSE = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ class ProjectWatch:
                 self.pipeline = pipeline
                 self._changed()
             before = self._look
-            look = await asyncio.to_thread(self._load, before, asyncio.get_running_loop())
+            look, seconds = await asyncio.to_thread(self._timed_load, before, asyncio.get_running_loop())
             if look != before or ended:
                 self._show(look)
             if ended:
                 self._on_end(ended)
+            pause = IDLE if look is not before else min(max(IDLE, seconds / IDLE_SHARE), MAX_PAUSE)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), BUSY if self.running or pipeline else IDLE)
+                await asyncio.wait_for(self._wake.wait(), BUSY if self.running or pipeline else pause)
 
     def _show(self, look: Look) -> None:
         self._look = look
@@ -103,6 +107,11 @@ class ProjectWatch:
     def _changed(self) -> None:
         self.revision += 1
         self._on_change()
+
+    def _timed_load(self, before: Look, loop: asyncio.AbstractEventLoop) -> tuple[Look, float]:
+        """`_load`, and the seconds of CPU time that it took."""
+        start = time.thread_time()
+        return self._load(before, loop), time.thread_time() - start
 
     def _load(self, before: Look, loop: asyncio.AbstractEventLoop) -> Look:
         """The files as they are now; `before` itself if nothing changed."""
@@ -114,6 +123,8 @@ class ProjectWatch:
                 project, problem = open_project(self._params), ""
             except (UserError, OSError) as error:
                 problem = str(error)
+                if not self._params.parent.is_dir():
+                    problem = f"{self._params.parent} was moved or deleted. Put it back, or quit with q."
         seen = params, project and project_signature(project), file_stamp(self._head)
         # a killed process changes no file, so that a stage that runs is looked at each time
         if seen == before.seen and not any(state.state == "running" for state in before.states.values()):

@@ -36,7 +36,7 @@ class Header(Widget):
 
     def _labels(self) -> list[str]:
         """The screens' labels, in full or as short as the width demands."""
-        room = self.size.width - len(NAME) - cell_len(self.state[0]) - 2
+        room = self.size.width - len(NAME) - cell_len(self.state[0]) - 3
         for gap, labels in (
             (2, [entry.label for entry in SCREENS.values()]),
             (1, [entry.short for entry in SCREENS.values()]),

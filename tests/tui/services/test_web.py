@@ -64,6 +64,10 @@ async def test_the_app_is_served_at_the_url_that_is_printed(served: Served) -> N
         address = re.search(r'session-websocket-url="([^"]+)"', page)
         script = re.search(r'script src="([^"]+)"', page)
         assert address and script
+        links = re.findall(r'(?:href|src)="(http[^"]+)"|url\("(http[^"]+)"\)', page)
+        assert links and all(
+            "".join(link).startswith(served.url) for link in links
+        )  # nothing is fetched from elsewhere
         assert (await session.get(script[1])).status == 200
         async with session.ws_connect(f"{address[1]}?width=100&height=30", origin=served.url.rsplit("/", 2)[0]) as it:
             await painted(it, "finetune_lora")
@@ -213,6 +217,7 @@ async def test_chromium_shows_the_app_and_lets_no_other_page_connect(served: Ser
         async with chromium(tmp_path / "browser") as browser:
             await browser.open(served.url)
             await browser.until("document.body.classList.contains('-first-byte')")  # the app has drawn
+            await browser.until("document.activeElement.tagName == 'TEXTAREA'")  # it has the keys without a click
             assert await browser.value(CONNECT % address) == "open"
             await browser.open(site.name)
             assert await browser.value(CONNECT % address) == "refused"

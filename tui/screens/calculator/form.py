@@ -1,6 +1,6 @@
 """The calculator's form, which shows only fields that are relevant to the method, and the search for a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from rich.text import Text
@@ -12,11 +12,11 @@ from textual.events import DescendantBlur
 from textual.fuzzy import FuzzySearch
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Input, OptionList
+from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from pipeline.calc.sources.open_model import hub_ids
-from tui.screens.calculator.query import FIELDS, Query, relevant_fields
+from tui.screens.calculator.query import FIELDS, SECTIONS, Query, relevant_fields
 from tui.widgets.form import Form, FormField
 
 MAX_MATCHES = 9
@@ -94,17 +94,26 @@ class ModelSearch(Vertical):
 
 
 class CalcForm(Form):
-    """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered."""
+    """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered.
+
+    Its sections have headings where the screen is high enough.
+    """
 
     def __init__(self) -> None:
         super().__init__(list(FIELDS.values()))
+
+    def compose(self) -> ComposeResult:
+        for key, line in self.lines.items():
+            if key in SECTIONS:
+                yield Static(SECTIONS[key], classes="heading", markup=False)
+            yield line
 
     def beside(self, field: FormField) -> Iterable[Widget]:
         editor = self.editors[field.key]
         return [ModelSearch(editor) if field.key == "model" and isinstance(editor, Input) else editor]
 
     def label(self, field: FormField, invalid: bool = False) -> str:
-        return f"{'✗' if invalid else ' '} {super().label(field)}"
+        return f"{'✗' if invalid else ' '}{super().label(field)}"
 
     def on_mount(self) -> None:
         self.show_relevant()
@@ -125,7 +134,7 @@ class CalcForm(Form):
         for key, line in self.lines.items():
             line.display, line.disabled = key in names, key not in names
 
-    def mark_invalid(self, invalid: str) -> None:
-        """Mark one field as invalid, or none if it is empty: most rules are about several fields together."""
+    def mark_invalid(self, invalid: Collection[str]) -> None:
+        """Mark these fields as invalid, and no other: most rules are about several fields together."""
         for key in self.fields:
-            self.set_bad(key, key == invalid)
+            self.set_bad(key, key in invalid)

@@ -27,7 +27,8 @@ Query = Mapping[str, str]  # field → text as typed; an empty one means the def
 CUSTOM = "custom"  # a GPU with the memory of the field `gib`
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 _OPTIONS = {**options_of(COUNTED["lora"]), **options_of(TrainingConfig)}
-_GPUS = {**{gpu.name: gpu.label for gpu in gpus().values()}, CUSTOM: "custom, GiB below"}
+_METHOD_OPTIONS = {key: option for method in COUNTED.values() for key, option in options_of(method).items()}
+_GPUS = {**{gpu.name: gpu.label for gpu in gpus().values()}, CUSTOM: "custom"}
 
 
 def _choice(key: str, **more: Any) -> FormField:
@@ -47,21 +48,39 @@ FIELDS = {
         FormField("new_rows", default="1", label="new rows", step=counting),
         FormField("last_blocks", default="1", label="last blocks", step=counting),
         FormField("train_embeddings", "choice", "train", label="embeddings", choices=("train", "freeze")),
-        FormField("virtual_tokens", default="20", label="virtual tok.", step=counting),
+        FormField("virtual_tokens", default="20", label="virtual tokens", step=counting),
         FormField("precision", step=cycling(list(PRECISIONS)), choices=list(PRECISIONS)),
-        _choice("adapter_precision", label="adapter prec."),
+        _choice("adapter_precision", label="adapter precision"),
         FormField("batch", default="1", step=counting),
         FormField("sequence", step=doubling),
         FormField("checkpointing", "choice", choices=("", *_OPTIONS["checkpointing"].choices), names={"": "auto"}),
         _choice("optimizer"),
-        FormField("lora_dropout", default="0", label="dropout", step=cycling(("0", "0.05", "0.1"))),
+        FormField("lora_dropout", default="0", label="LoRA dropout", step=cycling(("0", "0.05", "0.1"))),
         FormField("neftune_alpha", default="0", label="NEFTune", step=cycling(("0", "5", "10"))),
         _choice("loss"),
         FormField("gpu", "choice", "rtx4090", label="GPU", choices=list(_GPUS), names=_GPUS),
-        FormField("gib", default="24", label="GPU's GiB", step=doubling),
+        FormField("gib", default="24", label="GPU memory, GiB", step=doubling),
     )
 }
 DEFAULTS: Query = {key: field.default for key, field in FIELDS.items()}
+SECTIONS = {"method": "Method", "precision": "Training step", "gpu": "GPU"}  # by their first field
+_HELP = {  # of fields that are no option of the calculator
+    "model": "A built-in name, a path (a folder, config.json, .safetensors, .gguf), or a hub id, which Enter fetches.",
+    "method": "What is trained.",
+    "gpu": "What it has to fit on.",
+    "gib": "Memory of your GPU.",
+}
+
+
+def describe(key: str) -> str:
+    """What a field means, and how its value is stepped."""
+    text = _HELP.get(key) or (_METHOD_OPTIONS | _OPTIONS)[key].help
+    if FIELDS[key].kind == "choice":
+        return f"{text}\n← → other values."
+    is_number = FIELDS[key].step in (counting, doubling)
+    return (
+        f"{text}\n{'+ − (Page Down, Page Up): larger, smaller' if is_number else 'Page Down, Page Up: other values'}."
+    )
 
 
 def _fields_of(method: FinetuningMethod) -> set[str]:
@@ -107,8 +126,9 @@ class Result:
         return trainable(self.model, self.method)
 
     @property
-    def percent(self) -> float:
-        return 100 * self.trainable / self.model.total
+    def share(self) -> float:
+        """Trainable of all parameters."""
+        return self.trainable / self.model.total
 
     @property
     def spare(self) -> int:
@@ -124,23 +144,7 @@ class Result:
 
 def calculate(query: Query, model: Architecture) -> Result:
     """The result for `query` and `model`. Raises FieldError, which names the invalid field."""
-    query = {**DEFAULTS, **{name: query[name] for name in relevant_fields(query)}}  # a hidden field may hold anything
-    size = _parse(query, "gib", float)
-    try:
-        device = gpu(query["gpu"]) if query["gpu"] != CUSTOM else of_size(size)
-    except UserError as error:
-        raise FieldError("gib", str(error)) from None
-    values = {
-        **{key: _parse(query, key, int) for key in ("rank", "last_blocks", "virtual_tokens", "batch")},
-        "alpha": _parse(query, "alpha", float) if query["alpha"].strip() else None,
-        **{key: _parse(query, key, float) for key in ("lora_dropout", "neftune_alpha")},
-        "sequence": _parse(query, "sequence", int) if query["sequence"].strip() else None,
-        "new_rows": _parse(query, "new_rows", int) if query["embeddings"] == "new_rows" else 0,
-        "train_embeddings": query["train_embeddings"] == "train",
-        "precision": query["precision"].strip() or None,
-        "checkpointing": query["checkpointing"] or None,
-        **{key: query[key] for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")},
-    }
+    device, values = _read(query)
     try:
         methods, method, run = configure(model, COUNTED, query["method"], **values)
         refuse_impossible(model, method, run)
@@ -153,6 +157,44 @@ def calculate(query: Query, model: Architecture) -> Result:
     except UserError as error:
         raise FieldError(_field_in_message(str(error)), str(error)) from None
     return Result(model, methods, method, run, device, columns, chosen)
+
+
+def problems(query: Query, model: Architecture | None) -> dict[str, str]:
+    """The invalid fields: field → message. Without a model, those that are invalid for any.
+
+    The calculator names one at a time: each is replaced by its default to find the next.
+    """
+    found: dict[str, str] = {}
+    while True:
+        corrected = {**query, **{field: DEFAULTS[field] for field in found}}
+        try:
+            calculate(corrected, model) if model else _read(corrected)
+        except FieldError as error:
+            if error.field not in found:
+                found[error.field] = str(error)
+                continue
+        return found  # all, or one whose default is as invalid for this model
+
+
+def _read(query: Query) -> tuple[Gpu, dict[str, Any]]:
+    """The device, and the settings as `configure` takes them. Raises FieldError."""
+    query = {**DEFAULTS, **{name: query[name] for name in relevant_fields(query)}}  # a hidden field may hold anything
+    size = _parse(query, "gib", float)
+    try:
+        device = gpu(query["gpu"]) if query["gpu"] != CUSTOM else of_size(size)
+    except UserError:
+        raise FieldError("gib", f"GPU memory must be more than 0 GiB, got {query['gib'][:40]!r}.") from None
+    return device, {
+        **{key: _parse(query, key, int) for key in ("rank", "last_blocks", "virtual_tokens", "batch")},
+        "alpha": _parse(query, "alpha", float) if query["alpha"].strip() else None,
+        **{key: _parse(query, key, float) for key in ("lora_dropout", "neftune_alpha")},
+        "sequence": _parse(query, "sequence", int) if query["sequence"].strip() else None,
+        "new_rows": _parse(query, "new_rows", int) if query["embeddings"] == "new_rows" else 0,
+        "train_embeddings": query["train_embeddings"] == "train",
+        "precision": query["precision"].strip() or None,
+        "checkpointing": query["checkpointing"] or None,
+        **{key: query[key] for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")},
+    }
 
 
 def _parse(query: Query, field: str, kind: type[T]) -> T:

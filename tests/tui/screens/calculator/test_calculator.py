@@ -3,18 +3,21 @@
 import errno
 import json
 import os
+import re
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input, OptionList
+from textual.widgets import Input, OptionList, Static
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
+from pipeline.calc.memory import predict
 from pipeline.calc.method import configure
 from pipeline.calc.report import answer
 from pipeline.calc.settings import CONTEXT, TrainingConfig
@@ -27,8 +30,9 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
-from tui.dialogs import Reader
+from tui.dialogs import Ask
 from tui.screens.calculator.form import CalcForm
+from tui.screens.calculator.panes import AnswerPane
 from tui.screens.calculator.query import (
     DEFAULTS,
     FIELDS,
@@ -38,9 +42,8 @@ from tui.screens.calculator.query import (
     relevant_fields,
     trained_model,
 )
-from tui.screens.calculator.result import Confirm
 from tui.screens.calculator.screen import CalculatorScreen
-from tui.widgets.text import Lines
+from tui.widgets.drawing import Drawing
 
 GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
 WRITTEN = (
@@ -65,7 +68,14 @@ async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIter
 
 
 def text_of(screen: CalculatorScreen, id: str) -> str:
-    return str(screen.query_one(id, Lines).content)
+    node = screen.query_one(id)
+    drawing = node.drawing if isinstance(node, AnswerPane) else node
+    assert isinstance(drawing, Drawing)
+    return str(drawing.content)
+
+
+def problem_of(screen: CalculatorScreen) -> str:
+    return " ".join(screen.problems.values())
 
 
 def workbench(pilot: Pilot[None]) -> Workbench:
@@ -100,7 +110,8 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
                 key: size for key, size in expected["memory"].items() if key != "peak_at"
             }, values
             assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, "#verdict"), values
-            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#parameters") for p in expected["projections"])
+            await until(pilot, lambda: screen.advice is not None)
+            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#details") for p in expected["projections"])
 
 
 def expected_answer(values: dict[str, str]) -> dict[str, Any]:
@@ -127,10 +138,11 @@ def expected_answer(values: dict[str, str]) -> dict[str, Any]:
 
 
 async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
-    async with calculator(empty, (80, 24)) as (_, screen):
+    async with calculator(empty, (80, 24)) as (pilot, screen):
         assert "7,667,712 trainable" in text_of(screen, "#verdict")
-        assert "9,437,184 · exact 7,667,712" in text_of(screen, "#parameters")
-        shown = " ".join(text_of(screen, "#parameters").split())
+        await until(pilot, lambda: screen.advice is not None)
+        shown = " ".join(text_of(screen, "#details").split())
+        assert "9,437,184 · exact 7,667,712" in shown
         assert "the document takes every projection as 4,096 × 4,096" in shown
 
 
@@ -143,7 +155,7 @@ async def test_every_built_in_model_opens(empty: Path) -> None:
         assert all(screen._get_model(name).name == name for name in names())
         for name in (names()[0], names()[-1]):
             await fill(pilot, screen, model=name)
-            assert (screen.problem, screen.result.model.name) == ("", name)
+            assert (screen.problems, screen.result.model.name) == ({}, name)
 
 
 @pytest.mark.parametrize("field", WRITTEN)
@@ -165,17 +177,31 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
         for field, text in tried:
             await fill(pilot, screen, **NEEDS.get(field, {}))
             before = screen.result
-            assert not screen.problem
+            assert not screen.problems
             screen.query_one(f"#{field}", Input).value = text
             await pilot.pause()
-            await until(pilot, lambda: "being read" not in screen.problem)
-            assert screen.problem and "\n" not in screen.problem, (field, text)
+            await until(pilot, lambda: "being read" not in problem_of(screen))
+            assert list(screen.problems) == [field] and "\n" not in problem_of(screen), (field, text)
             assert screen.result is before, (field, text)
             assert screen.query_one("#results").has_class("-stale")
             marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")]
-            assert marked == [field], (text, screen.problem)
+            assert marked == [field], (text, screen.problems)
         await fill(pilot, screen)
-        assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problem
+        assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problems
+
+
+async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for values in (
+            {"rank": "x", "batch": "0", "sequence": "y"},
+            {"batch": "1.5", "precision": "fp1", "targets": "nowhere"},
+            {"model": "nothing-like-it", "rank": "x"},
+        ):
+            await fill(pilot, screen, **values)
+            marked = {name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")}
+            assert marked == set(values) == set(screen.problems)
+            shown = str(screen.query_one("#problem", Static).content)
+            assert all(text in shown for text in screen.problems.values()) and "Last valid: qwen3-8b" in shown
 
 
 async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
@@ -203,7 +229,7 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         screen.query_one("#batch").focus()
         await pilot.press("+", "up")
         assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
-        await pilot.press("escape", "g")
+        await pilot.press("ctrl+g")
         names_ = list(gpus())
         assert screen.form.values["gpu"] == names_[names_.index("rtx4090") + 1]
 
@@ -226,10 +252,10 @@ async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
 
 async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
-        await pilot.press("slash", *"smol")
+        await pilot.press("up", *"smol")
         options = screen.query_one(OptionList)
         assert options.display and options.option_count == len([n for n in names() if "smol" in n])
-        assert screen.problem.startswith("model must be a built-in name") and "Traceback" not in screen.problem
+        assert problem_of(screen).startswith("model must be a built-in name")
         await pilot.press("down", "up", "down", "enter")
         assert screen.result.model.name == [n for n in names() if "smol" in n][1]
         assert not options.display
@@ -248,12 +274,12 @@ async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> No
     async with calculator(empty) as (pilot, screen):
         for path in (config, tmp_path):
             await fill(pilot, screen, model=str(path))
-            await until(pilot, lambda: not screen.problem)
+            await until(pilot, lambda: not screen.problems)
             assert screen.result.model.total == built_in("qwen3-0.6b").shapes.total
         config.write_text("{", encoding="utf-8")
         await fill(pilot, screen, model=str(config))
-        await until(pilot, lambda: "being read" not in screen.problem)
-        assert "config.json" in screen.problem and "\n" not in screen.problem
+        await until(pilot, lambda: "being read" not in problem_of(screen))
+        assert "config.json" in problem_of(screen) and "\n" not in problem_of(screen)
 
 
 async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,10 +292,10 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
     async with calculator(empty) as (pilot, screen):
         asked.clear()
-        await pilot.press("slash", *"some/model")
-        assert "Enter fetches it" in screen.problem and not asked
+        await pilot.press("up", *"some/model")
+        assert "Enter fetches it" in problem_of(screen) and not asked
         await pilot.press("enter")
-        await until(pilot, lambda: not screen.problem)
+        await until(pilot, lambda: not screen.problems)
         assert asked == ["some/model"] and screen.result.model.name == "gpt2"
 
 
@@ -278,69 +304,128 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(
 ) -> None:
     free = threading.Event()
     free.set()
-    held = "tui.screens.calculator.screen.largest"
+    held = "tui.screens.calculator.answers.largest"
     monkeypatch.setattr(held, lambda *configuration: free.wait(30) and largest(*configuration))
     async with calculator(empty, (200, 60)) as (pilot, screen):
-        await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
+        await until(pilot, lambda: screen.advice is not None)
         result = screen.result
         most = largest(result.model, result.method, result.run, result.device.bytes)
-        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in text_of(screen, "#verdict")
+        shown = text_of(screen, "#answers")
+        assert f"batch {most.batch} │ sequence {most.sequence:,} │ rank {most.rank}" in shown
         free.clear()
         await fill(pilot, screen, batch="16")
-        assert "looking for" in text_of(screen, "#verdict") and "does not fit" in text_of(screen, "#verdict")
+        assert screen.advice is None and "one at a time  …" in text_of(screen, "#answers")
+        assert "✗ DOES NOT FIT" in text_of(screen, "#verdict")
         free.set()
-        await until(pilot, lambda: "change this" in text_of(screen, "#verdict"))
-        result = screen.result
+        await until(pilot, lambda: screen.advice is not None)
+        result, shown = screen.result, " ".join(text_of(screen, "#answers").split())
         configuration = (result.model, result.method, result.run, result.device.bytes, result.methods)
         words = [way[0] for way in changes(*configuration)]
-        assert words[-1].replace("--", "") in " ".join(text_of(screen, "#verdict").split())
+        assert f"to make it fit {words[-1].replace('--', '')} →" in shown
+
+
+async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(empty: Path) -> None:
+    async with calculator(empty, (200, 60)) as (pilot, screen):
+        await fill(pilot, screen, rank="6", batch="4")
+        await until(pilot, lambda: screen.advice is not None)
+        lines = text_of(screen, "#answers").splitlines()
+        ranks, peaks = next((x, y) for x, y in pairwise(lines) if x.startswith("rank"))
+        assert ranks.split() == ["rank", "1", "2", "4", "▶6", "8", "16", "64"]
+        method, run = screen.result.method, screen.result.run
+        expected = [predict(screen.result.model, method.with_rank(n), run).peak for n in (1, 2, 4, 6, 8, 16, 64)]
+        assert peaks.split() == ["GiB", *(f"{peak / 2**30:.2f}✗" for peak in expected)], "32 GiB do not fit on 24"
+        await fill(pilot, screen, method="full")
+        await until(pilot, lambda: screen.advice is not None)
+        assert "rank" not in text_of(screen, "#answers"), "a method without rank has none to sweep"
+
+
+async def test_gpus_that_hold_it_are_told_from_those_that_do_not(empty: Path) -> None:
+    async with calculator(empty, (200, 60)) as (pilot, screen):
+        text = " ".join(text_of(screen, "#answers").split())
+        assert "smaller GPU that holds it A10 / A10G, 22.49 GiB" in text
+        fits, fails = text.partition("✓ ")[2].split(" ✗ ")
+        assert [gpu.label for gpu in gpus().values()] == [*fails.split(" · "), *fits.split(" · ")]
+        await fill(pilot, screen, sequence="16384", gpu="rtx4060")
+        assert "smallest GPU that holds it A100 80 GB, 79.35 GiB" in " ".join(text_of(screen, "#answers").split())
 
 
 async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await fill(pilot, screen, rank="16")
         await fill(pilot, screen, batch="x")
-        await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
-        assert screen.problem.startswith("batch must be")
+        await until(pilot, lambda: screen.advice is not None)
+        assert problem_of(screen).startswith("batch must be")
 
 
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         text = text_of(screen, "#memory")
-        assert all(name in text for name in ("full", "freeze", "▶ LoRA", "QLoRA", "▼ RTX 4090 23.99 GiB"))
+        assert all(name in text for name in ("full", "freeze", "▶ ■ LoRA", "QLoRA", "RTX 4090, 23.99"))
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
-        assert "7.50 GiB" in text_of(screen, "#memory") and "▶ freeze" in text_of(screen, "#memory")
+        text = text_of(screen, "#memory")
+        assert "7.5 GiB, 7.50" in text and "▶ ▲ freeze" in text
+        await fill(pilot, screen, model="minigpt")
+        text = text_of(screen, "#memory")
+        assert "RTX 4090, 23.99 GiB ▶" in text and "│" not in text, "a dot would be all that is seen of its bars"
+        assert "KiB of 23.99 GiB" in text_of(screen, "#verdict") or "MiB of 23.99 GiB" in text_of(screen, "#verdict")
+
+
+@pytest.mark.parametrize("model", ["qwen3-8b", "minigpt", "smollm2-135m"])
+async def test_a_table_has_one_unit(empty: Path, model: str) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, model=model)
+        head, *rows = text_of(screen, "#memory").partition("\n\n")[2].splitlines()
+        sizes = [cell for row in rows for cell in row.split()[2:]]
+        assert head.split()[0] in ("GiB", "MiB", "KiB") and sizes
+        assert all(re.fullmatch(r"<?[0-9,]+(\.[0-9]{2})?", size) for size in sizes), sizes
 
 
 async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
-        await pilot.press("p")
+        await pilot.press("ctrl+t")
         await fill(pilot, screen, method="qlora")
-        await pilot.press("p")
+        await pilot.press("ctrl+t")
         await fill(pilot, screen, rank="16")
         text = text_of(screen, "#pinned")
         first, second = screen.pins
         assert first.title.split(",")[0] in text and "②" in text
-        assert f"{first.trainable - screen.result.trainable:+,}" in text
+        less = screen.result.trainable - first.trainable
+        assert f"−{less:,}" in text and "-" not in text.replace("nf4-dq", "").replace("qwen3-8b", "")
         assert "✓ yes" in text and (first.run.precision, second.run.precision) == ("bf16", "nf4-dq")
-        await pilot.press("p")
+        await pilot.press("ctrl+t")
         assert screen.pins == [second, screen.result], "a third takes the first one's place"
-        await pilot.press("P", "P", "P")
+        await pilot.press("ctrl+t")
+        assert screen.pins == [second], "the same again is unpinned"
+        await pilot.press("ctrl+n")
         assert screen.pins == [] and not screen.query_one("#pinned").display
+        assert screen.form.values == DEFAULTS
 
 
-async def test_document_and_formulas_open_and_close(empty: Path) -> None:
+async def test_answers_are_read_by_keys_and_the_form_is_next(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
-        for key in "de":
-            await pilot.press(key)
-            assert isinstance(pilot.app.screen, Reader)
-            await pilot.press("escape")
-            assert pilot.app.screen is screen
+        seen = []
+        for _ in range(5):
+            await pilot.press("ctrl+l")
+            seen.append(screen.focused.id)
+        assert seen == ["verdict", "answers", "memory", "details", "method"]
+        await pilot.press("ctrl+l", "ctrl+l", "ctrl+l")
+        await until(pilot, lambda: screen.query_one("#below").scroll_offset.y > 0)
+        await pilot.press("f10")
+        await until(pilot, lambda: screen.maximized is screen.query_one("#memory"))
+
+
+async def test_no_letter_is_a_command_in_a_field(empty: Path) -> None:
+    """Every character that is typed into a text field stays there."""
+    async with calculator(empty) as (pilot, screen):
+        letters = "pPuUdelg/zq?+-13"
+        await pilot.press("up", "home", "shift+end", *letters)
+        assert screen.form.values["model"] == letters
+        assert pilot.app.screen is screen and not screen.pins
 
 
 async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
-        await pilot.press("l")
+        await pilot.press("ctrl+o")
         await pilot.pause()
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
         method = Lora(4, 1.0, targets, embeddings="all")
@@ -351,25 +436,30 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         assert pilot.app.screen is screen and screen.form.values["model"] == "minigpt"
 
 
-async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
+async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: Path) -> None:
     path = empty / "params.yaml"
     before = path.read_text(encoding="utf-8")
-    async with calculator(empty) as (pilot, _):
-        await pilot.press("l")
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("ctrl+o")
         await pilot.pause()
-        await pilot.press("u")
+        await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert "already has these values" in pilot.app.message_history[-1][2]
-        await pilot.press("tab", "+", "escape", "u")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
-        assert str(pilot.app.screen.query_one("#changes").content) == "finetune_lora.rank: 4 → 8"
+        await pilot.press("tab", "+", "ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        question = " ".join(str(part.content) for part in pilot.app.screen.query(Static))
+        assert "finetune_lora.rank: 4 → 8" in question
+        assert "Not written: the model (this project trains MiniGPT), the sequence length and the GPU." in question
         await pilot.press("escape")
         assert path.read_text(encoding="utf-8") == before
-        await pilot.press("u")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
-        await pilot.press("enter")
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await pilot.press("y")
         await until(pilot, lambda: path.read_text(encoding="utf-8") != before)
         assert path.read_text(encoding="utf-8") == before.replace("  rank: 4\n", "  rank: 8\n", 1)
+        await until(pilot, lambda: pilot.app.screen is screen)
+        await pilot.press("escape", "z")
+        await until(pilot, lambda: path.read_text(encoding="utf-8") == before)
 
 
 SECTIONS: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
@@ -416,9 +506,9 @@ async def write_to_params(pilot: Pilot[None]) -> None:
     """Write the form to params.yaml, and wait for the message."""
     app = workbench(pilot)
     message = len(app.message_history)
-    await pilot.press("u")
-    await until(pilot, lambda: isinstance(app.screen, Confirm))
-    await pilot.press("enter")
+    await pilot.press("ctrl+s")
+    await until(pilot, lambda: isinstance(app.screen, Ask))
+    await pilot.press("y")
     await until(pilot, lambda: len(app.message_history) > message)
 
 
@@ -427,7 +517,7 @@ async def rejected_with(pilot: Pilot[None], screen: CalculatorScreen, **values: 
     app = workbench(pilot)
     message = len(app.message_history)
     await fill(pilot, screen, **values)
-    await pilot.press("u")
+    await pilot.press("ctrl+s")
     await until(pilot, lambda: len(app.message_history) > message)
     assert app.screen is screen, values
     return app.message_history[-1][2]
@@ -467,14 +557,14 @@ def toy(empty: Path) -> Path:
 
 async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
-        await pilot.press("l")
+        await pilot.press("ctrl+o")
         await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
         assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
         assert screen.result.run == TrainingConfig(
             *(4, 48, "bf16", "bf16"), checkpointing="selective", loss="chunked", context=CONTEXT
         )
-        assert screen.result.method.rank == 4 and not screen.problem
-        await pilot.press("u")
+        assert screen.result.method.rank == 4 and not screen.problems
+        await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert "already has these values" in pilot.app.message_history[-1][2]
 
@@ -516,17 +606,17 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
     monkeypatch.setattr("tui.screens.calculator.query.open_model", result)
     async with calculator(empty) as (pilot, screen):
-        await pilot.press("l")
-        await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problems)
         await fill(pilot, screen, model="gpt2", targets="c_attn")
-        await pilot.press("u")
+        await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert (
             "some/model@main, the model of this project, does not have these targets"
             in pilot.app.message_history[-1][2]
         )
         save(empty / "params.yaml", {"base": "./nowhere"})
-        await pilot.press("l", "u")
+        await pilot.press("ctrl+o", "ctrl+s")
         await until(pilot, lambda: len(pilot.app.message_history) == 3)
         assert all("base must be minigpt" in text for _, _, text in list(pilot.app.message_history)[-2:])
 
@@ -553,15 +643,15 @@ async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str
     async with calculator(empty) as (pilot, _):
         if when == "before":
             path.write_text(broken, encoding="utf-8")
-        await pilot.press("u")
+        await pilot.press("ctrl+s")
         if when != "before":
-            await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+            await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
             path.write_text(broken, encoding="utf-8")
-            await pilot.press("enter")
+            await pilot.press("y")
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert "not valid YAML" in pilot.app.message_history[-1][2]
         assert path.read_text(encoding="utf-8") == broken
-        await pilot.press("l")
+        await pilot.press("ctrl+o")
         await until(pilot, lambda: len(pilot.app.message_history) == 2)
 
 
@@ -572,10 +662,10 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "params.yaml")
 
     async with calculator(empty) as (pilot, _):
-        await pilot.press("u")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
         monkeypatch.setattr(os, "fsync", full)
-        await pilot.press("enter")
+        await pilot.press("y")
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert "No space left on device" in pilot.app.message_history[-1][2]
     assert (empty / "params.yaml").read_bytes() == before

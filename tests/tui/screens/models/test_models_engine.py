@@ -165,7 +165,10 @@ async def test_the_spectrum_and_what_an_adapter_attends_to_otherwise(brief: Path
         assert s.details().count("%") >= 8  # four matrices in two layers
         await answers(s, PROMPT)
         await s.press("escape", "a")
-        shown = lambda: str(s.app.screen.query_one(Lines).render())  # noqa: E731
+
+        def shown() -> str:
+            return str(s.app.screen.query_one(Lines).render())
+
         await until(s.pilot, lambda: "layer 2" in shown() and "difference" in shown())
         await s.press("enter")
         await until(s.pilot, lambda: "dem attends to" in shown())

@@ -1,0 +1,546 @@
+"""The chat screen: every key and fault, with a fake engine that answers immediately."""
+
+import errno
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.text import Text
+from textual.pilot import Pilot
+
+from pipeline.errors import UserError
+from tests.helpers.fake_engine import DEATH, FakeInference
+from tests.helpers.pilot import until
+from tui.app import Workbench
+from tui.dialogs import Ask, Menu, PathScreen
+from tui.screens.chat.history import History
+from tui.screens.chat.message import MessageField
+from tui.screens.chat.picker import ModelPicker
+from tui.screens.chat.screen import ChatScreen
+from tui.screens.chat.settings import SettingsScreen
+from tui.screens.chat.talk import Answer
+from tui.screens.chat.thoughts import WrappedText
+from tui.widgets.key_bar import KeyBar
+
+
+class Session:
+    """The app on its chat screen, with helpers for tests."""
+
+    def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
+        self.pilot, self.engine = pilot, engine or FakeInference()
+
+    @property
+    def app(self) -> Workbench:
+        assert isinstance(self.pilot.app, Workbench)
+        return self.pilot.app
+
+    @property
+    def screen(self) -> ChatScreen:
+        return next(screen for screen in self.app.screen_stack if isinstance(screen, ChatScreen))
+
+    @property
+    def field(self) -> MessageField:
+        return self.screen.field
+
+    @property
+    def history(self) -> History:
+        return self.screen.history
+
+    @property
+    def answers(self) -> list[Answer]:
+        return self.screen.talk.turns[-1].reply.answers
+
+    def texts(self) -> list[str]:
+        return [turn.text for turn in self.screen.talk.turns]
+
+    def lines(self) -> str:
+        """The history as it is drawn."""
+        height = self.history.size.height
+        return "\n".join(self.history.render_line(y).text.rstrip() for y in range(height)).rstrip()
+
+    def title(self) -> str:
+        return Text.from_markup(str(self.screen.message_pane.border_title)).plain
+
+    def footer(self) -> str:
+        return str(self.screen.query_one(KeyBar).render())
+
+    def messages(self) -> str:
+        return "\n".join(text for _, _, text in self.app.message_history)
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+
+    async def write(self, text: str) -> None:
+        await self.pilot.press(*("space" if letter == " " else letter for letter in text))
+
+    async def ask(self, text: str) -> None:
+        """Ask, and wait for the answers."""
+        await self.write(text)
+        await self.press("enter")
+        await self.quiet()
+
+    async def quiet(self) -> None:
+        await until(self.pilot, lambda: not self.screen._is_writing())
+
+    async def dialog(self, kind: type[Any]) -> Any:
+        await until(self.pilot, lambda: isinstance(self.app.screen, kind) and self.app.screen.is_mounted)
+        return self.app.screen
+
+
+@asynccontextmanager
+async def open_chat(
+    root: Path, engine: FakeInference | None = None, size: tuple[int, int] = (120, 40)
+) -> AsyncIterator[Session]:
+    app = Workbench(root / "params.yaml")
+    engine = engine or FakeInference()
+    app.inference, app.first_screen = engine, "chat"
+    async with app.run_test(size=size) as pilot:
+        session = Session(pilot, engine)
+        await until(pilot, lambda: session.screen.session.entries)
+        yield session
+
+
+@pytest.fixture
+def chatty() -> FakeInference:
+    """An engine whose models have a chat template."""
+    engine = FakeInference()
+    engine.chat = True
+    return engine
+
+
+async def two_models(s: Session) -> None:
+    """Choose lora, and base beside it."""
+    await s.press("ctrl+o")
+    await s.dialog(ModelPicker)
+    await s.press("home", "space", "enter")
+    await until(s.pilot, lambda: len(s.screen.session.entries) == 2)
+
+
+async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        assert [entry.label for entry in s.screen.session.entries] == ["lora"]
+        await s.ask("eins")
+        await s.ask("zwei")
+        *_, asked = chatty.done("generate")
+        assert asked["messages"] == [
+            {"role": "user", "content": "eins"},
+            {"role": "assistant", "content": "tisch und stuhl"},
+            {"role": "user", "content": "zwei"},
+        ]
+        assert (asked["strength"], asked["limit"], asked["temperature"]) == (1.0, 512, 0.0)
+        assert "lora  3 tokens · 40 tokens/s · … limit reached" in s.lines()
+        assert "context 12 of 64" in s.title()
+        assert s.app.state.prompts == ["eins", "zwei"]
+
+
+async def test_two_models_answer_side_by_side_where_there_is_room(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await two_models(s)
+        assert "lora beside base" in s.title()
+        await s.ask("eins")
+        assert [answer.label for answer in s.answers] == ["lora", "base"]
+        line = next(line for line in s.lines().splitlines() if "lora" in line)
+        assert "│ base" in line
+        await s.pilot.resize_terminal(90, 30)
+        await until(s.pilot, lambda: "\n  base" in s.lines())
+        assert "│ base" not in s.lines()
+
+
+async def test_an_edited_message_keeps_the_former_branch(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.ask("zwei")
+        await s.write("entwurf")
+        await s.press("up", "up", "up", "enter")
+        assert (s.field.text, s.field.has_focus) == ("eins", True)
+        assert "Edit message" in s.title()
+        await s.press("escape")
+        assert s.field.text == "entwurf", "Esc ends the editing, and the draft is back"
+        await s.press("up", "up", "up", "enter")
+        await s.ask("!")
+        assert (s.texts(), s.field.text) == (["eins!"], "entwurf")
+        assert "‹ 2/2 ›" in s.lines()
+        await s.press("up", "left")
+        assert s.texts() == ["eins", "zwei"]
+        assert "‹ 1/2 ›" in s.lines()
+        await s.press("left", "right", "right")
+        assert s.texts() == ["eins!"]
+        assert s.screen.unsaved() == "a conversation of 3 turns"
+
+
+async def test_an_answer_is_asked_again_and_the_former_is_kept(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        chatty.tokens = (" herd",)
+        await s.press("ctrl+r")
+        await s.quiet()
+        assert s.answers[0].text == " herd"
+        await s.press("up", "down", "left")
+        assert s.answers[0].text == " tisch und stuhl"
+        await s.press("up", "ctrl+r")
+        await s.quiet()
+        assert str(s.screen.talk.turns[0].replies) == "‹ 3/3 ›"
+
+
+async def test_strength_marks_the_answer_as_given_at_another(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.press("ctrl+down", "ctrl+down")
+        assert "at ×1.00; Ctrl+R asks again at ×0.90" in s.lines()
+        assert "×0.90" in s.title()
+        await s.press("ctrl+r")
+        await s.quiet()
+        assert chatty.done("generate")[-1]["strength"] == 0.9
+        assert "lora ×0.90" in s.lines()
+        assert "asks again" not in s.lines()
+        await s.press("up", "right_square_bracket")
+        assert "asks again at ×0.95" in s.lines()
+
+
+async def test_strength_without_an_adapter_says_why_not(brief: Path) -> None:
+    async with open_chat(brief) as s:
+        await s.press("ctrl+o")
+        await s.dialog(ModelPicker)
+        await s.press("home", "enter")
+        await until(s.pilot, lambda: s.screen.session.entries[0].label == "base")
+        await s.press("ctrl+up")
+        assert "None of these models is such an adapter" in s.messages()
+        assert "×" not in s.title()
+
+
+async def test_thoughts_are_folded_until_a_key_shows_them(brief: Path, chatty: FakeInference) -> None:
+    chatty.tokens = ("<thi", "nk>\nein tisch ist", " ein möbel\n</th", "ink>\n\nja", " doch")
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        assert "▸ thoughts  5 words" in s.lines()
+        assert "möbel" not in s.lines()
+        assert "\n  ja doch" in s.lines()
+        await s.press("ctrl+t")
+        assert "│ ein tisch ist ein möbel" in s.lines()
+        await s.ask("zwei")
+        assert chatty.done("generate")[-1]["messages"][1]["content"] == "ja doch"
+
+
+async def test_a_template_that_opens_the_thought_is_understood(brief: Path, chatty: FakeInference) -> None:
+    chatty.tokens, chatty.opens_thought = ("hm", "</think>ja"), True
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        assert (s.answers[0].content, s.answers[0].text) == ("ja", "<think>\nhm</think>ja")
+
+
+async def test_what_no_longer_fits_is_said(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        chatty.cut_messages = 4
+        await s.ask("eins")
+        assert "the first 4 messages were left out (28 tokens): the window has 64 tokens" in s.lines()
+
+
+async def test_escape_interrupts_and_what_arrived_is_kept(brief: Path) -> None:
+    engine = FakeInference(held=True)
+    async with open_chat(brief, engine) as s:
+        await s.write("eins")
+        await s.press("enter")
+        await until(s.pilot, lambda: s.answers[0].tokens)
+        assert "Esc interrupt" in s.footer()
+
+        await s.press("escape")
+        await s.quiet()
+        assert (s.answers[0].state, s.answers[0].text, engine.cancelled) == ("interrupted", " tisch", 1)
+        assert "▪ interrupted" in s.lines()
+        assert "Esc leave" in s.footer()
+        assert s.field.has_focus
+
+
+async def test_one_may_look_at_another_branch_while_two_models_write(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await two_models(s)
+        await s.ask("eins")
+        await s.ask("zwei")
+        s.engine.go_on.clear()
+        await s.press("up", "up", "up", "enter")
+        await s.write("!")
+        await s.press("enter")
+        edited = s.screen.talk.turns[0]
+        await until(s.pilot, lambda: edited.reply.answers[0].tokens)
+        await s.press("up", "left")
+        assert s.texts() == ["eins", "zwei"]
+        s.engine.go_on.set()
+        await s.quiet()
+        assert [answer.text for answer in edited.reply.answers] == [" tisch und stuhl"] * 2
+        assert s.engine.done("generate")[-1]["messages"] == [{"role": "user", "content": "eins!"}]
+
+
+async def test_a_message_during_an_answer_waits_in_the_field(brief: Path) -> None:
+    engine = FakeInference(held=True)
+    async with open_chat(brief, engine) as s:
+        await s.write("eins")
+        await s.press("enter")
+        await until(s.pilot, lambda: s.answers[0].tokens)
+        await s.write("zwei")
+        await s.press("enter", "ctrl+r")
+        assert (s.field.text, s.texts()) == ("zwei", ["eins"])
+        assert "An answer is being written. Esc interrupts it." in s.messages()
+        engine.go_on.set()
+        await s.quiet()
+
+
+async def test_when_the_engine_dies_one_sentence_says_so_and_asking_again_works(brief: Path) -> None:
+    async with open_chat(brief) as s:
+        await two_models(s)
+        s.engine.dies = True
+        await s.ask("eins")
+        assert s.messages().count(DEATH) == 1
+        assert [answer.error for answer in s.answers] == ["the engine ended"] * 2
+        await s.press("ctrl+r")
+        await s.quiet()
+        assert [answer.state for answer in s.answers] == ["length", "length"]
+        assert len(s.engine.done("load")) == 3, "lora before it died, both after"
+
+
+async def test_a_model_that_cannot_answer_does_not_silence_the_other(
+    brief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_chat(brief) as s:
+        await two_models(s)
+        load = s.engine._load
+
+        def refuse(name: str, **fields: object) -> dict[str, Any]:
+            if "lora" in name:
+                raise UserError(f"{name} is not finite.")
+            return load(name, **fields)
+
+        monkeypatch.setattr(s.engine, "_load", refuse)
+        await s.ask("eins")
+        assert [answer.error for answer in s.answers] == ["lora is not finite.", ""]
+        assert s.answers[1].text == " tisch und stuhl"
+
+
+async def test_markup_and_control_characters_are_text(brief: Path, chatty: FakeInference) -> None:
+    chatty.tokens = ("[red]x[/] \x1b]0;gone\x07 \x9b31m\u202e", "\ttab")
+    async with open_chat(brief, chatty) as s:
+        await s.write("[b]x")
+        await s.press("enter")
+        await s.quiet()
+        assert "[red]x[/] ␛]0;gone␇ �31m�    tab" in s.lines()
+        assert "[b]x" in s.lines()
+
+
+async def test_several_lines_are_typed_and_the_field_grows(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        before = s.field.size.height
+        await s.write("a")
+        await s.press("ctrl+j")
+        await s.write("b")
+        assert (s.field.text, s.field.size.height) == ("a\nb", before + 1)
+        await s.press("up")
+        assert s.field.has_focus, "there is a line above"
+        await s.press("enter")
+        await s.quiet()
+        assert s.texts() == ["a\nb"]
+        await s.press("enter")
+        assert "The message is empty" in s.messages()
+
+
+async def test_an_answer_becomes_an_example_of_the_data(
+    brief: Path, chatty: FakeInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went: list[tuple[str, dict[str, Any]]] = []
+    async with open_chat(brief, chatty) as s:
+        monkeypatch.setattr(s.app, "go", lambda name, **request: went.append((name, request)))
+        await s.press("ctrl+g")
+        assert "There is no answer to correct yet." in s.messages()
+        await s.ask("eins")
+        await s.press("ctrl+g")
+        assistant = {"role": "assistant", "content": "tisch und stuhl"}
+        row = {"messages": [{"role": "user", "content": "eins"}, assistant]}
+        await until(s.pilot, lambda: went == [("data", {"add": row})])
+        await s.press("up", "down", "enter")
+        await until(s.pilot, lambda: len(went) == 2)
+        await two_models(s)
+        await s.press("escape", "tab") if not s.field.has_focus else None
+        await s.ask("zwei")
+        await s.press("ctrl+g")
+        menu = await s.dialog(Menu)
+        assert menu is not None
+        await s.press("down", "enter")
+        await until(s.pilot, lambda: len(went) == 3)
+        assert [message["content"] for message in went[2][1]["add"]["messages"]][-2:] == ["zwei", "tisch und stuhl"]
+
+
+async def test_a_completion_becomes_prompt_and_completion(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    went: list[dict[str, Any]] = []
+    async with open_chat(brief) as s:
+        monkeypatch.setattr(s.app, "go", lambda _, **request: went.append(request))
+        await s.ask("eins")
+        await s.ask("zwei")
+        await s.press("ctrl+g")
+        await until(s.pilot, lambda: went)
+        assert went == [{"add": {"prompt": "eins tisch und stuhl zwei", "completion": " tisch und stuhl"}}]
+
+
+@pytest.mark.parametrize("name", ["talk.md", "talk.json", "talk.jsonl"])
+async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
+    project: Path, chatty: FakeInference, name: str
+) -> None:
+    async with open_chat(project, chatty) as s:
+        await s.press("ctrl+s")
+        assert "nothing to save" in s.messages()
+        await s.ask("eins")
+        await s.press("ctrl+r")
+        await s.quiet()
+        await s.press("ctrl+s")
+        await s.dialog(PathScreen)
+        await s.press("ctrl+u", *name, "enter")
+        await until(s.pilot, lambda: "Saved the conversation" in s.messages())
+        text = (project / name).read_text(encoding="utf-8")
+        assert s.screen.unsaved() == ""
+        if name.endswith("md"):
+            assert text.startswith("# Conversation\n\n**You**\n\neins\n\n**lora** (length)\n\ntisch und stuhl\n")
+        elif name.endswith("jsonl"):
+            (row,) = map(json.loads, text.splitlines())
+            assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        else:
+            (turn,) = json.loads(text)["turns"]
+            assert (turn["text"], turn["shown"], len(turn["replies"])) == ("eins", 1, 2)
+        await s.press("ctrl+s")
+        await s.dialog(PathScreen)
+        await s.press("ctrl+u", *name, "enter")
+        await s.dialog(Ask)
+        await s.press("escape")
+
+
+async def test_a_full_disk_is_one_sentence(brief: Path, chatty: FakeInference, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "chat.md")
+
+    monkeypatch.setattr("tui.screens.chat.screen.write_file", full)
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.press("ctrl+s")
+        await s.dialog(PathScreen)
+        await s.press("enter")
+        await until(s.pilot, lambda: "No space left on device" in s.messages())
+        assert s.screen.unsaved() == "a conversation of 1 turn"
+
+
+async def test_system_prompt_and_sampling_are_checked_and_used(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.press("ctrl+l")
+        await s.dialog(SettingsScreen)
+        await s.write("kurz")
+        await s.press("tab", "ctrl+u")
+        await s.write("-1")
+        await s.press("enter")
+        assert "temperature must be a number from 0" in str(s.app.screen.query_one(".wrong").render())
+        await s.press("ctrl+u")
+        await s.write("0.7")
+        await s.press("ctrl+s")
+        await until(s.pilot, lambda: "temperature 0.7" in s.title())
+        await s.ask("eins")
+        (asked,) = chatty.done("generate")
+        assert asked["messages"][0] == {"role": "system", "content": "kurz"}
+        assert (asked["temperature"], asked["limit"]) == (0.7, 512)
+
+
+async def test_a_new_conversation_asks_before_it_loses_one(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.press("ctrl+n")
+        await s.dialog(Ask)
+        await s.press("escape")
+        assert s.texts() == ["eins"]
+        await s.press("ctrl+n")
+        await s.dialog(Ask)
+        await s.press("y")
+        await until(s.pilot, lambda: not s.texts())
+        assert s.field.has_focus
+
+
+async def test_quitting_asks_and_another_screen_keeps_the_conversation(brief: Path, chatty: FakeInference) -> None:
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.press("f2")
+        await until(s.pilot, lambda: s.app.base_screen.NAME == "pipeline")
+        s.app.go("chat", models=[brief / "artifacts/base", brief / "artifacts/full_finetuned"], prompt="zwei")
+        await until(s.pilot, lambda: s.app.base_screen.NAME == "chat" and s.field.text == "zwei")
+        await until(s.pilot, lambda: [entry.label for entry in s.screen.session.entries] == ["base", "full"])
+        assert s.texts() == ["eins"]
+        await s.press("escape", "q")
+        await s.dialog(Ask)
+        await s.press("escape")
+        s.app.go("chat", models=["/nowhere"])
+        await until(s.pilot, lambda: "/nowhere is not a model folder" in s.messages())
+
+
+async def test_words_that_a_word_level_model_lacks_are_named_while_typing(brief: Path) -> None:
+    async with open_chat(brief) as s:
+        await s.write("die katze wortlos")
+        await until(s.pilot, lambda: "not in the vocabulary: wortlos" in s.title())
+        await s.press("ctrl+u")
+        await until(s.pilot, lambda: "not in the vocabulary" not in s.title())
+
+
+async def test_without_a_model_the_screen_says_what_to_do(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    app.inference, app.first_screen = FakeInference(), "chat"
+    async with app.run_test(size=(80, 24)) as pilot:
+        s = Session(pilot)
+        await until(pilot, lambda: "There is no model yet" in s.lines())
+        await s.write("eins")
+        await s.press("enter", "ctrl+o", "ctrl+r")
+        await until(pilot, lambda: s.messages().count("There is no model yet") == 2)
+        assert s.field.text == "eins"
+
+
+@pytest.mark.parametrize("size", [(60, 16), (30, 8)], ids=["60x16", "30x8"])
+async def test_small_terminals_do_not_crash(brief: Path, chatty: FakeInference, size: tuple[int, int]) -> None:
+    async with open_chat(brief, chatty, size) as s:
+        await two_models(s)
+        await s.ask("eins")
+        await s.press("ctrl+l")
+        await s.dialog(SettingsScreen)
+        await s.press("escape", "up", "up", "down", "down", "down", "f10", "f10")
+
+
+async def test_the_end_is_followed_unless_one_reads_above(brief: Path, chatty: FakeInference) -> None:
+    chatty.tokens = ("wort\n",) * 100
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        assert s.history.is_vertical_scroll_end
+        assert s.history.max_scroll_y > 50
+        await s.press("pageup", "pageup")
+        before = s.history.scroll_offset.y
+        assert 0 < before < s.history.max_scroll_y
+        s.answers[0].pieces.append("mehr\n" * 9)
+        s.history.grew()
+        await s.pilot.pause()
+        assert s.history.scroll_offset.y == before
+
+
+async def test_an_answer_that_grows_is_not_read_again(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The characters that are wrapped for a token do not depend on what came before."""
+    engine = FakeInference()
+    engine.chat, engine.tokens = True, ("wort ",) * 400
+    monkeypatch.setattr("tui.screens.chat.screen.FRAME", 0.0)
+    sizes: list[int] = []
+    wrap = WrappedText._wrap
+
+    def measured(self: WrappedText, text: str) -> list[str]:
+        sizes.append(len(text))
+        return wrap(self, text)
+
+    monkeypatch.setattr(WrappedText, "_wrap", measured)
+    async with open_chat(brief, engine) as s:
+        await s.ask("eins")
+    assert sizes and max(sizes) < 2 * 120
+
+
+async def test_the_copied_answer_is_without_thoughts(brief: Path, chatty: FakeInference) -> None:
+    chatty.tokens = ("<think>hm</think>", " ja")
+    async with open_chat(brief, chatty) as s:
+        await s.ask("eins")
+        await s.press("up", "down", "y")
+        assert s.app.clipboard == "ja"

@@ -1,0 +1,78 @@
+"""The calculator's panes: the question, and what answers it."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.widgets import Static
+
+from tui.screens.calculator.form import CalcForm
+from tui.screens.calculator.result import KEPT_PARTS, TEXTURES
+from tui.widgets.drawing import Drawing
+from tui.widgets.pane import Pane
+
+_PARTS = ", ".join(f"`{sign}` {part}" for part, sign in TEXTURES.items())
+
+
+class QuestionPane(Pane):
+    """The form, what the focused field means, and the pinned configurations."""
+
+    TITLE = "Question"
+    HELP = """\
+Each key press is answered at once. Only the fields that matter to the chosen method are shown; an empty field means
+what it shows in grey. `‹ a choice ›` steps with ← and →, a number with + and −, any field with Page Up and Page Down;
+Ctrl+R brings a field's default back. In *model* type a part of a name, then Enter; a path is read, a hub id is fetched
+by Enter: of the weights, headers alone.
+
+Ctrl+T pins the configuration, to compare it with what you ask next; again unpins it. Ctrl+N begins anew.
+"""
+
+    def contents(self) -> ComposeResult:
+        with VerticalScroll(can_focus=False):
+            yield CalcForm()
+            yield Static(id="about", markup=False)
+            yield Drawing(id="pinned")
+
+
+class AnswerPane(Pane, can_focus=True):
+    """Lines about the result. It takes the focus to be scrolled to, read and enlarged."""
+
+    def __init__(self, id: str) -> None:  # as Textual names it
+        self.drawing = Drawing()
+        super().__init__(self.drawing, id=id)
+
+
+class VerdictPane(AnswerPane):
+    TITLE = "Does it fit?"
+    HELP = """\
+The predicted peak of a training step against the memory of the GPU, CUDA's context included. The bar is green below
+half of it, yellow below 85%, red above: other programs and fragmentation take memory too.
+"""
+
+
+class AnswersPane(AnswerPane):
+    TITLE = "Answers"
+    HELP = """\
+* **largest, one at a time**: the largest batch, sequence length and rank that fit, each with everything else as it is.
+* **to make it fit**: the change that costs the least quality and time. Changes after a `;` are needed together.
+* **rank, batch, sequence**: the peak with other values; `▶` is the present one, `✗` is more than the GPU has.
+* **GPUs**: those that hold the peak, and those that do not.
+"""
+
+
+class MemoryPane(AnswerPane):
+    TITLE = "Memory by method"
+    HELP = f"""\
+The same step with other methods; `▶` is yours. `│` is where the GPU ends, `»` a bar that goes
+on, `▶` beside its name a GPU far beyond all bars. The parts of a bar, always in this order:
+{_PARTS}. {", ".join(KEPT_PARTS).capitalize()} stay for the whole step; gradients, activations and logits come and go,
+and are counted at the peak.
+"""
+
+
+class DetailsPane(AnswerPane):
+    TITLE = "Parameters and formulas"
+    HELP: ClassVar[str] = """\
+Each kind of linear layer that gets an adapter: its shape, A and B, how many there are, and their parameters; beside it
+the number of the document's rule of thumb (§3). Below, the formula of each number with its values.
+"""

@@ -1,0 +1,117 @@
+"""`lora-tui --demo`: a small finished project, packed into the program by `make demo` (docs/demo.py).
+
+It is unpacked once into the user's cache folder. Its stages were run by another version of the code perhaps, on another
+machine: so that they count as up to date here, the manifests' code digests and library versions are set to today's, and
+`TRAINED` in each manifest says what they were.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError, explain
+from pipeline.files import artifact
+from pipeline.files.digest_cache import cache_home, signature
+from pipeline.project import provenance
+from pipeline.project.runner import input_facts
+from pipeline.project.stage_graph import Project, Stage
+from pipeline.workbench import open_project
+from tui.services.pipeline_process import Runner
+
+ARCHIVE = Path(__file__).with_name("demo.tar.xz")
+PARAMS = "params.yaml"
+STAMP = ".demo.json"  # in the unpacked project: which archive it is from, its files, the code that it was stamped for
+TRAINED = "trained"  # in a manifest of the demo: with what it was really made
+MAX_BYTES = 100_000_000  # unpacked
+
+
+def open_demo() -> Path:
+    """The params file of the demo, which is unpacked if it is not there whole. Raises UserError."""
+    folder = cache_home() / "lora-workbench" / f"demo-{version('lora-workbench')}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:  # two may start at once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            packed = ARCHIVE.read_bytes()
+            if not Runner(folder).groups() and not _is_whole(folder, packed):
+                _unpack(packed, folder)
+            _stamp(folder)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        reason = explain(error).rstrip(".") if isinstance(error, OSError) else f"{ARCHIVE} is damaged ({error})"
+        raise UserError(f"The demo cannot be unpacked: {reason}. Set XDG_CACHE_HOME to a folder with room.") from None
+    return folder / PARAMS
+
+
+def greet(folder: Path) -> str:
+    """What a user should know of it."""
+    home = Path.home()
+    where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
+    return f"This is a demo, a project that was trained earlier. It lies in {where}. R runs it anew."
+
+
+def _is_whole(folder: Path, packed: bytes) -> bool:
+    """Whether the folder is from this archive, lacks none of its files, and no artifact of it was changed."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        if stamp["archive"] != hashlib.sha256(packed).hexdigest() or not all(
+            (folder / name).is_file() for name in stamp["files"]
+        ):
+            return False
+        for manifest in folder.glob(f"artifacts/*/{artifact.MANIFEST}"):
+            if TRAINED in artifact.read_manifest(manifest.parent):  # else the user made it anew
+                artifact.verify(manifest.parent)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
+    return True
+
+
+def _unpack(packed: bytes, folder: Path) -> None:
+    """The archive's files as `folder`, whole or not at all."""
+    with artifact.writing(folder) as out, tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive:
+        names, size = [], 0
+        for member in archive:
+            path, size = Path(member.name), size + member.size
+            # Regular files inside of the folder only, whatever the archive holds.
+            if not member.isfile() or path.is_absolute() or ".." in path.parts or size > MAX_BYTES:
+                raise tarfile.TarError(f"{member.name} has no place in it")
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            content = archive.extractfile(member)
+            (out / path).write_bytes(content.read() if content else b"")
+            names.append(member.name)
+        stamp = {"archive": hashlib.sha256(packed).hexdigest(), "files": names}
+        artifact.write_json(out / STAMP, stamp)
+
+
+def _stamp(folder: Path) -> None:
+    """Set code and versions in the manifests of the demo to today's, unless that is done."""
+    stamp = artifact.read_json(folder / STAMP, "Remove the folder")
+    code = hashlib.sha256(json.dumps(signature(provenance.ROOT / "pipeline")).encode()).hexdigest()
+    now = {"code": code, "versions": dict(provenance.versions())}
+    if {key: stamp.get(key) for key in now} == now:
+        return
+    project = open_project(folder / PARAMS)
+    for stage in project.stages.values():
+        path = project.artifact(stage.name)
+        with suppress(UserError):  # made anew just now, or not yet
+            manifest = artifact.read_manifest(path)
+            if TRAINED in manifest:
+                artifact.write_file(path / artifact.MANIFEST, _text({**manifest, **_today(manifest, project, stage)}))
+    artifact.write_file(folder / STAMP, _text({**stamp, **now}))
+
+
+def _today(manifest: Mapping[str, Any], project: Project, stage: Stage) -> Mapping[str, Any]:
+    """The facts that differ without a cause in the project: code, libraries, and params that did not exist yet."""
+    facts = input_facts(project, stage)
+    params = {key: manifest["params"].get(key, value) for key, value in facts["params"].items()}
+    return {"code": facts["code"], "versions": dict(facts["versions"]), "params": params}
+
+
+def _text(tree: Mapping[str, Any]) -> str:
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,55 @@
+"""`lora new` in a process of its own: choosing settings imports torch, opens the base and tries a few steps."""
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+ERROR = "error: "
+MAX_LINE = 2**20  # bytes of a line of its output
+
+
+async def create(arguments: Sequence[str], folder: Path, on_note: Callable[[str], None]) -> str:
+    """Run `lora new ARGUMENTS` in `folder`, and return what it printed.
+
+    `on_note` gets each line that says what it is doing. Raises UserError with the command's own message. Cancelled, it
+    stops the command.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "cli.main", "new", *arguments),
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "96", "TERMINAL_WIDTH": "96"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        limit=MAX_LINE,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stderr
+    notes: list[str] = []
+
+    async def read_notes(stream: asyncio.StreamReader) -> None:
+        with suppress(ValueError):  # a line without an end
+            async for line in stream:
+                notes.append(line.decode(errors="replace").strip())
+                if not notes[-1].startswith(ERROR):  # that is said when the command has ended
+                    on_note(notes[-1])
+
+    try:
+        printed, _ = await asyncio.gather(process.stdout.read(), read_notes(process.stderr))
+        code = await process.wait()
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        errors = [note.removeprefix(ERROR) for note in notes if note.startswith(ERROR)]
+        last = next((note for note in reversed(notes) if note), "no message")
+        raise UserError(errors[-1] if errors else f"lora new ended with exit code {code}: {last}.")
+    return printed.decode(errors="replace")

@@ -1,0 +1,67 @@
+"""`lora-tui`: reads the arguments, and starts the app, the web server or the demo."""
+
+import gc
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
+    gc.disable()  # until the first paint, which takes a tenth longer with it
+    from pipeline.errors import UserError
+    from tui.app import PARAMS, Workbench
+    from tui.config import config_path, load_config
+
+    # Without arguments, parsing them is not worth the 5 ms of argparse.
+    arguments = _read_arguments() if sys.argv[1:] else Arguments()
+    try:
+        config = load_config(config_path())
+        params, greeting = arguments.params or Path(PARAMS), ""
+        if arguments.demo and arguments.params:
+            raise UserError("--demo opens a project of its own, so it takes no --params. Leave out one of them.")
+        if not params.parent.is_dir():
+            raise UserError(f"{params.parent} is not a folder. Name a params file with --params.")
+        if arguments.web:
+            try:
+                from tui.services.web.server import serve
+            except ImportError:
+                sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
+            serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
+            return
+        if arguments.demo:
+            from tui.services.projects.demo import greet, open_demo
+
+            params = open_demo()
+            greeting = greet(params.parent)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    app = Workbench(params, config, greeting)
+    app.run()
+    sys.exit(app.return_code or 0)
+
+
+class Arguments:
+    """What is typed after `lora-tui`."""
+
+    params: Path | None = None
+    demo: bool = False
+    web: bool = False
+    port: int = 8000
+
+
+def _read_arguments() -> Arguments:
+    from argparse import ArgumentParser, ArgumentTypeError
+    from importlib.metadata import version
+
+    def port(text: str) -> int:
+        if not (text.isdecimal() and 1 <= int(text) <= 65535):
+            raise ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+        return int(text)
+
+    parser = ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
+    parser.add_argument("--params", type=Path, help="params file of the project (params.yaml)")
+    parser.add_argument("--demo", action="store_true", help="open a small finished project that comes with the program")
+    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument("--port", type=port, default=8000, help="port of --web")
+    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
+    return parser.parse_args(namespace=Arguments())
