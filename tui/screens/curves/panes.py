@@ -272,6 +272,10 @@ class RunList(KeyedList):
                 self.sweeps[adapter] = key
         # The highlight of an adapter that is no longer listed moves to its sweep.
         self.show(lines, before.get(str(option.id), "") if option else "")
+        trained = [key for key, view in runs.views.items() if key in lines and not view.run.sweeps]
+        newest = min(trained, key=lambda key: runs.views[key].quiet, default="")
+        if option is None and newest:  # the first look is at what was trained last
+            self.highlighted = list(lines).index(newest)
 
     def on_resize(self) -> None:
         self._show()
