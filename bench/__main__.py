@@ -18,6 +18,7 @@ from bench.memory import memory
 from bench.merge import merge
 from bench.methods import methods
 from bench.methods_real import methods_real
+from bench.models import models
 from bench.preferences import preferences
 from bench.quantized import quantized
 from bench.real import real
@@ -28,7 +29,7 @@ from bench.terminal import terminal
 from bench.training import training
 
 BENCHMARKS = (
-    *(commands, terminal, keyboard, calculator, curves, data, engine, memory, training, methods, sweep),
+    *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
     *(real, methods_real, preferences, quantized, merge, several, serve),
 )
 

@@ -13,7 +13,6 @@ from textual import events
 from textual._compositor import CompositorUpdate
 from textual.screen import Screen
 
-from bench.commands import ROOT
 from bench.measure import Row
 from tui.app import Workbench
 from tui.screens.calculator.screen import PAUSE
@@ -39,7 +38,6 @@ def calculator() -> Iterator[Row]:
 class _TimedWorkbench(Workbench):
     """Records when it last painted; renders the text, which a screen without a terminal would skip."""
 
-    CSS_PATH = str(ROOT / "tui" / "app.tcss")  # a relative path would be resolved next to this file
     last_paint = 0.0
 
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:

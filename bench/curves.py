@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from textual.app import App, ComposeResult
-from textual.widget import Widget
 
 from bench.measure import Row, in_turns
 from pipeline.files.file_tail import FileTail
@@ -19,9 +18,10 @@ from pipeline.project.logs.run_log import Row as LogRow
 from pipeline.project.stage_graph import Look, other_look
 from pipeline.stages.registry import STAGES
 from tui.screens.curves.series import Log
-from tui.widgets.line_chart import Curve, LossChart, View
+from tui.widgets.plot.chart import Chart
+from tui.widgets.plot.line_plot import Line, View
 
-POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
+POINTS, ROUNDS, GOAL = 100_000, 21, 0.030
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")
 ADAPTERS, STEPS = 32, 3_000  # sweep
 APPENDS = 1_000
@@ -52,7 +52,7 @@ def rows(seed: int, points: int = POINTS) -> list[LogRow]:
 
 class _Chart(App[None]):
     def compose(self) -> ComposeResult:
-        yield LossChart("loss", "loss")
+        yield Chart()
 
 
 async def _time_redraws() -> dict[str, float]:
@@ -60,16 +60,18 @@ async def _time_redraws() -> dict[str, float]:
     three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
     looks = [look for name in SHOWN if (look := STAGES[name].look)]
     async with _Chart().run_test(size=(200, 60)) as pilot:
-        chart = pilot.app.query_one(LossChart)
+        chart = pilot.app.query_one(Chart)
 
         def draw(logs: Sequence[Log], looks: Sequence[Look], points: int, dim: int = 0) -> None:
-            view = View((1, points))
-            columns = [log.series["loss"].visible(*view.x, chart.columns) for log in logs]
-            parts = zip(columns, looks, range(len(logs)), strict=True)
-            chart.draw([Curve(c, look.color, look.sign, dim=number < dim) for c, look, number in parts], view)
-            for widget in chart.walk_children(Widget):
-                widget.render()
-                widget.render_lines(widget.size.region)
+            lines = []
+            for number, (log, look) in enumerate(zip(logs, looks, strict=True)):
+                columns = log.series["loss"].visible(1, points, chart.columns)
+                top, quiet = number == len(logs) - 1, number < dim
+                band = [column[:3] for column in columns] if top else []
+                plain = [(c.x, c.mean) for c in columns]
+                lines.append(Line(plain, look.color, "name", "1.0", look.sign, band, bold=top, quiet=quiet))
+            chart.draw(lines, View((1, points)))
+            chart.render_lines(chart.size.region)
 
         await pilot.pause()
         sweep = [STAGES["finetune_sweep"].look or other_look(0)] * ADAPTERS

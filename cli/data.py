@@ -233,8 +233,9 @@ def _default_base() -> Path | None:
 def _open_base(base: Path) -> tuple["Tokenizer", int | None]:
     """Its tokenizer and its number of positions."""
     from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.files.base_model import max_positions
 
-    return load_tokenizer(base), _max_positions(base)
+    return load_tokenizer(base), max_positions(base)
 
 
 @contextmanager
@@ -289,19 +290,6 @@ def _print_labels(example: "Example", encoded: "Encoded") -> None:
 def _tokens(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[int, str, bool]]:
     """Ids, words, and which are trained on. The first never is, as no token predicts it."""
     return zip(encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True)
-
-
-def _max_positions(base: Path) -> int | None:
-    """The maximum number of tokens of the model; None if its config has none."""
-    from pipeline.files.artifact import read_json
-
-    config = read_json(base / "config.json", "A model folder needs its config")
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("max_position_embeddings", "n_positions"):
-            if type(part.get(key)) is int:
-                return int(part[key])
-    return None
 
 
 def _lines(tokens: Iterator[tuple[int, str, bool]], width: int) -> Iterator["Text"]:

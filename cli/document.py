@@ -74,13 +74,10 @@ def study(
 def _show_study(folder: Path, run: Path) -> None:
     """Print a study's tables, and the times that its run measured on this machine."""
     from cli.console import stdout, table
-    from pipeline.document.tables import TIME, Table, read_table, times
+    from pipeline.document.tables import TIME, described, read_table, times
     from pipeline.files.artifact import read_manifest
 
-    tables = [
-        Table(name, rows=read_table(folder / f"{name}.csv"), **about)
-        for name, about in read_manifest(folder)["tables"].items()
-    ]
+    tables = [described(folder / f"{name}.csv") for name in read_manifest(folder)["tables"]]
     if (time := run / f"{TIME}.csv").is_file():
         tables.append(times(read_table(time)))
     for item in tables:

@@ -127,9 +127,9 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
+    from pipeline.evaluation.comparison import TASKS, by_variant, comparison, legend, task_scores
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
-    from pipeline.stages.report import TASKS, by_variant, comparison, legend, task_scores
 
     project = project_of(params)
     folder = project.artifact("evaluate")
@@ -159,7 +159,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
 def print_gate(metrics: Mapping[str, Any]) -> None:
     """Whether the models keep evaluate.limits, and a table of what was broken."""
     from cli.console import print_line, print_table
-    from pipeline.stages.report import broken_limits
+    from pipeline.evaluation.comparison import broken_limits
 
     if not (gate := metrics.get("gate")):
         return

@@ -293,8 +293,9 @@ def evaluate(
 ) -> None:
     """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
 
-    With --adapter: the same numbers of these adapters, such as a sweep's → artifacts/measured. With --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may
-    be your own; a task may run Python code.
+    With --adapter: the same numbers of these adapters, such as a sweep's → artifacts/measured. With --harness: scores
+    of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may be your own; a task may
+    run Python code.
     """
     from cli.project import refuse_broken, report
     from pipeline.errors import UserError

@@ -1,11 +1,13 @@
 """One stage graph with the product's and the document's stages; only this module knows both."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.project.params.load import Params
-from pipeline.project.stage_graph import Project, Stage, StageGraph
+from pipeline.project.stage_graph import ARTIFACTS, Project, Stage, StageGraph
 from pipeline.stages.registry import STAGES
 
 
@@ -29,11 +31,49 @@ def current_project() -> Project:
     return open_project(params) if params.is_file() else Project(Path(), Params(kinds=GRAPH.sections), GRAPH)
 
 
-def calculated_claims() -> tuple[str, list[Mapping[str, Any]]]:
-    """The claims that need only the calculator: a summary line, and one row per claim with `title` and `mark`."""
-    from pipeline.document.claims.check import MARKS, calculated, section_heading, summary
+Claims = tuple[str, list[Mapping[str, Any]]]  # a summary line, and a row for each with its `title` and `mark`
 
-    rows = calculated()
+
+def calculated_claims() -> Claims:
+    """The claims that need only the calculator."""
+    from pipeline.document.claims.check import calculated
+
+    return _described(calculated())
+
+
+def read_claims(project: Project) -> Claims | None:
+    """Those that the project's last `lora claims` wrote; None if there are none. Raises UserError."""
+    from pipeline.document.claims.check import JSON
+
+    path = project.root / ARTIFACTS / "claims" / JSON
+    try:
+        return _described(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Run `lora claims` again.") from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no claims. Run `lora claims` again.") from None
+
+
+def _described(rows: Sequence[Mapping[str, Any]]) -> Claims:
+    from pipeline.document.claims.check import MARKS, section_heading, summary
+
     return summary(rows), [
         {**row, "title": section_heading(row["section"]), "mark": MARKS[row["verdict"]]} for row in rows
     ]
+
+
+def claim_files(project: Project, name: str) -> list[Path]:
+    """The files that a claim is measured on; none if the calculator gives its numbers."""
+    from pipeline.document.claims.check import files_of
+
+    return files_of(project, name)
+
+
+def table_markdown(path: Path) -> str:
+    """A table of measurements as Markdown, below its title. Raises UserError."""
+    from pipeline.document.tables import described
+
+    table = described(path)
+    return f"**{table.title}**\n\n{table.markdown()}"

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,15 +23,16 @@ from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
-from textual.screen import ModalScreen, Screen
+from textual.screen import ModalScreen
 from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
+from pipeline.project.new_project import renew_code_yaml
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.registry import FIRST_LOOK, SCREENS, WELCOME
-from tui.services.machine import Machine
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
+from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
@@ -42,7 +42,6 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from textual.command import Provider
 
-    from tui.screens.base import WorkbenchScreen
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
@@ -175,12 +174,12 @@ class Workbench(App[None]):
     # The screens
 
     @property
-    def base_screen(self) -> "WorkbenchScreen":
+    def base_screen(self) -> NumberedScreen:
         """The screen of the workbench that is shown, perhaps below a dialog."""
-        screen: Any = self.screen_stack[0]
-        return screen  # type: ignore[no-any-return]  # every mode's first screen is one
+        screen: Any = self.screen_stack[0]  # every mode's first screen is one
+        return screen  # type: ignore[no-any-return]
 
-    async def shown(self, name: str) -> "WorkbenchScreen":
+    async def shown(self, name: str) -> NumberedScreen:
         """Switch to a screen, and return it once it is mounted."""
         await self.switch_mode(name)
         screen = self.base_screen
@@ -193,7 +192,7 @@ class Workbench(App[None]):
         """Show a screen, and there what `request` asks for; each screen names its own keywords."""
         (await self.shown(name)).open_with(**request)
 
-    def created_screens(self) -> "Iterator[WorkbenchScreen]":
+    def created_screens(self) -> Iterator[NumberedScreen]:
         """The screens that were shown at least once."""
         for stack in self._screen_stacks.values():
             for screen in stack[:1]:
@@ -263,13 +262,16 @@ class Workbench(App[None]):
         """Run the pipeline."""
         self.start_pipeline("repro")
 
-    def start_pipeline(self, *arguments: str) -> None:
+    @work(group="start", exclusive=True)
+    async def start_pipeline(self, *arguments: str) -> None:
         """Run `dvc ARGUMENTS`, or say why that cannot be."""
         with self.errors_shown():
             if self.project_watch.problem:
                 raise UserError(f"Nothing was started: {self.project_watch.problem}")
             if self.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
+            if project := self.project_watch.project:
+                await asyncio.to_thread(renew_code_yaml, project)
             running = self.runner.start(arguments)
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.look_now()
@@ -319,6 +321,9 @@ class Workbench(App[None]):
     def _pipeline_ended(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
         states = self.project_watch.states
+        _, _, alone = ended.command.partition("--single-item ")
+        if name := alone.rpartition(" ")[2]:  # one stage: that others are out of date is no early end
+            states = {name: states[name]} if name in states else {}
         stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
         failed = [state for state in stages if state.state in ("failed", "died")]
         if failed:
@@ -328,7 +333,7 @@ class Workbench(App[None]):
         elif all(state.state == "current" for state in states.values()):
             gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
             is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
-            text = " ".join(["All stages are up to date.", *gates])
+            text = " ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates])
             self.log_message(text, "error" if is_broken else "information")
         elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
@@ -413,7 +418,7 @@ class Workbench(App[None]):
         parts = [{"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier) for modifier in modifiers]
         return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
 
-    def keys_of(self, screen: Screen[Any]) -> list[tuple[str, Binding]]:
+    def keys_of(self, screen: NumberedScreen) -> list[tuple[str, Binding]]:
         """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():
@@ -433,8 +438,3 @@ def _abbreviate_home(path: Path) -> str:
     """The path with ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-
-
-def main() -> None:
-    """`lora-tui`, for a script that was installed when it began here; since then it begins in `tui.start`."""
-    import_module("tui.start").main()

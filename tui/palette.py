@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from textual.binding import Binding
 from textual.command import DiscoveryHit, Hit, Hits, Provider
@@ -17,9 +17,7 @@ from tui.registry import SCREENS
 from tui.widgets.form import format_value
 from tui.widgets.pane import Pane
 
-if TYPE_CHECKING:
-    from tui.app import Workbench
-
+Workbench = Any  # `tui.app` has it, and imports this module
 MAX_PROMPTS, MAX_MODELS = 50, 2000
 DOCS = Path(__file__).parents[1] / "docs"
 INSTALLED_DOCS = "lora_workbench_defaults/docs/"
@@ -37,8 +35,8 @@ class Everything(Provider):
     """Searches all commands; before a letter is typed, it offers those of the screen."""
 
     @property
-    def _app(self) -> "Workbench":
-        return self.app  # type: ignore[return-value]  # it is made by that app only
+    def _app(self) -> Workbench:
+        return self.app
 
     async def startup(self) -> None:
         here = self._app.base_screen.NAME
@@ -67,7 +65,7 @@ class Everything(Provider):
                 await asyncio.sleep(0)
 
 
-def _app_commands(app: "Workbench") -> Iterator[Command]:
+def _app_commands(app: Workbench) -> Iterator[Command]:
     for binding in _bindings(type(app).BINDINGS):
         if binding.action.startswith("switch_mode"):
             yield Command(f"Go to {binding.description}", f"key {app.get_key_display(binding)}", _action(app, binding))
@@ -77,7 +75,7 @@ def _app_commands(app: "Workbench") -> Iterator[Command]:
         yield Command(f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme))
 
 
-def _action(app: "Workbench", binding: Binding) -> Callable[[], Any]:
+def _action(app: Workbench, binding: Binding) -> Callable[[], Any]:
     async def run() -> None:
         await app.run_action(binding.action)
 
@@ -89,7 +87,7 @@ def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
     return (binding for binding in declared if isinstance(binding, Binding) and binding.id)
 
 
-def _screen_commands(app: "Workbench", name: str) -> Iterator[Command]:
+def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
     """The commands of a screen and of its panes, which are found by the folder that their class is in."""
     if name not in SCREENS:  # the first look has none
         return
@@ -108,7 +106,7 @@ def _panes(kind: type[Pane]) -> Iterator[type[Pane]]:
         yield from _panes(below)
 
 
-def _remote(app: "Workbench", name: str, owner: type, action: str) -> Callable[[], Any]:
+def _remote(app: Workbench, name: str, owner: type, action: str) -> Callable[[], Any]:
     async def run() -> None:
         screen = await app.shown(name)
         node: Any = screen
@@ -121,26 +119,26 @@ def _remote(app: "Workbench", name: str, owner: type, action: str) -> Callable[[
     return run
 
 
-def _stages(app: "Workbench") -> Iterator[Command]:
+def _stages(app: Workbench) -> Iterator[Command]:
     for name, stage in app.project_watch.stages.items():
         yield Command(f"Stage {name}", stage.summary, partial(app.go, "pipeline", stage=name))
 
 
-def _params(app: "Workbench") -> Iterator[Command]:
+def _params(app: Workbench) -> Iterator[Command]:
     project = app.project_watch.project
     for name, stage in app.project_watch.stages.items() if project else ():
-        section = project.home(name).section(stage)  # type: ignore[union-attr]  # there is none without a project
+        section = project.home(name).section(stage)
         for key in section.__struct_fields__:
             value = format_value(getattr(section, key))
             yield Command(f"{name}.{key}: {value}", "param", partial(app.go, "pipeline", stage=name, param=key))
 
 
-def _prompts(app: "Workbench") -> Iterator[Command]:
+def _prompts(app: Workbench) -> Iterator[Command]:
     for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
         yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, app.MODELS, prompt=prompt))
 
 
-def _models(app: "Workbench") -> Iterator[Command]:
+def _models(app: Workbench) -> Iterator[Command]:
     project = app.project_watch.project
     folders = [owner.root / ARTIFACTS for owner in (project, project and project.parent) if owner]
     folders += [Path(folder).expanduser() for folder in (*app.config.folders, *app.state.folders)]
@@ -150,7 +148,7 @@ def _models(app: "Workbench") -> Iterator[Command]:
             yield Command(f"Model {name}", str(path), partial(app.go, app.MODELS, select=path))
 
 
-def _docs(app: "Workbench") -> Iterator[Command]:
+def _docs(app: Workbench) -> Iterator[Command]:
     """Each page by its title, each section by its own."""
     for page in sorted(_pages()):
         try:
@@ -163,7 +161,7 @@ def _docs(app: "Workbench") -> Iterator[Command]:
             yield Command(f"Docs: {text}", page.name, partial(_read, app, page))
 
 
-def _read(app: "Workbench", page: Path) -> None:
+def _read(app: Workbench, page: Path) -> None:
     app.push_screen(MarkdownReader(page))
 
 

@@ -2,9 +2,32 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+from textual.binding import ActiveBinding
 from textual.screen import Screen
+
+
+class NumberedScreen(Protocol):
+    """What the app and the palette know of a screen; `tui.screens.base` says what each means."""
+
+    NAME: ClassVar[str]
+    HELP: ClassVar[str]
+    is_mounted: bool
+
+    @property
+    def focused_pane(self) -> Any: ...
+
+    @property
+    def active_bindings(self) -> dict[str, ActiveBinding]: ...
+
+    def query(self, selector: Any) -> Any: ...
+
+    def open_with(self, **request: Any) -> None: ...
+
+    def unsaved(self) -> str: ...
+
+    def notice(self) -> None: ...
 
 
 class ScreenEntry(NamedTuple):
@@ -25,11 +48,13 @@ class ScreenEntry(NamedTuple):
 
 
 SCREENS = {
-    "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
+    "pipeline": ScreenEntry("Pipeline", "Pipe", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "results": ScreenEntry("Results", "Results", "tui.screens.results.screen:ResultsScreen"),
+    "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
+    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
     "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
-    "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.data.containers import Reading
 from pipeline.data.examples import Example, content_digest, is_held_out
@@ -31,6 +32,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 STEP = 64  # max_length is a multiple of it: kernels are fastest on such lengths
 NEAR = 1.25  # × the 99 % quantile: a longest example up to there costs little more than cutting it
 OUTLIER = 4  # × the 99 % quantile
+FINE = 64  # bins of the histogram for each doubling of the length: 2 % apart
 PROGRESS_ROWS = 256
 REPLACED = "\ufffd"
 
@@ -64,6 +66,7 @@ class DataReport:
     trained_tokens: int | None
     shortest: int | None
     quantiles: dict[str, int] | None
+    lengths: tuple[tuple[int, int], ...]  # (length, examples of at least this and less than the next), a histogram
     truncated: int | None
     duplicates: int  # examples that repeat an earlier one
     overlap: int  # examples in the training set and in the evaluation set
@@ -284,6 +287,7 @@ class _Check:
             trained_tokens=self._labels if known else None,
             shortest=int(lengths[0]) if len(lengths) else None,
             quantiles=quantiles,
+            lengths=_histogram(lengths),
             truncated=self._truncated if known else None,
             duplicates=duplicates,
             overlap=overlap,
@@ -324,6 +328,13 @@ class _Check:
             if more := len(numbers[KEPT:]):
                 self._problems.count(kind, "warning", more)
         return int((~leaked).sum()), int(leaked.sum())
+
+
+def _histogram(lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """Exact up to 2 × FINE; above, in FINE bins for each doubling."""
+    shifts = np.maximum(0, np.frexp(lengths)[1] - FINE.bit_length())
+    bins, counts = np.unique(lengths >> shifts << shifts, return_counts=True)
+    return tuple(zip(bins.tolist(), counts.tolist(), strict=True))
 
 
 def suggest_max_length(p99: int, longest: int, positions: int | None = None) -> int:

@@ -37,6 +37,9 @@ HTML = re.compile(r"\s*<(?:!doctype html|html|head|body)\b", flags=re.IGNORECASE
 TURNS = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 
 
+Batches = Callable[[Path, int], Iterator["pa.RecordBatch"]]  # those behind the first rows
+
+
 class Row(NamedTuple):
     """`number`: the line where it begins; in a .json list and in a table, the number of the row, from 1.
 
@@ -133,28 +136,41 @@ def _opened(path: Path, name: str, compression: str) -> Iterator[BinaryIO]:
         raise UserError(f"{name}: broken {compression} data: {first_line(error)}. Compress the file again.") from None
 
 
+def read_piece(file: BinaryIO) -> bytes:
+    """The next line with its end, or the beginning of one that is too long."""
+    return file.readline(MAX_LINE_BYTES + 3)  # +2 for \r\n, +1 to detect more
+
+
+def is_too_long(raw: bytes) -> bool:
+    return len(raw.removesuffix(b"\n").removesuffix(b"\r")) > MAX_LINE_BYTES
+
+
+def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
+    """A line as text; `start` is its first byte in the file. Raises UserError if it is long, binary or not UTF-8."""
+    # a long line cannot be cut before it is tokenized: the text behind the cut may change the tokens
+    if is_too_long(raw):
+        raise UserError(
+            f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
+            "Split its text into several lines."
+        )
+    try:
+        line = raw.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = start + error.start
+        raise UserError(f"{name}:{number}: not UTF-8 (byte {byte}). Save the file as UTF-8 text.") from None
+    if "\0" in line:
+        raise UserError(
+            f"{name}:{number}: not a text file: byte {start + raw.index(0)} is zero. Save it as UTF-8 text."
+        )
+    return line
+
+
 def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends, as text. Raises UserError for a line that is long, binary or not UTF-8."""
     start = 0
-    # +2 for \r\n, +1 to detect more
-    for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 3), b""), 1):
-        # a long line cannot be cut before it is tokenized: the text behind the cut may change the tokens
-        if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > MAX_LINE_BYTES:
-            raise UserError(
-                f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
-                "Split its text into several lines."
-            )
-        try:
-            line = raw.decode("utf-8" if start else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            byte = start + error.start
-            raise UserError(f"{name}:{number}: not UTF-8 (byte {byte}). Save the file as UTF-8 text.") from None
-        if "\0" in line:
-            raise UserError(
-                f"{name}:{number}: not a text file: byte {start + raw.index(0)} is zero. Save it as UTF-8 text."
-            )
+    for number, raw in enumerate(iter(lambda: read_piece(file), b""), 1):
+        yield number, decode_line(raw, number, start, name)
         start += len(raw)
-        yield number, line
 
 
 def _filled_lines(file: BinaryIO, name: str, reading: Reading) -> Iterator[tuple[int, str]]:
@@ -171,15 +187,19 @@ def _filled_lines(file: BinaryIO, name: str, reading: Reading) -> Iterator[tuple
 def _text_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
     """One text per line. Only a newline ends a line; all other white space belongs to the text."""
     for number, line in _filled_lines(file, name, reading):
-        # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
-        yield Row(number, line.removesuffix("\r\n" if line.endswith("\r\n") else "\n"))
+        yield row_of_text(number, line)
+
+
+def row_of_text(number: int, line: str) -> Row:
+    # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
+    return Row(number, line.removesuffix("\r\n" if line.endswith("\r\n") else "\n"))
 
 
 def _jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
     """One JSON object per line."""
     for number, line in _filled_lines(file, name, reading):
         try:
-            row = _row_of_line(number, line, name)
+            row = row_of_json(number, line, name)
         except UserError as error:
             if HTML.match(line):  # so is the rest of it
                 raise
@@ -188,7 +208,8 @@ def _jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
         yield row
 
 
-def _row_of_line(number: int, line: str, name: str) -> Row:
+def row_of_json(number: int, line: str, name: str) -> Row:
+    """The row of a line of .jsonl. Raises UserError."""
     try:
         value = json.loads(line.removesuffix("\n"), object_pairs_hook=_reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
@@ -382,19 +403,19 @@ def _read_cell(cell: str) -> Any:
     return cell
 
 
-def _table_rows(path: Path, name: str, batches: Callable[[Path], Iterator["pa.RecordBatch"]]) -> Iterator[Row]:
-    """The rows of an Arrow or Parquet file. Raises UserError for a damaged one."""
+def _table_rows(path: Path, name: str, batches: Batches, start: int = 0) -> Iterator[Row]:
+    """The rows of an Arrow or Parquet file behind the first `start`. Raises UserError for a damaged one."""
     import pyarrow as pa
 
     with path.open("rb") as file:  # for its error, which is shorter than pyarrow's
         head = file.read(CHUNK)
     if HTML.match(head.decode("latin-1")):
         raise _html(name)
-    number = 0
+    number = start
     try:
-        for batch in batches(path):
-            for start in range(0, batch.num_rows, TABLE_ROWS):
-                for value in batch.slice(start, TABLE_ROWS).to_pylist():
+        for batch in batches(path, start):
+            for first in range(0, batch.num_rows, TABLE_ROWS):
+                for value in batch.slice(first, TABLE_ROWS).to_pylist():
                     number += 1
                     yield Row(number, _row_of_table(value))
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
@@ -414,26 +435,67 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _parquet_batches(path: Path) -> Iterator["pa.RecordBatch"]:
+def table_rows(path: Path, name: str, start: int = 0) -> Iterator[Row]:
+    """The rows of a table behind the first `start`, which are not decoded. Raises UserError."""
+    try:
+        yield from _table_rows(path, name, TABLES[suffix_of(path)[0]], start)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or first_line(error)}. Name a file that exists.") from None
+
+
+def count_table_rows(path: Path, name: str) -> int:
+    """The number of rows of a table, from its metadata. Raises UserError."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        if suffix_of(path)[0] == ".parquet":
+            with parquet.ParquetFile(path) as file:
+                return int(file.metadata.num_rows)
+        with pa.memory_map(str(path)) as source:
+            return sum(batch.num_rows for batch in _arrow_reader(source))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"{name}: cannot be read: {reason}. Download or write it again.") from None
+
+
+def _behind(batches: Iterator["pa.RecordBatch"], start: int) -> Iterator["pa.RecordBatch"]:
+    for batch in batches:
+        if start < batch.num_rows:
+            yield batch.slice(start)
+        start = max(0, start - batch.num_rows)
+
+
+def _parquet_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
     from pyarrow import parquet
 
     # Without pre-buffering, which reads a whole row group.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
-        yield from file.iter_batches(batch_size=TABLE_ROWS, use_threads=False)
+        groups = [*range(file.num_row_groups)]
+        while groups and start >= (rows := file.metadata.row_group(groups[0]).num_rows):
+            start -= rows
+            del groups[0]
+        if groups:
+            yield from _behind(file.iter_batches(TABLE_ROWS, row_groups=groups, use_threads=False), start)
 
 
-def _arrow_batches(path: Path) -> Iterator["pa.RecordBatch"]:
+def _arrow_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
     """Of the file format (Feather) and of the stream format, which `datasets` writes."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
-        for batch in batches:
+        for batch in _behind(_arrow_reader(source), start):
             batch.validate(full=True)  # wrong offsets in a file of others would read outside its memory
             yield batch
+
+
+def _arrow_reader(source: Any) -> Iterator["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    return (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else iter(reader)
 
 
 def _saved_rows(folder: Path, name: str) -> Iterator[Row]:
@@ -518,7 +580,7 @@ READERS: dict[str, Callable[[BinaryIO, str, Reading], Iterator[Row]]] = {
     ".csv": _csv_rows,
     ".tsv": _tsv_rows,
 }
-TABLES: dict[str, Callable[[Path], Iterator["pa.RecordBatch"]]] = {
+TABLES: dict[str, Batches] = {
     ".parquet": _parquet_batches,
     ".arrow": _arrow_batches,
     ".feather": _arrow_batches,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest
 
 LOW, HIGH = "_low", "_high"
 TIME = "time"
@@ -149,6 +150,18 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
             row[name] = Spread(*numbers) if len(numbers) == 3 else value
         rows.append(row)
     return rows
+
+
+def described(path: Path) -> Table:
+    """The table in a file, with the title and the formats that the manifest beside it has. Raises UserError."""
+    rows = read_table(path)
+    if not rows:
+        raise UserError(f"{path} has no rows. Make it again.")
+    try:
+        about = read_manifest(path.parent)["tables"][path.stem]
+        return Table(path.stem, str(about["title"]), rows, dict(about["formats"]), list(about["hidden"]))
+    except (UserError, KeyError, TypeError, ValueError):  # that of a figure or of a model describes no tables
+        return Table(path.stem, path.stem.replace("_", " "), rows)
 
 
 def _parse_value(text: str | None) -> Cell:

@@ -219,3 +219,14 @@ def refuse_other_folders(folder: Path) -> None:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the file in it: {ggufs[0].name}" if ggufs else "Name a folder that transformers can open"
         raise UserError(f"base: {folder} is not a checkpoint: it has no config.json. {hint}.")
+
+
+def max_positions(base: Path) -> int | None:
+    """The maximum number of tokens of the model; None if its config has none."""
+    config = read_json(base / "config.json", "A model folder needs its config")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if type(part.get(key)) is int:
+                return int(part[key])
+    return None

@@ -13,6 +13,7 @@ from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
+from pipeline.evaluation.comparison import stages_by_variant
 from pipeline.evaluation.limits import verdict
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files import artifact
@@ -34,7 +35,7 @@ from pipeline.project.params.sections import Evaluate, Training
 from pipeline.project.provenance import code_digest
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from pipeline.stages.report import draw_comparison, stages_by_variant, write_report
+from pipeline.stages.report import draw_comparison, write_report
 from pipeline.training.data import held_out_examples, training_examples
 
 MEASURED = "measured"  # the folder below artifacts/ of what `measure` writes

@@ -14,7 +14,7 @@ DEATH = "The inference process ended: it was killed. Prompt again to start a new
 class FakeInference(Inference):
     """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are three tokens."""
 
-    def __init__(self, held: bool = False, loads_held: bool = False) -> None:
+    def __init__(self, held: bool = False, loads_held: bool = False, starts_held: bool = False) -> None:
         super().__init__(Path())
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
@@ -22,12 +22,15 @@ class FakeInference(Inference):
         self.go_on = asyncio.Event()  # completions wait for it after their first token
         self.chat = False
         self.loads = asyncio.Semaphore(0 if loads_held else 1_000_000)  # a load takes one
+        self.starts = asyncio.Event()  # the first request waits for it
         self.cancelled = 0
         self.tokens: tuple[str, ...] = TOKENS  # of each answer
         self.cut_messages = 0  # of a history
         self.opens_thought = False
         if not held:
             self.go_on.set()
+        if not starts_held:
+            self.starts.set()
 
     @property
     def running(self) -> bool:
@@ -42,6 +45,7 @@ class FakeInference(Inference):
         return [fields for name, fields in self.requests if name == do]
 
     async def ask(self, do: str, **fields: object) -> dict[str, Any]:
+        await self.starts.wait()
         self.life = self.life or 1
         self.requests.append((do, fields))
         if do == "load":
@@ -73,8 +77,15 @@ class FakeInference(Inference):
         return {"modules": [{"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}]}
 
     def _attention(self, layer: int, head: int, **_: object) -> dict[str, Any]:
+        """The same at every strength."""
         weights = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.3, 0.2]]
         return {"tokens": ["die", "katze", f"sitzt{layer}{head}"], "weights": weights, "layers": 2, "heads": 4}
+
+    def _attention_maps(self, strength: float | None = None, **_: object) -> dict[str, Any]:
+        heads = [[[1.0, 0.0], [0.25, 0.75]]] * 4
+        adapter = {"base": [heads] * 2, "difference": [[[[0.0, 0.0], [-0.2, 0.2]]] * 4] * 2, "change": [[0.1] * 4] * 2}
+        other: dict[str, list[Any]] = {"base": [], "difference": [], "change": []}
+        return {"tokens": ["die", "katze"], "maps": [heads] * 2, **(other if strength is None else adapter)}
 
     async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
         self.requests.append((do, fields))

@@ -25,7 +25,7 @@ async def idle(*_: float, most: float = 1.0) -> None:
         await asyncio.sleep(first)
 
 
-async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 60) -> None:
+async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 12) -> None:
     """Wait until something holds, as a user would who looks at the screen."""
     end = time.monotonic() + seconds
     while not holds():

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.workbench import open_project
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import LORA, SHIPPED, git, load, new_project
+from tests.helpers.projects import LORA, git, load, new_project
 from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
-from tui.screens.pipeline.panels import fields_of
+from tui.screens.pipeline.tree import tree_rows
 
 pytestmark = needs_tmux
 
@@ -39,58 +38,67 @@ def steps(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resumed(clone: Path) -> None:
+def test_from_an_empty_project_a_run_is_started_followed_resized_stopped_and_resumed(clone: Path) -> None:
     with lora_tui(clone) as terminal:
-        terminal.see("○ pretrain         not made yet", "r Run all", "q Quit")
-        terminal.keys("2")
-        terminal.see("press 1")
-        terminal.keys("1")
+        terminal.see("○ pretrain", "not made", "S run stage", "q quit")
         lengthen(terminal, clone)
-        terminal.keys("r")
-        terminal.see("▶ finetune_lora", "left", seconds=120)
+        terminal.keys("R")
+        terminal.see("finetune_lora  ▶ ", "left", seconds=120)  # the cursor was there; then it follows
         terminal.keys("2")
-        first = terminal.see("finetune_lora  live", "loss (nats per token)")
+        first = terminal.see("loss")
         deadline = time.monotonic() + 20
         while chart(terminal.screen()) == chart(first):
             assert time.monotonic() < deadline, "the curve does not move"
             time.sleep(0.1)
         for size in ((200, 60), (60, 16), (80, 24)):
             terminal.resize(*size)
-            terminal.see("loss (nats per token)", "following")
+            terminal.see("loss")
         terminal.keys("1")
-        terminal.see("▶ finetune_lora")
-        terminal.keys("x")
-        terminal.see("‖ finetune_lora", "stopped after step")
+        terminal.see("finetune_lora  ▶ ", "here as dvc repro")
+        stop(terminal)
+        terminal.see("finetune_lora  ‖ stopped", "stopped after step")
         assert list((clone / "runs/finetune_lora").glob("checkpoint-*"))
         at = steps(clone / "runs/finetune_lora")
         terminal.see("Stopped.")
-        terminal.keys("s")
-        terminal.see("▶ finetune_lora", "left", seconds=60)
-        terminal.keys("l")
-        terminal.see("resumed after step")
+        terminal.keys("S")
+        terminal.see("finetune_lora  ▶ ", "left", "resumed after step", seconds=60)
+        terminal.keys("L")
+        terminal.see("Log of finetune_lora", "following", "loss")
         assert steps(clone / "runs/finetune_lora") >= at - 1
-        terminal.keys("x")  # the log has the keys, and leaves it this one
-        terminal.see("‖ finetune_lora")
+        stop(terminal)  # the log has the keys, and leaves it these
+        terminal.see("‖ stopped")
+
+
+def stop(terminal: Terminal) -> None:
+    """Stop what runs, and say yes."""
+    terminal.keys("X")
+    terminal.see("Stop finetune_lora?")
+    terminal.keys("y")
 
 
 def lengthen(terminal: Terminal, clone: Path) -> None:
-    """Type another number of epochs into finetune_lora's params."""
-    terminal.keys(*["Down"] * list(open_project(clone / "params.yaml").stages).index("finetune_lora"))
-    terminal.see("Params of finetune_lora", "target_modules")
+    """Find the number of epochs among finetune_lora's params, and type another."""
+    terminal.keys(*["Down"] * tree_index(clone, "finetune_lora"))
+    terminal.see("finetune_lora  ○ not made yet", "target_modules")
     terminal.keys("Enter")
-    terminal.see("rank: a whole number")
-    names = [field.key for field in fields_of("finetune_lora", FinetuneLora(), "params.yaml")]
-    terminal.keys(*["Down"] * 13, *["Tab"] * (names.index("epochs") - names.index("rank") - 13))
-    terminal.see("epochs: a whole number")
-    terminal.keys("End", "BSpace", "BSpace")
-    terminal.see("epochs must be a whole number")
+    terminal.type("/times that every")  # what it means
+    terminal.see("training (1)")
+    terminal.keys("Enter", "Down", "Enter")
+    terminal.type("x")
+    terminal.see("✗ finetune_lora.epochs must be")
+    terminal.keys("BSpace")
     terminal.type("30000")
-    terminal.see("Enter writes it")
+    terminal.see("Enter writes finetune_lora.epochs")
     terminal.keys("Enter")
-    terminal.miss("Enter writes it")
+    terminal.miss("block training")  # the section has its own now
     assert load(clone / "params.yaml").finetune_lora.epochs == 30_000
-    terminal.keys("Escape")
-    terminal.see("r Run all")  # the keys are the list's again
+
+
+def tree_index(root: Path, stage: str) -> int:
+    """How many rows of the tree are above a stage's."""
+    project = open_project(root / "params.yaml")
+    needs = {name: project.home(name).needs(each) for name, each in project.readable.items()}
+    return [row.key for row in tree_rows(project.readable, needs, unfolded=False)].index(stage)
 
 
 def chart(screen: str) -> list[str]:
@@ -103,14 +111,12 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
     root = new_project(tmp_path / "project")
     clear, down = "\x15", "\x1b[B"
     with lora_tui(root, (120, 40)) as terminal:
-        terminal.see("○ pretrain         not made yet", "q Quit")
-        to_the_stage = down * list(SHIPPED).index("finetune_lora")
-        terminal.type(f"{to_the_stage}\r{clear}12\r{down}{clear}99{clear}24\r{down}")
-        terminal.see("finetune_lora.rank: 12 saved to params.yaml", "finetune_lora.alpha: 24")
+        terminal.see("○ pretrain", "not made", "q quit")
+        to_the_stage = down * tree_index(root, "finetune_lora")
+        terminal.type(f"{to_the_stage}\r\r{clear}12\r{down}\r{clear}99{clear}24\r{down}")
+        terminal.see("12  ", "24.0  ")
         section = load(root / "params.yaml").finetune_lora
         assert (section.rank, section.alpha) == (12, 24)
-        terminal.keys("Escape")
-        terminal.see("r Run all")
         terminal.type("4")
         terminal.see("engine not started")
         terminal.type("t0.7\t5\t0.9\t3\t40\t7\r")
@@ -219,7 +225,7 @@ def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(worked:
     stage = subprocess.Popen(command, cwd=worked, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         with lora_tui(worked) as terminal:
-            terminal.see("▶ finetune_lora", "left")
+            terminal.see("finetune_lora  ▶ ", "left")
         if on_hangup == "stop":
             assert stage.wait(20) == 130
             assert list((worked / "runs/finetune_lora").glob("checkpoint-*"))

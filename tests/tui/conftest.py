@@ -52,7 +52,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.screens.curves.screen.POLL", 0.1)
     monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
     monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
-    monkeypatch.setattr("tui.screens.models.screen.STATUS_EVERY", 0.1)
+    monkeypatch.setattr("tui.screens.models.prompt_pane.STATUS_EVERY", 0.1)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def empty(tmp_path: Path) -> Path:
 def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The header shows the same folder and memory on every machine: for snapshots."""
     monkeypatch.setattr("tui.app._abbreviate_home", lambda _: "~/project")
-    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "cpu 2.4/24 GiB")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 2.4/24 GiB")
 
 
 @pytest.fixture

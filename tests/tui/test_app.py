@@ -180,7 +180,7 @@ def test_torch_numpy_and_matplotlib_are_never_imported_by_the_first_screen() -> 
         "    app = Workbench(Path('params.yaml'))\n"
         "    async with app.run_test() as pilot:\n"
         "        await pilot.pause()\n"
-        "        print({'torch', 'numpy', 'matplotlib', 'transformers', 'dvc', 'textual_plot'} & set(sys.modules))\n"
+        "        print({'torch', 'numpy', 'matplotlib', 'transformers', 'dvc'} & set(sys.modules))\n"
         "        for key in '12345678':\n"
         "            await pilot.press(key)\n"
         "            await pilot.pause()\n"

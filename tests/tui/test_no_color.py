@@ -16,10 +16,9 @@ from tui.app import Workbench
 from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
 from tui.help import page
 from tui.registry import SCREENS
-from tui.screens.curves.export import ExportScreen
 from tui.screens.models.attention import AttentionScreen
 from tui.services.loaded_models import Sampling
-from tui.widgets.line_chart import LossChart
+from tui.widgets.plot.chart import Chart
 from tui.widgets.sampling import SamplingScreen
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
@@ -46,7 +45,7 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
     app.first_screen, app.inference = name, FakeInference()
     async with app.run_test(size=(80, 24)) as pilot:
         if name == "curves":
-            await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))
+            await until(pilot, lambda: app.screen.query_one(Chart).plot.x != (0, 1))
         assert not colors(app)
         await pilot.press("tab", "tab", "down", "l", "m", "escape")
         for size in ((80, 24), (60, 16), (160, 50)):
@@ -55,18 +54,18 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(layer: int, head: int) -> dict[str, Any]:
-    return FakeInference()._attention(layer, head)
+async def _weights(strength: float, **head: int) -> dict[str, Any]:
+    fake = FakeInference()
+    return fake._attention(**head) if head else fake._attention_maps(strength)
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda app: HelpScreen(*page("What it shows.", app.keys_of(app.screen), None)),
+    "help": lambda app: HelpScreen(*page("What it shows.", app.keys_of(app.base_screen), None)),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "export": lambda app: ExportScreen(app.root, "loss"),
-    "attention": lambda _: AttentionScreen("lora", _weights),
+    "attention": lambda _: AttentionScreen("lora", True, 1.0, _weights),
 }
 
 

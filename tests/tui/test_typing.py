@@ -13,12 +13,11 @@ from textual.widgets import Input
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
-from tests.helpers.projects import SHIPPED, load
+from tests.helpers.projects import load
 from tui.app import Workbench
-from tui.screens.models.screen import AdaptersScreen
-from tui.screens.pipeline.panels import StageList
+from tui.screens.models.screen import ModelsScreen
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.widgets.form import FieldInput
+from tui.screens.pipeline.stages_pane import StageTree
 from tui.widgets.prompting import PromptInput
 
 
@@ -34,9 +33,10 @@ async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], Input]]:
     app = Workbench(root / "params.yaml")
     app.inference = FakeInference()
     async with app.run_test() as pilot:
-        await pilot.press("4", "p")
+        app.go("models", prompt=" ")
         await until(pilot, lambda: isinstance(app.focused, PromptInput))
         assert isinstance(app.focused, Input)
+        app.focused.value = ""
         yield pilot, app.focused
 
 
@@ -51,10 +51,11 @@ async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
 async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
-        await until(pilot, lambda: app.screen.query(FieldInput))
-        await pilot.pause()
-        down = ["down"] * list(SHIPPED).index("finetune_lora")
-        burst(pilot, *down, "enter", "ctrl+u", *"12", "enter", "down", "ctrl+u", *"24", "enter", "escape", "2")
+        screen = app.screen
+        assert isinstance(screen, PipelineScreen)
+        await until(pilot, lambda: screen.params_pane.params)
+        down = ["down"] * [row.key for row in screen.stages_pane.rows].index("finetune_lora")
+        burst(pilot, *down, "enter", "enter", "ctrl+u", *"12", "enter", "down", "enter", *"24", "enter", "2")
         await until(pilot, lambda: getattr(app.screen, "NAME", "") == "curves", 20)
         section = load(empty / "params.yaml").finetune_lora
         assert (section.rank, section.alpha) == (12, 24)
@@ -65,13 +66,13 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
     app.inference = FakeInference()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
+        await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
         screen = app.screen
-        assert isinstance(screen, AdaptersScreen)
+        assert isinstance(screen, ModelsScreen)
         burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
         await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
         assert (
-            str(screen.conversation.sampling)
+            str(screen.prompt_pane.conversation.sampling)
             == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
         )
 
@@ -90,9 +91,9 @@ async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
     monkeypatch.setattr("tui.app.KEY_PATIENCE", 0.05)
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
-        await until(pilot, lambda: app.screen.query(StageList))
+        await until(pilot, lambda: app.screen.query(StageTree))
         go_on = asyncio.Event()
-        app.screen.query_one(StageList).call_later(go_on.wait)
+        app.screen.query_one(StageTree).call_later(go_on.wait)
         burst(pilot, "m")  # lost in the queue of the list, which has the focus
         await asyncio.sleep(0.02)
         app.screen.set_focus(None)

@@ -31,10 +31,20 @@ class EngineDied(UserError):
 
 
 class Inference:
-    """One inference process, started on first use. If it ends, its models are lost: load them again."""
+    """One inference process, started on first use. If it ends, its models are lost: load them again.
 
-    def __init__(self, cwd: Path, command: Sequence[str] = COMMAND) -> None:
+    Another process with the same protocol has another `command`; `name` and `advice` are for the error when it ends.
+    """
+
+    def __init__(
+        self,
+        cwd: Path,
+        command: Sequence[str] = COMMAND,
+        name: str = "The inference process",
+        advice: str = "Prompt again to start a new one.",
+    ) -> None:
         self._cwd, self._command = cwd, tuple(command)
+        self._words = name, advice
         self._process: _Process | None = None
         self._starting = asyncio.Lock()
 
@@ -78,7 +88,7 @@ class Inference:
     async def _running(self) -> "_Process":
         async with self._starting:
             if self._process is None or self._process.ended:
-                self._process = await _Process.start(self._command, self._cwd)
+                self._process = await _Process.start(self._command, self._cwd, self._words)
             return self._process
 
 
@@ -95,8 +105,8 @@ class _Request:
 class _Process:
     """A running process, its pending requests, and why it ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, process: asyncio.subprocess.Process, words: tuple[str, str]) -> None:
+        self._process, self._words = process, words
         self._ids = itertools.count(1)
         self._pending: dict[int, _Request] = {}
         self._progress = asyncio.Event()  # set when an answer is read or the set of requests changes
@@ -106,7 +116,7 @@ class _Process:
         self._stdout_task = asyncio.create_task(self._read_stdout())
 
     @classmethod
-    async def start(cls, command: Sequence[str], cwd: Path) -> "_Process":
+    async def start(cls, command: Sequence[str], cwd: Path, words: tuple[str, str]) -> "_Process":
         """Start it in a new session, so that Ctrl+C in the terminal does not reach it. Raises EngineDied."""
         pipe = asyncio.subprocess.PIPE
         try:
@@ -114,8 +124,8 @@ class _Process:
                 *command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_ANSWER_BYTES, start_new_session=True
             )
         except OSError as error:
-            raise EngineDied(f"The inference process cannot be started: {error.strerror or error}.") from None
-        return cls(process)
+            raise EngineDied(f"{words[0]} cannot be started: {error.strerror or error}.") from None
+        return cls(process, words)
 
     @property
     def pid(self) -> int:
@@ -211,9 +221,7 @@ class _Process:
 
     def _end(self, reason: str) -> None:
         """Fail all pending requests. The first reason given is kept."""
-        self._exit_message = (
-            self._exit_message or f"The inference process ended: {reason}. Prompt again to start a new one."
-        )
+        self._exit_message = self._exit_message or f"{self._words[0]} ended: {reason}. {self._words[1]}"
         self._progress.set()
         for request in self._pending.values():
             request.arrived.set()

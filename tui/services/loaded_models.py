@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pipeline.errors import UserError
 from pipeline.inference.catalog import REFUSED
@@ -14,9 +14,6 @@ from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.workbench import GRAPH, open_project
 from tui.services.engine_client import Inference
 from tui.services.model_library import GONE, Entry, Library
-
-if TYPE_CHECKING:
-    from tui.app import Workbench
 
 MAX_LOADED = 9  # models kept loaded, and compared side by side
 
@@ -104,7 +101,16 @@ class LoadedModels:
             self._pid = self.inference.pid
 
 
-def shared_models(workbench: "Workbench") -> LoadedModels:
+class Host(Protocol):
+    """The workbench, which has one inference process and its models for all screens."""
+
+    root: Path
+    params_path: Path
+    inference: Inference | None
+    models: LoadedModels | None
+
+
+def shared_models(workbench: Host) -> LoadedModels:
     """The workbench's models, for all its screens."""
     if workbench.inference is None:
         workbench.inference = Inference(workbench.root)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import artifact, digest_cache
-from pipeline.files.digest_cache import SETTLED, Signature
+from pipeline.files.digest_cache import Signature
 from pipeline.inference.catalog import Model, VerificationResult
 
 FORMAT = 1  # version of the file and of what `check` says; others are ignored
@@ -46,7 +46,7 @@ class ModelCache:
     def put(self, kind: str, path: Path, stamp: str, facts: Mapping[str, Any], files: Iterable[Signature]) -> None:
         """Store facts, unless `files` changed just now: they may change again within one tick of the clock."""
         newest = max((file.changed for each in files for file in each), default=0)
-        if time.time_ns() - newest > SETTLED:
+        if time.time_ns() - newest > digest_cache.SETTLED:
             self._used[self._key(kind, path)] = stamp, dict(facts)
             self._saved = False
 

@@ -28,8 +28,6 @@ from pipeline.inference.catalog import (
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from tui.services.model_cache import ModelCache, model_facts, model_of, stamp_of, verdict_of
 
-# Display order of the pipeline's models.
-ORDER = ("import", "pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
 CHECKING = "checking"
 MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
 SAVE_EVERY = 5.0  # seconds of checking that are lost at most if the program ends
@@ -49,6 +47,7 @@ class Entry:
     verdict: VerificationResult | None
     shown_path: str = ""  # relative to the project if it is inside, else absolute
     group: str = ""
+    number: int = 0  # among the pipeline's models
 
     @property
     def state(self) -> str:
@@ -64,10 +63,9 @@ class Entry:
         return f", gate {self.verdict.gate}" if self.verdict and self.verdict.gate else ""
 
     @cached_property
-    def sort_key(self) -> tuple[int, list[str | float]]:
-        """Pipeline models in ORDER, then all others by name."""
-        kind = "adapter" if self.model.kind == "adapter" else self.model.method
-        return (ORDER.index(kind) if kind in ORDER else len(ORDER), natural_sort_key(self.label))
+    def sort_key(self) -> tuple[bool, str, int, list[str | float]]:
+        """The pipeline's models in its order, then folders by name, each with its models by name."""
+        return bool(self.group), self.group, self.number, natural_sort_key(self.label)
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,7 @@ class Library:
         models: dict[Path, tuple[Signature, Model]] = {}
         folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
         variants = self.project_variants()
+        numbers = {path: number for number, path in enumerate(variants)}
         for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
             folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
@@ -134,7 +133,8 @@ class Library:
             in_project = any(path.is_relative_to(folder) for folder in (self.root, *self.artifacts))
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
             group = "" if path in variants else self._group(path)
-            yield Entry(variants.get(path) or self.label(path), models[path][1], verdict, shown_path, group)
+            label = variants.get(path) or self.label(path)
+            yield Entry(label, models[path][1], verdict, shown_path, group, numbers.get(path, 0))
         self._models, self._folder_stamps = models, folder_stamps
 
     def _known(self, path: Path, now: Signature) -> Model | None:
@@ -152,11 +152,13 @@ class Library:
             verdict = verdict_of(facts) if facts else None
         return verdict and scored(verdict, context.measurements)
 
+    def added(self) -> bool:
+        """Whether a model was added, removed or replaced since the last complete scan. Costs a stat per folder."""
+        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items()))
+
     def changed(self) -> bool:
-        """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
-        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())) or any(
-            signature(path) != before for path, (before, _) in list(self._models.items())
-        )
+        """Whether a file of a model was changed in place since then. Costs a stat per file."""
+        return any(signature(path) != before for path, (before, _) in list(self._models.items()))
 
     def check_all(self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple) -> Iterator[Entry]:
         """Yield the unchecked entries with a verdict, those of `first` before the others. For the list: accepts digests

@@ -1,13 +1,15 @@
 """Writes to params files, and the way back from the last one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml
 from pipeline.project.params import edit
-from pipeline.workbench import GRAPH
+from pipeline.workbench import GRAPH, open_project
 
 MAX_EDITS = 100
 
@@ -30,7 +32,8 @@ class ParamEdits:
     def save(self, path: Path, values: Mapping[str, Any]) -> None:
         """Set `section.key` → value. Raises UserError and OSError as `edit.save` does; then nothing is written."""
         before = path.read_text(encoding="utf-8")
-        edit.save(path, values, GRAPH.sections)
+        with _followed(path):
+            edit.save(path, values, GRAPH.sections)
         self._edits.append(Edit(path, tuple(values), before, path.read_text(encoding="utf-8")))
         del self._edits[:-MAX_EDITS]
 
@@ -44,6 +47,32 @@ class ParamEdits:
                 f"{last.path.name} was changed by another program since {', '.join(last.keys)} was written, "
                 "so it is not taken back. Edit the file."
             )
-        write_file(last.path.resolve(), last.before, durable=True)
+        with _followed(last.path):
+            write_file(last.path.resolve(), last.before, durable=True)
         self._edits.pop()
         return f"Taken back: {', '.join(last.keys)} in {last.path.name}."
+
+
+@contextmanager
+def _followed(params: Path) -> Iterator[None]:
+    """dvc.yaml counts the files in the lists of params.yaml: it is written again if it is as `lora new` writes it."""
+    follows = follows_params(params)
+    yield
+    if follows and not follows_params(params) and (text := _render(params)):
+        write_file(params.with_name("dvc.yaml"), text, durable=True)
+
+
+def follows_params(params: Path) -> bool:
+    """Whether dvc.yaml says what the params do, as `lora new` writes it."""
+    try:
+        return params.with_name("dvc.yaml").read_text(encoding="utf-8") == _render(params)
+    except (OSError, ValueError):
+        return False
+
+
+def _render(params: Path) -> str:
+    """dvc.yaml as `lora new` writes it; "" if the params cannot be read, or are not those that DVC reads."""
+    try:
+        return HEADER + render_dvc_yaml(open_project(params)) if params.name == PARAMS else ""
+    except (UserError, OSError):
+        return ""

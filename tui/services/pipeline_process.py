@@ -23,11 +23,12 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Running:
-    """A pipeline started by any workbench: `dvc …`, the leader of its process group."""
+    """A pipeline started by any workbench: `dvc …`, the leader of its process group. `starter`: that workbench."""
 
     pid: int
     command: str
     started: float
+    starter: int = 0
 
 
 class Runner:
@@ -62,7 +63,7 @@ class Runner:
                 except BlockingIOError:
                     raise UserError("Another workbench is starting the pipeline. Try again in a moment.") from None
                 self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
-                running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
+                running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time(), os.getpid())
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
         except OSError as error:

@@ -123,6 +123,8 @@ class ProjectWatch:
                 project, problem = open_project(self._params), ""
             except (UserError, OSError) as error:
                 problem = str(error)
+                if not self._params.parent.is_dir():
+                    problem = f"{self._params.parent} was moved or deleted. Put it back, or quit with q."
         seen = params, project and project_signature(project), file_stamp(self._head)
         # a killed process changes no file, so that a stage that runs is looked at each time
         if seen == before.seen and not any(state.state == "running" for state in before.states.values()):

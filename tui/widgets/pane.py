@@ -56,6 +56,7 @@ class Pane(Vertical):
         super().__init__(*children, id=id, classes=classes)
         self.title, self.help = title or self.TITLE, help or self.HELP
         self._before_filter: Widget | None = None
+        self._title_text = Text()
 
     def compose(self) -> Iterable[Widget]:
         yield from self.contents()
@@ -80,7 +81,8 @@ class Pane(Vertical):
             text.append("  ").append_text(fact if isinstance(fact, Text) else Text(fact, "not bold"))
         if self.FILTER and self.filter_text:
             text.append(f"  /{self.filter_text}", "not bold")
-        self.border_title = text
+        if text != self._title_text:  # setting it draws the whole pane again
+            self._title_text = self.border_title = text
 
     def _keys(self) -> Text:
         """The pane's keys, as many as its width holds."""

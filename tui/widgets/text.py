@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -98,9 +99,9 @@ class KeyedList(OptionList):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(compact=True, **options)
-        self._prompts: dict[str, Text] = {}
+        self._prompts: dict[str, Text | Content] = {}
 
-    def show(self, prompts: Mapping[str, Text], fallback: str = "") -> None:
+    def show(self, prompts: Mapping[str, Text] | Mapping[str, Content], fallback: str = "") -> None:
         """Show these lines. The highlight stays on its key, or moves to `fallback`, or stays at its index."""
         before, self._prompts = self._prompts, dict(prompts)
         if list(before) == list(prompts):

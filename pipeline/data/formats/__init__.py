@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.containers import MAX_LINE_BYTES, Reading, describe_type, read_rows
+from pipeline.data.containers import MAX_LINE_BYTES, Reading, Row, describe_type, read_rows
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
 
@@ -106,6 +106,20 @@ def iter_examples(
     if on_note:
         for note in notes(name, reading):
             on_note(note)
+
+
+def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None) -> Example:
+    """The example of one row, by itself; its prompt may stand alone. Raises UserError, as `iter_examples`.
+
+    Whether rows of its format may stand beside the file's others only a reading of the whole file knows.
+    """
+    if isinstance(row.value, str):
+        return Example(row.value, name, row.number)
+    location = f"{name}:{row.number}"
+    record = _rename(row.value, columns or {}, location, is_first=False)
+    each = _detect(record, columns or {}, location)
+    _refuse_similar(record.keys() - each.keys, each.keys - record.keys(), location)
+    return each.read(record, name, row.number)
 
 
 def notes(name: str, reading: Reading) -> Iterator[str]:

@@ -45,6 +45,14 @@ def calculated() -> list[Row]:
     return [judge(claim) for claim in CLAIMS if claim.calculated]
 
 
+def files_of(project: Project, name: str) -> list[Path]:
+    """The files that the claim with this id is measured on; none if the calculator gives its numbers."""
+    sources = Sources(project)
+    for claim in (claim for claim in CLAIMS if claim.id == name and not claim.calculated):
+        judge(claim, sources)
+    return list(dict.fromkeys(sources.read))
+
+
 def judge(claim: Claim, sources: Sources | None = None) -> Row:
     """Measure the claim: the entry of `--json` and claims.json. Numbers have no unit and twelve digits.
 

@@ -4,7 +4,7 @@ And how its reason writes a value: `n`, `percent`, `GB` and the like.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,11 +50,12 @@ class Sources:
 
     project: Project
     any_base: bool = False  # whether a claim is also about other bases than MiniGPT
+    read: list[Path] = field(default_factory=list)  # the files that were asked for
 
     @cached_property
     def of_any_base(self) -> "Sources":
         """The same for claims that the document does not make of MiniGPT alone."""
-        return Sources(self.project, any_base=True)
+        return Sources(self.project, True, self.read)
 
     def artifact(self, path: str) -> Record:
         """A JSON file below artifacts/."""
@@ -90,6 +91,7 @@ class Sources:
         """The sentences of the data file that `key` (`section.key` of params.yaml) names: one of CLAIMS.data."""
         project = self._minigpt()
         path = str(project.setting(CLAIMS, key))
+        self.read.append(project.root / path)
         return [example.text for example in read_examples(project.root / path, path)]
 
     def tensor_shape(self, path: str, name: str) -> list[int]:
@@ -127,6 +129,7 @@ class Sources:
         file = project.home(made_by.name).root / ARTIFACTS / pure
         if not file.is_file():
             raise MissingArtifact(f"{ARTIFACTS}/{path} does not exist: run `{made_by.command}`")
+        self.read.append(file)
         return file
 
     def _minigpt(self) -> Project:

@@ -15,6 +15,7 @@ from pipeline.files.artifact import write_file
 
 JOURNAL, LOCK = "run.json", "lock"
 PAUSE = 0.2  # seconds between two writes of progress
+WARM_UP = 2.0  # seconds before a rate counts
 MAX_NOTES = 20
 MAX_MESSAGE = 500  # characters of a message on a full disk
 State = Literal["running", "done", "stopped", "failed"]
@@ -22,7 +23,11 @@ State = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Journal:
-    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or resumed at, at `since`."""
+    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or resumed at, at `since`.
+
+    `ended`: 0 while it runs, and if it died. `rate`: units of work per second lately, 0 in the first seconds. `past`:
+    those of the run before, 0 if there was none.
+    """
 
     state: State
     pid: int
@@ -34,13 +39,34 @@ class Journal:
     text: str = ""
     message: str = ""
     notes: list[str] = field(default_factory=list)
+    ended: float = 0.0
+    rate: float = 0.0
+    past: float = 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None if it runs or died."""
+        return self.ended - self.started if self.ended else None
 
     @property
     def eta(self) -> float | None:
-        """Estimated seconds to the end; None before the first step."""
-        if self.done <= self.first or not self.total:
+        """Estimated seconds to the end; None while nothing is known to estimate it from."""
+        if not self.total:
             return None
-        return (time.time() - self.since) / (self.done - self.first) * (self.total - self.done)
+        by_rate, by_past = ((self.total - self.done) / rate if rate > 0 else None for rate in (self.rate, self.past))
+        if by_rate is None or by_past is None:
+            return by_past if by_rate is None else by_rate
+        # The first units say little: a library warms up, and those of a study differ. They count by how many are done.
+        share = self.done / self.total
+        return share * by_rate + (1 - share) * by_past
+
+    @property
+    def pace(self) -> float:
+        """Units of work per second over all of the run, or of the one before if it did nothing."""
+        end = self.ended or self.since
+        return (
+            (self.done - self.first) / (end - self.since) if self.done > self.first and end > self.since else self.past
+        )
 
 
 def read(folder: Path) -> Journal | None:
@@ -55,7 +81,7 @@ def alive(folder: Path) -> bool:
     """Whether a process holds the run folder's lock."""
     try:
         with (folder / LOCK).open("rb") as file:
-            pid = file.read()
+            pid = file.read(32)
             if not pid.isdigit():
                 return False
             # Do not try the lock of a process that is gone (ProcessLookupError): a stage that starts at this moment
@@ -65,7 +91,7 @@ def alive(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, OverflowError):  # OverflowError: a damaged file with a number that no process can have
         return False
     return False
 
@@ -75,8 +101,10 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL
-        self._journal = Journal("running", os.getpid(), time.time())
+        before = read(folder)
+        self._journal = Journal("running", os.getpid(), time.time(), past=before.pace if before else 0.0)
         self._next = 0.0
+        self._marks = (0.0, 0), (0.0, 0)  # two moments and what was done then; the rate is that since the earlier one
         self.change()
 
     def change(self, **values: Any) -> None:
@@ -98,11 +126,16 @@ class Writer:
     def progress(self, done: int, total: int, text: str) -> None:
         """Write the progress, at most every `PAUSE` seconds: a step may take a millisecond."""
         now = time.time()
-        if not self._journal.total:
+        if total != self._journal.total or done < self._journal.done:  # the start, or of another kind of work
             self._journal = replace(self._journal, first=done, since=now)
+            self._marks = (now, done), (now, done)
         if now >= self._next or done == total:
             self._next = now + PAUSE
-            self.change(done=done, total=total, text=text)
+            elapsed, (earlier, later) = now - self._journal.since, self._marks
+            if now - later[0] > max(WARM_UP, elapsed / 4):  # so that the earlier one is a quarter to a half of it ago
+                self._marks = earlier, later = later, (now, done)
+            rate = (done - earlier[1]) / (now - earlier[0]) if elapsed >= WARM_UP else 0.0
+            self.change(done=done, total=total, text=text, rate=rate)
 
 
 @contextmanager
@@ -112,10 +145,10 @@ def writing(folder: Path) -> Iterator[Writer]:
     try:
         yield writer
     except (Interrupted, KeyboardInterrupt, GeneratorExit) as stop:
-        writer.change(state="stopped", message=str(stop))
+        writer.change(state="stopped", message=str(stop), ended=time.time())
         raise
     except BaseException as error:
         message = explain(error) if isinstance(error, OSError) else str(error)
-        writer.change(state="failed", message=message or type(error).__name__)
+        writer.change(state="failed", message=message or type(error).__name__, ended=time.time())
         raise
-    writer.change(state="done")
+    writer.change(state="done", ended=time.time())

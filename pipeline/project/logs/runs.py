@@ -37,7 +37,7 @@ class Run:
 
     `folder`: the run folder if this is the stage's last run, which may still be running. `params`: the settings it ran
     with, as in JSON. `when`: the logs' last change in seconds since the epoch. `sweeps`: whether it is a sweep's.
-    `key`: its artifact's in the cache; empty where the run has made none.
+    `key`: its artifact's in the cache, `digest`: of what the artifact contains; both empty where the run has made none.
     """
 
     stage: str
@@ -49,6 +49,7 @@ class Run:
     when: float
     sweeps: bool = False
     key: str = ""
+    digest: str = ""
 
     def curve_label(self, curve: str) -> str:
         """The label of one of its curves, unique among all runs."""
@@ -180,7 +181,8 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         labels.add(label)
         run_folder = folder if logs.folder == folder else None
         key = cache_key(logs.manifest)
-        yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps, key)
+        digest = artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else ""
+        yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps, key, digest)
 
 
 def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:

@@ -40,6 +40,36 @@ def set_values(text: str, values: Mapping[str, Any]) -> str:
     return text
 
 
+def comments(text: str) -> dict[str, str]:
+    """What a params file says of its keys: `section.key`, or key above the sections → the comment on its line, else the
+    comment lines directly above it. Of a file that is not valid YAML: nothing."""
+    try:
+        root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    lines, found = text.splitlines(), dict[str, str]()
+
+    def read(prefix: str, node: yaml.Node | None) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            first, column = key.start_mark.line, key.start_mark.column
+            # A block's value begins below its key, and a comment that follows its key is on the key's line.
+            is_inline = value.start_mark.line == first
+            end = value.end_mark if is_inline and value.end_mark.line == first else key.end_mark
+            _, mark, comment = lines[first][end.column :].partition(" #")
+            if not mark:
+                above = first
+                while above and lines[above - 1].startswith(f"{' ' * column}#"):
+                    above -= 1
+                comment = " ".join(line.strip(" #") for line in lines[above:first])
+            if comment.strip():
+                found[f"{prefix}{key.value}"] = comment.strip()
+            if not prefix:
+                read(f"{key.value}.", value)
+
+    read("", root)
+    return found
+
+
 def remove_section(text: str, section: str) -> str:
     """`text` without a section and its trailing comments."""
     lines, keep, remaining = text.splitlines(keepends=True), True, []

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.check import KEPT, NEAR, STEP, DataReport, check, suggest_max_length
+from pipeline.data.check import KEPT, NEAR, STEP, DataReport, _histogram, check, suggest_max_length
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
@@ -278,3 +278,13 @@ def test_the_columns_of_the_file_are_named(tmp_path: Path) -> None:
     assert report.ok and report.formats == {"prompt_completion": 1}
     with pytest.raises(UserError):
         next(iter_examples(tmp_path / "d.csv", "d.csv"))
+
+
+def test_the_histogram_counts_every_example_exactly_while_they_are_short() -> None:
+    lengths = np.array([1, 1, 5, 127, 128, 129, 1000, 1015, 1016, 100_000])
+    bins = _histogram(np.sort(lengths))
+    assert bins[:3] == ((1, 2), (5, 1), (127, 1)) and sum(count for _, count in bins) == len(lengths)
+    begins = [begin for begin, _ in bins]
+    assert begins == sorted(set(begins)) and all(
+        length - max(b for b in begins if b <= length) <= length / 64 for length in lengths
+    )

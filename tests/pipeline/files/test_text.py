@@ -8,8 +8,9 @@ from rich.cells import cell_len
 
 from pipeline.files.text import escape_whitespace
 from tui.screens.models.answers import CELL, format_answer, table
-from tui.screens.models.conversation import Answer, Exchange, Sampling
-from tui.screens.models.dialogs import BARS, bars, matrix, sentence, window
+from tui.screens.models.attention import HEAVIEST, bars, matrix, window
+from tui.screens.models.conversation import Answer, Exchange
+from tui.services.loaded_models import Sampling
 from tui.widgets.text import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
@@ -37,7 +38,7 @@ def test_the_columns_of_any_tokens_stand_below_one_another(width: int) -> None:
     """Of two models that share half of their tokens, as those of different tokenizers do."""
     one = Answer("one", top_k=[(token, 0.05) for token in TOKENS[:8]], of=dict.fromkeys(TOKENS, 0.05))
     other = Answer("other", top_k=[(token, 0.05) for token in TOKENS[5:]], of={**dict.fromkeys(TOKENS), "é": 0.5})
-    lines = str(table([one, other], width)).splitlines()
+    lines = str(table([one, other], width, {"success": "green", "error": "red"})).splitlines()
     assert len(lines) == 1 + len(TOKENS)
     starts = {cell_len(line[: line.index("5.0")]) for line in lines[1:]}
     assert len(starts) == 1
@@ -61,14 +62,13 @@ def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None
     weights = [[weight / sum(row) for weight in row] for row in weights]
     start = time.perf_counter()
     for token in {0, count // 2, count - 1}:
-        shown = tokens, weights, token
         first, stop = window(tokens, token, width)
         assert first <= token < stop
-        rows = matrix(*shown, width)
+        rows = matrix(tokens, weights, token, width)
         assert len(rows) == 1 + stop - first and all(row.cell_len <= width for row in rows)
         assert rows[1 + token - first].plain.startswith("▸")
-        assert len(bars(*shown)) <= BARS + 1
-        assert "others" in str(sentence(*shown)) or token < 12
+        lines = bars(tokens, weights, weights, token)
+        assert len(lines) <= HEAVIEST + 2 and ("others" in str(lines[-1]) or token < HEAVIEST)
         if count == 512:
             assert f"tokens {first + 1} to {stop} of 512" in rows[0].plain
     assert time.perf_counter() - start < 3 * 0.5
@@ -78,4 +78,4 @@ def test_an_answer_follows_its_prompt_with_the_space_that_it_has() -> None:
     for text, whole in ((" euro.", "is the euro."), ("s", "is thes"), ("\n1", "is the\n1")):
         exchange = Exchange("is the", Sampling(), [answer := Answer("m", text=text)])
         assert exchange.answers_text() == whole
-        assert str(format_answer(exchange, answer)) == f"m  {whole}"
+        assert str(format_answer(exchange, [answer], 1.0)) == f"m  {whole}"

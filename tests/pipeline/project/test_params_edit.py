@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.edit import remove_section, section_text, set_values
+from pipeline.project.params.edit import comments, remove_section, section_text, set_values
 from pipeline.project.params.load import TOP_LEVEL, parse
 from pipeline.project.params.sections import Pretrain
 from pipeline.stages.methods.full import FinetuneFull
@@ -204,3 +204,39 @@ def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
     assert load(link).finetune_lora.rank == 8
     assert real.stat().st_mode & 0o777 == 0o640
     assert parse(real.read_text(encoding="utf-8"), real, GRAPH.sections) == load(link)
+
+
+def test_the_comment_of_a_key_is_on_its_line_or_directly_above() -> None:
+    text = """\
+# about the file
+
+base: minigpt   # or a folder
+
+# of all that trains
+training:
+  # times that
+  # all is seen
+  epochs: 50
+  schedule: "a # b"
+  window: 4     # tokens # each
+
+expand_vocab:
+  data:         # files
+    - a.txt     # the first
+  tokens: [a, b]   # names
+  noise_std:    # nothing yet
+"""
+    assert comments(text) == {
+        "base": "or a folder",
+        "training": "of all that trains",
+        "training.epochs": "times that all is seen",
+        "training.window": "tokens # each",
+        "expand_vocab.data": "files",
+        "expand_vocab.tokens": "names",
+        "expand_vocab.noise_std": "nothing yet",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "a: b: c", "x", "[" * 2000, "a: &x [*x]"], ids=str)
+def test_a_file_that_is_no_mapping_has_no_comments(text: str) -> None:
+    assert comments(text) == {}

@@ -15,7 +15,6 @@ from pipeline.stages.charts import MARKERS
 from pipeline.stages.registry import METHODS
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
-from tui.screens.curves.runs import POINTED
 
 BASE = {"rank": 4, "alpha": 1.0}
 
@@ -185,5 +184,5 @@ def test_twenty_runs_beside_the_methods_look_different() -> None:
 
 
 def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
-    looks = (*(stage.look for stage in METHODS.values()), *map(other_look, range(20)), POINTED)
+    looks = (*(stage.look for stage in METHODS.values()), *map(other_look, range(20)))
     assert {look.sign for look in looks if look} <= MARKERS.keys()

@@ -228,6 +228,8 @@ def test_a_lock_file_of_a_process_that_is_gone_is_not_alive(tmp_path: Path) -> N
     assert not run_state.alive(tmp_path)
     (tmp_path / "lock").write_text(str(os.getpid()), encoding="utf-8")
     assert not run_state.alive(tmp_path), "the process lives, but holds nothing"
+    (tmp_path / "lock").write_text("9" * 5000, encoding="utf-8")
+    assert not run_state.alive(tmp_path), "no process has this number"
 
 
 # What lies there was made from what lies there

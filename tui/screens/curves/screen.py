@@ -1,178 +1,146 @@
-"""The curves screen: the loss of every run over its steps, live, and the list of runs."""
+"""The curves screen: what every run logs over its steps, live."""
 
-import asyncio
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from time import monotonic, process_time
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
-from textual.color import Color
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Container, Vertical
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import OptionList, Static
 
-from pipeline.files.artifact import write_file
-from pipeline.files.text import printable
-from pipeline.project.logs.run_log import OPTIONAL
-from tui.screens.base import WorkbenchScreen
-from tui.screens.curves.runs import Line, Runs
-from tui.screens.curves.series import FACTS, QUANTITIES
-from tui.widgets.colors import readable
-from tui.widgets.line_chart import LossChart, Range, View, range_of
-from tui.widgets.text import KeyedList
+from pipeline.files.artifact import MANIFEST
+from tui.dialogs import Ask, PathScreen, Reader
+from tui.registry import SCREENS
+from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
+from tui.screens.curves import export
+from tui.screens.curves.describe import Paint, answers, details
+from tui.screens.curves.metrics import METRICS
+from tui.screens.curves.panes import (
+    AnswersPane,
+    ChartPane,
+    DetailsPane,
+    MetricsPane,
+    Panel,
+    RunList,
+    RunsPane,
+    SmallPlots,
+)
+from tui.screens.curves.runs import RunView
+from tui.screens.curves.selection import Drawn, Runs
+from tui.screens.curves.window import Window
+from tui.widgets.plot.chart import Chart
+from tui.widgets.plot.line_plot import Line, View
+from tui.widgets.plot.scale import Range, spans_decade
 
-EMPTY = "No runs yet: press 1 then r, or type `make repro`."
+EMPTY = "No runs yet. R runs the pipeline, as does `dvc repro`; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL = 0.5  # seconds between checks of the files
 CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
-EXPORT_COLUMNS = 600  # columns of an exported chart
-TITLES = {
-    "loss": "loss (nats per token)",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "reward_margin": "reward margin, chosen − rejected",
-    "reward_accuracy": "share of pairs whose chosen answer has the higher reward",
-    "divergence": "divergence from the base (nats per token)",
-}
-INDENT = 6
-OPENS = "enter lists them"
-MAX_NAME = 44  # characters of an adapter's name in the list, at most
-
-
-class RunList(KeyedList):
-    """Legend, status and switches of the runs; below an expanded sweep, its adapters. Option ids are their keys."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "select", "Show or hide the run", id="curves.toggle", show=False),
-        Binding("enter", "screen.open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
-    ]
-    DEFAULT_CSS = """
-    RunList { scrollbar-size-vertical: 1; background: $background; }
-    RunList:focus { background: $background; }
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._runs: Runs | None = None
-        self._expanded: Collection[str] = ()
-        self.sweeps: dict[str, str] = {}  # key of a sweep or of an adapter → key of its sweep
-
-    def show_runs(self, runs: Runs, expanded: Collection[str]) -> None:
-        """A line per run, and below each expanded sweep one per adapter, the names padded to one width."""
-        self._runs, self._expanded = runs, expanded
-        option, sweeps, lines = self.highlighted_option, self.sweeps, dict[str, Text]()
-        self.sweeps = {}
-        for key, view in runs.views.items():
-            on, look, label = key in runs.shown, runs.looks[key], view.run.label
-            facts = view.facts() if on else [view.state]  # a hidden run is not read, so its numbers would be old
-            if view.run.sweeps:
-                self.sweeps[key] = key
-                label = f"{'▾' if key in expanded else '▸'} {label}"
-                if key not in expanded:
-                    facts.insert(2, OPENS)
-            lines[key] = self._line("[x] " if on else "[ ] ", look.sign, look.color, label, facts, bold=on)
-            if key in self.sweeps and key in expanded:
-                width = min(max(map(len, view.curve_logs)), MAX_NAME)
-                for name, log in view.curve_logs.items():
-                    adapter, sign = view.adapter_key(log), look.sign if log is view.best else " "
-                    label = f"{name if len(name) <= width else f'{name[: width - 1]}…':{width}}"
-                    self.sweeps[adapter] = key
-                    lines[adapter] = self._line(" " * INDENT, sign, look.color, label, view.facts_of(log))
-        # The highlight of an adapter that is no longer listed moves to its sweep.
-        self.show(lines, sweeps.get(str(option.id), "") if option else "")
-
-    def _line(self, box: str, sign: str, color: str, label: str, facts: Sequence[str], bold: bool = False) -> Text:
-        """Facts that do not fit are wrapped to further lines."""
-        color = readable(Color.parse(color), self.background_colors[1]).hex
-        lines = [Text.assemble(box, (sign, color), " ", (label, "bold" if bold else ""))]
-        width = max(self.size.width - 1, 40)
-        for fact in facts:
-            if lines[-1].cell_len + 2 + len(fact) > width and lines[-1].cell_len > INDENT:
-                lines.append(Text(" " * (INDENT - 2)))
-            lines[-1].append(f"  {fact}", "" if len(lines) == 1 else "dim")
-        return Text("\n").join(lines)
-
-    def on_resize(self) -> None:
-        """Wrap the lines again."""
-        if self._runs:
-            self.show_runs(self._runs, self._expanded)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The visible ranges. `x` None: all steps; `y` None: all values. `following`: `x` moves with the newest step."""
-
-    x: Range | None = None
-    y: Range | None = None
-    log: bool = False
-    following: bool = True
-    cursor: float | None = None
+TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
 
 
 class CurvesScreen(WorkbenchScreen):
-    """Connects files, charts and the list of runs."""
+    """Connects files, plots and the list of runs."""
 
     NAME: ClassVar[str] = "curves"
+    HELP = """What the training runs log over their steps: loss, held-out loss, divergence, pace, memory, and the
+answers that they gave. Running ones are followed. `x` saves what is shown as a picture or as numbers."""
     CSS_PATH = "curves.tcss"
-    AUTO_FOCUS = "#loss"
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (36, "-tall")]  # noqa: RUF012  # as Textual declares it
+    AUTO_FOCUS = "RunList"
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  # as Textual declares it
+        (0, "-tiny"),
+        (TWO_COLUMNS, "-narrow"),
+        (WIDE, "-wide"),
+        (HUGE, "-huge"),
+    ]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL, "-low"), (HIGH, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "sideways(-1)", "Step cursor", id="curves.left", key_display="← →"),
+        Binding("right", "sideways(1)", "Step cursor to the right", id="curves.right", show=False),
         Binding("l", "log", "Log", id="curves.log"),
-        Binding("f", "follow", "Follow", id="curves.follow"),
-        Binding("c", "cursor", "Cursor", id="curves.cursor"),
-        Binding("r", "panel('learning_rate')", "Rate", id="curves.learning_rate"),
-        Binding("g", "panel('grad_norm')", "Gradient", id="curves.grad_norm"),
-        Binding("m", "panel('reward_margin')", "Margin", id="curves.reward_margin"),
-        Binding("a", "panel('reward_accuracy')", "Accuracy", id="curves.reward_accuracy"),
-        Binding("d", "panel('divergence')", "Divergence", id="curves.divergence"),
-        Binding("s", "samples", "Samples", id="curves.samples"),
+        Binding("comma", "smooth(-1)", "Smooth less", id="curves.smooth_less", key_display=",", show=False),
+        Binding("full_stop", "smooth(1)", "Smooth", id="curves.smooth_more", key_display=", ."),
         Binding("x", "export", "Export", id="curves.export"),
-        Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
-        Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
-        Binding("plus,equals_sign", "zoom(0.7)", "Zoom in", id="curves.zoom_in", show=False),
-        # 1.43 takes a step of 0.7 back.
-        Binding("minus", "zoom(1.43)", "Zoom out", id="curves.zoom_out", show=False),
-        Binding("y", "zoom(1, 0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
-        Binding("Y", "zoom(1, 1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
-        Binding("left", "sideways(-1)", "Earlier steps, or the cursor to the left", id="curves.left", show=False),
-        Binding("right", "sideways(1)", "Later steps, or the cursor to the right", id="curves.right", show=False),
-        Binding("up", "pan(0, 0.1)", "Greater values", id="curves.up", show=False),
-        Binding("down", "pan(0, -0.1)", "Smaller values", id="curves.down", show=False),
-        Binding("0,home", "reset", "All steps, all values, follow", id="curves.reset", show=False),
+        Binding("a", "answers", "Answers", id="curves.answers"),
+        Binding("0", "reset", "All steps", id="curves.reset"),
+        Binding("f", "follow", "Follow", id="curves.follow"),
+        Binding("minus", "zoom(1.43)", "Zoom out", id="curves.out", show=False),
+        Binding("equals_sign", "zoom(0.7)", "Zoom in", id="curves.in", show=False),
+        Binding("shift+left", "pan(-0.1)", "Earlier steps", id="curves.earlier", show=False),
+        Binding("shift+right", "pan(0.1)", "Later steps", id="curves.later", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self.window = Window()
+        self.metric = "loss"  # that of the large chart
         self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
-        self._panels: dict[str, bool] = {}  # toggled by the user; the others are shown if there is room
+        self.logarithmic = False  # whether the large chart is drawn so
         self._opened: set[str] = set()  # sweeps whose adapters are listed
-        self._pointed = ""  # the highlighted adapter
+        self._wanted = ""  # a run that another screen asked for, until it is found
+        self._answers: bool | None = None  # whether they are shown, if the user has said so
+        self._states: dict[str, str] = {}  # of the stages, when it was last read what they kept
         self._reading = False
-        self._offered: list[str] = []  # what the footer offers of panels and samples
-        self._samples_shown = False
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
-        with Vertical(id="charts"):
-            for name in QUANTITIES:
-                yield LossChart(TITLES[name], id=name)
-        with VerticalScroll(id="samples"):
-            yield Static()
-        yield Static(id="mode")
-        yield RunList()
-        yield Static(EMPTY, id="nothing")
+        with Container(id="panes"):
+            with Vertical(id="plots"):
+                yield ChartPane()
+                yield MetricsPane()
+            with Vertical(id="side"):
+                yield RunsPane()
+                yield DetailsPane()
+                yield AnswersPane()
+        yield Static(EMPTY, id="nothing", markup=False)
 
     def on_mount(self) -> None:
         self.set_interval(POLL, self._poll)
 
     def on_screen_resume(self) -> None:
+        super().on_screen_resume()
         self._poll()
+
+    def open_with(self, run: str = "", **_: Any) -> None:
+        """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an adapter of a sweep."""
+        self._wanted = run
+        self._find_wanted()
+
+    def _find_wanted(self) -> None:
+        """Point to the run that another screen asked for, once it is found."""
+        wanted, _, adapter = self._wanted.partition("/")
+        names = {wanted, f"finetune_{wanted}"}
+        key = next((key for key, view in self.runs.views.items() if view.run.stage in names), "")
+        if not wanted or not key:
+            return
+        self._wanted = ""
+        self.runs.show(key)
+        if curve_log := self.runs.views[key].curve_logs.get(adapter):
+            self._opened.add(key)
+            key = self.runs.views[key].adapter_key(curve_log) or key
+        self._update_list()
+        self._point_to(key)
+        self._read_now()
+
+    def project_changed(self) -> None:
+        """Progress is a change too; what was kept changes when a stage does."""
+        states: dict[str, str] = {name: state.state for name, state in self.workbench.project_watch.states.items()}
+        if states != self._states:
+            self._states = states
+            self._read_kept()
+
+    @work(exclusive=True, group="kept")
+    async def _read_kept(self) -> None:
+        """A stage has ended, perhaps an evaluation."""
+        await self.runs.read_kept(self.workbench.project_watch.project)
+        self._update_list()
 
     # Reading files
 
@@ -185,10 +153,14 @@ class CurvesScreen(WorkbenchScreen):
     async def _read(self) -> None:
         self._reading = True
         try:
+            first = self.runs.stamp is None
             rediscovered = await self.runs.rediscover()
             state_changes = [view.poll_state() for view in self.runs.views.values()]
             if rediscovered or any(state_changes):
-                self.runs.show_default()
+                started = self.runs.update_shown()
+                if first and started:
+                    self._update_list()
+                    self._point_to(next(key for key in self.runs.views if key in started))
             # Read and draw only while that stays within CPU_SHARE, or if the last time is MAX_DELAY ago.
             since = monotonic() - self._drawn_at
             due = rediscovered or since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
@@ -199,250 +171,304 @@ class CurvesScreen(WorkbenchScreen):
                 self.redraw()
             elif any(state_changes):
                 self._update_list()
+                self._show_texts(self.drawn())
+            self._find_wanted()
         finally:
             self._reading = False
 
     # Drawing
 
+    @property
+    def chart(self) -> Chart:
+        return self.query_one(Chart)
+
     def redraw(self) -> None:
-        """Draw every chart, the status line and the list. Does nothing before the first search for runs."""
+        """Draw everything. Does nothing before the first search for runs."""
         if self.runs.stamp is None:
             return
         self._drawn_at, self._cpu_time = monotonic(), process_time()
         first_run = self.has_class("-empty") and bool(self.runs.views)
         self.set_class(not self.runs.views, "-empty")
-        if first_run and self.focused is None:  # the chart lost the focus when it was hidden
-            self.give_focus(self._chart)
-        self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        lines, x = self.runs.lines(self._pointed), self._step_range()
-        for chart in self.query(LossChart):
-            name = str(chart.id)
-            chart.display = name == "loss" or self._panel_shown(name)
-            if chart.display:
-                loss = name == "loss"
-                view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
-                chart.draw([line.curve(name, x, chart.columns) for line in lines], view)
-        samples = self.query_one("#samples")
-        samples.display = self._samples_shown and self.runs.has_answers()
-        if samples.display:
-            samples.query_one(Static).update(samples_text(lines, self.window.cursor))
-        self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
+        if first_run and self.focused is None:  # the list lost the focus when it was hidden
+            self.give_focus(self.query_one(RunList))
         self._update_list()
-        # refresh_bindings rebuilds the footer, so not at every redraw
-        offered = [name for name in QUANTITIES if self.runs.has_values(name)] + ["samples"] * self.runs.has_answers()
-        if self._offered != offered:
-            self._offered = offered
-            self.refresh_bindings()
+        self._draw_plots()
 
-    def _step_range(self) -> Range:
-        """The visible steps: all, the window's, or as many up to the newest step."""
-        steps = [log.steps for _, view in self.runs.visible() for log in view.logs if log.steps]
-        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
-        if self.window.x is None:
-            return (first, last) if first < last else (first - 1, last + 1)
-        return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
+    def _draw_plots(self) -> None:
+        drawn, x = self.drawn(), self.steps()
+        background = self.chart.background_colors[1]
+        logged = self.runs.logged()
+        if self.metric not in logged:
+            self.metric = "loss"
 
-    def _panel_shown(self, name: str) -> bool:
-        """As the user said, else if there is room: of preferences their panels in place of rate and gradient."""
-        wanted = self.has_class("-tall") and (name in OPTIONAL or not self.runs.has_values("reward_margin"))
-        return self._panels.get(name, wanted) and self.runs.has_values(name)
+        def lines(name: str, columns: int, labels: bool = False) -> list[Line]:
+            return [line.line(name, x, columns, self.window.cursor, background, labels) for line in drawn]
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "panel":
-            return self.runs.has_values(str(parameters[0]))
-        if action == "samples":
-            return self.runs.has_answers()
-        return super().check_action(action, parameters)
+        large = lines(self.metric, self.chart.columns, labels=True)
+        usual = spans_decade(value for line in large if not line.stray for value in line.values())
+        self.logarithmic = usual if self.window.log is None else self.window.log
+        self.chart.draw(large, View(x, self.window.y, self.logarithmic, self.window.cursor))
+        self._show_title(large)
+        small = [name for name in logged if name != self.metric]
+        constant = [name for name in small if self.runs.is_constant(name)]
+        panels = [
+            Panel(name, *self._value(drawn, name), partial(lines, name)) for name in small if name not in constant
+        ]
+        numbers = [(METRICS[name].short, self._value(drawn, name)[0]) for name in constant]
+        self.query_one(SmallPlots).draw(panels, numbers, View(x, cursor=self.window.cursor))
+        self._show_texts(drawn)
+
+    def _value(self, drawn: list[Drawn], name: str) -> tuple[str, str]:
+        """The value of the pointed run, else of the uppermost that has one, and the colour of that run."""
+        for line in reversed(drawn):
+            value = None if line.quiet else line.value(name, self.window.cursor)
+            if value is not None:
+                return METRICS[name].format(value), self._paint(self.chart).of(line.look)
+        return "–", ""
+
+    def _show_title(self, lines: list[Line]) -> None:
+        """What is drawn, as much of it as there is room for: the least important comes last."""
+        facts = self.window.facts(self.steps())
+        facts.append("log" if self.logarithmic else "linear")
+        if self.logarithmic and any(y <= 0 for line in lines for y in line.values()):
+            facts.append("without values ≤ 0")
+        facts += ["× held out"] * any(line.marks for line in lines) + [f"smooth {self.runs.smoothing:g}"]
+        title, pane = METRICS[self.metric].title, self.query_one(ChartPane)
+        while len(facts) > 1 and len(title) + len(" · ".join(facts)) + 4 > pane.size.width:
+            facts.pop()
+        pane.show_title(" · ".join(facts), title=title)
+
+    def _show_texts(self, drawn: list[Drawn]) -> None:
+        has_answers = self.runs.has_answers()
+        wanted = self.has_class("-high") if self._answers is None else self._answers
+        self.set_class(has_answers and wanted, "-answers")
+        pane = self.query_one(AnswersPane)
+        paint = self._paint(pane)
+        if has_answers:
+            pane.show_text(answers(drawn, self.window.cursor, paint))
+        line = self._pointed_line()
+        self.query_one(DetailsPane).show_text(details(line, self.window.cursor, paint) if line else Text())
+
+    def _paint(self, widget: Widget) -> Paint:
+        return Paint(widget.background_colors[1], self.app.theme_variables, widget.size.width)
 
     def _update_list(self) -> None:
-        self.query_one(RunList).show_runs(self.runs, self._opened)
+        pane = self.query_one(RunsPane)
+        self.query_one(RunList).show_runs(self.runs, self._opened, pane.filter_text)
+        facts = f"{len(self.runs.shown)} of {len(self.runs.views)} on"
+        pane.show_title(facts + (" · loss, kept" if self.app.size.width >= WIDE else ""))
 
-    # User input
+    def drawn(self) -> list[Drawn]:
+        """The curves that are on, in drawing order."""
+        return self.runs.drawn(self.query_one(RunList).pointed)
 
-    @on(RunList.OptionSelected)
-    def _selected(self, event: RunList.OptionSelected) -> None:
-        key = str(event.option_id)
-        self._toggle(self.query_one(RunList).sweeps.get(key, key))  # for an adapter, its whole sweep
+    def _pointed_view(self) -> tuple[str, RunView] | None:
+        """Key and view of the run that the cursor is on, or whose adapter it is on."""
+        runs = self.query_one(RunList)
+        key = runs.sweeps.get(runs.pointed, runs.pointed)
+        return (key, self.runs.views[key]) if key in self.runs.views else None
 
-    def _toggle(self, run: str) -> None:
-        self.runs.toggle(run)
+    def _pointed_line(self) -> Drawn | None:
+        found, pointed = self._pointed_view(), self.query_one(RunList).pointed
+        if found is None:
+            return None
+        key, view = found
+        curves = (log for log in view.curve_logs.values() if pointed and view.adapter_key(log) == pointed)
+        return Drawn(view, next(curves, view.best), self.runs.looks[key])
+
+    def steps(self) -> Range:
+        """The visible steps."""
+        return self.window.steps(self.runs)
+
+    # Runs
+
+    def _point_to(self, key: str) -> None:
+        runs = self.query_one(RunList)
+        index = next((i for i, option in enumerate(runs.options) if option.id == key), None)
+        if index is not None:
+            runs.highlighted = index
         self.redraw()
-        self._drawn_at = 0.0  # so that a run that is switched on is read and drawn at once
+
+    @on(OptionList.OptionSelected)
+    def _clicked_run(self) -> None:
+        self.action_open()
+
+    @on(OptionList.OptionHighlighted)
+    def _pointed(self) -> None:
+        if self.runs.stamp is not None:
+            self._draw_plots()
+
+    @on(RunsPane.Filtered)
+    def _filtered(self) -> None:
+        self.redraw()
+
+    def action_switch(self) -> None:
+        """Switch the run, or the sweep of an adapter, on or off."""
+        if found := self._pointed_view():
+            self.runs.toggle(found[0])
+            self._read_now()
+
+    def _read_now(self) -> None:
+        """Draw, and read a run that is on now at once."""
+        self.redraw()
+        self._drawn_at = 0.0
         self._poll()
 
     def action_open(self) -> None:
-        """Expand or collapse a sweep; show or hide any other run."""
-        runs = self.query_one(RunList)
-        sweep = runs.sweeps.get(str(runs.highlighted_option.id)) if runs.highlighted_option else None
-        if sweep is None:
-            runs.action_select()
-            return
-        self._opened ^= {sweep}
-        if sweep in self._opened and sweep not in self.runs.shown:
-            self._toggle(sweep)  # hidden runs are not read, so its adapters would have no numbers
+        """List a sweep's adapters, or no longer; show or hide any other run."""
+        found = self._pointed_view()
+        if found and found[1].run.sweeps:
+            self._opened ^= {found[0]}
+            if found[0] in self._opened:
+                self.runs.show(found[0])  # hidden runs are not read, so its adapters would have no numbers
+            self._read_now()
         else:
-            self.redraw()
+            self.action_switch()
 
-    @on(RunList.OptionHighlighted)
-    def _highlighted(self, event: RunList.OptionHighlighted) -> None:
-        key = str(event.option_id)
-        adapter = key if key not in self.runs.views else ""
-        if adapter != self._pointed:
-            self._pointed = adapter
-            self.redraw()
+    def action_info(self) -> None:
+        """All that is known of the run, with its settings."""
+        if line := self._pointed_line():
+            text = details(line, self.window.cursor, self._paint(self))
+            settings = [f"{key}  {value}" for key, value in line.view.run.params.items()]
+            text.append("\n\nSettings\n" if settings else "", "bold").append("\n".join(settings))
+            self.app.push_screen(Reader(text, title="Run"))
 
-    @on(LossChart.Moved)
-    def _moved(self, event: LossChart.Moved) -> None:
-        """Freeze at the new ranges. The panels always fit their values."""
-        y = event.y if event.chart.id == "loss" and event.y != event.chart.shown.y else self.window.y
-        self._set_window(x=event.x, y=y, following=False)
+    def action_stage(self) -> None:
+        """The stage that the run is of."""
+        if found := self._pointed_view():
+            self.workbench.go("pipeline", stage=found[1].run.stage)
 
-    @on(LossChart.Clicked)
-    def _clicked(self, event: LossChart.Clicked) -> None:
-        self._set_window(cursor=round(event.step))
+    def action_chat(self) -> None:
+        """Talk with the model that the run made."""
+        line, project = self._pointed_line(), self.workbench.project_watch.project
+        if not line or not project or "chat" not in SCREENS:
+            return
+        run = line.view.run
+        folders = (at / line.curve_log.name for at in (run.log_folder, project.artifact(run.stage)) if run.digest)
+        if model := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
+            self.workbench.go("chat", models=[model])
+        else:
+            self.warn("This run has made no model yet.")
 
-    @on(LossChart.Resized)
-    def _resized(self) -> None:
-        self.redraw()
+    # The window
 
     def _set_window(self, **change: object) -> None:
-        self.window = replace(self.window, **change)  # type: ignore[arg-type]
-        self.redraw()
+        self._show(replace(self.window, **change))  # type: ignore[arg-type]
 
-    @property
-    def _chart(self) -> LossChart:
-        return self.query_one("#loss", LossChart)
+    def _show(self, window: Window) -> None:
+        self.window = window
+        self._draw_plots()
+        self.refresh_bindings()
+
+    @on(Chart.Moved)
+    def _moved(self, event: Chart.Moved) -> None:
+        """Stay at the new ranges."""
+        y = event.y if event.y != self.chart.plot.y else self.window.y
+        self._set_window(x=event.x, y=y, following=False)
+
+    @on(Chart.Clicked)
+    def _clicked(self, event: Chart.Clicked) -> None:
+        self._set_window(cursor=round(event.x))
+
+    @on(Chart.Resized)
+    @on(SmallPlots.Resized)
+    def _resized(self) -> None:
+        if self.runs.stamp is not None:
+            self._draw_plots()
+
+    @on(SmallPlots.Chosen)
+    def _chosen(self, event: SmallPlots.Chosen) -> None:
+        self.metric = event.name
+        self._set_window(y=None, log=None)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "leave" and (self.window.cursor is not None or self.metric != "loss"):
+            return True
+        if action == "answers":
+            return self.runs.has_answers()
+        if action == "follow":
+            return self.window.x is not None and not self.window.following
+        if action == "reset":
+            return self.window.x is not None or self.window.y is not None
+        return super().check_action(action, parameters)
+
+    def action_leave(self) -> None:
+        """As everywhere; then end the step cursor, then bring the loss back."""
+        if super().check_action("leave", ()):
+            super().action_leave()
+        elif self.window.cursor is not None:
+            self._set_window(cursor=None)
+        else:
+            self.metric = "loss"
+            self._set_window(y=None, log=None)
 
     def action_log(self) -> None:
-        self._set_window(log=not self.window.log, y=None)
+        self._set_window(log=not self.logarithmic, y=None)
 
     def action_follow(self) -> None:
         self._set_window(following=True, y=None)
 
     def action_reset(self) -> None:
-        self._set_window(x=None, y=None, following=True)
-
-    def action_cursor(self) -> None:
-        self._set_window(cursor=round(sum(self._step_range()) / 2) if self.window.cursor is None else None)
+        self._set_window(x=None, y=None, following=False)
 
     def action_sideways(self, direction: int) -> None:
-        """Move the cursor by a column, at least by a step; without a cursor, pan."""
-        if self.window.cursor is None:
-            self._chart.pan(0.1 * direction)
-            return
-        first, last = self._step_range()
-        by = max(round((last - first) * 2 / self._chart.columns), 1)
-        self._set_window(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
+        """Move the step cursor; the first press sets it to the last step of the run that the list's cursor is on."""
+        line = self._pointed_line()
+        last = line.curve_log.log.steps[-1] if line and line.curve_log.log.steps else self.steps()[1]
+        self._show(self.window.sideways(direction, self.steps(), self.chart.plot.width, last))
 
-    def action_pan(self, x: float, y: float) -> None:
-        self._chart.pan(x, y)
+    def action_end_of_steps(self, end: Literal[0, 1]) -> None:
+        self._set_window(cursor=round(self.steps()[end]))
+
+    def action_pan(self, x: float, y: float = 0.0) -> None:
+        self.chart.pan(x, y)
 
     def action_zoom(self, x: float, y: float = 1.0) -> None:
-        self._chart.zoom(x, y)
+        self.chart.zoom(x, y, self.window.cursor)
 
-    def action_panel(self, name: str) -> None:
-        """Show or hide a panel; a short terminal has room for one only."""
-        visible = not self._panel_shown(name)
-        if visible and self.has_class("-short"):
-            self._panels = dict.fromkeys(TITLES, False)
-        self._panels[name] = visible
-        self.redraw()
-
-    def action_samples(self) -> None:
-        """Show or hide what the runs answer, at the cursor or at their newest step."""
-        self._samples_shown = not self._samples_shown
-        self.redraw()
+    def action_answers(self) -> None:
+        """Show or hide what the runs answered."""
+        self._answers = not self.has_class("-answers")
+        self._draw_plots()
 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
-            self.runs.smooth(SMOOTHINGS[index])
-            self.redraw()
+            self.runs.smoothing = SMOOTHINGS[index]  # now: the next key may come before the lines are smoothed
+            self._smooth()
+
+    @work(exclusive=True, group="smooth")
+    async def _smooth(self) -> None:
+        await self.runs.smooth()
+        self._draw_plots()
 
     # Export
 
     @work
     async def action_export(self) -> None:
-        from tui.screens.curves import export  # its dialog's widgets are imported when it is first opened
-
         views = [view for _, view in self.runs.visible()]
         if not any(log.steps for view in views for log in view.logs):
-            hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
+            hint = "switch a run on in the list" if self.runs.views else "there are no runs yet"
             self.warn(f"There is nothing to export: {hint}.")
             return
         stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
-        path = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
-        if path is None:
+        question = "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on (.csv)"
+        name = export.free_name(self.workbench.root, stem)
+        answer = await self.app.push_screen_wait(PathScreen(question, name))
+        if answer is None:
             return
         with self.workbench.errors_shown():
-            if path.suffix.lower() == ".csv":
-                logs = [
-                    (view.run.curve_label(curve_log.name), curve_log.log)
-                    for _, view in self.runs.visible()
-                    for curve_log in view.curve_logs.values()
-                ]
-                chunks = export.csv_lines(logs)
-            else:
-                chunks = iter([await export.render_chart(self._chart_data(path.suffix[1:].lower()))])
-            await asyncio.to_thread(write_file, path, chunks, durable=True)
+            path = export.path_for(self.workbench.root, answer)
+            if path.exists():
+                ask = Ask(f"{answer} exists.", {"y": "replace it"}, title="Export")
+                if not await self.app.push_screen_wait(ask):
+                    return
+            await export.save(path, views, self.panels(), self.steps(), self.runs.smoothing)
             self.workbench.log_message(f"Exported to {path}.")
 
-    def _chart_data(self, kind: str) -> dict[str, object]:
-        """The visible charts, at a higher resolution."""
-        from tui.screens.curves.export import panel
-
-        lines, x, panels = self.runs.lines(), self._step_range(), []
-        labels = [line.label for line in lines]
-        for chart in self.query(LossChart):
-            if not chart.display:
-                continue
-            name, log = str(chart.id), chart.id == "loss" and self.window.log
-            curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
-            y = self.window.y if name == "loss" else None
-            if y is None and not log and any(curve.stray for curve in curves):
-                y = range_of(curves)
-            panels.append(panel(TITLES[name], labels, curves, y, log))
-        return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
-
-
-def samples_text(shown: Sequence[Line], cursor: float | None) -> Text:
-    """The answers of each run, and of a sweep's best and highlighted adapter: at the cursor, or the newest."""
-    text = Text()
-    for line in shown:
-        answers = [] if line.dim else line.curve_log.answers_at(cursor)
-        if not answers:
-            continue
-        name = line.view.run.curve_label(line.curve_log.name)
-        text.append(f"{line.look.sign} {name}, step {answers[0].step:,}\n", "bold")
-        for sample in answers:
-            answer = "(not finite)" if sample.answer is None else printable(sample.answer)
-            text.append(f"  {printable(sample.prompt)} ", "dim").append(f"→ {answer}\n")
-    text.rstrip()
-    return text
-
-
-def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
-    """Following or frozen, scale, smoothing; with a cursor, a second line with the values of each run."""
-    parts = ["following" if window.following else "frozen: f follows again"]
-    parts += ["log" if window.log else "linear", f"smoothing {smoothing:g}"]
-    if window.log and any(min(line.curve_log.log.series["loss"].y, default=1) <= 0 for line in shown):
-        parts.append("values of 0 or less are not shown on a log axis")
-    text = Text(" · ".join(parts))
-    if window.cursor is None:
-        return text
-    text.append(f"\nstep {window.cursor:,.0f}:", "bold")
-    for line in shown:
-        if line.dim:
-            continue
-        text.append(f"  {line.look.sign} {f'{line.curve_log.name} ' if line.curve_log.name else ''}")
-        log = line.curve_log.log
-        index = log.index_at(window.cursor)
-        if index is None or not log.steps[0] <= window.cursor <= log.steps[-1]:
-            text.append("–")
-            continue
-        loss = log.series["loss"]
-        text.append(f"{loss.y[index]:.4g} (smoothed {loss.smooth[index]:.4g})")
-        for name, label in FACTS.items():
-            if (value := log.series[name].value_at(window.cursor)) is not None:
-                text.append(f", {label} {value:.4g}")
-    return text
+    def panels(self) -> list[dict[str, Any]]:
+        """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes them."""
+        drawn, x = self.drawn(), self.steps()
+        large = export.panel(self.metric, drawn, x, self.chart.plot.y, self.logarithmic)
+        small = [name for name in self.runs.logged() if name != self.metric and not self.runs.is_constant(name)]
+        return [large, *(export.panel(name, drawn, x) for name in small)]

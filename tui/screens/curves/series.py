@@ -2,26 +2,26 @@
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
+from typing import NamedTuple
 
-from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, flat_epoch
-from tui.widgets.line_chart import Column
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, Telemetry, flat_epoch
+from tui.screens.curves.metrics import COST, METRICS, smoothing_of
 
 BLOCK = 32  # points whose minimum, maximum and sum are cached, so that wide columns need not read every point
-# each is drawn in its own panel
-QUANTITIES = ("loss", "learning_rate", "grad_norm", "reward_margin", "reward_accuracy", "divergence")
-HELD_OUT = {"loss": "eval_loss", "reward_accuracy": "eval_accuracy"}  # drawn in the panel of the same on training data
-UNSMOOTHED = ("learning_rate", *HELD_OUT.values())  # without noise, or with few values: smoothing would only delay them
-# what is said of a step beside its loss, if the run has it
-FACTS = {
-    "eval_loss": "held out",
-    "divergence": "divergence",
-    "reward_margin": "margin",
-    "reward_accuracy": "accuracy",
-    "eval_accuracy": "held out",
-}
+RECENT, MIN_STEPS = 200, 5  # rows of telemetry from which the pace is estimated; steps between them, at least
+
+
+class Column(NamedTuple):
+    """The steps in one column of a plot: x, minimum and maximum of the raw values, mean of the smoothed ones."""
+
+    x: float
+    low: float
+    high: float
+    mean: float
 
 
 class Series:
@@ -32,26 +32,34 @@ class Series:
         self.strength = strength
         self._mean = self._weight = 0.0
         self._finite = True
+        self._low, self._high = inf, -inf  # of the finite values
         self._lows, self._highs, self._sums = array("d"), array("d"), array("d")  # one value per block
 
     def extend(self, values: Iterable[float]) -> None:
         """Append raw values and their smoothed ones. A value that is not finite does not change the average."""
         strength, mean, weight = self.strength, self._mean, self._weight
         self.y.extend(values)
-        smoothed = []
-        for value in self.y[len(self.smooth) :]:
+        new, smoothed = self.y[len(self.smooth) :], []
+        for value in new:
             if isfinite(value):
                 mean = strength * mean + (1 - strength) * value
                 weight = strength * weight + (1 - strength)
             else:
                 self._finite = False
             smoothed.append(mean / weight if weight else value)
+        finite = new if self._finite else [value for value in new if isfinite(value)]
+        self._low, self._high = min(self._low, min(finite, default=inf)), max(self._high, max(finite, default=-inf))
         self.smooth.extend(smoothed)
         self._mean, self._weight = mean, weight
         for start in range(len(self._sums) * BLOCK, len(self.y) - BLOCK + 1, BLOCK):
             self._lows.append(min(self.y[start : start + BLOCK]))
             self._highs.append(max(self.y[start : start + BLOCK]))
             self._sums.append(sum(self.smooth[start : start + BLOCK]))
+
+    @property
+    def constant(self) -> bool:
+        """Whether all finite values are equal, or there is none."""
+        return self._low >= self._high
 
     def smoothed_with(self, strength: float) -> "Series":
         """The same values with another smoothing."""
@@ -89,6 +97,11 @@ class Series:
         index = bisect_right(self.x, step)
         return self.y[index - 1] if index else None
 
+    def smoothed_at(self, step: float) -> float | None:
+        """The smoothed value at `step`; None before the first and after the last one."""
+        index = bisect_right(self.x, step)
+        return self.smooth[index - 1] if index and step <= self.x[-1] else None
+
     @staticmethod
     def _with_blocks(values: "array[float]", blocks: "array[float]", start: int, end: int) -> "array[float]":
         """values[start:end] with every complete block replaced by its cached value."""
@@ -108,9 +121,10 @@ class Log:
         self.foreign = 0  # rows out of order
         self._epochs: dict[float, list[float]] = {}  # epoch → first step, sum of losses, number of steps
         self.series: dict[str, Series] = {}
-        for name in dict.fromkeys((*QUANTITIES, *OPTIONAL)):
-            steps = array("d") if name in OPTIONAL else self.steps  # most rows have no value for these
-            self.series[name] = Series(steps, _smoothing_for(name, smoothing))
+        for name in dict.fromkeys((*METRICS, *OPTIONAL)):
+            if name not in COST:
+                steps = array("d") if name in OPTIONAL else self.steps  # most rows have no value for these
+                self.series[name] = Series(steps, smoothing_of(name, smoothing))
             if name in COLUMNS:
                 self.columns[name] = self.series[name].y
 
@@ -139,9 +153,7 @@ class Log:
 
     def smooth(self, strength: float) -> None:
         self.smoothing = strength
-        self.series = {
-            name: series.smoothed_with(_smoothing_for(name, strength)) for name, series in self.series.items()
-        }
+        self.series = {name: series.smoothed_with(smoothing_of(name, strength)) for name, series in self.series.items()}
         self.columns.update({name: self.series[name].y for name in COLUMNS if name in self.series})
 
     def flat(self, running: bool) -> tuple[int, float] | None:
@@ -161,6 +173,11 @@ class Log:
             last = next(epochs, last)
         return last[1] / last[2] if last else None
 
+    @property
+    def epochs(self) -> int:
+        """How many have begun."""
+        return len(self._epochs)
+
     def index_at(self, step: float) -> int | None:
         """The index of the point nearest to `step`; None if there is no point."""
         if not self.steps:
@@ -169,6 +186,45 @@ class Log:
         left = max(right - 1, 0)
         return left if abs(self.steps[left] - step) <= abs(self.steps[right] - step) else right
 
+    def tokens_at(self, step: float) -> float:
+        """The labelled tokens up to a step."""
+        index = bisect_right(self.steps, step)
+        return self.columns["tokens"][index - 1] if index else 0.0
 
-def _smoothing_for(name: str, smoothing: float) -> float:
-    return 0.0 if name in UNSMOOTHED else smoothing
+
+class Cost:
+    """What the telemetry of a run says: its pace, its memory."""
+
+    def __init__(self, smoothing: float) -> None:
+        self.recent: deque[Telemetry] = deque(maxlen=RECENT)
+        self.series = {name: Series(array("d"), smoothing_of(name, smoothing)) for name in COST}
+
+    def extend(self, rows: Sequence[Telemetry], log: Log) -> None:
+        """Append rows, after `log` has read the steps that they tell of."""
+        points: dict[str, list[tuple[float, float]]] = {name: [] for name in COST}
+        for row in rows:
+            before = self.recent[-1] if self.recent else None
+            if before and row.seconds <= before.seconds:
+                self.recent.clear()  # resumed by another process, whose clock starts at 0
+            elif before and row.step > before.step:
+                tokens = log.tokens_at(row.step) - log.tokens_at(before.step)
+                points["tokens_per_second"].append((row.step, tokens / (row.seconds - before.seconds)))
+            if row.measured:
+                points["memory"].append((row.step, row.measured))
+            self.recent.append(row)
+        for name, series in self.series.items():
+            last = series.x[-1] if series.x else -inf
+            later = [point for point in points[name] if point[0] > last]
+            series.x.extend(x for x, _ in later)
+            series.extend(y for _, y in later)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The pace of the last steps; None while they say too little: the first ones load and warm up."""
+        first, last = (self.recent[0], self.recent[-1]) if self.recent else (None, None)
+        if first is None or last is None or last.step - first.step < MIN_STEPS:
+            return None
+        return (last.seconds - first.seconds) / (last.step - first.step)
+
+    def smooth(self, strength: float) -> None:
+        self.series = {name: series.smoothed_with(smoothing_of(name, strength)) for name, series in self.series.items()}

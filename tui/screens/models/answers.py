@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from time import monotonic
+from types import MappingProxyType
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -29,17 +30,23 @@ WELCOME = "Choose models with Space, or none for the one under the cursor. Enter
 ENDINGS = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …", "loading": " … loading"}
 
 
+Looks = Mapping[str, tuple[str, str]]  # name of a model → sign and colour of its method
+
+
 class TopK(Widget):
     """The most likely next tokens. Rows are tokens, columns are models."""
 
     DEFAULT_CSS = "TopK { height: auto; }"
     answers: reactive[Sequence[Answer]] = reactive((), layout=True, always_update=True)
+    looks: Looks = MappingProxyType({})
 
     def render(self) -> RenderResult:
-        return table(self.answers, self.size.width or 80, self.app.theme_variables)
+        return table(self.answers, self.size.width or 80, self.app.theme_variables, self.looks)
 
 
-def table(answers: Sequence[Answer], width: int, colors: Mapping[str, str]) -> Text:
+def table(
+    answers: Sequence[Answer], width: int, colors: Mapping[str, str], looks: Looks = MappingProxyType({})
+) -> Text:
     """Probabilities in percent, with differences to the first model in percentage points.
 
     As many models stand side by side as fit in `width` cells, the others below.
@@ -60,7 +67,9 @@ def table(answers: Sequence[Answer], width: int, colors: Mapping[str, str]) -> T
         cell = (width - first) // len(block)
         text.append("\n\n" if start else "").append("next".ljust(first), "dim")
         for answer in block:
-            text.append(pad_or_truncate(answer.title, cell - 1) + " ", "bold")
+            sign, color = looks.get(answer.name, ("", ""))
+            text.append(f"{sign} " if sign else "", color)
+            text.append(pad_or_truncate(answer.title, cell - 1 - 2 * bool(sign)) + " ", "bold")
         for token in rows:
             text.append("\n" + pad_or_truncate(escape_whitespace(token), first - 1) + " ")
             for answer in block:
@@ -175,9 +184,9 @@ class Answers(VerticalScroll):
     def compose(self) -> ComposeResult:
         yield from (self._waiting, self._top_k, self._completions, self._earlier)
 
-    async def start(self, exchange: Exchange, earlier: Sequence[Exchange]) -> None:
+    async def start(self, exchange: Exchange, earlier: Sequence[Exchange], looks: Looks) -> None:
         """Show a new exchange, without answers yet."""
-        self._exchange = exchange
+        self._exchange, self._top_k.looks = exchange, looks
         self._earlier.update(format_earlier(earlier))
         self.show_table([])
         self._show_waiting()

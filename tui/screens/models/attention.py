@@ -1,6 +1,6 @@
 """Attention (`a`, §2.1): all heads as small maps, then one head: of the base, of the adapter, and the difference."""
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from rich.cells import cell_len
@@ -20,8 +20,8 @@ NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
 MAX_NAME = 12  # cells of a token's name in the matrix
 BAR = 20
 HEAVIEST = 6  # tokens with the largest weights, as bars; the rest is summed
-MIN_MAP = 6  # cells of a small map with its gap
-LESS = "▽"  # in a map of differences: the adapter looks there less; more is a shade
+MIN_MAP = 10  # cells of a small map with its gap
+LESS = " -=≡"  # in a map of differences: how much less the adapter attends there; more is a shade
 Weights = Sequence[Sequence[float]]  # (T, T): row t has the weights of token t and sums to 1
 VIEWS = ("base", "adapter", "difference")
 
@@ -32,20 +32,24 @@ class Ask(Protocol):
     def __call__(self, strength: float, **head: int) -> Awaitable[dict[str, Any]]: ...
 
 
-def small_map(weights: Weights) -> list[str]:
-    """A map of a head, two cells per weight."""
-    return ["".join(2 * _sign(weight) for weight in row) for row in weights]
+def sign(weight: float, scale: float = 1.0) -> str:
+    """A character that is heavier the larger the weight is; `scale` is the largest. Below 0 there are others."""
+    if weight >= 0:
+        return shade(weight / scale)
+    return LESS[min(round(-weight / scale * (len(LESS) - 1) + 0.2), len(LESS) - 1)]
 
 
-def _sign(weight: float) -> str:
-    return shade(weight) if weight > -0.005 else LESS if weight < -0.1 else "·"
+def largest(weights: Iterable[Weights]) -> float:
+    """The largest size of differences, by which they are scaled; of weights, which are shares, 1."""
+    values = [value for head in weights for row in head for value in row]
+    return max(map(abs, values)) or 1.0 if min(values) < 0 else 1.0
 
 
 def overview(
     maps: Sequence[Sequence[Weights]], change: Sequence[Sequence[float]], chosen: tuple[int, int], width: int
 ) -> list[Text]:
     """All heads: a row of maps per layer, wrapped to the width; the chosen one stands out."""
-    lines: list[Text] = []
+    lines, scale = list[Text](), largest(head for layer in maps for head in layer)
     cell = max(2 * len(maps[0][0]) + 2, MIN_MAP)
     most = max((share for layer in change for share in layer), default=0)
     per_line = max((width - 2) // cell, 1)
@@ -65,7 +69,7 @@ def overview(
                 )
                 title.append(pad_or_truncate(f"{head + 1}{moved}", cell - 2), style).append("  ")
             lines.append(title)
-            rows = [small_map(heads[head]) for head in part]
+            rows = [["".join(2 * sign(weight, scale) for weight in row) for row in heads[head]] for head in part]
             lines += [Text("  " + "".join(row[y].ljust(cell) for row in rows)) for y in range(len(rows[0]))]
     return lines
 
@@ -105,6 +109,7 @@ def matrix(tokens: Sequence[str], weights: Weights, token: int, width: int) -> l
     """
     first, (start, stop) = margin(tokens), window(tokens, token, width)
     cell = next((cell for cell in (NUMBERS, SHADES) if first + cell * (stop - start) <= width), 1)
+    scale = largest([weights])
     signed = any(weight < 0 for row in weights for weight in row)
     header = ""
     if stop - start < len(tokens):
@@ -117,9 +122,9 @@ def matrix(tokens: Sequence[str], weights: Weights, token: int, width: int) -> l
         line = Text(("▸ " if row == token else "  ") + pad_or_truncate(tokens[row], first - 3) + " ", no_wrap=True)
         line.stylize("bold" if row == token else "")
         for weight in weights[row][start : row + 1]:
-            number = f"{weight:+.2f} " if signed else f"{_sign(weight)}{weight:.2f} "
+            number = f"{weight:+.2f} " if signed else f"{sign(weight)}{weight:.2f} "
             style = ("bold" if abs(weight) >= 0.1 else "dim") if signed else "bold" if row == token else ""
-            line.append(number if cell == NUMBERS else _sign(weight) * cell, style)
+            line.append(number if cell == NUMBERS else sign(weight, scale) * cell, style)
         lines.append(line)
     return lines
 
@@ -212,9 +217,10 @@ class AttentionScreen(ModalScreen[None]):
         maps = self._maps[{"base": "base", "difference": "difference"}.get(view, "maps")]
         note = "rows attend to columns; darker is more"
         if view == "difference":
-            note = f"darker: the adapter attends there more, {LESS} less"
+            scale = largest(head for layer in maps for head in layer)
+            note = f"dark: the adapter attends more ({scale:.2f} at most), {LESS[1:]} less"
         if len(self._views) > 1:
-            note += "; %: how much of its attention a head moved"
+            note += "; %: attention moved"
         return [self._tabs(), Text(note, "dim"), Text(), *overview(maps, self._maps["change"], self._chosen, width)]
 
     def _draw_head(self, width: int) -> list[Text]:

@@ -1,5 +1,6 @@
 """The columns of the list of models: what is shown of a model, and by what it is sorted."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -110,14 +111,14 @@ COLUMNS = (
     Column("kept", BAR + SHARE, lambda e, c: share_bar(_kept(e), c), _kept, 1, falls=True),
     Column("forgot", 6, lambda e, _: _number(_forgot(e), "+.2f"), _forgot, 5, right=True),
     Column("loss", 6, lambda e, _: _number(e.model.final_loss, ".3f"), lambda e: e.model.final_loss, 6, right=True),
-    Column("method", 8, lambda e, _: Text(e.model.method.removesuffix("_tuning")), lambda e: e.model.method, 7),
+    Column("method", 8, lambda e, _: Text(re.sub("_(tuning|vocab)$", "", e.model.method)), lambda e: e.model.method, 7),
     Column("base", 10, lambda e, _: Text(Path(e.model.base or "–").name), lambda e: e.model.base, 11),
     Column("on disk", 8, lambda e, _: Text(format_size(e.model.size)), lambda e: e.model.size, 8, right=True),
     Column("params", 11, lambda e, _: _number(e.model.parameters, ",d"), lambda e: e.model.parameters, 10, right=True),
     Column("targets", 12, lambda e, _: Text(short_targets(e.model.targets)), lambda e: e.model.targets or None, 12),
     Column("made", 12, lambda e, _: Text(format_time(e.model.when)), lambda e: e.model.when, 9, falls=True),
     Column("✓", 1, _sign, lambda e: e.state, 4),
-    Column("state", 22, _state, lambda e: e.state + e.gate, 13),
+    Column("state", 24, _state, lambda e: e.state + e.gate, 13),
 )
 BY_LABEL = {column.label: column for column in COLUMNS}
 
@@ -140,9 +141,10 @@ def name_width(entries: Sequence[Entry], width: int) -> int:
 
 
 def searched(entry: Entry) -> str:
-    """What the filter searches: every column, also those that are not shown."""
-    cells = (column.cell(entry, {}).plain for column in COLUMNS)
-    return "\n".join((*cells, entry.model.kind, entry.model.method, entry.shown_path)).casefold()
+    """What the filter searches: all words of the columns, also of those that are not shown."""
+    model = entry.model
+    words = (entry.label, model.kind, model.method, _size(entry), model.base, *model.targets, STATES[entry.state])
+    return "\n".join((*map(str, words), entry.gate, entry.shown_path)).casefold()
 
 
 def sorted_entries(entries: Sequence[Entry], column: Column, reverse: bool) -> list[Entry]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.text import Text
 from textual.containers import VerticalScroll
-from textual.widgets import Static
 
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from tui.screens.models.columns import format_size, format_time, short_targets
@@ -36,16 +35,34 @@ class ModelDetails(VerticalScroll):
 
     def __init__(self) -> None:
         super().__init__()
-        self._spectrum, self._text = Lines(), Static(markup=False)
+        self._text = Lines()
 
-    def compose(self) -> Iterator[Lines | Static]:
-        yield self._spectrum
+    def compose(self) -> Iterator[Lines]:
         yield self._text
 
-    def show(self, details: Details | None) -> None:
-        self._spectrum.display = bool(details and details.entry.model.scales)
-        self._spectrum.show(lambda width: format_spectrum(details, width) if details else [])
-        self._text.update(format_sentences(details) if details else "")
+    def show(self, details: Details) -> None:
+        self._text.show(lambda width: format_details(details, width))
+
+    def show_folder(self, entries: Sequence[Entry]) -> None:
+        """A folder's models in sentences; nothing if there are none."""
+        self._text.show(lambda _: list(format_folder(entries).split("\n")) if entries else [])
+
+
+def format_folder(entries: Sequence[Entry]) -> Text:
+    kept = {entry: entry.verdict.kept for entry in entries if entry.verdict and entry.verdict.kept is not None}
+    text = Text(f"{len(entries)} models, {len(kept)} of them evaluated.")
+    if kept:
+        best = max(kept, key=lambda entry: kept[entry] or 0.0)
+        text.append(f" {best.label} keeps the most: {kept[best]:.0%}.")
+    refused = sum(entry.state == REFUSED for entry in entries)
+    text.append(f" {refused} refused: ✗ in the list; Enter on one says why." if refused else "")
+    keys = "E evaluates the others, " if len(kept) < len(entries) else ""
+    return text.append(f"\nEnter unfolds and folds, {keys}Space chooses them for a prompt.", "dim")
+
+
+def format_details(details: Details, width: int) -> list[Text]:
+    """ΔW first, then sentences."""
+    return [*format_spectrum(details, width), *format_sentences(details).split("\n")]
 
 
 def format_spectrum(details: Details, width: int) -> list[Text]:

@@ -1,25 +1,20 @@
 """The three panes of the screen: the models, the one under the cursor, and the prompt with its answers."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
-from textual import on
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
-from tui.screens.models.answers import Answers
 from tui.screens.models.columns import look_name
 from tui.screens.models.details import Details, ModelDetails
 from tui.screens.models.table import ModelTable
 from tui.services.model_library import Entry
-from tui.services.vocabulary import unknown_words
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane
-from tui.widgets.prompting import EngineBar, PromptInput, Slider
 
 SEARCHING = "looking for models…"
 NO_MODELS = "No models yet. R runs the pipeline, which makes some; f searches another folder."
@@ -53,6 +48,7 @@ class ModelsPane(Pane):
         super().__init__(id="list")
         self.table = ModelTable()
         self._nothing = Static(SEARCHING, id="none", markup=False)
+        self._facts: Sequence[str] = ()
 
     def contents(self) -> Iterable[Widget]:
         yield self._nothing
@@ -65,7 +61,11 @@ class ModelsPane(Pane):
         self.set_class(not entries, "-none")
         self.table.show(entries, chosen, busy)
         unchecked = sum(entry.verdict is None for entry in entries)
-        self.show_title(f"{len(entries):,}", *[f"checking {unchecked:,}"] * bool(unchecked))
+        self._facts = [f"{len(entries):,}", *[f"checking {unchecked:,}"] * bool(unchecked)] * bool(entries)
+        self.show_title()
+
+    def show_title(self, *facts: str | Text, title: str = "") -> None:
+        super().show_title(*(facts or self._facts), title=title)
 
     def filtered(self, text: str) -> None:
         self.table.filter(text)
@@ -90,63 +90,14 @@ class DetailsPane(Pane):
     def contents(self) -> Iterable[Widget]:
         yield self._details
 
-    def show(self, details: Details | None) -> None:
-        title = Text("Model")
-        if details:
-            name = look_name(details.entry)
-            sign = method_look(name).sign
-            title = Text.assemble((f"{sign} ", method_style(name, self.background_colors[1])), details.entry.label)
-        self.border_title = title
+    def show(self, details: Details) -> None:
+        name = look_name(details.entry)
+        sign = method_look(name).sign
+        label = details.entry.label
+        self.border_title = Text.assemble((f"{sign} ", method_style(name, self.background_colors[1])), label)
         self._details.show(details)
 
-
-class PromptPane(Pane):
-    TITLE = "Prompt"
-    HELP = (
-        "Enter asks all chosen models, or the one under the cursor. The table has the most likely next tokens of each, "
-        "in percent, and how that differs from the first; below are the answers.\n\n"
-        "`[` and `]` weaken and strengthen an adapter: ×0 is its base, ×1 the adapter as trained. The table follows at "
-        "once; answers from another strength are marked until Ctrl+R asks again. Underlined words are not in the "
-        "vocabulary. `a` shows where the model looks."
-    )
-
-    def __init__(self) -> None:
-        super().__init__(id="prompt")
-        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
-        self.sampling = Static(id="sampling", markup=False)
-        self._unknown = Static(id="unknown", markup=False)
-        self._vocabularies: Mapping[str, Collection[str]] = {}  # by the name of the model, if it knows words only
-
-    def contents(self) -> Iterable[Widget]:
-        yield self.prompt
-        yield self._unknown
-        yield Horizontal(self.slider, self.sampling, id="settings")
-        yield self.answers
-        yield self.bar
-
-    def show_models(self, names: Sequence[str]) -> None:
-        """The models that a prompt goes to."""
-        self.show_title(", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4))
-
-    def know(self, vocabularies: Mapping[str, Collection[str]]) -> None:
-        """Mark words from now on that one of these does not have."""
-        self._vocabularies = vocabularies
-        self.prompt.mark(lambda text: [span for words in vocabularies.values() for span in unknown_words(text, words)])
-        self._show_unknown(self.prompt.value)
-
-    @on(Input.Changed, "PromptInput")
-    def _check_words(self, event: Input.Changed) -> None:
-        self._show_unknown(event.value)
-
-    def _show_unknown(self, text: str) -> None:
-        """Say once which words are unknown, and to which of several models."""
-        missing: dict[str, list[str]] = {}
-        for name, words in self._vocabularies.items():
-            for start, stop in unknown_words(text, words):
-                missing.setdefault(text[start:stop], []).append(name)
-        parts = [
-            word if len(names) == len(self._vocabularies) else f"{word} ({', '.join(names[:3])})"
-            for word, names in missing.items()
-        ]
-        self._unknown.update(f"not in the vocabulary: {', '.join(parts)}")
-        self._unknown.display = bool(parts)
+    def show_folder(self, entries: Sequence[Entry]) -> None:
+        """What is in the folder under the cursor; nothing without one."""
+        self.border_title = Text(entries[0].group if entries else self.TITLE)
+        self._details.show_folder(entries)

@@ -4,8 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import aclosing
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar
@@ -18,32 +17,27 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import write_file
 from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.base import WIDE, WorkbenchScreen
-from tui.screens.models.attention import AttentionScreen
 from tui.screens.models.columns import BY_LABEL
-from tui.screens.models.conversation import LOADING, Conversation, transcript
 from tui.screens.models.details import Details, format_fields
-from tui.screens.models.panes import DetailsPane, ModelsPane, PromptPane
+from tui.screens.models.panes import DetailsPane, ModelsPane
+from tui.screens.models.prompt_pane import PromptPane
 from tui.screens.models.table import ModelTable, sort_choices
-from tui.services.engine_client import EngineDied
 from tui.services.evaluation import Evaluation
-from tui.services.loaded_models import MAX_LOADED, Latest, shared_models
+from tui.services.loaded_models import MAX_LOADED, shared_models
 from tui.services.model_library import Entry, read_documents
 from tui.services.vocabulary import vocabulary
-from tui.widgets.prompting import STEP, Slider
-from tui.widgets.sampling import SamplingScreen
+from tui.widgets.prompting import STEP
 
 FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
 SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
 MAX_PROMPTS = 200  # in the saved history
 EVERY = 1.0  # seconds between checks for changed files, at least
-IDLE_SHARE = 150  # times as long as a check takes there is none: thousands of models must not keep a core busy
+IDLE_SHARE = 300  # times as long as a look at all files takes there is none: thousands must not keep a core busy
 BATCH = 0.25  # seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
 STATUS_EVERY = 2.0  # seconds between status requests
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
-PROMPTING = {"strength", "sampling", "attention", "copy", "save", "again"}  # actions on the answers
 
 
 class ModelsScreen(WorkbenchScreen):
@@ -75,39 +69,30 @@ class ModelsScreen(WorkbenchScreen):
         self.add_class("-browse")
         models = shared_models(self.workbench)
         self.library, self.engine = models.library, models.inference
-        self.conversation = Conversation(models)
         self.evaluation = Evaluation(self.workbench.params_path)
         self.entries: list[Entry] = []
         self.chosen: list[Path] = []
         self.details: Details | None = None
         self._wanted: Path | None = None  # to be pointed at once it is listed
         self._stop = threading.Event()  # stops the scan
-        self._checked: deque[Entry | None] = deque()  # not drawn yet; None: the scan is done
+        self._checked: deque[list[Entry] | Entry | None] = deque()  # not shown yet; None: the scan is done
         self._visible: Sequence[Path] = ()  # checked first
         self._next_look = 0.0  # when the files are looked at again
-        self._probe = Latest(self._probe_once)
-        self._answered_for: tuple[Path, ...] = ()  # the models of the newest answers
         # Widgets are attributes, because messages and answers can arrive while the screen closes and queries fail.
-        self.list_pane, self.details_pane, self.prompt_pane = ModelsPane(), DetailsPane(), PromptPane()
+        self.list_pane, self.details_pane, self.prompt_pane = ModelsPane(), DetailsPane(), PromptPane(models)
         self.table, self.prompt = self.list_pane.table, self.prompt_pane.prompt
-        self.slider, self.answers, self.bar = (
-            self.prompt_pane.slider,
-            self.prompt_pane.answers,
-            self.prompt_pane.bar,
-        )
+        self.slider = self.prompt_pane.slider
 
     def body(self) -> Iterable[Widget]:
         yield Horizontal(Vertical(self.list_pane, self.details_pane, id="models"), self.prompt_pane, id="body")
 
     def on_mount(self) -> None:
-        self._drawing = self.set_interval(BATCH, self._show_verdicts, pause=True)
+        self._drawing = self.set_interval(BATCH, self._show_checked, pause=True)
         self._watcher = self.set_interval(EVERY, self._watch)
-        self._status_timer = self.set_interval(STATUS_EVERY, self._tick)
         for folder in self._folders():
             if not folder.is_dir():
                 self.warn(f"{folder} is not a folder, so it is not searched for models.")
         self.prompt.remember(self.workbench.state.prompts)
-        self._show_sampling()
         self._start_scan()
 
     def on_unmount(self) -> None:
@@ -127,10 +112,8 @@ class ModelsScreen(WorkbenchScreen):
             self.action_prompt()
 
     def unsaved(self) -> str:
-        count = len(self.conversation.exchanges) - self._saved
+        count = len(self.prompt_pane.conversation.exchanges) - self.prompt_pane.saved
         return f"{count} prompts and their answers" if count > 1 else ""
-
-    _saved = 0  # exchanges in the last transcript
 
     def project_changed(self) -> None:
         if (project := self.workbench.project_watch.project) and project is not self.library.project:
@@ -140,9 +123,9 @@ class ModelsScreen(WorkbenchScreen):
     # Views and focus
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in PROMPTING and self.app.size.width < WIDE and not self.has_class("-prompt"):
-            return False
-        if action == "leave" and self._is_generating():
+        if action == "leave" and (
+            self.prompt_pane.is_generating() or self.focused_pane is self.prompt_pane or self.list_pane.filter_text
+        ):
             return True
         return super().check_action(action, parameters)
 
@@ -167,12 +150,15 @@ class ModelsScreen(WorkbenchScreen):
         self.action_prompt()
 
     def action_leave(self) -> None:
-        """Escape: interrupt the answer, else leave the field or the enlarged pane, else go back to the list."""
-        typing = self.focused in (self.prompt, self.answers, self.slider)
-        if self._is_generating():
-            self.action_interrupt()
-        elif typing and self.maximized is None:
+        """Escape: interrupt the answer, else leave the field, the enlarged pane, then the prompt for the list."""
+        if self.prompt_pane.is_generating():
+            self.prompt_pane.interrupt()
+        elif self.focused is self.prompt and self.app.size.width < WIDE:
+            self.give_focus(self.prompt_pane.answers)  # the list would cover them
+        elif self.focused_pane is self.prompt_pane and self.maximized is None:
             self.action_browse()
+        elif self.table.has_focus and self.list_pane.filter_text:
+            self.list_pane.close_filter()  # it was kept with Enter
         else:
             super().action_leave()
 
@@ -188,7 +174,7 @@ class ModelsScreen(WorkbenchScreen):
         self.library.folders = [*self.library.artifacts, *self._folders()]
         self._stop.set()
         self._stop = stop = threading.Event()
-        checked: deque[Entry | None] = deque()
+        checked: deque[list[Entry] | Entry | None] = deque()
         self._checked = checked
         self._drawing.resume()
 
@@ -198,8 +184,8 @@ class ModelsScreen(WorkbenchScreen):
                 if stop.is_set():
                     return
                 entries.append(entry)
-            if not stop.is_set():
-                self.call_later(self._show_scan, entries)
+            checked.append(entries)
+            self.call_later(self._show_checked)
             for entry in self.library.check_all(entries, lambda: self._visible):
                 if stop.is_set():
                     return
@@ -211,12 +197,14 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
-        started = monotonic()
-        if self.is_current and started >= self._next_look:
+        if not self.is_current:
+            return
+        changed, started = await asyncio.to_thread(self.library.added), monotonic()
+        if not changed and started >= self._next_look:
             changed = await asyncio.to_thread(self.library.changed)
             self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
-            if changed:
-                self._start_scan()
+        if changed:
+            self._start_scan()
 
     def _show_scan(self, entries: list[Entry]) -> None:
         """Show what a scan found; entries that are not checked yet have no verdict."""
@@ -230,17 +218,20 @@ class ModelsScreen(WorkbenchScreen):
         self._point_at_wanted()
         self.show_details()
         if entries and not self.engine.running:
-            self._start_engine()
+            self.prompt_pane.start_engine()
 
-    def _show_verdicts(self) -> None:
-        """Show what was checked since the last call: verdicts of small models arrive faster than the list is drawn."""
+    def _show_checked(self) -> None:
+        """Show what was found and checked since the last call: verdicts of small models arrive faster than the list is
+        drawn."""
         fresh: dict[Path, Entry] = {}
         while self._checked:
-            entry = self._checked.popleft()
-            if entry is None:
+            found = self._checked.popleft()
+            if found is None:
                 self._drawing.pause()
+            elif isinstance(found, Entry):
+                fresh[found.model.path] = found
             else:
-                fresh[entry.model.path] = entry
+                self._show_scan(found)
         if not fresh:
             return
         self.entries = [fresh.get(entry.model.path, entry) for entry in self.entries]
@@ -257,7 +248,7 @@ class ModelsScreen(WorkbenchScreen):
         """The chosen models in display order, or the one under the cursor."""
         if not self.chosen:
             return [self.library.read(entry) for entry in [self.table.pointed] if entry]
-        chosen = sorted((e for e in self.entries if e.model.path in self.chosen), key=lambda entry: entry.sort_key)
+        chosen = sorted((e for e in self.entries if e.model.path in self.chosen), key=attrgetter("sort_key"))
         return [self.library.read(entry) for entry in chosen]
 
     def _choose(self, paths: Sequence[Path]) -> None:
@@ -284,8 +275,9 @@ class ModelsScreen(WorkbenchScreen):
         entry = self.table.pointed
         self._visible = self.table.visible_paths()
         if entry is None:
+            self.workers.cancel_group(self, "details")
             self.details = None
-            self.details_pane.show(None)
+            self.details_pane.show_folder(self.table.pointed_entries)
         elif self.details is None or self.details.entry != entry:
             self._read(entry)
         if not self.chosen:
@@ -294,12 +286,10 @@ class ModelsScreen(WorkbenchScreen):
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
         entry, documents = await asyncio.to_thread(lambda: (self.library.read(entry), read_documents(entry.model.path)))
-        newest = next(
-            (other for other in self.entries if other.model.path == entry.model.path and other.verdict), entry
-        )
-        self.details = Details(newest, *documents)
-        if newest.model.scales:
-            self.details.spectrum = await asyncio.to_thread(self._kept_spectrum, newest)
+        checked = (other for other in self.entries if other.model.path == entry.model.path and other.verdict)
+        entry = next(checked, entry)
+        spectrum = await asyncio.to_thread(self._kept_spectrum, entry) if entry.model.scales else None
+        self.details = Details(entry, *documents, spectrum)
         self.details_pane.show(self.details)
 
     @on(ModelTable.Chosen)
@@ -325,7 +315,7 @@ class ModelsScreen(WorkbenchScreen):
     async def action_sort(self) -> None:
         current = self.table.sort_column
         choices = sort_choices(current, self.table.reverse)
-        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else ""))
+        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else "kept"))
         if label is not None:
             self.table.sort(BY_LABEL.get(label))
 
@@ -363,9 +353,12 @@ class ModelsScreen(WorkbenchScreen):
         else:
             self.warn("No model is chosen. Move to one, or choose some with Space.")
 
-    def action_fields(self) -> None:
-        if self.details:
-            self.app.push_screen(Reader(format_fields(self.details), title=self.details.entry.label))
+    @work
+    async def action_fields(self) -> None:
+        if entry := self.table.pointed:
+            manifest, config = await asyncio.to_thread(read_documents, entry.model.path)
+            fields = format_fields(Details(self.library.read(entry), manifest, config))
+            self.app.push_screen(Reader(fields, title=entry.label))
 
     @work(group="evaluate")
     async def action_evaluate(self) -> None:
@@ -381,21 +374,19 @@ class ModelsScreen(WorkbenchScreen):
             )
             return
         paths = [entry.model.path for entry in adapters]
-        with self.workbench.errors_shown():
-            try:
-                running = self.evaluation.run(paths)
-                self.list_pane.show(self.entries, busy=paths)
-                if problems := await running:
-                    self.workbench.log_message(problems, "warning")
-                else:
-                    self.workbench.log_message(
-                        f"Evaluated: {', '.join(e.label for e in adapters[:4])}{' …' * (len(adapters) > 4)}."
-                    )
-            finally:
-                self.list_pane.show(self.entries, busy=self.evaluation.adapters)
-                self._start_scan()
+        self.list_pane.show(self.entries, busy=paths)
+        try:
+            problems = await self.evaluation.run(paths)
+        except UserError as error:
+            self.workbench.fail(error)
+        else:
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            done = f"Evaluated {adapters[0].label}{more}."
+            self.workbench.log_message(problems or done, "warning" if problems else "information")
+        self.list_pane.show(self.entries, busy=self.evaluation.adapters)
+        self._start_scan()
 
-    # Prompting
+    # The prompt
 
     @on(Input.Submitted, "PromptInput")
     def submit(self, event: Input.Submitted) -> None:
@@ -408,67 +399,14 @@ class ModelsScreen(WorkbenchScreen):
             state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
             self.prompt.remember(state.prompts)
             self.workbench.remember()
-            self._prompt_models(prompt)
+            self.prompt_pane.ask(prompt, self.chosen_entries())
 
     def action_again(self) -> None:
         """Ask the chosen models the newest prompt again, at the strength that is set now."""
-        if self.conversation.newest is None:
+        if (newest := self.prompt_pane.conversation.newest) and (entries := self.chosen_entries()):
+            self.prompt_pane.ask(newest.prompt, entries)
+        else:
             self.warn("There is no prompt to ask again yet.")
-        else:
-            self._prompt_models(self.conversation.newest.prompt)
-
-    @work(exclusive=True, group="ask")
-    async def _prompt_models(self, prompt: str) -> None:
-        self._set_engine_state("busy" if self.engine.running else "starting")
-        earlier = list(self.conversation.exchanges)
-        exchange = self.conversation.begin(prompt, self.chosen_entries(), self.slider.value)
-        await self.answers.start(exchange, earlier)
-        try:
-            async with aclosing(self.conversation.answers(exchange)) as changes:
-                drawn_at = 0.0
-                async for _ in changes:
-                    loading = [answer.name for answer in exchange.answers if answer.ended == LOADING]
-                    if loading or monotonic() - drawn_at >= FRAME:  # a load yields nothing until it is done
-                        state = "loading" if loading else "busy"
-                        self._set_engine_state(state if self.engine.running else "starting", *loading[:1])
-                        self.answers.show(exchange, self.slider.value)
-                        drawn_at = monotonic()
-                    await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
-        except UserError as error:
-            self._show_error(error)
-        else:
-            self._set_engine_state("ready")
-            self._status()
-            if self.conversation.chat and not exchange.chat:
-                self.warn("Not all of these models have a chat template, so they were prompted without it.")
-        finally:
-            self.answers.show(exchange, self.slider.value)
-            self.call_later(self.refresh_bindings)
-
-    def _show_error(self, error: UserError) -> None:
-        self._set_engine_state("died" if isinstance(error, EngineDied) else "ready")
-        self.workbench.fail(error)
-
-    def _is_generating(self) -> bool:
-        return any(worker.group == "ask" and worker.is_running for worker in self.workers)
-
-    def action_interrupt(self) -> None:
-        self.workers.cancel_group(self, "ask")
-        self._set_engine_state("ready" if self.engine.running else "not started")
-
-    # Strength, sampling, attention
-
-    @on(Slider.Changed)
-    def move(self) -> None:
-        self.answers.mark_stale(self.slider.value)
-        if self.engine.running and self.conversation.newest:
-            self.run_worker(self._probe.run(), group="probe")
-
-    async def _probe_once(self) -> None:
-        try:
-            self.answers.show_table(await self.conversation.probe(self.slider.value))
-        except UserError as error:
-            self._show_error(error)
 
     def action_strength(self, steps: int) -> None:
         if not self.slider.disabled:
@@ -480,96 +418,19 @@ class ModelsScreen(WorkbenchScreen):
         else:
             self.warn("Strength scales an adapter's change. Choose an adapter.")
 
-    def _show_sampling(self) -> None:
-        chat = " · chat template" if self.conversation.chat else ""
-        self.prompt_pane.sampling.update(f"{self.conversation.sampling}{chat}")
-
-    @work
-    async def action_sampling(self) -> None:
-        has_chat = self.conversation.models.has_chat(self.chosen_entries())
-        settings = await self.app.push_screen_wait(
-            SamplingScreen(self.conversation.sampling, self.conversation.chat, has_chat)
-        )
-        if settings:
-            self.conversation.sampling, self.conversation.chat = settings
-            self._show_sampling()
+    def action_sampling(self) -> None:
+        self.prompt_pane.edit_sampling(self.chosen_entries())
 
     def action_attention(self) -> None:
-        entries, exchange = self.chosen_entries(), self.conversation.newest
-        if not entries or exchange is None:
-            self.warn("Attention is shown for a prompt. Enter one first.")
-            return
-        pointed = next((entry for entry in entries if entry == self.table.pointed), None)
-        entry = pointed or next((entry for entry in entries if entry.model.kind == "adapter"), entries[0])
-        strength = self.slider.value if entry.model.scales else 1.0
-        ask = partial(self.conversation.attention, entry, exchange)
-        self.app.push_screen(AttentionScreen(entry.label, entry.model.kind == "adapter", strength, ask))
-
-    # Copy and save
+        self.prompt_pane.show_attention(self.chosen_entries(), self.table.pointed)
 
     def action_copy(self) -> None:
-        if self.conversation.newest is None:
-            self.warn("There is no answer to copy yet.")
-        else:
-            self.app.copy_to_clipboard(self.conversation.newest.answers_text())
-            self.workbench.log_message("Copied the last answer to the clipboard.")
+        self.prompt_pane.copy_answer()
 
-    @work
-    async def action_save(self) -> None:
-        if not self.conversation.exchanges:
-            self.warn("There is nothing to save yet.")
-            return
-        name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
-        if name is None:
-            return
-        path = self.workbench.root / Path(name).expanduser()
-        with self.workbench.errors_shown():
-            write_file(path, transcript(self.conversation.exchanges, path.suffix), durable=True)
-            self._saved = len(self.conversation.exchanges)
-            self.workbench.log_message(f"Saved {self._saved} prompts to {path}.")
+    def action_save(self) -> None:
+        self.prompt_pane.save()
 
-    # The engine and spectra
-
-    def _set_engine_state(self, state: str, model: str = "") -> None:
-        waits = {"starting": "starting the engine (importing libraries)", "loading": f"loading {model}".strip()}
-        self.answers.wait_for(waits.get(state, ""))
-        if state != self.bar.state:  # else the keys would be collected anew at every status request
-            self.bar.state = state
-            self.refresh_bindings()
-
-    @work(group="start")
-    async def _start_engine(self) -> None:
-        """Start the process before the first prompt needs it: importing libraries takes seconds."""
-        if self.bar.state == "not started":
-            self._set_engine_state("starting")
-            try:
-                self.bar.facts = await self.engine.ask("status")
-            except UserError as error:
-                self._show_error(error)
-            else:
-                if not self._is_generating():
-                    self._set_engine_state("ready")
-
-    def _tick(self) -> None:
-        if not self.is_current or self._is_generating() or self.bar.state == "starting":
-            return
-        if self.engine.running:
-            self._status()
-        elif self.bar.state in ("ready", "busy"):
-            self._set_engine_state("died")
-
-    @work(exclusive=True, group="status")
-    async def _status(self) -> None:
-        if not self.engine.running:  # it ended before this worker began, and asking would start a new one
-            self._set_engine_state("died")
-            return
-        try:
-            self.bar.facts = await self.engine.ask("status")
-        except UserError:
-            self._set_engine_state("died")
-        else:
-            if not self._is_generating():
-                self._set_engine_state("ready")
+    # The spectrum of ΔW
 
     def action_spectrum(self) -> None:
         if self.details and self.details.entry.model.scales:

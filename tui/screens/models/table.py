@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from rich.style import Style
 from rich.text import Text
@@ -29,6 +30,7 @@ from tui.services.model_library import Entry
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.text import pad_or_truncate
 
+_order = attrgetter("sort_key")
 FEW = 8  # models of a folder that is unfolded at first
 MARKS = 4  # cells before the name: chosen or not, the sign of the method
 HEADER = 1  # lines
@@ -55,7 +57,7 @@ class ModelTable(ScrollView, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"table--cursor", "table--header", "table--folder"}
     DEFAULT_CSS = """
     ModelTable {
-        height: 1fr; background: transparent;
+        height: 1fr; background: transparent; overflow-x: hidden; scrollbar-size-vertical: 1;
         & > .table--header { color: $text-muted; text-style: bold; }
         & > .table--folder { color: $text; text-style: bold; }
         & > .table--cursor { background: $boost; }
@@ -163,9 +165,12 @@ class ModelTable(ScrollView, can_focus=True):
 
     def sort_beside(self, by: int) -> None:
         """Sort by the next column that is shown, or the one before; beyond the last, in the pipeline's order."""
-        choices = [None, *self._columns]
-        index = choices.index(self.sort_column) if self.sort_column in choices else 0
-        self.sort_column, self.reverse = choices[(index + by) % len(choices)], False
+        choices = [*self._columns, None]
+        if self.sort_column and self.sort_column in choices:
+            start = choices.index(self.sort_column)
+        else:  # the first press answers what is asked most
+            start = choices.index(BY_LABEL["kept"]) - by if BY_LABEL["kept"] in choices else -1
+        self.sort_column, self.reverse = choices[(start + by) % len(choices)], False
         self._arrange()
 
     def point(self, path: Path) -> bool:
@@ -189,12 +194,12 @@ class ModelTable(ScrollView, can_focus=True):
         """Compute the lines again; the cursor stays on its model or folder."""
         before, key = self._line, _key(self._line)
         self._lines = list(self._lines_now())
-        width = self.size.width - MARKS
+        width = self.scrollable_content_region.width - MARKS
         self._name_width = name_width(self._entries, width)
         self._columns = columns_for(width, self._name_width)
         keys = (row for row, line in enumerate(self._lines) if _key(line) == key)
         self._row = next(keys, min(self._row, max(len(self._lines) - 1, 0)))
-        self.virtual_size = Size(self.size.width, len(self._lines) + HEADER)
+        self.virtual_size = Size(width + MARKS, len(self._lines) + HEADER)
         self.refresh()
         if self._line is not before:
             self._follow_cursor()
@@ -204,10 +209,10 @@ class ModelTable(ScrollView, can_focus=True):
         if self._is_flat:
             found = [entry for entry in self._entries if not self._needle or self._needle in self._text_of(entry)]
             column = self.sort_column
-            yield from sorted_entries(found, column, self.reverse) if column else sorted(found, key=_in_order)
+            yield from sorted_entries(found, column, self.reverse) if column else sorted(found, key=_order)
             return
         groups: dict[str, list[Entry]] = {}
-        for entry in sorted(self._entries, key=_in_order):
+        for entry in sorted(self._entries, key=_order):
             groups.setdefault(entry.group, []).append(entry)
         for name, entries in groups.items():
             if name:
@@ -254,11 +259,11 @@ class ModelTable(ScrollView, can_focus=True):
 
     def _header(self) -> Text:
         line = Text(" " * MARKS, end="")
-        for column in self._columns:
+        for column in self._columns if self._lines else ():
             label = column.label
             if column is self.sort_column:
                 # ▲ as in every table: the smallest is on top
-                label += "▼" if column.falls != self.reverse else "▲"
+                label = (label if column.width != 1 else "") + ("▼" if column.falls != self.reverse else "▲")
             line.append_text(pad(Text(label), column.width or self._name_width, column.right)).append(" ")
         return line
 
@@ -368,10 +373,6 @@ class ModelTable(ScrollView, can_focus=True):
         self.refresh()
 
 
-def _in_order(entry: Entry) -> tuple[bool, str, Any]:
-    return bool(entry.group), entry.group, entry.sort_key
-
-
 def _key(line: Line | None) -> object:
     """What stays the same when a line is drawn anew."""
     return line.name if isinstance(line, Folder) else line.model.path if line else None
@@ -381,6 +382,8 @@ def sort_choices(current: Column | None, reverse: bool) -> dict[str, str]:
     """The lines of the sort menu, by label."""
     choices = {"": "pipeline's order, folders folded"}
     for label, column in BY_LABEL.items():
+        if column.width == 1:  # the same as another, in short
+            continue
         falls = column.falls != (reverse if column is current else False)
         choices[label] = f"{label} {'▼' if falls else '▲'}" + ("  (again: the other way)" if column is current else "")
     return choices

@@ -18,7 +18,7 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.monitor.charts import Charts
 from tui.screens.monitor.prediction import Prediction, read_prediction
 from tui.screens.monitor.series import machine_series
-from tui.services.machine import EVERY, Sample
+from tui.services.machine.readings import EVERY, Sample
 from tui.widgets.drawing import Drawing, Lines
 from tui.widgets.pane import Pane
 from tui.widgets.text import cells

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from pipeline.project.logs.run_log import in_units
 from tui.screens.monitor.prediction import Prediction
-from tui.services.machine import Machine, Sample
-from tui.services.nvml import GpuReading
+from tui.services.machine.nvml import GpuReading
+from tui.services.machine.readings import Machine, Sample
 from tui.widgets.units import unit_of
 
 Values = Sequence[tuple[float, float]]  # time, value; only where one was read

@@ -1,30 +1,21 @@
-"""The DAG of the stages in characters, each stage with a symbol for its state; a click chooses one."""
+"""The DAG of the stages as a picture in characters, in a dialog; a click chooses a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from rich.segment import Segment
-from rich.style import Style
-from rich.text import Text
-from textual.app import RenderResult
+from textual.binding import Binding, BindingType
+from textual.containers import ScrollableContainer
+from textual.content import Content
 from textual.events import Click
 from textual.message import Message
-from textual.reactive import reactive
+from textual.screen import ModalScreen
 from textual.widget import Widget
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
+from tui.screens.pipeline.tree import MUTED, SIGNS, short_name
 
-SIGNS = {
-    "missing": ("○", "dim"),
-    "current": ("✓", "green"),
-    "changed": ("●", "yellow"),
-    "waits": ("◌", "dim"),
-    "running": ("▶", "bold cyan"),
-    "failed": ("✗", "bold red"),
-    "stopped": ("‖", "magenta"),
-    "died": ("✗", "bold red"),
-}
 LABEL_MARGIN = 3  # symbol and space before a name, a space after it
 STUDIES = "studies "
 
@@ -107,14 +98,16 @@ def _route_edges(edges: Sequence[tuple[str, str]], positions: Mapping[str, Posit
 
 
 def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
-    """The DAG of the stages that make models, with a row for those that measure below it."""
+    """The DAG of the stages that make models, by their short names, with a row for those that measure below it."""
     models = {name: stage for name, stage in stages.items() if not stage.is_measurement}
-    needs = {name: [need for need in stage.needs if need in models] for name, stage in models.items()}
+    short = {name: short_name(stage) for name, stage in models.items()}
+    needs = {short[name]: [short[need] for need in stage.needs if need in models] for name, stage in models.items()}
     dag = layout(needs, LABEL_MARGIN) if needs else Layout({}, {}, 0, 0)
+    positions, lines = {name: dag.positions[short[name]] for name in models}, dict(dag.lines)
     measurements = {name: stage for name, stage in stages.items() if stage.is_measurement}
     if not measurements:
-        return dag
-    row, positions, lines = dag.rows, dict(dag.positions), dict(dag.lines)
+        return Layout(positions, lines, dag.rows, dag.columns)
+    row = dag.rows
     lines |= {(row, column): letter for column, letter in enumerate(STUDIES)}
     column = len(STUDIES)
     for name, stage in measurements.items():
@@ -132,9 +125,6 @@ class DagView(Widget):
     """The DAG of the stages that make models; below it a row with a symbol per study and the stages after them."""
 
     DEFAULT_CSS = "DagView { height: auto; width: auto; }"
-    states: reactive[Mapping[str, StageState]] = reactive(dict)
-    stages: reactive[Mapping[str, Stage]] = reactive(dict, layout=True)
-    chosen: reactive[str] = reactive("")
 
     @dataclass
     class Chosen(Message):
@@ -142,36 +132,54 @@ class DagView(Widget):
 
         stage: str
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
         super().__init__()
-        self._layout: Layout = pipeline_layout(stages)
-        self.set_reactive(DagView.stages, stages)
-
-    def watch_stages(self) -> None:
-        self._layout = pipeline_layout(self.stages)
+        self.drawing = pipeline_layout(stages)
+        self._stages, self._states, self._chosen = stages, states, chosen
 
     def get_content_width(self, *_: object) -> int:
-        return self._layout.columns
+        return self.drawing.columns
 
     def get_content_height(self, *_: object) -> int:
-        return self._layout.rows
+        return self.drawing.rows
 
-    def render(self) -> RenderResult:
-        cells = [[Segment(" ")] * self._layout.columns for _ in range(self._layout.rows)]
-        for (row, column), character in self._layout.lines.items():
-            cells[row][column] = Segment(character, Style(dim=True))
-        for name, position in self._layout.positions.items():
-            state = self.states.get(name)
-            sign, style = SIGNS[state.state] if state else ("·", "dim")
-            symbol_only = position.width < len(name)  # a study
-            cells[position.row][position.column] = Segment(
-                sign, Style.parse(style) + Style(reverse=symbol_only and name == self.chosen)
-            )
-            for offset, letter in enumerate("" if symbol_only else name, 2):
-                cells[position.row][position.column + offset] = Segment(letter, Style(reverse=name == self.chosen))
-        return Text("\n").join(Text.assemble(*((c.text, c.style or "") for c in row)) for row in cells)
+    def render(self) -> Content:
+        cells = [[(" ", "")] * self.drawing.columns for _ in range(self.drawing.rows)]
+        for (row, column), character in self.drawing.lines.items():
+            cells[row][column] = character, MUTED
+        for name, position in self.drawing.positions.items():
+            state = self._states.get(name)
+            sign, style = SIGNS[state.state] if state else ("·", MUTED)
+            label = "" if position.width == 2 else short_name(self._stages[name])  # a study is a sign alone
+            reverse = "reverse" if name == self._chosen else ""
+            cells[position.row][position.column] = sign, style if label else f"{style} {reverse}"
+            for offset, letter in enumerate(label, 2):
+                cells[position.row][position.column + offset] = letter, reverse
+        return Content("\n").join(Content.assemble(*row) for row in cells)
 
     def on_click(self, event: Click) -> None:
-        for name, position in self._layout.positions.items():
+        for name, position in self.drawing.positions.items():
             if event.y == position.row and position.column <= event.x < position.column + position.width:
                 self.post_message(self.Chosen(name))
+
+
+class Picture(ModalScreen[str | None]):
+    """The picture. Returns the stage that was clicked, or None."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,v", "dismiss(None)", "Close")]
+    CSS = """
+    Picture { align: center middle; }
+    Picture .dialog { width: auto; max-width: 100%; max-height: 100%; padding: 0 1; }
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
+        super().__init__()
+        self._view = DagView(stages, states, chosen)
+
+    def compose(self) -> Iterable[Widget]:
+        dialog = ScrollableContainer(self._view, classes="dialog -fit")
+        dialog.border_title, dialog.border_subtitle = "What needs what", "click a stage  Esc close"
+        yield dialog
+
+    def on_dag_view_chosen(self, event: DagView.Chosen) -> None:
+        self.dismiss(event.stage)

@@ -24,7 +24,7 @@ class PlotWidget(Widget):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"plot--tick", "plot--grid", "plot--cursor"}
     DEFAULT_CSS = """
     PlotWidget { height: 1fr; }
-    PlotWidget > .plot--tick { color: $text-muted; }
+    PlotWidget > .plot--tick { color: $foreground 65%; }
     PlotWidget > .plot--grid { color: $foreground 18%; }
     PlotWidget > .plot--cursor { color: $accent; }
     """

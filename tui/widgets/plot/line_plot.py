@@ -18,8 +18,8 @@ from tui.widgets.text import pad_or_truncate
 Point = tuple[float, float]
 Row = list[tuple[str, str]]  # runs of text and their style, as Rich reads it
 EVALUATED, FLAT, GRID, CURSOR = "×", "»", "┈", "│"
-ROWS_PER_TICK, CELLS_PER_TICK = 3, 14  # at least between two ticks
-MAX_LABELS = 0.3  # of the width, for the labels at line ends
+ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
+MAX_LABELS, MIN_LABEL = 0.4, 6  # of the width, for the labels at line ends; cells, or there are none
 MARK_EVERY = 3  # cells between two marks, at least
 SIGN_EVERY, PHASE = 18, 0.37  # cells between two signs on a line; of it, from one line's to the next one's
 
@@ -29,13 +29,14 @@ class Line:
     """Points sorted by x, a style, and what is drawn of it besides: later lines lie on top of earlier ones.
 
     `band`: x, low, high of what was smoothed, as a faint background. `marks`: single measurements, as × on a line of
-    dots. `flat`: a point marked ». `label` is written beside the end, `sign` before it. A `bold` line is two dots high,
-    a `quiet` one has neither label nor sign, and a `stray` one does not affect the range of y.
+    dots. `flat`: a point marked ». `sign`, `label` and `value` are written beside the end. A `bold` line is two dots
+    high, a `quiet` one has neither label nor sign, and a `stray` one does not affect the range of y.
     """
 
     points: Sequence[Point]
     style: str = ""
     label: str = ""
+    value: str = ""
     sign: str = ""
     band: Sequence[tuple[float, float, float]] = ()
     band_style: str = ""
@@ -127,7 +128,8 @@ def line_plot(
     view: View = WHOLE,
     ink: Ink = PLAIN,
     *,
-    axes: bool = True,
+    x_axis: bool = True,
+    y_axis: bool = True,
     labels: bool = True,
     signs: bool = False,
 ) -> LinePlot:
@@ -135,16 +137,15 @@ def line_plot(
     x = view.x or _x_range(lines)
     y = view.y or y_range(lines, view.log)
     grid = _Grid(width, height)
-    has_axes = axes and height > 3 and width > 20
-    rows = height - 1 if has_axes else height
-    y_ticks = ticks(y, max(rows // ROWS_PER_TICK, 2), view.log) if has_axes else []
+    x_axis, y_axis = x_axis and height > 3, y_axis and width > 20
+    rows = height - 1 if x_axis else height
+    y_ticks = ticks(y, max(rows // ROWS_PER_TICK, 2), view.log) if y_axis else []
     left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
     ends = _ends(lines, x, view.log) if labels else []
     most = int(width * MAX_LABELS)
-    right = min(max((cell_len(label) + 1 for _, label, _ in ends), default=0), most)
+    right = min(max((cell_len(f"{line.sign} {line.label} {line.value}") + 1 for _, line in ends), default=0), most)
+    right = right if right >= MIN_LABEL else 0
     area = max(width - left - right, 1)
-    if not ends or right < 6:
-        right, area = 0, max(width - left, 1)
     # A hair less than the area, so that the last x and the smallest y are in it.
     across, down = (area - 1e-6) / (x[1] - x[0]), (rows - 1e-6) / (y[1] - y[0])
 
@@ -162,7 +163,7 @@ def line_plot(
         row = min(int((y[1] - at) * down), rows - 1)
         grid.put(left, row, GRID * area, ink.grid)
         grid.put(0, row, label.rjust(left - 1), ink.ticks)
-    if has_axes:
+    if x_axis:
         _draw_x_ticks(grid, x, left, area, ink)
     canvas = _Area(grid, left, area, rows)
     for line in lines:
@@ -183,9 +184,10 @@ def line_plot(
         if line.flat and (p := cell(line.flat)):
             canvas.put(int(p[0]), int(p[1]), FLAT, f"bold {line.style}")
     if right:
-        wanted = [(p[1] if (p := cell(point)) else 0.0, label, style) for point, label, style in ends]
-        for row, label, style in _spread(wanted, rows):
-            grid.put(width - right, row, pad_or_truncate(f" {label}", right), style)
+        for row, line in _spread([(p[1] if (p := cell(point)) else 0.0, line) for point, line in ends], rows):
+            room = right - 1 - cell_len(line.value) - 1
+            name = pad_or_truncate(f"{line.sign} {line.label}".strip(), room) if room > 0 else ""
+            grid.put(width - right + 1, row, f"{name} {line.value}", f"bold {line.style}" if line.bold else line.style)
     return LinePlot(grid.rows(), x, y, left, area)
 
 
@@ -219,26 +221,25 @@ def _draw_x_ticks(grid: _Grid, x: Range, left: int, area: int, ink: Ink) -> None
             free = start + len(label) + 1
 
 
-def _ends(lines: Sequence[Line], x: Range, log: bool) -> list[tuple[Point, str, str]]:
-    """The last visible point, label and style of each line that has one."""
+def _ends(lines: Sequence[Line], x: Range, log: bool) -> list[tuple[Point, Line]]:
+    """The last visible point of each line that has a label."""
     ends = []
     for line in lines:
         points = [point for point in (line.points or line.marks) if x[0] <= point[0] <= x[1]]
         points = [point for point in points if point[1] > 0] if log else points
         if points and line.label and not line.quiet:
-            style = f"bold {line.style}" if line.bold else line.style
-            ends.append((points[-1], f"{line.sign} {line.label}".strip(), style))
+            ends.append((points[-1], line))
     return ends
 
 
-def _spread(wanted: Sequence[tuple[float, str, str]], rows: int) -> list[tuple[int, str, str]]:
+def _spread(wanted: Sequence[tuple[float, Line]], rows: int) -> list[tuple[int, Line]]:
     """A row of its own for each label: the wanted one, or the next free one. Too many: the last lines' stay."""
     wanted = sorted(wanted[-rows:], key=lambda end: end[0])
     at: list[int] = []
-    for i, (row, _, _) in enumerate(wanted):
+    for i, (row, _) in enumerate(wanted):
         first, last = (at[-1] + 1 if at else 0), rows - len(wanted) + i
         at.append(min(max(int(min(row, rows)), first), last))
-    return [(row, label, style) for row, (_, label, style) in zip(at, wanted, strict=True)]
+    return [(row, line) for row, (_, line) in zip(at, wanted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -263,11 +264,11 @@ class _Area:
         for (x, y), char in braille(points, self.width, self.height).items():
             if x % 3 == 1:
                 self.grid.put(self.left + x, y, char, style)
-        last = -float(MARK_EVERY)
-        for x, y in points:
-            if x - last >= MARK_EVERY:
-                self.put(min(int(x), self.width - 1), int(y), EVALUATED, f"bold {style}")
-                last = x
+        before = -float(MARK_EVERY)
+        for across, down in points:
+            if across - before >= MARK_EVERY:
+                self.put(int(across), int(down), EVALUATED, f"bold {style}")
+                before = across
 
     def signs(self, points: Sequence[Point], sign: str, style: str, number: int) -> None:
         """Its sign at every so many cells, at other columns than the other lines'."""

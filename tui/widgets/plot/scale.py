@@ -58,9 +58,10 @@ def ticks(range_: Range, most: int, log: bool = False) -> list[tuple[float, str]
     if log and high - low > 0.5:  # a narrower range is clearer with equal steps of the exponent
         decades = [float(power) for power in range(ceil(low), floor(high) + 1)]
         at = decades[:: max(ceil(len(decades) / most), 1)]
-        finer = [p + log10(f) for p in range(floor(low), floor(high) + 1) for f in (1, 2, 5)]
-        finer = [tick for tick in finer if low <= tick <= high]
-        at = finer if len(finer) <= most else at
+        for factors in ((1, 3), (1, 2, 5)):
+            finer = [p + log10(f) for p in range(floor(low), floor(high) + 1) for f in factors]
+            finer = [tick for tick in finer if low <= tick <= high]
+            at = finer if len(finer) <= most else at
     else:
         step = _nice((high - low) / most)
         first = ceil(low / step)

@@ -23,7 +23,7 @@ THOUGHT = (
 @pytest.fixture(autouse=True)
 def same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The header tells the machine's memory and what of the project changed: neither belongs here."""
-    monkeypatch.setattr("tui.services.machine.Machine.summary", lambda _: "cpu 1.1/8 GiB")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1.1/8 GiB")
     monkeypatch.setattr("tui.app.describe_state", lambda *_: ("✓", ""))
 
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.project.logs.run_log import Step, flat_from
-from tui.screens.curves.series import Log, Series
-from tui.widgets.line_chart import Column
+from tui.screens.curves.series import Column, Log, Series
 
 VALUES = st.lists(st.floats(-1e100, 1e100), min_size=1, max_size=200)
 LOOSE = st.lists(st.floats(), min_size=1, max_size=100)  # NaN and infinities too

@@ -1,11 +1,10 @@
-"""The adapters screen on the real inference process."""
+"""The screen of models on the real inference process."""
 
 import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,36 +14,26 @@ from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.models_screen import COUNT, Session, real_models
 from tests.helpers.pilot import until
-from tests.tui.screens.models.test_adapters import USUAL, Session
-from tui.app import Workbench
 from tui.screens.models.answers import TopK
 from tui.screens.models.conversation import Answer
 from tui.widgets.prompting import EngineBar, Slider
+from tui.widgets.text import Lines
 
 PROMPT = "die katze sitzt auf dem"
 
 
-@asynccontextmanager
-async def open_adapters(root: Path, count: int = len(USUAL) + 2) -> AsyncIterator[Session]:
-    app = Workbench(root / "params.yaml")
-    app.first_screen = "adapters"
-    async with app.run_test(size=(120, 40)) as pilot:
-        session = Session(pilot)
-        await session.checked(count)
-        yield session
-
-
 async def answers(s: Session, prompt: str) -> list[Answer]:
     await s.ask(prompt)
-    await until(s.pilot, lambda: not s.screen._is_generating(), 60)
-    assert s.screen.conversation.newest is not None
-    return s.screen.conversation.newest.answers
+    await until(s.pilot, lambda: not s.is_generating(), 60)
+    assert s.conversation.newest is not None
+    return s.conversation.newest.answers
 
 
 async def test_answers_are_those_of_the_library(brief: Path) -> None:
-    async with open_adapters(brief) as s:
-        await s.press("u")
+    async with real_models(brief) as s:
+        await s.press("p")
         by_name = {answer.name: answer for answer in await answers(s, PROMPT)}
     folder = brief / "artifacts"
     for name, loaded in {
@@ -65,7 +54,7 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
     folder = project / "artifacts/toy"
     toy_checkpoint(folder, max_position_embeddings=600)
     loaded = load(folder)
-    async with open_adapters(project, len(USUAL) + 3) as s:
+    async with real_models(project, COUNT + 1) as s:
         await s.point("toy")
         await s.press("space")
         await s.point("base")
@@ -76,58 +65,57 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         assert [token for token, _ in by_name["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
         assert all(escape_whitespace(token) in s.text(TopK) for token, _ in by_name["toy"].top_k)
 
-        await s.press("b")
+        await s.press("escape")
         await s.point("base")
         await s.press("space")
-        s.screen.conversation.chat = True
+        s.conversation.chat = True
         (answer,) = await answers(s, "hi")
         assert answer.text == continued(loaded, render(folder, "hi"))
-        assert s.screen.conversation.newest is not None and s.screen.conversation.newest.answers_text().startswith(
-            "hi → "
-        )
+        assert s.conversation.newest is not None and s.conversation.newest.answers_text().startswith("hi → ")
 
-        (entry,) = s.screen.selected_entries()
+        (entry,) = s.screen.chosen_entries()
         text, tokens = "", 0
         while tokens < 512:
             text += " euro."
             tokens = len(loaded.tokenizer.encode(text))
-        weights = (await s.screen.conversation.attention(entry, text, 1.0, False, 1, 3))["weights"]
+        exchange = replace(s.conversation.exchanges[-1], prompt=text, chat=False)
+        weights = (await s.conversation.attention(entry, exchange, 1.0, layer=1, head=3))["weights"]
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.screen.conversation.attention(entry, text + " euro.", 1.0, False, 1, 3)
+            await s.conversation.attention(entry, replace(exchange, prompt=text + " euro."), 1.0, layer=1, head=3)
 
 
 @pytest.mark.slow
 async def test_strength_0_is_the_base_and_1_the_adapter(brief: Path) -> None:
-    async with open_adapters(brief) as s:
-        await s.press("u")
+    async with real_models(brief) as s:
+        await s.press("p")
         before = await answers(s, PROMPT)
         expanded, lora = before[1], before[5]
         s.screen.query_one(Slider).value = 0.0
-        probed = await s.screen.conversation.probe(0.0)
+        probed = await s.conversation.probe(0.0)
         assert probed[5].of["tisch"] == pytest.approx(expanded.of["tisch"], abs=1e-6)
-        probed = await s.screen.conversation.probe(1.0)
+        probed = await s.conversation.probe(1.0)
         assert probed[5].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
 
 
 @pytest.mark.slow
 async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief: Path) -> None:
-    async with open_adapters(brief) as s:
-        await s.press("u")
+    async with real_models(brief) as s:
+        await s.press("p")
         assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
         assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
 
 
 async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(brief: Path) -> None:
-    async with open_adapters(brief) as s:
-        await s.press("u")
+    async with real_models(brief) as s:
+        await s.press("p")
         first = await answers(s, PROMPT)
         engine = s.app.inference
         assert engine is not None
         pid = engine.pid
         assert pid is not None
-        s.screen._status_timer.pause()  # so that only the prompt is pending below
+        s.screen.prompt_pane._status_timer.pause()  # so that only the prompt is pending below
         await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
         os.kill(pid, signal.SIGSTOP)  # so that it has not answered yet
         await s.ask(PROMPT)
@@ -135,9 +123,9 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
         await until(s.pilot, lambda: "it was killed" in s.messages())
-        await s.screen._status().wait()
+        await s.screen.prompt_pane._status().wait()
         assert not engine.running, "a check of its status must not start a new one"
-        assert len(s.screen.entries) == len(USUAL) + 2
+        assert len(s.screen.entries) == COUNT
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]
         assert engine.pid != pid
@@ -145,16 +133,16 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
 
 @pytest.mark.slow
 async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
-    async with open_adapters(brief) as s:
+    async with real_models(brief) as s:
         await answers(s, PROMPT)
         engine = s.app.inference
         assert engine is not None
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGSTOP)
         await s.ask(PROMPT)
-        await until(s.pilot, s.screen._is_generating)
+        await until(s.pilot, s.is_generating)
         await s.press("escape")
-        await until(s.pilot, lambda: not s.screen._is_generating(), 1)
+        await until(s.pilot, lambda: not s.is_generating(), 1)
         os.kill(engine.pid, signal.SIGCONT)
         assert (await answers(s, PROMPT))[0].text
 
@@ -162,17 +150,25 @@ async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
 async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
-    async with open_adapters(project) as s:
+    async with real_models(project) as s:
         await s.point("lora")
         assert "was trained on another base" in s.details()
         assert "was trained on another base" in (await answers(s, PROMPT))[0].error
 
 
 @pytest.mark.slow
-async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(brief: Path) -> None:
-    async with open_adapters(brief) as s:
-        await answers(s, PROMPT)
-        await s.press("escape", "escape")
+async def test_the_spectrum_and_what_an_adapter_attends_to_otherwise(brief: Path) -> None:
+    async with real_models(brief) as s:
         await s.point("lora")
-        await until(s.pilot, lambda: "0.q_proj" in s.details())
-        assert s.details().count("first ") == 8  # four matrices in two layers
+        await s.press("m")
+        await until(s.pilot, lambda: "0.q" in s.details())
+        assert s.details().count("%") >= 8  # four matrices in two layers
+        await answers(s, PROMPT)
+        await s.press("escape", "a")
+
+        def shown() -> str:
+            return str(s.app.screen.query_one(Lines).render())
+
+        await until(s.pilot, lambda: "layer 2" in shown() and "difference" in shown())
+        await s.press("enter")
+        await until(s.pilot, lambda: "dem attends to" in shown())

@@ -1,4 +1,4 @@
-"""Snapshots of the adapters screen: empty, with models, and with answers side by side."""
+"""Snapshots of the screen of models: empty, with models, and with answers side by side."""
 
 import json
 import os
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
+from textual.widgets import Static
 
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tui.app import Workbench
-from tui.screens.models.screen import AdaptersScreen
+from tui.screens.models.screen import ModelsScreen
 from tui.widgets.prompting import PromptInput
+from tui.widgets.text import Lines
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
@@ -75,21 +77,29 @@ def fixed(empty: Path) -> Path:
 
 def workbench(root: Path) -> Workbench:
     app = Workbench(root / "params.yaml")
-    app.inference = FakeInference()
+    app.first_screen, app.inference = "models", FakeInference()
     return app
 
 
-async def wait_until_checked(pilot: Pilot[None], count: int) -> AdaptersScreen:
-    await pilot.press("4")
+async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
+    await until(pilot, lambda: isinstance(pilot.app.screen, ModelsScreen))
     screen = pilot.app.screen
-    assert isinstance(screen, AdaptersScreen)
+    assert isinstance(screen, ModelsScreen)
     screen.query_one(PromptInput).cursor_blink = False
     await until(pilot, lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries))
-    await until(pilot, lambda: "looking" not in str(screen.nothing.render()))
+    await until(pilot, lambda: "looking" not in str(screen.query_one("#none", Static).render()))
+    await until(pilot, lambda: not count or screen.prompt_pane.bar.facts)
+    watch = screen.workbench.project_watch
+    await until(pilot, lambda: watch.project and len(watch.states) == len(watch.project.stages))
+    screen.workbench.refresh_header()
     return screen
 
 
-async def wait_until_drawn(pilot: Pilot[None], screen: AdaptersScreen) -> None:
+def has_answered(screen: ModelsScreen) -> bool:
+    return screen.prompt_pane.conversation.newest is not None and not screen.prompt_pane.is_generating()
+
+
+async def wait_until_drawn(pilot: Pilot[None], screen: ModelsScreen) -> None:
     """The table is drawn again in the frame after the one in which it changed."""
     await until(pilot, lambda: not screen.table.size.height or screen.table.render_line(1).text.strip())
     await pilot.pause()
@@ -107,7 +117,7 @@ def test_empty(snap_compare: Snap, empty: Path, size: tuple[int, int]) -> None:
 def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
         screen = await wait_until_checked(pilot, 5)
-        await pilot.press("space", "down", "down", "down")
+        await pilot.press("space", "end")
         await until(pilot, lambda: screen.details is not None and screen.details.entry.label == "edited")
         await wait_until_drawn(pilot, screen)
 
@@ -118,11 +128,29 @@ def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[in
 def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
         screen = await wait_until_checked(pilot, 5)
-        await pilot.press("u", "p")
+        await pilot.press("p", "enter")
         screen.query_one(PromptInput).value = "die katze sitzt auf dem"
         await pilot.press("enter")
-        await until(pilot, lambda: screen.conversation.newest is not None and not screen._is_generating())
+        await until(
+            pilot, lambda: screen.prompt_pane.conversation.newest is not None and not screen.prompt_pane.is_generating()
+        )
         await until(pilot, lambda: "1 model" in str(screen.query_one("EngineBar").render()))
         await wait_until_drawn(pilot, screen)
+
+    assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
+
+
+@SIZES
+def test_attention_of_all_heads(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
+    async def before(pilot: Pilot[None]) -> None:
+        screen = await wait_until_checked(pilot, 5)
+        lora = next(entry for entry in screen.entries if entry.label == "lora")
+        screen.table.point(lora.model.path)
+        screen.prompt_pane.ask("die katze", [lora])
+        await until(
+            pilot, lambda: bool(screen.prompt_pane.conversation.newest) and not screen.prompt_pane.is_generating()
+        )
+        await pilot.press("a")
+        await until(pilot, lambda: "layer 2" in str(pilot.app.screen.query_one(Lines).render()))
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)

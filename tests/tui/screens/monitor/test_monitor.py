@@ -20,8 +20,8 @@ from tui.screens.monitor.charts import Charts, draw
 from tui.screens.monitor.prediction import Prediction, read_prediction
 from tui.screens.monitor.screen import MonitorScreen
 from tui.screens.monitor.series import Series, columns, machine_series
-from tui.services.machine import Machine, ProcessReading, Sample
-from tui.services.nvml import Gpu, GpuReading
+from tui.services.machine.nvml import Gpu, GpuReading
+from tui.services.machine.readings import Machine, ProcessReading, Sample
 from tui.widgets.drawing import Drawing
 
 GIB = 2**30
@@ -121,8 +121,8 @@ async def monitor(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterato
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tui.services.machine.FIRST", 0.05)
-    monkeypatch.setattr("tui.services.machine.EVERY", 0.1)
+    monkeypatch.setattr("tui.services.machine.readings.FIRST", 0.05)
+    monkeypatch.setattr("tui.services.machine.readings.EVERY", 0.1)
     monkeypatch.setattr("tui.screens.monitor.screen.EVERY", 0.1)
 
 
@@ -173,7 +173,7 @@ async def test_what_cannot_be_read_is_one_sentence(empty: Path, monkeypatch: pyt
     def broken(_: object) -> float:
         raise OSError("no /proc")
 
-    monkeypatch.setattr("tui.services.machine._Host.cpu", broken)
+    monkeypatch.setattr("tui.services.machine.readings._Host.cpu", broken)
     async with monitor(empty) as (pilot, screen):
         await until(pilot, lambda: "CPU and memory cannot be read: no /proc." in text_of(screen))
         assert pilot.app.is_running
@@ -222,7 +222,7 @@ def test_picture(empty: Path, snap_compare: Any, monkeypatch: pytest.MonkeyPatch
             machine._samples.append(Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes))
 
     monkeypatch.setattr(Machine, "start", started)
-    monkeypatch.setattr("tui.services.machine.STALE", math.inf)
+    monkeypatch.setattr("tui.services.machine.readings.STALE", math.inf)
     monkeypatch.setattr("tui.screens.monitor.screen.time", SimpleNamespace(time=lambda: NOW))
     prediction = Prediction(15 * GIB, 0, 0, "cuda")
     monkeypatch.setattr(MonitorScreen, "_stage", "finetune_lora")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.projects import SHIPPED
-from tui.screens.pipeline.dag import Layout, layout, pipeline_layout
+from tui.screens.pipeline.dag import DagView, Layout, layout
 
 LABEL = 3
 
@@ -14,21 +14,22 @@ def drawn(result: Layout) -> list[str]:
     for (row, column), character in result.lines.items():
         cells[row][column] = character
     for name, position in result.positions.items():
-        label = f"* {name} " if position.width > len(name) else "* "
+        label = f"* {name} "
         cells[position.row][position.column : position.column + len(label)] = label
     return ["".join(row).rstrip() for row in cells]
 
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    assert drawn(pipeline_layout(SHIPPED)) == [
-        "                             ┌▶ * train_from_scratch ───────────┐",
-        "                             ├▶ * finetune_full ────────────────┤",
-        "                             ├▶ * finetune_freeze ──────────────┤",
-        "* pretrain ─▶ * expand_vocab ┼▶ * finetune_lora ──────▶ * merge ┼▶ * evaluate",
-        "                             ├▶ * finetune_prefix ──────────────┤",
-        "                             ├▶ * finetune_prompt ──────────────┘",
-        "                             └▶ * finetune_sweep",
-        "studies * * * * * * * * * * ─▶ * figures ─▶ * claims",
+    view = DagView(SHIPPED, {}, "")
+    assert [line.rstrip() for line in view.render().plain.splitlines()] == [
+        "                             ┌▶ · scratch ───────────┐",
+        "                             ├▶ · full ──────────────┤",
+        "                             ├▶ · freeze ────────────┤",
+        "· pretrain ─▶ · expand_vocab ┼▶ · lora ────▶ · merge ┼▶ · evaluate",
+        "                             ├▶ · prefix ────────────┤",
+        "                             ├▶ · prompt ────────────┘",
+        "                             └▶ · sweep",
+        "studies · · · · · · · · · · ─▶ · figures ─▶ · claims",
     ]
 
 

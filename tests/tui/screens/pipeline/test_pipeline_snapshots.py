@@ -1,4 +1,4 @@
-"""Snapshots of the pipeline screen, help and messages."""
+"""Snapshots of the pipeline screen."""
 
 import dataclasses
 from pathlib import Path
@@ -6,45 +6,55 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.status import StageState, State, Status
 from tests.helpers.pilot import until
-from tests.helpers.projects import SHIPPED, STAGES
+from tests.helpers.projects import STAGES
 from tui.app import Workbench
 from tui.screens.pipeline.screen import PipelineScreen
 
-pytestmark = pytest.mark.usefixtures("no_path")
+pytestmark = pytest.mark.usefixtures("no_path", "same_time")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=str)
 NOTES = ["resumed after step 100"]
-RUNNING = Journal("running", 1, 0.0, done=4_200, first=4_200, total=12_000, text="loss 0.412", notes=NOTES)
-FAILED = Journal("failed", 1, 0.0, message="finetune_freeze.last_blocks must be at most 2, the model's blocks, got 9.")
+DONE = Journal("done", 1, 0.0, done=300, total=300, text="loss 0.1", ended=9.0)
+RUNNING = Journal("running", 1, 0.0, done=4_200, first=4_200, total=12_000, text="loss 0.412", notes=NOTES, past=65.0)
+FAILED = Journal(
+    "failed", 1, 0.0, message="finetune_freeze.last_blocks must be at most 2, the model's blocks, got 9.", ended=1.0
+)
 STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
-    "pretrain": ("current", (), None),
-    "expand_vocab": ("current", (), None),
-    "train_from_scratch": ("died", ("its process ended without a word",), None),
-    "finetune_full": ("changed", ("epochs 50 → 80", "data/finetune.de.txt changed"), None),
+    "pretrain": ("current", (), DONE),
+    "expand_vocab": ("current", (), DONE),
+    "train_from_scratch": ("died", ("the process died (no error recorded)",), None),
+    "finetune_full": ("changed", ("epochs 50 → 80", "data/finetune.de.txt changed"), DONE),
     "finetune_freeze": ("failed", (FAILED.message,), FAILED),
     "finetune_lora": ("running", (), RUNNING),
     "finetune_sweep": ("stopped", ("finetune_sweep: stopped after step 120 of 300",), None),
-    "merge": ("waits", ("after finetune_lora",), None),
+    "merge": ("waits", ("after finetune_lora",), DONE),
     "evaluate": ("missing", (), None),
 }
 
 
 @pytest.fixture
 def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage in each state. The running one shows no pace, which would differ from snapshot to snapshot."""
+    """A stage in each state."""
     states = {name: StageState(STAGES[name], *rest) for name, rest in STATES.items()}
     monkeypatch.setattr(Status, "of", lambda *_: states)
 
 
+@pytest.fixture
+def same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments are shown in the time zone of the machine, and the machine's load in the header."""
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr("tui.widgets.header._clock", lambda _: "0:12")
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "")
+
+
 async def wait_until_loaded(pilot: Pilot[Any]) -> PipelineScreen:
-    screen = pilot.app.screen
+    screen, watch = pilot.app.screen, pilot.app.project_watch  # type: ignore[attr-defined]  # it is a Workbench
     assert isinstance(screen, PipelineScreen)
-    await until(pilot, lambda: screen.states)
-    await until(pilot, lambda: str(screen.query_one("#changes", Static).content))
+    await until(pilot, lambda: len(watch.states) in (len(watch.stages), len(STATES)))
     return screen
 
 
@@ -54,19 +64,20 @@ def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
 
 
 @SIZES
+@pytest.mark.parametrize("stage", ["finetune_lora", "finetune_freeze"])
 @pytest.mark.usefixtures("every_state")
-def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int], stage: str) -> None:
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
-        await pilot.press(*["down"] * list(SHIPPED).index("finetune_freeze"), "l")
-        await until(pilot, lambda: screen.chosen == "finetune_freeze")
+        screen.open_with(stage=stage)
+        await until(pilot, lambda: screen.params_pane.stage == stage)
 
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=before)
 
 
-@pytest.mark.parametrize("theme", ["textual-dark", "textual-light"])
+@pytest.mark.parametrize("theme", ["lora-dark", "lora-light"])
 @pytest.mark.usefixtures("every_state")
-def test_params_of_which_one_is_wrong(snap_compare: Any, empty: Path, theme: str) -> None:
+def test_a_param_that_is_wrong(snap_compare: Any, empty: Path, theme: str) -> None:
     app = Workbench(empty / "params.yaml")
     app.config = dataclasses.replace(app.config, theme=theme)
 
@@ -74,17 +85,16 @@ def test_params_of_which_one_is_wrong(snap_compare: Any, empty: Path, theme: str
         screen = await wait_until_loaded(pilot)
         for field in screen.query(Input):
             field.cursor_blink = False
-        await pilot.press("enter", "tab", "tab", "x")
-        await until(pilot, lambda: screen.query(".-bad"))
+        screen.open_with(stage="finetune_lora", param="rank")
+        await pilot.press("enter", "0")
 
-    assert snap_compare(app, terminal_size=(80, 24), run_before=before)
+    assert snap_compare(app, terminal_size=(120, 40), run_before=before)
 
 
-@pytest.mark.parametrize("key", ["question_mark", "f8"])
-def test_help_and_messages(snap_compare: Any, empty: Path, key: str) -> None:
+@pytest.mark.usefixtures("every_state")
+def test_the_picture_of_the_dag(snap_compare: Any, empty: Path) -> None:
     async def before(pilot: Pilot[Any]) -> None:
         await wait_until_loaded(pilot)
-        await pilot.press(key)
-        await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+        await pilot.press("v")
 
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=(80, 24), run_before=before)

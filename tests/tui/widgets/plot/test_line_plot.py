@@ -19,7 +19,7 @@ def falling(count: int = 100, start: float = 10.0) -> list[tuple[float, float]]:
 
 
 def test_a_line_has_its_name_and_value_beside_its_end() -> None:
-    plot = drawn(line_plot([Line(falling(), "#0072B2", "lora 0.1", "■")], 60, 12))
+    plot = drawn(line_plot([Line(falling(), "#0072B2", "lora", "0.1", "■")], 60, 12))
     assert plot[-2].endswith("■ lora 0.1")
     assert all(len(row) == 60 for row in plot)
 
@@ -80,7 +80,9 @@ def test_signs_tell_lines_apart_without_colors() -> None:
     st.booleans(),
 )
 def test_anything_fits_any_size(points: list[tuple[float, float]], width: int, height: int, log: bool) -> None:
-    plot = line_plot([Line(points, "", "a name that is long", "■", marks=points[:3])], width, height, View(log=log))
+    plot = line_plot(
+        [Line(points, "", "a name that is long", "0.123", "■", marks=points[:3])], width, height, View(log=log)
+    )
     assert [sum(len(cells) for cells, _ in row) for row in plot.rows] == [width] * height
 
 

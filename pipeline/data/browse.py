@@ -1,0 +1,268 @@
+"""Rows of a data file by their position, wherever it is, and a row as its turns with the label mask.
+
+Nothing is read that is not asked for: a file of lines is entered at a byte, a table at a row group; what can only be
+read from its beginning (compressed, .json, .csv, a saved folder) is read on from the last row that was asked for.
+"""
+
+import json
+import re
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple
+
+from pipeline.data.containers import (
+    TABLES,
+    Reading,
+    Row,
+    count_table_rows,
+    decode_line,
+    read_piece,
+    read_rows,
+    row_of_json,
+    row_of_text,
+    suffix_of,
+    table_rows,
+)
+from pipeline.errors import UserError
+
+LINES = (".txt", ".jsonl")
+STEP = 64  # rows between two that the index knows the place of
+LONGEST = 2**17  # characters that are kept of a line that cannot be read
+Stopped = Callable[[], bool]
+
+
+class Entry(NamedTuple):
+    """A row, or why it cannot be read. `raw`: the text of such a line, as far as it goes."""
+
+    row: Row
+    problem: str = ""
+    raw: str = ""
+
+
+UNREAD = Entry(Row(0, ""))
+
+
+class RowFile:
+    """A data file whose rows are numbered from 0 in their order, those that cannot be read included.
+
+    `count` grows while `index` runs. Several threads may read at once.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        suffix, compression = suffix_of(path)
+        self.count, self.complete = 0, False
+        self.is_table = suffix in TABLES and not compression and path.is_file()
+        self.has_lines = suffix in LINES and not compression and path.is_file()
+        self.is_text = suffix == ".txt"
+        self._places = array("q")  # of every STEP-th row: lines and bytes before it
+        self._lock = Lock()
+        self._following: Iterator[Entry]
+        self._at, self._following = (
+            sys.maxsize,
+            iter(()),
+        )  # the rows from this one on: reading on is cheaper than entering
+
+    def index(self, stopped: Stopped) -> Iterator[int]:
+        """Count the rows; yields how many there are so far, many times. Raises UserError."""
+        if self.is_table:
+            self.count = count_table_rows(self.path, self.name)
+        elif self.has_lines:
+            yield from self._index_lines(stopped)
+        else:
+            for number, _ in enumerate(self.rows(), 1):
+                self.count = number
+                if number % STEP == 0:
+                    yield number
+                    if stopped():
+                        return
+        self.complete = not stopped()
+        yield self.count
+
+    def _index_lines(self, stopped: Stopped) -> Iterator[int]:
+        number = start = 0
+        with self.path.open("rb") as file:
+            while raw := read_piece(file):
+                size = len(raw) + _skip_rest(file, raw)
+                if not raw.isspace():
+                    if self.count % STEP == 0:
+                        self._places.extend((number, start))
+                        yield self.count
+                        if stopped():
+                            return
+                    self.count += 1
+                number, start = number + 1, start + size
+
+    def read(self, first: int, count: int, stopped: Stopped = lambda: False) -> list[Entry]:
+        """The rows from `first` on, at most `count`. Raises UserError."""
+        with self._lock:
+            ahead = first - self._at
+            if ahead < 0 or (ahead > STEP and (self.is_table or self.has_lines)):
+                self._at, self._following = self._entered(first)
+            try:
+                while self._at < first and not stopped() and next(self._following, None) is not None:
+                    self._at += 1
+                entries = list(islice(self._following, count)) if self._at == first else []
+            except OSError as error:
+                self._at = sys.maxsize  # it has ended: the next reading enters again
+                raise UserError(f"{self.name}: {error.strerror or error}. Open it again.") from None
+            self._at += len(entries)
+            return entries
+
+    def position_of(self, number: int, stopped: Stopped = lambda: False) -> int | None:
+        """The position of the row with this number, or of the first behind it; None if there is none."""
+        if self.is_table:
+            return number - 1 if 0 < number <= self.count else None
+        # of the last indexed row that does not begin behind it
+        step = max(0, bisect_left(self._places[::2], number) - 1) if self.has_lines else 0
+        at, entries = self._entered(step * STEP)
+        for position, entry in enumerate(entries, at):
+            if entry.row.number >= number:
+                return position
+            if stopped():
+                break
+        return None
+
+    def _entered(self, first: int) -> tuple[int, Iterator[Entry]]:
+        """The number of a row at or before `first`, and the rows from it on."""
+        if self.is_table:
+            return first, _caught(lambda _: table_rows(self.path, self.name, first), self.name)
+        if self.has_lines and len(self._places):
+            step = min(first // STEP, len(self._places) // 2 - 1)
+            number, start = self._places[2 * step : 2 * step + 2]
+            return step * STEP, self._lines(number, start)
+        return 0, self.rows()
+
+    def rows(self, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
+        """All rows; of a file of lines, with `keep`, the others unread: an empty text."""
+        if self.has_lines:
+            return self._lines(0, 0, keep)
+        return _caught(lambda reading: read_rows(self.path, self.name, reading), self.name)
+
+    def _lines(self, number: int, start: int, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
+        """The lines behind the first `number`, which are `start` bytes. Unlike in training, a bad one ends nothing."""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            while raw := read_piece(file):
+                size, number = len(raw) + _skip_rest(file, raw), number + 1
+                if not raw.isspace():
+                    yield self._line(raw, number, start) if keep is None or keep(raw) else UNREAD
+                start += size
+
+    def _line(self, raw: bytes, number: int, start: int) -> Entry:
+        try:
+            line = decode_line(raw, number, start, self.name)
+            return Entry(row_of_text(number, line) if self.is_text else row_of_json(number, line, self.name))
+        except UserError as error:
+            text = raw[: 4 * LONGEST].decode("utf-8", errors="replace")[:LONGEST].rstrip("\r\n")
+            return Entry(Row(number, ""), without_location(error, self.name, number), text)
+
+
+def _skip_rest(file: BinaryIO, raw: bytes) -> int:
+    """Read to the end of a line that is too long; the number of bytes."""
+    size = 0
+    while raw and not raw.endswith(b"\n"):
+        size += len(raw := read_piece(file))
+    return size
+
+
+def _caught(open_rows: Callable[[Reading], Iterator[Row]], name: str) -> Iterator[Entry]:
+    """The rows, those that are refused among them. What ends the reading is the last."""
+    refused: list[Entry] = []
+
+    def refuse(number: int, error: UserError) -> None:
+        refused.append(Entry(Row(number, ""), without_location(error, name, number)))
+
+    try:
+        for row in open_rows(Reading(refuse)):
+            if refused:
+                yield from refused
+                refused.clear()
+            yield Entry(row)
+        yield from refused
+    except UserError as error:
+        yield from refused
+        match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
+        number = int(match[1]) if match else 0
+        text = without_location(error, name, number)
+        yield Entry(Row(number, ""), f"{text} Nothing behind it is read.")
+
+
+def without_location(error: UserError, file: str, row: int | None) -> str:
+    """The message of an error without the file and the row that it begins with."""
+    text = str(error)
+    for location in (f"{file}:{row}: ", f"{file}: row {row}: ", f"{file}: "):
+        if text.startswith(location):
+            return text.removeprefix(location)
+    return text
+
+
+def as_json(value: str | Mapping[str, Any]) -> str:
+    """A row as a line of .jsonl."""
+    return json.dumps({"text": value} if isinstance(value, str) else value, ensure_ascii=False, default=str)
+
+
+def copied(source: RowFile, position: int, line: str) -> Iterator[bytes]:
+    """The rows as .jsonl, the one at `position` as `line`: a piece for each, empty for one that cannot be read.
+
+    Lines of .jsonl stay as they are, also those that cannot be read. Raises UserError.
+    """
+    if source.has_lines and not source.is_text:
+        yield from _copied_lines(source.path, position, line)
+        return
+    for number, entry in enumerate(source.rows()):
+        if number == position:
+            yield line.encode() + b"\n"
+        else:
+            yield b"" if entry.problem else as_json(entry.row.value).encode() + b"\n"
+
+
+def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        number = 0
+        while raw := read_piece(file):
+            if raw.isspace():
+                continue
+            if number == position:
+                _skip_rest(file, raw)
+                yield line.encode() + b"\n"
+            else:
+                yield raw
+                while raw and not raw.endswith(b"\n"):  # a line that is too long, or the last without an end
+                    raw = read_piece(file)
+                    yield raw or b"\n"
+            number += 1
+
+
+def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, Entry | None]]:
+    """Position and entry of each row that has `text` in it, whatever its case; every STEP rows (position, None)."""
+    wanted = text.casefold()
+    # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps what is not ASCII.
+    is_plain = wanted.isascii() and wanted.isprintable() and not {*wanted} & {*'"\\/'}
+    raw_wanted = wanted.encode(errors="replace")
+    keep = (lambda raw: raw_wanted in raw.lower()) if is_plain else None
+    for position, entry in enumerate(source.rows(keep)):
+        if stopped():
+            return
+        if any(wanted in each.casefold() for each in (*_texts(entry.row.value), entry.raw)):
+            yield position, entry
+        elif position % STEP == 0:
+            yield position, None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a row, without the names of roles."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [part for key, part in value.items() if key not in ("role", "from")]
+        elif isinstance(value, list):
+            waiting += value

@@ -1,0 +1,387 @@
+"""Data files read in a process of their own, for the TUI, with the protocol of `pipeline.inference.server`.
+
+`python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never the screen. Every
+request names its `path`, `columns`, `base` (the folder of a model with the tokenizer, or null) and `max_length`; each
+runs in a thread, so that a page is read while all rows are checked. It ends as soon as stdin closes.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.browse import Entry, RowFile, as_json, copied, find, without_location
+from pipeline.data.containers import Row, suffix_of
+from pipeline.data.examples import Example
+from pipeline.data.formats import example_of
+from pipeline.errors import UserError, explain, first_line
+
+if TYPE_CHECKING:
+    from pipeline.data.tokenizers.word import Tokenizer
+
+    Opened = tuple[Tokenizer | None, int | None, str]  # the tokenizer, the number of positions; without one, why
+
+Answer = dict[str, Any]
+EVERY = 0.2  # seconds between two reports of progress
+SUMMARY = 200  # characters of a row in a list
+TOKENIZED = 50_000  # characters; longer rows in a list are only tokenized when they are opened
+SHOWN = 12_000  # characters of a row: what a terminal wraps without delay
+EDITABLE = 100_000  # characters; less than `browse.LONGEST`, so that no line is cut by being edited
+FOUND = 1000  # rows that a search gives
+
+
+class Stopped(Exception):
+    """The request was cancelled."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """`send(**answer)` sends an answer before the last one."""
+
+    fields: Mapping[str, Any]
+    send: Callable[..., None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def text(self, key: str) -> str:
+        return str(self.fields.get(key) or "")
+
+    def number(self, key: str) -> int:
+        value = self.fields.get(key)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    @property
+    def columns(self) -> dict[str, str]:
+        value = self.fields.get("columns")
+        return {str(key): str(column) for key, column in value.items()} if isinstance(value, dict) else {}
+
+    @property
+    def stopped(self) -> Callable[[], bool]:
+        return self.cancelled.is_set
+
+    def go_on(self) -> None:
+        """Raises Stopped if it was cancelled."""
+        if self.cancelled.is_set():
+            raise Stopped
+
+    def progress(self) -> Callable[[int], None]:
+        """A function that reports a number of rows, not too often. It raises Stopped if the request was cancelled."""
+        last = 0.0
+
+        def report(rows: int) -> None:
+            nonlocal last
+            self.go_on()
+            if (now := time.monotonic()) - last >= EVERY:
+                last = now
+                self.send(event="rows", rows=rows)
+
+        return report
+
+
+class Browser:
+    """Answers requests: each public method is one, and returns the last answer."""
+
+    def __init__(self) -> None:
+        self._file: tuple[object, RowFile] | None = None
+        self._tokenizer: tuple[str, Tokenizer | None, int | None, str] | None = None
+        self._opening, self._loading = threading.Lock(), threading.Lock()
+
+    def answer(self, request: Request) -> Answer:
+        do = request.text("do")
+        if do not in ("index", "page", "row", "draft", "find", "locate", "check", "copy", "convert"):
+            raise UserError(f"unknown request {do!r}.")
+        answer: Answer = getattr(self, do)(request)
+        return answer
+
+    def index(self, request: Request) -> Answer:
+        """Count the rows."""
+        file, report = self._open(request), request.progress()
+        if not file.complete:
+            for count in file.index(request.stopped):
+                report(count)
+        return {"rows": file.count}
+
+    def page(self, request: Request) -> Answer:
+        """`count` rows from `first` on, then the lengths of those."""
+        first = request.number("first")
+        entries = self._open(request).read(first, min(request.number("count"), 500), request.stopped)
+        request.go_on()
+        examples, rows = self._summaries(request, enumerate(entries, first))
+        request.send(event="page", rows=rows)
+        return self._lengths(request, examples)
+
+    def find(self, request: Request) -> Answer:
+        """The rows that have `text` in them."""
+        report, found = request.progress(), 0
+        for position, entry in find(self._open(request), request.text("text"), request.stopped):
+            if entry is None:
+                report(position)
+                continue
+            examples, rows = self._summaries(request, [(position, entry)])
+            request.send(event="page", rows=rows)
+            request.send(event="tokens", **self._lengths(request, examples))
+            found += 1
+            if found == FOUND:
+                return {"complete": False}
+        request.go_on()
+        return {"complete": True}
+
+    def locate(self, request: Request) -> Answer:
+        """The position of a line or row by its number, or of the next one that is there."""
+        position = self._open(request).position_of(request.number("row"), request.stopped)
+        request.go_on()
+        return {"position": position}
+
+    def row(self, request: Request) -> Answer:
+        """One row, turn by turn; while the tokenizer is loaded, before that without tokens."""
+        entries = self._open(request).read(request.number("position"), 1, request.stopped)
+        request.go_on()
+        if not entries:
+            raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")
+        if self._is_loading(request):
+            request.send(event="row", **self._turns(request, entries[0], (None, None, "loading the tokenizer …")))
+        return self._turns(request, entries[0])
+
+    def draft(self, request: Request) -> Answer:
+        """A row that is being edited, as it would be read from the file."""
+        record = json.loads(request.text("line"))
+        return self._turns(request, Entry(Row(request.number("row") or 1, record)))
+
+    def check(self, request: Request) -> Answer:
+        """`lora data check` of the file."""
+        from pipeline.data.check import check
+
+        tokenizer, positions, _ = self._open_tokenizer(request)
+        report = check(
+            [(request.text("path"), request.columns)],
+            tokenizer,
+            max_length=request.number("max_length"),
+            positions=positions if not request.number("window") else None,
+            progress=request.progress(),
+        )
+        return report.as_json()
+
+    def copy(self, request: Request) -> Answer:
+        """All rows in the file `out`, that at `position` as `line`."""
+        from pipeline.files.artifact import write_file
+
+        source, out, report = self._open(request), Path(request.text("out")), request.progress()
+        if suffix_of(out) != (".jsonl", ""):
+            raise UserError(f"{out}: the copy's name must end in .jsonl. Rename it.")
+        if out.exists() and not request.fields.get("replace"):
+            raise UserError(f"{out} exists. Name another file.")
+        left_out = 0
+
+        def pieces() -> Iterator[bytes]:
+            nonlocal left_out
+            for number, piece in enumerate(copied(source, request.number("position"), request.text("line"))):
+                left_out += not piece
+                report(number)
+                yield piece
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, pieces(), durable=True)
+        return {"out": str(out), "left_out": left_out}
+
+    def convert(self, request: Request) -> Answer:
+        """`lora data convert`."""
+        from pipeline.data.convert import convert
+
+        done = convert(
+            Path(request.text("path")), Path(request.text("out")), columns=request.columns, progress=request.progress()
+        )
+        return {"rows": done.rows, "format": done.format, "notes": done.notes}
+
+    def _open(self, request: Request) -> RowFile:
+        """The file, again if it has changed."""
+        name = request.text("path")
+        path = Path(name)
+        status = None
+        with suppress(OSError, ValueError):
+            status = path.stat()
+        key = (name, status and (status.st_mtime_ns, status.st_size, status.st_ino))
+        with self._opening:
+            if self._file is None or self._file[0] != key:
+                self._file = key, RowFile(path, name)
+            return self._file[1]
+
+    def _is_loading(self, request: Request) -> bool:
+        """Whether its tokenizer is not here yet: the libraries alone take seconds to import on a busy machine."""
+        base, loaded = request.text("base"), self._tokenizer
+        return bool(base) and (loaded is None or loaded[0] != base)
+
+    def _open_tokenizer(self, request: Request) -> "Opened":
+        """The tokenizer and the number of positions; without one, why."""
+        base = request.text("base")
+        if not base:
+            return None, None, "no model yet"
+        with self._loading:
+            if self._tokenizer is None or self._tokenizer[0] != base:
+                self._tokenizer = base, *_load(Path(base))
+            return self._tokenizer[1:]
+
+    def _summaries(
+        self, request: Request, entries: "enumerate[Entry] | list[tuple[int, Entry]]"
+    ) -> tuple[dict[int, Example], list[Answer]]:
+        examples, rows = dict[int, Example](), []
+        for position, entry in entries:
+            problem, text = entry.problem, entry.raw
+            if not problem:
+                try:
+                    example = examples[position] = example_of(entry.row, request.text("path"), request.columns)
+                    text = _first_words(example)
+                except UserError as error:
+                    problem = without_location(error, request.text("path"), entry.row.number)
+                    text = as_json(entry.row.value)
+            rows.append(
+                {"position": position, "row": entry.row.number, "text": text[:SUMMARY], "problem": problem[:SUMMARY]}
+            )
+        return examples, rows
+
+    def _lengths(self, request: Request, examples: Mapping[int, Example]) -> Answer:
+        """Position → [tokens, trained, cut] of the examples, or the problem of one that cannot be encoded."""
+        from pipeline.data.masking import Encoder
+
+        tokenizer, _, missing = self._open_tokenizer(request)
+        short = {position: e for position, e in examples.items() if len(e.text) <= TOKENIZED and e.prompt != e.text}
+        if tokenizer is None or not short:
+            return {"lengths": {}, "problems": {}, "missing": missing}
+        places = {id(example): position for position, example in short.items()}
+        problems = dict[int, str]()
+
+        def refuse(example: Example, error: UserError) -> None:
+            problems[places[id(example)]] = without_location(error, example.file, example.line)[:SUMMARY]
+
+        lengths = {}
+        most = request.number("max_length")
+        for example, encoded in Encoder(tokenizer).each(short.values(), refuse):
+            request.go_on()
+            kept = min(len(encoded.ids), most or len(encoded.ids))
+            cut = len(encoded.ids) - kept
+            lengths[places[id(example)]] = (len(encoded.ids), sum(encoded.trained[1:kept]), cut)
+        return {"lengths": lengths, "problems": problems, "missing": ""}
+
+    def _turns(self, request: Request, entry: Entry, opened: "Opened | None" = None) -> Answer:
+        from pipeline.data.turns import View, view
+
+        name, number = request.text("path"), entry.row.number
+        line = entry.raw if entry.problem else as_json(entry.row.value)
+        answer: Answer = {"row": number, "problem": entry.problem, "turns": [], "missing": "", "line": ""}
+        if len(line) <= EDITABLE:
+            answer["line"] = line
+        if entry.problem:
+            return answer | _as_it_is(line)
+        tokenizer, _, missing = opened or self._open_tokenizer(request)
+        shown = View(())
+        try:
+            example = example_of(entry.row, name, request.columns)
+            shown = view(example)
+            shown = view(example, tokenizer, request.number("max_length"))
+        except UserError as error:
+            answer["problem"] = without_location(error, name, number)
+        if not shown.turns:
+            return answer | _as_it_is(line)
+        turns, hidden = _shortened(shown)
+        return answer | {
+            **{"turns": turns, "hidden": hidden, "missing": missing, "template": tokenizer and tokenizer.has_template},
+            **{"tokens": shown.tokens, "trained": shown.trained, "cut": shown.cut},
+        }
+
+
+def _load(base: Path) -> "Opened":
+    from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.files.base_model import max_positions
+
+    try:
+        return load_tokenizer(base), max_positions(base), ""
+    except (UserError, OSError) as error:
+        return None, None, explain(error) if isinstance(error, OSError) else str(error)
+
+
+def _as_it_is(line: str) -> Answer:
+    turns = [("as it is", [("read", line[:SHOWN])])] if line else []
+    return {"turns": turns, "hidden": max(0, len(line) - SHOWN)}
+
+
+def _first_words(example: Example) -> str:
+    users = (message["content"] for message in example.messages if message["role"] == "user")
+    return next(filter(None, users), None) or example.text
+
+
+def _shortened(shown: Any) -> tuple[list[tuple[str, list[tuple[str, str]]]], int]:
+    """The turns, up to SHOWN characters, and how many more there are."""
+    left, hidden = SHOWN, 0
+    turns = []
+    for turn in shown.turns:
+        parts = []
+        for kind, text in turn.parts:
+            if left > 0:
+                parts.append((kind, text[:left]))
+            hidden += max(0, len(text) - max(0, left))
+            left -= len(text)
+        if parts:
+            turns.append((turn.role, parts))
+    return turns, hidden
+
+
+class Server:
+    """Reads requests and cancels until stdin closes."""
+
+    def __init__(self, sink: Any) -> None:
+        self._browser, self._sink, self._writing = Browser(), sink, threading.Lock()
+        self._pending: dict[int, Request] = {}
+
+    def receive(self, line: bytes) -> None:
+        fields = json.loads(line)
+        id_ = int(fields["id"])
+        if fields.get("do") == "cancel":
+            if pending := self._pending.get(fields.get("target")):
+                pending.cancelled.set()
+            return
+        request = self._pending[id_] = Request(fields, lambda **answer: self._send(id_, **answer))
+        threading.Thread(target=self._process, args=(id_, request), daemon=True).start()
+
+    def _process(self, id_: int, request: Request) -> None:
+        try:
+            self._send(id_, **{"event": "done", **self._browser.answer(request)})
+        except Stopped:
+            self._send(id_, event="cancelled")
+        except OSError as error:
+            self._send(id_, event="error", message=explain(error))
+        except UserError as error:
+            self._send(id_, event="error", message=str(error))
+        except Exception as error:  # whatever a damaged file makes a library raise
+            traceback.print_exc()
+            message = f"{request.text('path')}: cannot be read: {type(error).__name__}: {first_line(error)}"
+            self._send(id_, event="error", message=message)
+        finally:
+            del self._pending[id_]
+
+    def _send(self, id_: int, **answer: Any) -> None:
+        line = json.dumps({"id": id_, **answer}).encode() + b"\n"
+        with self._writing:
+            try:
+                self._sink.write(line)
+                self._sink.flush()
+            except BrokenPipeError:
+                os._exit(1)  # the parent is gone
+
+
+def main() -> None:
+    # The descriptor too, not only sys.stdout: C libraries print past Python, and would end up between two answers.
+    protocol_out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    server = Server(protocol_out)
+    for line in sys.stdin.buffer:
+        server.receive(line)
+    os._exit(0)  # threads may be reading
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""An example turn by turn, for the eye: which of its text is trained on, and where `max_length` cuts it.
+
+With a tokenizer it is the text that the model reads, as its chat template writes it; without one, the messages.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from pipeline.data.examples import Example, Message
+from pipeline.data.masking import Encoder
+from pipeline.data.tokenizers.template_process import Conversation
+from pipeline.data.tokenizers.word import Spans, Tokenizer
+from pipeline.errors import UserError
+
+MOST_TURNS = 64  # found by rendering each prefix, which is quadratic
+Kind = Literal["trained", "read", "template", "cut"]
+# Behind a message's content, what its template writes to end it.
+END_OF_TURN = re.compile(r"\s*(?:<[^<>\n]{1,40}>|\[/[A-Z]+\])?\n?")
+
+
+class Turn(NamedTuple):
+    """`parts`: its text in order; "read" is text that the model reads and is not trained to write."""
+
+    role: str
+    parts: tuple[tuple[Kind, str], ...]
+
+
+class View(NamedTuple):
+    """`tokens`: of all of it, with the end token; `trained` counts those that are labels and not cut."""
+
+    turns: tuple[Turn, ...]
+    tokens: int | None = None
+    trained: int | None = None
+    cut: int = 0  # tokens
+
+
+class _Piece(NamedTuple):
+    """A text and its tokens: the characters of each, and whether it is trained on."""
+
+    role: str
+    text: str
+    spans: Spans
+    trained: Sequence[bool]
+    content: tuple[int, int]  # what is no markup of the template
+
+
+def view(example: Example, tokenizer: Tokenizer | None = None, max_length: int = 0) -> View:
+    """Raises UserError if the example cannot be encoded."""
+    rejected = _rejected(example)
+    if tokenizer is None or example.prompt == example.text:  # a prompt that the model completes has no label
+        return View((*_plain(example), *rejected))
+    encoded = Encoder(tokenizer)(example)
+    trained = (False, *encoded.trained[1:])  # no token predicts the first
+    kept = min(len(trained), max_length or len(trained))
+    split = _of_messages if example.messages else _of_texts
+    turns = tuple(_cut(split(example, trained, encoded.ids, tokenizer), kept))
+    return View((*turns, *rejected), len(trained), sum(trained[:kept]), len(trained) - kept)
+
+
+def _plain(example: Example) -> Iterator[Turn]:
+    if example.messages:
+        for number, message in enumerate(example.messages):
+            learns = message["role"] == "assistant" and number not in example.untrained
+            yield Turn(message["role"], (("trained" if learns else "read", _text_of(message)),))
+    elif example.prompt is not None:
+        yield Turn("prompt", (("read", example.prompt),))
+        if example.completion:
+            yield Turn("completion", (("trained", example.completion),))
+    else:
+        yield Turn("text", (("trained", example.text),))
+
+
+def _rejected(example: Example) -> tuple[Turn, ...]:
+    if example.rejected is None:
+        return ()
+    if isinstance(example.rejected, str):
+        return (Turn("rejected", (("read", example.rejected),)),)
+    return tuple(Turn(f"rejected {each['role']}", (("read", _text_of(each)),)) for each in example.rejected)
+
+
+def _text_of(message: Message) -> str:
+    calls = [str(call.get("function", call)) for call in message.get("tool_calls", ())]
+    return "\n".join([*filter(None, (message.get("reasoning_content"), message["content"])), *calls])
+
+
+def _of_texts(example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """A text, or a prompt and its completion; the tokens before and behind them are written as words."""
+    texts = [("prompt", example.prompt), ("completion", example.completion)]
+    if example.prompt is None:
+        texts = [("text", example.text)]
+    at = 0
+    for number, (role, text) in enumerate(texts):
+        text = text or ""
+        spans = list(tokenizer.spans(text)[1])
+        size = len(tokenizer.encode(text) if number == 0 else tokenizer.encode_following(text))
+        before = after = ""
+        if number == 0 and size > len(spans) and ids[0] == tokenizer.bos_id:
+            before = tokenizer.word(ids[0])
+        if number == len(texts) - 1:
+            size = len(trained) - at
+            if size > len(spans) + bool(before):
+                after = tokenizer.word(ids[-1])
+        inner = size - bool(before) - bool(after)
+        if len(spans) != inner:  # a continuation is tokenized otherwise than a text: the places are about right
+            spans = [(len(text) * n // inner, len(text) * (n + 1) // inner) for n in range(inner)]
+        start, stop = len(before), len(before) + len(text)
+        all_spans = [(0, start)] * bool(before) + [(a + start, b + start) for a, b in spans]
+        all_spans += [(stop, stop + len(after))] * bool(after)
+        yield _Piece(role, before + text + after, all_spans, trained[at : at + size], (start, stop))
+        at += size
+
+
+def _of_messages(
+    example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer
+) -> Iterator[_Piece]:
+    text = str(tokenizer.render(example.messages, False, example.tools))
+    spans = list(tokenizer.spans(text)[1])
+    if len(ids) > len(spans):  # the end token that training appends
+        end = tokenizer.word(ids[-1])
+        spans.append((len(text), len(text) + len(end)))
+        text += end
+    at = start = 0
+    for message, stop in zip(example.messages, _ends(example, text, tokenizer), strict=False):
+        last = at
+        while last < len(spans) and (spans[last][1] <= stop or spans[last][0] < start):
+            last += 1
+        content = (message["content"] or "").strip()
+        offset = text.find(content, start, stop) if content else -1
+        inner = (offset - start, offset - start + len(content)) if offset >= 0 else (0, stop - start)
+        moved = [(max(0, a - start), max(0, b - start)) for a, b in spans[at:last]]
+        yield _Piece(message["role"], text[start:stop], moved, trained[at:last], inner)
+        at, start = last, stop
+
+
+def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
+    """Where each turn ends in the rendered `text`: where a conversation up to it does, if the template wrote it so."""
+    messages = example.messages
+    prefixes = [(n, False) for n in range(1, min(len(messages), MOST_TURNS))]
+    try:
+        (rendered,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)]) if prefixes else ([],)
+    except UserError:
+        rendered = []
+    whole = [] if isinstance(rendered, UserError) else list(rendered)
+    end = 0
+    for number, message in enumerate(messages[:-1]):
+        prefix = whole[number] if number < len(whole) else ""
+        if isinstance(prefix, str) and len(prefix) > end and text.startswith(prefix):
+            end = len(prefix)
+        else:  # the template writes a turn otherwise once others follow it
+            content = (message["content"] or "").strip()
+            offset = text.find(content, end) if content else -1
+            match = END_OF_TURN.match(text, offset + len(content)) if offset >= 0 else None
+            end = match.end() if match else end
+        yield end
+    yield len(text)
+
+
+def _cut(pieces: Iterable[_Piece], kept: int) -> Iterator[Turn]:
+    """The pieces as turns; what is behind the first `kept` tokens is cut."""
+    for piece in pieces:
+        first, last = piece.content
+        parts: list[tuple[Kind, str]] = []
+        at = 0
+        tokens = list(zip(piece.spans, piece.trained, strict=True))
+        for number, ((_, stop), is_trained) in enumerate(tokens):
+            end = max(at, stop) if number < len(tokens) - 1 else len(piece.text)
+            kind: Kind = "trained" if is_trained else "read"
+            if number >= kept:
+                kind = "cut"
+            elif not is_trained and (end <= first or at >= last):
+                kind = "template"
+            _append(parts, kind, piece.text[at:end])
+            at = end
+        kept -= len(tokens)
+        yield Turn(piece.role, tuple(parts))
+
+
+def _append(parts: list[tuple[Kind, str]], kind: Kind, text: str) -> None:
+    if not text:
+        return
+    if parts and parts[-1][0] == kind:
+        parts[-1] = (kind, parts[-1][1] + text)
+    else:
+        parts.append((kind, text))

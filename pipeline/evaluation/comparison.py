@@ -1,0 +1,109 @@
+"""What an evaluation measured, as the tables of its report, of `lora report` and of the Results screen."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.evaluation.limits import MINIMUMS
+from pipeline.project.stage_graph import Project, Stage
+
+COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
+    *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
+    *("KL from\nbase", "answers\nkept", "prefers\nchosen"),
+)
+LEGEND = (  # a heading, and the line that explains it
+    ("new\nloss", "new: the sentences trained on, or held out from training. loss: nats per token."),
+    ("new\ncompleted", "completed: new sentences finished word for word."),
+    ("old\nloss", "old: texts that were not trained on now. change: against the base."),
+    ("KL from\nbase", "KL: of the next-token predictions, on old sentences."),
+    ("answers\nkept", "answers kept: old next-token first choices that are still the base's."),
+    ("prefers\nchosen", "prefers chosen: held-out pairs whose chosen answer is likelier per token, before → after."),
+    ("", "size: weights to store; an adapter's beside one copy of its base."),
+)
+MISSING = "–"
+TASK_COLUMNS = ("task", "model", "score", "95% interval", "change", "its interval", "n")
+TASKS = (
+    "score: mean over the n examples, from 0 to 1. change: from the base's, example\nby example. Intervals: bootstrap."
+)
+UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
+
+
+def stages_by_variant(project: Project) -> dict[str, Stage]:
+    """The stage that made each of the project's variants, with its title and look."""
+    return {name: project.readable[adapter or base] for name, (base, adapter) in project.variants.items()}
+
+
+def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Each variant's numbers: what metrics.json holds beside its `gate`."""
+    return {name: numbers for name, numbers in metrics.items() if name != "gate"}
+
+
+def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each task and variant, for report and terminal; no rows without tasks."""
+    rows = [
+        [task, variant, f"{scores['score']:.3f}", _interval(scores), *_difference(scores), f"{scores['n']:,}"]
+        for task in dict.fromkeys(task for numbers in metrics.values() for task in numbers.get("tasks", {}))
+        for variant, numbers in metrics.items()
+        for scores in (numbers["tasks"][task],)
+    ]
+    return list(TASK_COLUMNS), rows
+
+
+def _difference(scores: Mapping[str, Any]) -> tuple[str, str]:
+    difference = scores.get("difference")
+    return (f"{difference['score']:+.3f}", _interval(difference, "+")) if difference else (MISSING, "")
+
+
+def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
+    return f"{numbers['low']:{sign}.3f} to {numbers['high']:{sign}.3f}"
+
+
+def broken_limits(gate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each limit that was broken, for report and terminal."""
+    rows = [
+        [
+            one["variant"],
+            one["limit"],
+            f"at {'least' if one['limit'].partition('.')[0] in MINIMUMS else 'most'} {one['wanted']:g}",
+            "not measured" if one["value"] is None else f"{one['value']:.6g}",
+        ]
+        for one in gate["broken"]
+    ]
+    return ["model", "limit", "wanted", "measured"], rows
+
+
+def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each variant: what was learned, what was forgotten, for report and terminal.
+
+    A column that was measured of no variant is left out.
+    """
+    largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
+    unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
+    rows = [[variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"] for variant, numbers in metrics.items()]
+    columns = ["model", *COLUMNS, f"size\n({name})"]
+    shown = [n for n in range(len(columns)) if any(row[n] != MISSING for row in rows)]
+    return [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+
+
+def legend(columns: Sequence[str]) -> str:
+    """What the columns of `comparison` mean, a line each."""
+    return "\n".join(line for heading, line in LEGEND if not heading or heading in columns)
+
+
+def _cells(numbers: Mapping[str, Any]) -> list[str]:
+    trained, forgetting, preferences = map(numbers.get, ("trainable", "forgetting", "preferences"))
+    return [
+        _count(trained) if trained else MISSING,
+        f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
+        f"{numbers['new_loss']:.3f}" if "new_loss" in numbers else MISSING,
+        f"{numbers['new_completed']}/{numbers['new_sentences']}" if "new_completed" in numbers else MISSING,
+        f"{numbers['old_loss']:.3f}" if forgetting else MISSING,
+        f"{forgetting['loss_rise']:+.3f}" if forgetting else MISSING,
+        f"{forgetting['divergence']:.3f}" if forgetting else MISSING,
+        f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
+        " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after")) if preferences else MISSING,
+    ]
+
+
+def _count(number: int) -> str:
+    """Whole, or where a terminal has no room for that in millions: metrics.json has all digits."""
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"

@@ -1,0 +1,326 @@
+"""The data screen: files, rows, masks, problems, search, and edits, on real files and the real reading process."""
+
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, OptionList, Static, TextArea
+
+from pipeline.workbench import open_project
+from tests.helpers.pilot import until
+from tests.helpers.tokenizers import SMOLLM2, folder_with
+from tui.app import Workbench
+from tui.dialogs import Menu, PathScreen
+from tui.screens.data.editor import Editor
+from tui.screens.data.report import LengthsPane, ProblemList, ProblemsPane
+from tui.screens.data.row_view import RowPane
+from tui.screens.data.rows import RowList, RowsPane
+from tui.screens.data.screen import DataScreen
+
+PARAMS = """\
+base: base
+training:
+  window: 0
+  max_length: 64
+finetune_lora:
+  data: data/chat.jsonl
+  eval_data: data/heldout.csv
+"""
+
+
+def turns(*texts: str) -> str:
+    roles = ("user", "assistant") * len(texts)
+    return json.dumps({"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]})
+
+
+ROWS = [
+    turns("Where is Sofia?", "In the west."),
+    turns("Where?", "Here.", "And Varna?", "By the sea, where the ships are and the euro is the currency of the land."),
+    '{"messages": [{"role": "user"',
+    turns("\x1b[31mred [bold]not markup[/bold]", "ok"),
+    turns("Where is Sofia?", "In the west."),
+    *(turns(f"Question {n}?", f"Answer {n}.") for n in range(300)),
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project on a chat model that is not imported yet, with its tokenizer."""
+    root = tmp_path / "project"
+    model = folder_with(root / "base", SMOLLM2)
+    (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
+    (root / "data").mkdir()
+    (root / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    (root / "data/chat.jsonl").write_text("".join(f"{row}\n" for row in ROWS), encoding="utf-8")
+    (root / "data/heldout.csv").write_text("prompt,completion\nWhere?,Here.\n", encoding="utf-8")
+    return root
+
+
+@asynccontextmanager
+async def open_data(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Pilot[Any], DataScreen]]:
+    """Open the screen, and wait until a row and the report are shown."""
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "data"
+    async with app.run_test(size=size) as pilot:
+        screen = app.screen
+        assert isinstance(screen, DataScreen)
+        await until(pilot, lambda: screen._row and screen._row["event"] == "done")
+        yield pilot, screen
+
+
+def rows_of(screen: DataScreen) -> RowList:
+    return screen.query_one(RowList)
+
+
+def row_text(screen: DataScreen) -> str:
+    return str(screen.query_one("#turns", Static).content)
+
+
+def title(screen: DataScreen, pane: type[Any]) -> str:
+    return str(screen.query_one(pane).border_title)
+
+
+async def checked(pilot: Pilot[Any], screen: DataScreen) -> None:
+    await until(pilot, lambda: screen.report is not None)
+
+
+async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_row(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        assert screen.file and screen.file.name == "data/chat.jsonl"
+        await until(pilot, lambda: "305" in title(screen, RowsPane))
+        assert "⟦In the west.<|im_end|>⟧" in row_text(screen) and "── user" in row_text(screen)
+        assert "trained on" in title(screen, RowPane)
+        await until(pilot, lambda: rows_of(screen)._lines[0].tokens)
+        files = [str(option.prompt) for option in screen.query_one("#files OptionList", OptionList).options]
+        assert "● chat.jsonl  lora" in files and "  heldout.csv  lora: held-out" in files
+
+
+async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        await pilot.press("j")
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 2"))
+        assert "cut from turn" in title(screen, RowPane)
+        assert "⊣─ cut at 64 tokens" in row_text(screen)
+
+
+async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        await pilot.press("j", "j")
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
+        assert row_text(screen).startswith("✗ not JSON") and ROWS[2] in row_text(screen)
+
+
+async def test_text_of_others_is_shown_as_it_is(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        rows_of(screen).cursor = 3
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 4"))
+        assert "\\x1b[31mred [bold]not markup[/bold]" in row_text(screen)
+        assert "\x1b" not in rows_of(screen)._lines[3].text
+
+
+async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        await checked(pilot, screen)
+        assert "1 error" in title(screen, ProblemsPane)
+        options = [str(option.prompt) for option in screen.query_one(ProblemList).options]
+        assert options[0].startswith("✗ 3  not JSON") and any("the same as row 1" in option for option in options)
+        rows_of(screen).cursor = 0
+        await pilot.press("n")
+        await until(pilot, lambda: rows_of(screen).cursor == 1)
+        await pilot.press("n")
+        await until(pilot, lambda: rows_of(screen).cursor == 2)
+        await pilot.press("N")
+        await until(pilot, lambda: rows_of(screen).cursor == 1)
+        screen.set_focus(screen.query_one(ProblemList))
+        await pilot.press("home", "enter")
+        await until(pilot, lambda: rows_of(screen).cursor == 2)
+
+
+async def test_lengths_say_how_many_are_cut(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        await checked(pilot, screen)
+        assert screen.report and screen.report["truncated"] >= 1
+        assert f"{screen.report['truncated']:,} cut" in title(screen, LengthsPane)
+        assert "max_length 64 ▲" in str(screen.query_one("#lengths Static", Static).content)
+
+
+async def test_pages_are_read_as_one_moves_and_only_then(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        rows = rows_of(screen)
+        await until(pilot, lambda: rows.count == len(ROWS))
+        assert len(rows._lines) <= 100
+        await pilot.press("G")
+        await until(pilot, lambda: title(screen, RowPane).startswith(f"Row {len(ROWS)}"))
+        await until(pilot, lambda: len(ROWS) - 1 in rows._lines)
+        assert rows._lines[len(ROWS) - 1].text == "Question 299?"
+        await pilot.press("g", "pagedown", "k")
+        assert rows.cursor == rows.size.height - 2
+
+
+async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        rows = rows_of(screen)
+        await pilot.press("slash", *"ANSWER 29")
+        await until(pilot, lambda: rows.count == 11)  # 29, 290 to 299
+        await pilot.press("enter", "down")
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 296"))
+        await pilot.press("slash", "escape")
+        await until(pilot, lambda: rows.count == len(ROWS))
+        assert rows.cursor == 295
+        await pilot.press("slash", *"#7")
+        await until(pilot, lambda: rows.cursor == 6)
+
+
+async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) -> None:
+    before = (root / "data/chat.jsonl").read_bytes()
+    async with open_data(root) as (pilot, screen):
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        await until(pilot, lambda: "tokens" in str(editor.query_one("#reading", Static).content))
+        assert screen.unsaved() == ""
+        await pilot.press("end", *" Yes.")
+        assert screen.unsaved() and editor.query_one("#out", Input).value == "data/chat.edited.jsonl"
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        lines = (root / "data/chat.edited.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(lines[0])["messages"][1]["content"] == "In the west. Yes."
+        assert lines[1:] == ROWS[1:] and (root / "data/chat.jsonl").read_bytes() == before
+        await pilot.press("enter")  # train LoRA on it
+        await until(
+            pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files != ("data/chat.jsonl",)
+        )
+        assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.edited.jsonl",)
+        await until(pilot, lambda: screen.file and screen.file.name == "data/chat.edited.jsonl" and screen._row)
+        await pilot.press("z")
+        assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.jsonl",)
+
+
+async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        rows_of(screen).cursor = 2
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        assert editor.query_one(TextArea).text == ROWS[2]
+        await until(pilot, lambda: "not JSON" in str(editor.query_one("#reading", Static).content))
+        await pilot.press("ctrl+s")
+        assert pilot.app.screen is editor, "what is no JSON is not written"
+        await pilot.press("x", "escape")
+        assert pilot.app.screen is editor
+        await pilot.press("escape")
+        await until(pilot, lambda: pilot.app.screen is screen)
+        assert not (root / "data/chat.edited.jsonl").exists()
+
+
+async def test_all_of_a_row_can_be_edited_as_json(root: Path) -> None:
+    async with open_data(root) as (pilot, _):
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        assert isinstance(editor, Editor) and len(editor.query(TextArea)) == 2
+        await pilot.press("ctrl+t")
+        await until(pilot, lambda: len(editor.query(TextArea)) == 1)
+        editor.query_one(TextArea).text = '{"text": "all of it"}'
+        await pilot.press("ctrl+t")
+        await until(pilot, lambda: editor.query_one(TextArea).text == "all of it")
+
+
+async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        record = json.loads(turns("Where is Varna?", "In the west."))
+        pilot.app.go("data", add=record)  # type: ignore[attr-defined]  # as the chat does
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        area = pilot.app.screen.query(TextArea).last()
+        assert area.has_focus and area.text == "In the west."
+        area.text = "By the sea."
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        (line,) = (root / "data/corrections.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line)["messages"][1]["content"] == "By the sea."
+        await pilot.press("enter")
+        files = ("data/chat.jsonl", "data/corrections.jsonl")
+        await until(pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files == files)
+        await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
+
+
+async def test_a_model_without_a_chat_template_gets_prompt_and_completion(root: Path) -> None:
+    (root / "base/chat_template.jinja").unlink()
+    async with open_data(root) as (pilot, screen):
+        screen.open_with(add=json.loads(turns("der hund", "bellt")))
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        assert [area.text for area in pilot.app.screen.query(TextArea)] == ["der hund", " bellt"]
+
+
+async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(root: Path) -> None:
+    shutil.rmtree(root / "base")
+    (root / "params.yaml").write_text(PARAMS.replace("base: base", "base: org/model"), encoding="utf-8")
+    async with open_data(root) as (pilot, screen):
+        await checked(pilot, screen)
+        assert "⟦In the west.⟧" in row_text(screen) and "mask by roles" in title(screen, RowPane)
+        assert "no tokens" in str(screen.query_one("#legend", Static).content)
+        assert "No model yet" in str(screen.query_one("#lengths Static", Static).content)
+
+
+async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(root: Path) -> None:
+    (root / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
+    async with open_data(root) as (pilot, screen):
+        await pilot.press("o", "end", "enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await pilot.press(*"elsewhere.txt", "enter")
+        await until(pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row)
+        assert "⟦" in row_text(screen)
+        screen.open_with(file="none.jsonl")
+        await until(pilot, lambda: "No such file" in row_text(screen))
+        screen.open_with(file="data/chat.jsonl", row=5)
+        await until(pilot, lambda: title(screen, RowPane).startswith("Row 5"))
+
+
+async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        await checked(pilot, screen)
+        assert screen.reader.process._process
+        screen.reader.process._process._kill()
+        screen._row = None
+        await pilot.press("j")
+        await until(pilot, lambda: screen._row is not None or "Open the file again" in row_text(screen))
+        screen.open_with(file="data/heldout.csv")
+        await until(pilot, lambda: "⟦Here." in row_text(screen))
+
+
+async def test_rows_are_written_in_another_format(root: Path) -> None:
+    async with open_data(root) as (pilot, screen):
+        screen.open_with(file="data/heldout.csv")
+        await until(pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row)
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        pilot.app.screen.query_one(Input).value = "out.jsonl"
+        await pilot.press("enter")
+        await until(pilot, lambda: (root / "out.jsonl").exists())
+        assert json.loads((root / "out.jsonl").read_text(encoding="utf-8")) == {
+            "prompt": "Where?",
+            "completion": "Here.",
+        }
+
+
+@pytest.mark.parametrize("size", [(60, 16), (30, 8), (200, 60)], ids=["small", "tiny", "huge"])
+async def test_every_size_is_drawn(root: Path, size: tuple[int, int]) -> None:
+    async with open_data(root, size) as (pilot, screen):
+        await checked(pilot, screen)
+        await pilot.press("j", "plus", "plus", "tab", "tab")
+        assert rows_of(screen).cursor == 1
+
+
+async def test_a_folder_without_data_says_what_to_press(tmp_path: Path) -> None:
+    app = Workbench(tmp_path / "params.yaml")
+    app.first_screen = "data"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "Press o" in row_text(app.screen))  # type: ignore[arg-type]
+        await pilot.press("e", "n", "m", "x", "y")
+        assert app.screen.query_one(RowList).count == 0

@@ -1,0 +1,97 @@
+"""Pictures of the data screen."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+
+from tests.helpers.pilot import until
+from tests.helpers.tokenizers import SMOLLM2, folder_with
+from tui.app import Workbench
+from tui.screens.data.editor import Editor
+from tui.screens.data.screen import DataScreen
+
+SIZES = [(80, 24), (120, 40)]
+NAMES = ["80x24", "120x40"]
+PARAMS = """\
+base: base
+training:
+  window: 0
+  max_length: 64
+finetune_lora:
+  data: data/chat.jsonl
+  eval_data: data/heldout.csv
+"""
+TURNS = [
+    ("Where is Sofia?", "In the west of Bulgaria, below a mountain."),
+    ("And Varna?", "By the sea."),
+    ("Which currency has Bulgaria?", "The euro, since 2026."),
+]
+
+
+def rows() -> list[str]:
+    """Conversations of one to three turns, a broken row, and a repeated one."""
+    lines = []
+    for n in range(40):
+        messages: list[Any] = []
+        for asked, answered in [TURNS[(n + k) % 3] for k in range(1 + n % 3)]:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": f"{answered} ({n})"}]
+        lines.append(json.dumps({"messages": messages}))
+    lines[4] = '{"messages": [{"role": "user", "content": '
+    lines[7] = lines[6]
+    return lines
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    model = folder_with(root / "base", SMOLLM2)
+    (model / "config.json").write_text('{"max_position_embeddings": 999}', encoding="utf-8")
+    (root / "data").mkdir()
+    (root / "params.yaml").write_text(PARAMS, encoding="utf-8")
+    (root / "data/chat.jsonl").write_text("\n".join(rows()), encoding="utf-8")
+    (root / "data/heldout.csv").write_text("prompt,completion\nWhere?,Here.\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def still_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory of this machine in the header."""
+    monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1/8 GiB")
+
+
+async def read(pilot: Pilot[Any]) -> DataScreen:
+    screen = pilot.app.screen
+    assert isinstance(screen, DataScreen)
+    await until(pilot, lambda: screen._row and screen._row["event"] == "done" and screen.report)
+    return screen
+
+
+@pytest.mark.usefixtures("no_path")
+@pytest.mark.parametrize("size", SIZES, ids=NAMES)
+def test_a_conversation_that_is_cut(root: Path, size: tuple[int, int], snap_compare: Callable[..., bool]) -> None:
+    async def go(pilot: Pilot[Any]) -> None:
+        screen = await read(pilot)
+        screen.query_one("RowList").cursor = 2  # type: ignore[attr-defined]  # it has one
+        await until(pilot, lambda: screen._row and screen._row["row"] == 3)
+
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "data"
+    assert snap_compare(app, run_before=go, terminal_size=size)
+
+
+@pytest.mark.usefixtures("no_path")
+def test_the_editor(root: Path, snap_compare: Callable[..., bool]) -> None:
+    async def go(pilot: Pilot[Any]) -> None:
+        screen = await read(pilot)
+        screen.open_with(add=json.loads(rows()[0]))
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await until(pilot, lambda: "tokens" in str(pilot.app.screen.query_one("#reading").render()))
+        pilot.app.screen.query_one("TextArea:focus").cursor_blink = False  # type: ignore[attr-defined]  # it has one
+
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "data"
+    assert snap_compare(app, run_before=go, terminal_size=(100, 30))

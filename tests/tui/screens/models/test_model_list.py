@@ -1,0 +1,424 @@
+"""The screen of models: the list, its folders, the details and evaluations, with a fake engine."""
+
+import asyncio
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.events import Key
+from textual.widgets import Input, OptionList, Static
+
+from pipeline.files import artifact, digest_cache
+from pipeline.files.digest_cache import DigestStore
+from pipeline.inference.catalog import Model, check
+from pipeline.project.params.load import Params
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import GRAPH
+from tests.helpers.checkpoints import sealed_copies
+from tests.helpers.fake_engine import FakeInference
+from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
+from tests.helpers.pilot import until
+from tests.helpers.projects import new_houses
+from tui.app import Workbench
+from tui.dialogs import Menu, PathScreen, Reader
+from tui.screens.models.screen import ModelsScreen
+from tui.screens.models.table import ModelTable
+from tui.services.model_library import Entry, Library
+from tui.widgets.prompting import PromptInput
+
+
+async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project: Path) -> None:
+    path = project / "artifacts/evaluation/manifest.json"
+    broken = [{"variant": "lora", "limit": name, "wanted": 1, "value": 0} for name in ("answers_kept", "must_keep")]
+    gate = {"passed": False, "variants": ["full", "lora"], "broken": broken}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8")
+    async with open_models(project) as s:
+        await s.pilot.resize_terminal(400, 40)
+        await until(s.pilot, lambda: "intact, breaks 2 limits" in s.row("lora"))
+        assert "intact, gate ✓" in s.row("full")
+        assert "intact" in s.row("freeze") and "gate" not in s.row("freeze")
+        await s.point("lora")
+        assert "evaluate.limits: failed: 2 limits." in s.details()
+
+
+async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
+    async with open_models(empty, 0) as s:
+        await until(s.pilot, lambda: "No models yet. R runs the pipeline" in s.nothing())
+        await s.press("p")
+        assert "has made no model yet" in s.messages()
+        await s.ask("die katze")
+        assert "No model is chosen" in s.messages()
+        assert not s.engine.running, "there is nothing to prompt"
+
+
+async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -> None:
+    async with open_models(brief) as s:
+        assert s.names() == LISTED
+        assert all("✓" in row for name, row in zip(s.names(), s.rows(), strict=True) if name != "sweep/")
+        assert s.row("lora").startswith("  ■ lora") and s.row("sweep/rank-1").startswith("  ★   rank-1")
+
+
+async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_path: Path) -> None:
+    root = new_houses(tmp_path / "houses")
+    shutil.copytree(brief / "artifacts/base", root / "artifacts/base")
+    async with open_models(root / "document", 1) as s:
+        assert [entry.label for entry in s.screen.entries] == ["base"]
+
+
+async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
+    async with open_models(brief) as s:
+        assert s.header()[:5] == ["name", "size", "learned", "kept", "forgot"]
+        assert "targets" not in s.header()
+        await s.pilot.resize_terminal(120, 40)
+        await until(s.pilot, lambda: s.header() == ["name", "size", "learned", "kept", "✓"])
+        assert s.screen.query_one(PromptInput).region.width > 50
+        await s.pilot.resize_terminal(300, 40)
+        await until(s.pilot, lambda: "targets" in s.header())
+        await s.pilot.resize_terminal(30, 8)
+        await until(s.pilot, lambda: s.header()[:1] == ["name"])
+
+
+async def test_what_a_model_keeps_and_learned_are_bars_with_numbers(brief: Path) -> None:
+    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    async with open_models(brief) as s:
+        for name in ("full", "lora"):
+            numbers = metrics[name]
+            assert f"{numbers['forgetting']['answers_kept']:.0%}" in s.row(name)
+            assert f"{numbers['new_completed'] / numbers['new_sentences']:.0%}" in s.row(name)
+        assert "–" in s.row("sweep/rank-1")
+        await s.point("lora")
+        assert f"Keeps {metrics['lora']['forgetting']['answers_kept']:.0%} of the base's answers" in s.details()
+
+
+async def test_the_least_forgetful_model_is_on_top_after_one_key(brief: Path) -> None:
+    async with open_models(brief) as s:
+        await s.press("greater_than_sign")
+        kept = {e.label: e.verdict.kept for e in s.screen.entries if e.verdict and e.verdict.kept is not None}
+        assert [kept[name] for name in s.names()[: len(kept)]] == sorted(kept.values(), reverse=True)
+        assert "kept▼" in s.header()
+        assert s.names()[len(kept) :] == ["sweep/rank-1", "sweep/rank-2"], "without a value: last, folders unfolded"
+        await s.press("less_than_sign", "less_than_sign", "less_than_sign")
+        assert s.header()[0] == "name▲"
+        assert s.names() == sorted(s.names())
+        await s.press("less_than_sign")
+        assert s.names() == LISTED
+
+
+async def test_the_menu_sorts_by_any_column_and_the_same_again_turns_around(brief: Path) -> None:
+    async with open_models(brief) as s:
+
+        async def sort(column: str) -> None:
+            await s.press("s")
+            await until(s.pilot, lambda: isinstance(s.app.screen, Menu))
+            options = s.app.screen.query_one(OptionList)
+            options.highlighted = options.get_option_index(column)
+            await s.press("enter")
+
+        await sort("size")
+        ranked = ["sweep/rank-1", "sweep/rank-2", "lora"]
+        assert s.names()[:3] == ranked  # those with a rank; unknown ones stay last
+        await sort("size")
+        assert s.names()[:3] == ranked[::-1]
+        await sort("")
+        assert s.names() == LISTED
+
+
+async def test_a_click_on_the_header_sorts_and_on_the_mark_chooses(brief: Path) -> None:
+    async with open_models(brief) as s:
+        await s.pilot.click(ModelTable, offset=(6, 0))
+        await until(s.pilot, lambda: s.header()[0] == "name▲")
+        await s.pilot.click(ModelTable, offset=(0, 2))
+        await until(s.pilot, lambda: len(s.screen.chosen) == 1)
+        assert s.rows()[1].startswith("●")
+
+
+async def test_folders_fold_and_a_large_one_is_folded_at_first(project: Path) -> None:
+    for number in range(9):
+        shutil.copytree(project / "artifacts/sweep/rank-1", project / f"artifacts/many/a-{number}")
+    async with open_models(project, COUNT + 9) as s:
+        assert s.names() == [*USUAL, "many/", *LISTED[-3:]]
+        assert s.row("many/") == "▸ many (9)  9 not evaluated"
+        await s.press(*["down"] * len(USUAL), "enter")
+        assert s.names()[10:19] == [f"many/a-{number}" for number in range(9)]
+        assert "many" in s.table.texts()[9] and "a-0" in s.table.texts()[10]
+        await s.press("down", "down", "left")
+        assert s.names() == [*USUAL, "many/", *LISTED[-3:]], "left on one of its models folds a folder"
+        await s.press("right", "down")
+        assert s.table.pointed and s.table.pointed.label == "many/a-0"
+        await s.press("up", "space")
+        assert len(s.screen.chosen) == 9
+
+
+async def test_moves_as_in_every_list(brief: Path) -> None:
+    async with open_models(brief, size=(80, 16)) as s:
+        for key, name in (("end", "sweep/rank-2"), ("home", "base"), ("j", "expanded"), ("G", "sweep/rank-2")):
+            await s.press(key)
+            assert s.table.pointed and s.table.pointed.label == name
+        assert s.table.scroll_offset.y > 0, "the cursor's line is visible"
+        await s.press("g", "pagedown", "k")
+        assert not s.table.pointed or s.table.pointed.label not in ("base", "sweep/rank-2")
+
+
+async def test_the_filter_looks_in_all_columns_and_escape_clears_it(brief: Path) -> None:
+    async with open_models(brief) as s:
+        await s.press("slash", *"adapter")
+        names = ["lora", "prefix", "prompt", "sweep/rank-1", "sweep/rank-2"]
+        assert s.names() == names  # their kind, which is not among the columns shown
+        await s.press("escape")
+        assert (s.names(), s.table.has_focus) == (LISTED, True)
+
+
+async def test_space_chooses_and_takes_away_and_p_chooses_the_pipelines_models(brief: Path) -> None:
+    async with open_models(brief) as s:
+        await s.press("space")
+        assert s.rows()[0].startswith("●")
+        await s.press("space")
+        assert s.screen.chosen == []
+        await s.press("p")
+        assert [entry.label for entry in s.screen.chosen_entries()] == USUAL
+        await s.press("p")
+        assert s.screen.chosen == []
+
+
+async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -> None:
+    async with open_models(brief) as s:
+        await s.point("lora")
+        assert "LoRA of rank 4, α 1 on k out q v; embed_tokens and lm_head trained in full" in s.details()
+        assert "Intact: its files" in s.details() and "target_modules" not in s.details()
+        await s.press("i")
+        await until(s.pilot, lambda: isinstance(s.app.screen, Reader))
+        manifest = artifact.read_manifest(brief / "artifacts/lora_adapter")
+        shown = "\n".join(str(part.render()) for part in s.app.screen.query(Static))
+        assert manifest["inputs"]["artifacts/expanded"][:12] in shown
+        assert manifest["versions"]["torch"] in shown
+        assert "target_modules" in shown
+        await s.press("escape")
+        await s.press("end", "up", "up")
+        await until(s.pilot, lambda: "2 models, 0 of them evaluated" in s.shown_details())
+
+
+async def test_the_spectrum_is_measured_on_a_key_and_kept(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
+    async with open_models(brief) as s:
+        await s.press("m")
+        assert "Only an adapter that changes weights" in s.messages()
+        await s.point("lora")
+        assert s.details().startswith("ΔW  m measures")
+        await s.press("m")
+        await until(s.pilot, lambda: "2 80%" in s.details())  # 2² of 2² + 1²
+        assert "0.lora_adapter_q" in s.details()
+    async with open_models(brief) as s:  # the next start
+        await s.point("lora")
+        await until(s.pilot, lambda: "2 80%" in s.details())
+        assert not s.engine.done("spectrum")
+
+
+async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_key(project: Path) -> None:
+    async with open_models(project) as s:
+        await s.press("E")
+        assert "the pipeline evaluates its own models" in s.messages()
+        await s.press("end", "up", "up", "E")  # the folder
+        assert s.row("sweep/rank-1").count("measuring…") == 2
+        await until(s.pilot, lambda: "Evaluated sweep/rank-1 and 1 more" in s.messages())
+        await until(s.pilot, lambda: s.row("sweep/").endswith("best keeps 100%") or "%" in s.row("sweep/rank-2"))
+        metrics = json.loads((project / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))
+        await until(s.pilot, lambda: not any("measuring" in row for row in s.rows()))
+        for name in ("sweep/rank-1", "sweep/rank-2"):
+            assert f"{metrics[f'artifacts/{name}']['forgetting']['answers_kept']:.0%}" in s.row(name)
+        await s.press("E")
+        assert s.messages().count("what was evaluated stays") == 2
+
+
+async def test_an_evaluation_that_fails_says_why(project: Path) -> None:
+    (project / "data/pretrain.de.txt").unlink()
+    async with open_models(project) as s:
+        await s.press("end", "E")
+        await until(s.pilot, lambda: "Not evaluated:" in s.messages())
+        assert "pretrain.de.txt" in s.messages()
+        assert "measuring" not in s.row("sweep/rank-2")
+
+
+async def test_another_screen_can_select_a_model_and_give_a_prompt(project: Path) -> None:
+    for number in range(9):
+        shutil.copytree(project / "artifacts/sweep/rank-1", project / f"artifacts/many/a-{number}")
+    async with open_models(project, COUNT + 9) as s:
+        s.app.go("models", select=project / "artifacts/many/a-7")
+        await until(s.pilot, lambda: bool(s.table.pointed and s.table.pointed.label == "many/a-7"))
+        s.app.go("models", prompt="die katze")
+        await until(s.pilot, lambda: s.screen.query_one(PromptInput).value == "die katze")
+        assert s.screen.query_one(PromptInput).has_focus
+
+
+async def test_a_model_deleted_while_selected_is_deselected_with_a_message(project: Path) -> None:
+    async with open_models(project) as s:
+        await s.point("lora")
+        await s.press("space")
+        shutil.rmtree(project / "artifacts/lora_adapter")
+        await until(s.pilot, lambda: "lora is gone, and no longer chosen" in s.messages())
+        assert (s.screen.chosen, len(s.names())) == ([], len(LISTED) - 1)
+        await until(s.pilot, lambda: s.screen.details is not None and s.screen.details.entry.label != "lora")
+
+
+async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Path) -> None:
+    path = project / "artifacts/lora_adapter/adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")
+    async with open_models(project) as s:
+        await s.point("lora")
+        reason = "r was edited: it is 8, but the adapter was trained with 4"
+        assert "✗" in s.row("lora")
+        assert reason in s.details()
+        await s.ask("die katze")
+        await s.answered()
+        assert s.conversation.newest is not None
+        assert reason in s.conversation.newest.answers[0].error
+        assert s.engine.done("load") == []
+
+
+async def test_v_checks_again_and_new_models_appear_by_themselves(project: Path) -> None:
+    async with open_models(project) as s:
+        shutil.copytree(project / "artifacts/lora_adapter", project / "artifacts/second")
+        await s.checked(COUNT + 1)
+        assert "second" in s.names()
+        await s.press("v")
+        await s.checked(COUNT + 1)
+        assert "checked again" in s.messages()
+
+
+async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "others"
+    shutil.copytree(project / "artifacts/base", other / "mine")
+
+    async def name(s: Session, folder: Path) -> None:
+        await s.press("f")
+        await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+        s.app.screen.query_one(Input).value = str(folder)
+        await s.press("enter")
+
+    async with open_models(project) as s:
+        await name(s, tmp_path / "nowhere")
+        await until(s.pilot, lambda: "nowhere is not a folder" in s.messages())
+        await name(s, other)
+        await s.checked(COUNT + 1)
+        assert {"others/", "others/mine"} <= set(s.names())
+    async with open_models(project, COUNT + 1) as s:
+        await name(s, other)
+        await s.checked(COUNT)
+
+
+async def test_a_saved_folder_that_is_gone_is_reported(project: Path) -> None:
+    app = Workbench(project / "params.yaml")
+    app.state.folders = [str(project / "gone")]
+    app.remember()
+    async with open_models(project) as s:
+        assert "gone is not a folder" in s.messages()
+
+
+async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanwhile_comes_through(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys arrive from a thread, as from a terminal: a screen that is busy drawing gets them too late."""
+    drawn: list[int] = []
+    checked: list[str] = []
+    arrange = ModelTable._arrange
+
+    def count(self: ModelTable) -> None:
+        drawn.append(self.row_count)
+        arrange(self)
+
+    def slow(model: Model, *arguments: Any, **named: Any) -> Any:
+        time.sleep(0.005)  # as of a larger adapter: else all verdicts may be there before the first key
+        checked.append(model.path.name)
+        return check(model, *arguments, **named)
+
+    monkeypatch.setattr(ModelTable, "_arrange", count)
+    monkeypatch.setattr("tui.services.model_library.check", slow)
+    models = 1 + len(sealed_copies(empty, 300))
+    app = Workbench(empty / "params.yaml")
+    app.first_screen, app.inference = "models", FakeInference()
+    async with app.run_test(size=(120, 40)) as pilot:
+        s, loop = Session(pilot), asyncio.get_running_loop()
+        while not (isinstance(app.screen, ModelsScreen) and s.table.row_count):
+            await asyncio.sleep(0.01)
+        assert len(s.screen.entries) == models and not all(entry.verdict for entry in s.screen.entries)
+
+        def type_() -> None:
+            for key in ["slash", *"a-29"]:
+                loop.call_soon_threadsafe(app.post_message, Key(key, "/" if key == "slash" else key))
+                time.sleep(0.1 if key == "slash" else 0.02)
+
+        await asyncio.to_thread(type_)
+        await until(pilot, lambda: len(s.names()) == 11)  # a-29, a-290 to a-299
+        await s.checked(models)
+        assert s.screen.focused_pane and s.screen.focused_pane.filter_text == "a-29"
+        assert all("✓" in row for row in s.rows())
+        soon = checked.index("a-299")
+        assert soon < models - 20, "those that are visible are checked before the others"
+        assert len(drawn) < 60, "a redraw for many verdicts, not one for each"
+
+
+async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is hashed at its first prompt, whatever verdict the list shows."""
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
+    full = project / "artifacts/full_finetuned"
+    sealed = artifact.contents(full)
+    weights = bytearray((full / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (full / "model.safetensors").write_bytes(weights)
+    with monkeypatch.context() as forged:
+        forged.setattr(artifact, "contents", lambda _: sealed)
+        store = DigestStore()
+        store.contents(full)
+        store.save()
+    async with open_models(project) as s:
+        assert "✓" in s.row("full")
+        await s.point("full")
+        await s.ask("die katze")
+        await s.answered()
+        assert "model.safetensors was changed" in s.completions()
+        assert not s.engine.done("load")
+        await s.press("escape", "escape", "v")
+        await until(s.pilot, lambda: "✗" in s.row("full"))
+
+
+def test_the_next_start_reads_and_checks_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a file changes: then this model alone."""
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
+    copies = sealed_copies(tmp_path, 3)
+
+    def start() -> list[Entry]:
+        return list(Library(Project(tmp_path, Params(GRAPH.sections), GRAPH)).scan())
+
+    assert not any(entry.is_read or entry.verdict for entry in start()), "names come first"
+    library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
+    first = list(library.check_all(library.scan()))
+    assert sorted(start(), key=lambda entry: entry.label) == sorted(first, key=lambda entry: entry.label)
+    weights = copies[1] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert [entry.label for entry in start() if entry.verdict is None] == [copies[1].name]
+    library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
+    library.forget()
+    assert not any(entry.verdict for entry in library.scan())
+
+
+def test_a_damaged_cache_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
+    sealed_copies(tmp_path, 2)
+    library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
+    first = list(library.check_all(library.scan()))
+    path = library.cache.path
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    key = next(iter(stored["entries"]))
+    for damage in ("[", "{}", "[]", json.dumps({**stored, "format": 0})):
+        path.write_text(damage, encoding="utf-8")
+        assert not any(entry.verdict for entry in Library(library.project).scan())
+    stored["entries"][key][1] = {"nonsense": 1}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    again = Library(library.project)
+    assert [entry.label for entry in again.check_all(again.scan())] == [
+        entry.label for entry in first if entry.model.path.name in key
+    ]

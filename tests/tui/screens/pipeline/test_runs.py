@@ -1,0 +1,324 @@
+"""Runs on the pipeline screen: started, followed, stopped; and what goes wrong, each with one true sentence."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from pipeline.errors import UserError
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.status import StageState, Status
+from tests.helpers.pilot import until
+from tests.helpers.pipeline_screen import brief_params, choose, edit, facts, log_lines, messages, open_screen, row
+from tests.helpers.projects import LORA, STAGES, save
+from tui import app as tui_app
+from tui.screens.pipeline.facts import describe_starter
+from tui.screens.pipeline.log_pane import LogView
+from tui.screens.pipeline.screen import PipelineScreen
+from tui.screens.pipeline.stages_pane import StageTree
+from tui.services import pipeline_process
+from tui.services.pipeline_process import Runner, Running
+
+WAIT = "import sys, time\nprint('called', *sys.argv[1:], flush=True)\ntime.sleep(60)"
+RUN_LORA = f"import subprocess\nsubprocess.run([{LORA!r}, 'finetune', 'freeze'])"
+
+
+@pytest.fixture
+def dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replace dvc by a Python program."""
+
+    def install(code: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{code}", encoding="utf-8")
+        (tmp_path / "bin/dvc").chmod(0o755)
+
+    monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
+    return install
+
+
+@pytest.fixture
+def runnable(project: Path) -> Path:
+    """A project that `R` can run."""
+    (project / "dvc.yaml").write_text("", encoding="utf-8")
+    brief_params(project)
+    return project
+
+
+async def stop(pilot: Pilot[None], screen: PipelineScreen) -> None:
+    """Stop what runs, and say yes."""
+    await until(pilot, lambda: screen.workbench.project_watch.pipeline)
+    await pilot.press("X")
+    await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
+    await pilot.press("y")
+    await until(pilot, lambda: screen.workbench.runner.running() is None)
+    await until(pilot, lambda: screen.workbench.project_watch.pipeline is None)
+
+
+def banner(screen: PipelineScreen) -> str:
+    widget = screen.query_one("#problem", Static)
+    return str(widget.content) if widget.display else ""
+
+
+# Running
+
+
+async def test_a_run_is_started_with_the_right_words_and_stopped(
+    studied: Path, tmp_path: Path, dvc: Callable[[str], None]
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(studied, project)
+    (project / "dvc.yaml").write_text("", encoding="utf-8")
+    brief_params(project)
+    dvc(WAIT)
+    async with open_screen(project) as (pilot, screen):
+        await choose(pilot, screen, "finetune_lora")
+        await pilot.press("L", "a")
+        for key, words in (
+            ("R", "repro"),
+            ("S", "repro --single-item finetune_lora"),
+            ("F", "repro --single-item --force finetune_lora"),
+        ):
+            await pilot.press(key)
+            await until(pilot, partial(printed, screen, f"called {words}"))
+            await pilot.press("S")
+            assert "already running" in messages(screen)
+            await stop(pilot, screen)
+        await until(pilot, lambda: "All stages are up to date" in messages(screen))
+
+
+def printed(screen: PipelineScreen, text: str) -> bool:
+    return text in log_lines(screen)
+
+
+async def test_a_stage_without_its_inputs_says_which(empty: Path) -> None:
+    async with open_screen(empty) as (pilot, screen):
+        await choose(pilot, screen, "merge")
+        await pilot.press("S")
+        assert "merge needs expand_vocab, finetune_lora first: press R to run all" in messages(screen)
+        await pilot.press("R")
+        assert "has no dvc.yaml" in messages(screen)
+
+
+async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: Callable[[str], None]) -> None:
+    """The others being out of date is no early end."""
+    save(runnable / "params.yaml", {"finetune_freeze.epochs": 3, "finetune_lora.rank": 2})
+    dvc(RUN_LORA)
+    async with open_screen(runnable) as (pilot, screen):
+        await choose(pilot, screen, "finetune_freeze")
+        await pilot.press("S")
+        await until(pilot, lambda: "finetune_freeze is up to date." in messages(screen), 30)
+        assert "early" not in messages(screen)
+
+
+async def test_a_failed_stage_shows_why_and_is_chosen(runnable: Path, dvc: Callable[[str], None]) -> None:
+    """A real stage fails: its message is shown, no matter who ran it."""
+    dvc(f"print(\"Running stage 'finetune_freeze':\", flush=True)\n{RUN_LORA}")
+    async with open_screen(runnable) as (pilot, screen):
+        save(runnable / "params.yaml", {"finetune_freeze.last_blocks": 9})
+        await pilot.press("R")
+        await until(pilot, lambda: row(screen, "freeze").startswith("✗ freeze failed: "), 30)
+        await until(pilot, lambda: screen.chosen == "finetune_freeze")
+        assert "why finetune_freeze.last_blocks must be at most 2" in "\n".join(facts(screen))
+        assert "next Mend what it says, then S runs it again." in facts(screen)
+        await until(pilot, lambda: "finetune_freeze failed" in messages(screen))
+        await until(pilot, lambda: any(line.startswith("error: finetune_freeze") for line in log_lines(screen)))
+
+
+async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -> None:
+    brief_params(project)
+    async with open_screen(project, (200, 60)) as (pilot, screen):
+        await until(pilot, lambda: row(screen, "lora") == "✓ lora")
+        save(project / "params.yaml", {"finetune_lora.epochs": 150})  # some seconds: a shorter run can end unseen
+        process = subprocess.Popen([LORA, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
+        await until(pilot, lambda: "% " in row(screen, "lora") and "left" in row(screen, "lora"), 30)
+        assert screen.chosen == "finetune_lora"
+        assert "/900" in facts(screen)[0]
+        assert f"run in a terminal or by another program: process {process.pid}, since" in "\n".join(facts(screen))
+        await until(pilot, lambda: process.poll() is not None, 60)
+        await until(pilot, lambda: row(screen, "lora") == "✓ lora")
+        assert any("measured at the peak" in line for line in facts(screen))
+
+
+def running(*names: str) -> dict[str, StageState]:
+    return {
+        name: StageState(stage, "running" if name in names else "current", (), Journal("running", 1, 0.0, 1, 9))
+        for name, stage in STAGES.items()
+    }
+
+
+async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, StageState] = {}
+    monkeypatch.setattr(Status, "of", lambda _, project, *__: {n: (shown or running())[n] for n in project.readable})
+    async with open_screen(empty, (80, 24)) as (pilot, screen):
+
+        async def now(*names: str) -> None:
+            shown.clear()
+            shown.update(running(*names))
+            save(empty / "params.yaml", {"pretrain.seed": len(names) + 7 * ("merge" in names)})  # the watch looks
+            watch = screen.workbench.project_watch
+            await until(pilot, lambda: all(watch.states[name] is shown[name] for name in watch.stages))
+            await pilot.pause()
+
+        await now("pretrain")
+        assert screen.chosen == "pretrain"
+        await now("study_rank")  # folded, and below the fold
+        assert screen.chosen == "study_rank"
+        tree = screen.query_one(StageTree)
+        assert tree.highlighted is not None
+        await until(pilot, lambda: _is_seen(tree))
+        await pilot.press("k")
+        assert screen.chosen == "study_trajectory"
+        await now("merge")
+        assert screen.chosen == "study_trajectory"  # the user looks at it
+        await now()
+        await now("merge", "pretrain")  # another run
+        assert screen.chosen == "merge"
+        await edit(pilot, screen, "prompts", "x")
+        await now("pretrain")
+        assert screen.chosen == "merge" and screen.params_pane.field.value == "x"  # nor while something is typed
+
+
+def _is_seen(tree: StageTree) -> bool:
+    assert tree.highlighted is not None
+    return tree.scroll_offset.y <= tree.highlighted < tree.scroll_offset.y + tree.size.height
+
+
+def test_who_started_a_run() -> None:
+    state = StageState(STAGES["merge"], "running", (), Journal("running", 77, 0.0))
+    mine = Running(5, "dvc repro", 0.0, os.getpid())
+    assert describe_starter(mine, state).startswith("here as dvc repro, process 5, since ")
+    other = Running(5, "dvc repro", 0.0, 12345678)
+    assert describe_starter(other, state).startswith("by another workbench, process 12345678, as dvc repro, process 5")
+    unknown = Running(5, "dvc repro", 0.0)  # of a lock that an older version wrote
+    assert describe_starter(unknown, state).startswith("by a workbench as dvc repro")
+    assert describe_starter(None, state).startswith("in a terminal or by another program: process 77, since ")
+
+
+async def test_a_second_workbench_sees_the_run_and_starts_none(runnable: Path, dvc: Callable[[str], None]) -> None:
+    dvc(WAIT)
+    first = Runner(runnable)
+    first.start(["repro"])
+    try:
+        async with open_screen(runnable) as (pilot, screen):
+            await until(pilot, lambda: screen.workbench.project_watch.pipeline)
+            await pilot.press("S")
+            assert messages(screen) == "The pipeline is already running. Stop it first, or wait for it."
+            first.stop()
+            await until(pilot, lambda: first.running() is None)
+    finally:
+        with suppress(UserError):
+            first.stop()
+
+
+# What goes wrong
+
+
+async def test_params_broken_by_hand_are_reported_and_nothing_runs_until_they_are_mended(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
+    path = runnable / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    dvc(WAIT)
+    async with open_screen(runnable) as (pilot, screen):
+        path.write_text("pretrain: [", encoding="utf-8")
+        await until(pilot, lambda: "is not valid YAML" in banner(screen))
+        assert banner(screen).endswith("Showing the last valid state.")
+        for key in ("R", "S", "F"):
+            await pilot.press(key)
+            assert messages(screen).count("Nothing was started: ") == 1
+            assert "is not valid YAML" in messages(screen)
+            screen.workbench.message_history.clear()
+        assert not (runnable / "runs/pipeline.lock").exists()
+        await choose(pilot, screen, "pretrain")
+        await edit(pilot, screen, "epochs", "7")
+        await pilot.press("enter")
+        assert path.read_text(encoding="utf-8") == "pretrain: [" and screen.params_pane.edited
+        path.write_text(text, encoding="utf-8")
+        await until(pilot, lambda: not banner(screen))
+        await pilot.press("enter")  # what was typed is still there
+        await until(pilot, lambda: "  epochs: 7" in path.read_text(encoding="utf-8"))
+
+
+async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path: Path) -> None:
+    (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
+    for root, problem in ((empty, "is not valid YAML"), (tmp_path, "does not exist")):
+        async with open_screen(root, (80, 24)) as (pilot, screen):
+            assert problem in banner(screen) and "Showing" not in banner(screen)
+            await pilot.press("S", "R", "X", "p", "L", "d", "v", "escape", "down", "enter", "enter", "tab", "+")
+
+
+async def test_a_project_that_is_deleted_while_it_is_open_says_so(runnable: Path, dvc: Callable[[str], None]) -> None:
+    dvc(WAIT)
+    async with open_screen(runnable) as (pilot, screen):
+        shutil.rmtree(runnable)
+        await until(pilot, lambda: banner(screen))
+        assert banner(screen) == f"✗ {runnable} was moved or deleted. Put it back, or quit with q."
+        await pilot.press("S", "p", "enter", *"7", "enter", "escape", "L", "d", "v", "escape")
+        assert "Nothing was started" in messages(screen)
+        assert not runnable.exists()
+
+
+async def test_a_full_disk_while_saving_is_one_sentence(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (empty / "params.yaml").read_bytes()
+    async with open_screen(empty) as (pilot, screen):
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        await choose(pilot, screen, "pretrain")
+        await edit(pilot, screen, "epochs", "7")
+        await pilot.press("enter")
+        await until(pilot, lambda: "No space left" in messages(screen))
+        assert messages(screen).count("\n") == 0 and messages(screen).endswith("Nothing was changed.")
+        assert screen.params_pane.field.value == "7"  # to be written once there is space
+    assert (empty / "params.yaml").read_bytes() == before
+
+
+async def test_a_full_disk_before_a_run_is_one_sentence(
+    runnable: Path, dvc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc(WAIT)
+    async with open_screen(runnable) as (pilot, screen):
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(runnable / "runs/pipeline.log"))
+
+        monkeypatch.setattr(Runner, "_spawn", full)
+        await pilot.press("R")
+        assert messages(screen).startswith("No space left on device: ")
+        assert "\n" not in messages(screen)
+
+
+async def test_a_run_that_ends_on_a_full_disk_says_so(
+    runnable: Path, dvc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dvc itself cannot write its lock: no stage failed, and the log may be cut off."""
+    save(runnable / "params.yaml", {"finetune_lora.rank": 2})
+    dvc("print('called')")
+    monkeypatch.setattr(tui_app, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    async with open_screen(runnable) as (pilot, screen):
+        await pilot.press("R")
+        await until(pilot, lambda: "the disk is full. Free some space" in messages(screen))
+
+
+@pytest.mark.slow
+async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(runnable: Path, dvc: Callable[[str], None]) -> None:
+    dvc("line = 'x' * 99\nfor _ in range(1_000_000): print(line)\nprint('the last line', flush=True)")
+    async with open_screen(runnable) as (pilot, screen):
+        await pilot.press("R", "L", "a")
+        await until(pilot, lambda: log_lines(screen)[-1:] == ["the last line"], 60)
+        assert len(screen.query_one(LogView).lines) <= 2000
+        await choose(pilot, screen, "expand_vocab")
+    assert (runnable / "runs/pipeline.log").stat().st_size > 100_000_000

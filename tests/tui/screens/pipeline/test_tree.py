@@ -1,0 +1,115 @@
+"""The tree: every stage once, below what it needs; what the rows say."""
+
+from typing import get_args
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.stage_graph import Stage
+from pipeline.project.status import StageState, State
+from tests.helpers.projects import SHIPPED, STAGES
+from tui.screens.pipeline.tree import STUDIES, brief, draw_rows, tree_rows
+
+NEEDS = {name: [need for need in stage.needs if need in SHIPPED] for name, stage in SHIPPED.items()}
+
+
+def drawn(unfolded: bool) -> list[str]:
+    rows = tree_rows(SHIPPED, NEEDS, unfolded)
+    return [f"{row.guides}{row.label}{' ← ' + ', '.join(row.after) if row.after else ''}" for row in rows]
+
+
+def test_the_tree_of_the_document() -> None:
+    assert drawn(False) == [
+        "pretrain",
+        "├ expand_vocab",
+        "│ ├ scratch",
+        "│ ├ full",
+        "│ ├ freeze",
+        "│ ├ lora",
+        "│ │ └ merge",
+        "│ ├ prefix",
+        "│ ├ prompt",
+        "│ ├ sweep",
+        "│ ├ evaluate ← scratch, full, freeze, merge, prefix, prompt",
+        "│ └ figures ← full, freeze, lora",
+        "├ ▸ studies",
+        "└ claims ← sweep, evaluate, figures, studies",
+    ]
+    assert drawn(True)[12:15] == ["├ ▾ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
+
+
+@st.composite
+def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
+    names = draw(st.lists(st.sampled_from(sorted(SHIPPED)), min_size=1, max_size=9, unique=True))
+    return {
+        name: tuple(draw(st.lists(st.sampled_from(names[:i]), unique=True)) if i else ())
+        for i, name in enumerate(names)
+    }
+
+
+@given(dags())
+def test_every_stage_stands_once_and_below_something_that_it_needs(needs: dict[str, tuple[str, ...]]) -> None:
+    stages = {name: STAGES[name] for name in needs}
+    rows = tree_rows(stages, needs, unfolded=True)
+    names = [row.key for row in rows if row.key != STUDIES]
+    assert sorted(names) == sorted(needs)
+    above: list[str] = []
+    for row in rows:
+        del above[len(row.guides) // 2 :]
+        every = set.intersection(*(ancestors(needs, name) for name in row.members or (row.key,)))
+        assert {each for each in above if each != STUDIES} <= every
+        above.append(row.key)
+    folded = {row.key for row in tree_rows(stages, needs, unfolded=False)}
+    if STUDIES in folded:
+        assert folded - {STUDIES} == {name for name in needs if stages[name].kind != "study"}
+
+
+def ancestors(needs: dict[str, tuple[str, ...]], name: str) -> set[str]:
+    return {*needs[name]}.union(*(ancestors(needs, need) for need in needs[name]))
+
+
+def line(state: State, width: int, reasons: tuple[str, ...] = (), run: Journal | None = None) -> str:
+    stages: dict[str, Stage] = {"finetune_lora": STAGES["finetune_lora"]}
+    states = {"finetune_lora": StageState(STAGES["finetune_lora"], state, reasons, run)}
+    (text,) = draw_rows(tree_rows(stages, {"finetune_lora": ()}, False), states, width).values()
+    return text.plain
+
+
+def test_what_a_row_says_of_each_state() -> None:
+    done = Journal("done", 1, 100.0, ended=109.0)
+    running = Journal("running", 1, 0.0, done=128, total=200, rate=6.0)
+    assert line("current", 30, (), done) == "✓ lora                     9 s"
+    assert line("changed", 30, ("rank 4 → 16",), done) == "● lora  rank 4 → 16        9 s"
+    assert line("changed", 22, ("rank 4 → 16",), done) == "● lora  rank 4 → 16"  # the reason rather than the time
+    assert line("changed", 18, ("rank 4 → 16",), done) == "● lora  rank 4 → …"
+    assert line("running", 40, (), running) == "▶ lora  ━━━━━╌╌╌  64%  12 s left"
+    assert line("running", 22, (), running) == "▶ lora  ━━━━━╌╌╌  64%"
+    assert line("running", 14, (), running) == "▶ lora   64%"
+    assert line("running", 40) == "▶ lora  starting"
+    assert line("missing", 40, ("needs expand_vocab",)) == "○ lora  not made"
+    assert line("missing", 60, ("base must be minigpt",)) == "○ lora  not made: base must be minigpt"
+    assert line("failed", 60, ("rank must be at least 1",)) == "✗ lora  failed: rank must be at least 1"
+    assert line("current", 40, ("gate failed: 1 limit",)) == "✓ lora  gate failed: 1 limit"
+
+
+def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:
+    rows = tree_rows(SHIPPED, NEEDS, True)
+    for state in get_args(State):
+        states = {name: StageState(stage, state, ("because " * 9,)) for name, stage in SHIPPED.items()}
+        for width in range(1, 90, 7):
+            for text in draw_rows(rows, states, width).values():
+                assert text.cell_length <= max(width, 16 + 2), (state, width, text.plain)
+
+
+def test_a_group_says_what_needs_attention_most() -> None:
+    states = {name: StageState(stage, "current") for name, stage in SHIPPED.items()}
+    states["study_rank"] = StageState(STAGES["study_rank"], "running", (), Journal("running", 1, 0.0, 5, 10))
+    texts = draw_rows(tree_rows(SHIPPED, NEEDS, False), states, 60)
+    assert texts[STUDIES].plain == "▶ ├ ▸ studies     9/10  ▶ rank ━━━━╌╌╌╌  50%"
+
+
+def test_times_take_five_cells() -> None:
+    assert [brief(s) for s in (0.2, 1, 59.4, 60, 125, 3599, 3600, 12345)] == [
+        *("<1 s", "1 s", "59 s", "1:00", "2:05", "59:59", "1h00", "3h25"),
+    ]

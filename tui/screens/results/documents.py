@@ -1,0 +1,128 @@
+"""The pages and pictures that the project's stages wrote, and the numbers behind them, as Markdown."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST, read_manifest
+from pipeline.project.stage_graph import Project, Stage
+from pipeline.workbench import table_markdown
+
+REPORT = "report.md"
+PICTURES = (".png", ".svg")
+MAX_PAGE = 4_000_000  # bytes of a page that is shown
+MAX_NUMBERS = 500_000  # bytes of a file whose numbers are shown
+MAX_PICTURES = 500  # of one stage
+TITLES = {"evaluate": "Comparison", "figures": "Figures", "claims": "The document, measured"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report. `path` is None where its stage did not run yet; `about`: its place in the document, or what it does.
+
+    `folder`: its stage's output, such as studies/rank.
+    """
+
+    key: str
+    title: str
+    about: str
+    path: Path | None
+    folder: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure. `shows`: its main result; `numbers`: the tables that it was drawn from."""
+
+    key: str
+    title: str
+    about: str
+    shows: str
+    path: Path
+    numbers: tuple[Path, ...]
+
+
+def read_pages(project: Project) -> list[Page]:
+    """The reports of the evaluation, of the figures and of the claims that there are."""
+    stages = [project.readable[name] for name in TITLES if name in project.readable]
+    pages = [Page(s.name, TITLES[s.name], "", project.artifact(s.name) / REPORT, s.output) for s in stages]
+    return [page for page in pages if page.path and page.path.is_file()]
+
+
+def read_studies(project: Project) -> list[Page]:
+    """Every study of the project, in the document's order."""
+    pages = []
+    for stage in (stage for stage in project.readable.values() if stage.kind == "study"):
+        folder = project.artifact(stage.name)
+        made = (folder / REPORT).is_file()
+        section = str(_manifest(folder).get("section", "")) if made else ""
+        path = folder / REPORT if made else None
+        pages.append(Page(stage.method, stage.title, section or stage.summary, path, stage.output))
+    return pages
+
+
+def read_pictures(project: Project) -> list[Picture]:
+    """The pictures of the evaluation, the figures and the studies. Of one as PNG and as SVG, the PNG is shown."""
+    stages = [stage for stage in project.readable.values() if stage.kind in ("evaluation", "figures", "study")]
+    return [picture for stage in stages for picture in _pictures(stage, project.artifact(stage.name))]
+
+
+def _pictures(stage: Stage, folder: Path) -> Iterator[Picture]:
+    manifest = _manifest(folder)
+    figures = manifest.get("figures")
+    found = [path for ending in PICTURES for path in sorted(folder.glob(f"*{ending}"))[:MAX_PICTURES]]
+    by_name = {path.stem: path for path in reversed(found)}  # of two with one name, the PNG
+    named = [name for name in figures if name in by_name] if isinstance(figures, Mapping) else []
+    for name in dict.fromkeys((*named, *sorted(by_name))):
+        about: Any = figures[name] if name in named else {}  # type: ignore[index]
+        about = about if isinstance(about, Mapping) else {}
+        title = "Loss and trained parameters" if stage.kind == "evaluation" else stage.title
+        files = about.get("files", ()) if stage.kind == "figures" else [p.name for p in sorted(folder.glob("*.csv"))]
+        numbers = [folder / Path(str(file)).name for file in files if str(file).endswith(".csv")]
+        yield Picture(
+            f"{stage.output}/{name}",
+            str(about.get("title") or title or name),
+            str(about.get("place") or manifest.get("section") or ""),
+            str(about.get("shows") or ""),
+            by_name[name],
+            tuple(numbers) or tuple(path for path in [folder / "metrics.json"] if path.is_file()),
+        )
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    try:
+        return read_manifest(folder)
+    except UserError:
+        return {}
+
+
+def read_page(path: Path) -> str:
+    """A Markdown file. Raises UserError."""
+    try:
+        if path.stat().st_size > MAX_PAGE:
+            raise UserError(f"{path} is larger than {MAX_PAGE // 10**6} MB. Open it with another program.")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Run the stage again.") from None
+
+
+def numbers_of(path: Path, root: Path) -> str:
+    """The numbers in a file as Markdown, below its name: a table, or JSON as it is."""
+    heading = f"## {os.path.relpath(path, root)}\n\n"
+    try:
+        size = path.stat().st_size
+        if size > MAX_NUMBERS or path.suffix not in (".csv", ".json", ".txt", ".yaml"):
+            return f"{heading}{size:,} bytes: open it with another program.\n"
+        if path.suffix == ".csv":
+            return f"{heading}{table_markdown(path)}\n"
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.name == MANIFEST:  # digests of files say nothing to a reader
+            tree = {key: value for key, value in json.loads(text).items() if key not in ("files", "inputs", "code")}
+            text = json.dumps(tree, indent=2, ensure_ascii=False)
+        return f"{heading}```\n{text}\n```\n"
+    except (OSError, ValueError, AttributeError, UserError) as error:
+        return f"{heading}It cannot be read: {error}\n"

@@ -1,0 +1,267 @@
+"""What an evaluation and a sweep measured: their files, read as plain values for the panes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation.comparison import (
+    MISSING,
+    broken_limits,
+    by_variant,
+    comparison,
+    stages_by_variant,
+    task_scores,
+)
+from pipeline.evaluation.selection import choose, loss_of, pareto
+from pipeline.files.artifact import read_json, read_manifest, sealed_digest
+from pipeline.inference.catalog import BASES, Measurements, measured
+from pipeline.project.logs.run_log import TABLE
+from pipeline.project.stage_graph import ARTIFACTS, Project, Stage
+
+METRICS, SWEEP = "metrics.json", "finetune_sweep"
+SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
+COUNTS = (  # keys of a variant's numbers that are whole numbers, if they are there
+    *("parameters", "bytes", "trainable", "old_prompts_kept", "old_prompts", "prompts_corrected", "prompts_to_correct"),
+)
+Numbers = Mapping[str, Any]  # a variant's part of metrics.json
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity that models are compared by. `falls`: less is better. `share`: from 0 to 1, shown in percent."""
+
+    name: str
+    value: Callable[[Numbers], Any]
+    falls: bool = False
+    share: bool = False
+    interval: Callable[[Numbers], Any] = lambda _: None
+
+    def of(self, numbers: Numbers) -> float | None:
+        """Of one model; None if it was not measured, or is not finite."""
+        try:
+            value = float(self.value(numbers))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+        return value if isfinite(value) else None
+
+    def format(self, value: float) -> str:
+        return f"{value:.0%}" if self.share else f"{value:.4g}".replace("-", "−")
+
+    def better(self, value: float) -> float:
+        """A number that is larger the better the value is."""
+        return -value if self.falls else value
+
+
+LEARNED = (  # the first in which models differ is the scatter's x
+    Measure("new sentences completed", lambda n: n["new_completed"] / n["new_sentences"], share=True),
+    Measure("chosen answers preferred", lambda n: n["preferences"]["after"]["accuracy"], share=True),
+    Measure("loss on new sentences", lambda n: n["new_loss"], falls=True),
+)
+KEPT = (  # and the first of these its y
+    Measure("old answers kept", lambda n: n["forgetting"]["answers_kept"], share=True),
+    Measure("rise of the old loss", lambda n: n["forgetting"]["loss_rise"], falls=True),
+    Measure("KL from the base", lambda n: n["forgetting"]["divergence"], falls=True),
+)
+
+
+def _task_measure(task: str) -> Measure:
+    def interval(numbers: Numbers) -> tuple[float, float]:
+        scores = numbers["tasks"][task]
+        return float(scores["low"]), float(scores["high"])
+
+    return Measure(task, lambda n: n["tasks"][task]["score"], share=True, interval=interval)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A model that was evaluated. `cells`: heading of `comparison` → its text. `broken`: the limits that it breaks."""
+
+    name: str
+    stage: Stage
+    path: Path
+    base: Path | None  # of an adapter; of others the expanded base beside which they are prompted
+    numbers: Numbers
+    cells: Mapping[str, str]
+    broken: tuple[str, ...]
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained from the base: not the base itself, nor an adapter merged into it."""
+        return self.stage.method not in (*BASES, "merge")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics.json: its methods in the DAG's order, and in what they can be compared."""
+
+    methods: Sequence[Method]
+    learned: Sequence[Measure]
+    kept: Sequence[Measure]
+    tasks: Sequence[Measure]
+    gate: Mapping[str, Any] | None
+
+    @property
+    def forgot_least(self) -> Method | None:
+        """The trained model that kept most; of two that kept as much the one whose old loss rose less."""
+        trained = [m for m in self.methods if m.trained and m.name != SCRATCH]
+
+        def kept(method: Method) -> list[float]:
+            values = [(measure, measure.of(method.numbers)) for measure in self.kept]
+            return [measure.better(value) for measure, value in values if value is not None]
+
+        return max((m for m in trained if kept(m)), key=kept, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """The gate's badge: whose limits were kept, or by how many they were broken; empty without limits."""
+        if self.gate is None:
+            return ""
+        broken = len(self.gate["broken"])
+        kept = f"limits kept by {', '.join(self.gate['variants'])}"
+        return f"✗ {broken} limit{'s' * (broken != 1)} broken" if broken else f"✓ {kept}"
+
+
+def read_evaluation(project: Project) -> Evaluation | None:
+    """The project's last evaluation; None if there is none. Raises UserError for a file that holds something else."""
+    path = project.artifact("evaluate") / METRICS
+    if not path.is_file():
+        return None
+    metrics = read_json(path, "Run `lora evaluate` again")
+    try:
+        columns, rows = comparison(by_variant(metrics))
+        gate = metrics.get("gate")
+        broken = broken_limits(gate)[1] if gate else []
+        texts = {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
+        methods = [
+            _method(project, name, stage, metrics[name], texts[name], broken)
+            for name, stage in stages_by_variant(project).items()
+            if name in texts
+        ]
+        tasks = dict.fromkeys(task for method in methods for task in method.numbers.get("tasks", {}))
+        every = [method.numbers for method in methods]
+        evaluation = Evaluation(
+            methods, _distinct(LEARNED, every), _distinct(KEPT, every), [_task_measure(name) for name in tasks], gate
+        )
+        # what has another shape is met here, and not while a screen is drawn
+        task_scores(by_variant(metrics))
+        _ = evaluation.verdict
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
+    return evaluation
+
+
+def _method(
+    project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], broken: Sequence[list[str]]
+) -> Method:
+    if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
+        raise TypeError(f"{name} has counts that are none")
+    path = project.artifact(stage.name)
+    base: Path | None = project.artifact(project.variants[name][0])
+    if base == path:
+        before = project.artifact("expand_vocab")
+        base = before if stage.method not in BASES and before.is_dir() else None
+    limits = tuple(f"{limit} {value}, {wanted}" for variant, limit, wanted, value in broken if variant == name)
+    return Method(name, stage, path, base, numbers, cells, limits)
+
+
+def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Measure]:
+    """Those that were measured of some model, the ones in which models differ first."""
+    values = {m.name: {v for v in map(m.of, every) if v is not None} for m in measures}
+    return sorted((m for m in measures if values[m.name]), key=lambda m: len(values[m.name]) < 2)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`: no other beats it.
+
+    `kept`: the share of old answers that an evaluation of exactly these weights measured.
+    """
+
+    name: str
+    path: Path
+    values: Mapping[str, Any]  # swept key → its value
+    loss: float | None
+    divergence: float | None
+    kept: float | None
+    trainable: int
+    state: str
+    front: bool
+    best: bool
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """sweep.json. `keys`: those in which its adapters differ. `held_out`: whether the losses are of held-out data."""
+
+    trials: Sequence[Trial]
+    keys: Sequence[str]
+    held_out: bool
+    base: Path
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the divergence from the base was measured."""
+        return any(trial.divergence is not None for trial in self.trials)
+
+
+def read_sweep(project: Project) -> Sweep | None:
+    """The project's sweep; None if it has none. Raises UserError for a file that holds something else."""
+    if SWEEP not in project.readable:
+        return None
+    folder = project.artifact(SWEEP)
+    path = folder / TABLE
+    if not path.is_file():
+        return None
+    rows = read_json(path, "Run `lora finetune sweep` again")
+    try:
+        front, measurements = pareto(rows), measured([project.root / ARTIFACTS])
+        try:
+            best = choose(rows)
+        except UserError:  # no loss is finite
+            best = ""
+        trials = [
+            Trial(
+                name=name,
+                path=folder / Path(name).name,  # a name from a file must not lead elsewhere
+                values=dict(row["values"]),
+                loss=loss_of(row),
+                divergence=_finite(row.get("divergence")),
+                kept=_kept(folder / Path(name).name, measurements),
+                trainable=int(row["trainable"]),
+                state="dropped" if row.get("dropped") else str(row["state"]),
+                front=name in front,
+                best=name == best,
+            )
+            for name, row in rows.items()
+        ]
+        held_out = any(row["eval_loss"] is not None for row in rows.values())
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path} holds no sweep. Run `lora finetune sweep` again.") from None
+    names = dict.fromkeys(key for trial in trials for key in trial.values)
+    keys = [key for key in names if len({repr(trial.values.get(key)) for trial in trials}) > 1]
+    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"))
+
+
+def _kept(adapter: Path, measurements: Measurements) -> float | None:
+    try:
+        return KEPT[0].of(measurements[sealed_digest(read_manifest(adapter))])
+    except (UserError, KeyError, TypeError, AttributeError):  # it diverged, or was not evaluated
+        return None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and isfinite(value) else None
+
+
+def value_text(value: Any) -> str:
+    """A value of a grid: numbers in four digits, lists and mappings in their words."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(value_text, value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={value_text(item)}" for key, item in value.items())
+    return MISSING if value is None else str(value)
