@@ -1,76 +1,130 @@
-"""`make pictures`: those of README.md and docs/tui.md, from the real program on this project, its runs and models."""
+"""`make pictures`: those of README.md and docs/screens.md, from the real program on the demo project."""
 
 import asyncio
+import os
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
 
-from pipeline.workbench import open_project
 from tui.app import Workbench
+from tui.registry import SCREENS
+from tui.services.projects.demo import open_demo
 
 HERE = Path(__file__).resolve().parent
-PARAMS = HERE.parent / "params.yaml"
-PROJECT = open_project(PARAMS)
-SIZE = (112, 34)
+FOLDER = HERE / "pictures"
+SIZES = ((80, 24), (120, 40), (200, 60))
+THEMES = {"dark": "lora-dark", "light": "lora-light"}
 Steps = Callable[[Pilot[None]], Awaitable[None]]
 
 
 async def until(pilot: Pilot[None], holds: Callable[[Any], object]) -> None:
     """Wait until something holds of the screen."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not holds(pilot.app.screen):
         if time.monotonic() > end:
-            raise SystemExit(f"{pilot.app.screen} did not come to rest. Run `make repro` first.")
+            raise SystemExit(f"{pilot.app.screen} did not come to rest.")
         await asyncio.sleep(0.05)
     await pilot.pause()
 
 
+def text(screen: Any) -> str:
+    """All that is drawn."""
+    return "\n".join("".join(s.text for s in strip) for strip in screen._compositor.render_strips())
+
+
 async def pipeline(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: len(screen.states) == len(PROJECT.stages))
-    await pilot.press(*["down"] * list(PROJECT.stages).index("finetune_lora"))
-    await until(pilot, lambda screen: screen.chosen == "finetune_lora")
+    await until(pilot, lambda screen: "evaluate" in text(screen) and "11 ✓" in text(screen))
+    await pilot.press(*["down"] * 5)
 
 
 async def curves(pilot: Pilot[None]) -> None:
-    await pilot.press("2")
-    await pilot.pause(2)
-    await pilot.press("l", "g")
+    await until(pilot, lambda screen: "0.256" in text(screen))
+
+
+async def results(pilot: Pilot[None]) -> None:
+    await until(pilot, lambda screen: "forgot least" in text(screen))
+
+
+async def data(pilot: Pilot[None]) -> None:
+    await until(pilot, lambda screen: "tokens" in text(screen) and "finetune" in text(screen))
+    await pilot.pause(3)
+
+
+async def models(pilot: Pilot[None]) -> None:
+    await until(pilot, lambda screen: text(screen).count("✓") > 8)
+    await pilot.press(*["down"] * 5, "m")
+    await pilot.pause(8)  # the engine starts, and measures the spectrum
+    await pilot.press("space", *["up"] * 4, "space", "enter", *keys("die katze sitzt auf dem"), "enter")
+    await pilot.pause(6)
+
+
+async def chat(pilot: Pilot[None]) -> None:
+    for message in ("die suppe", "der hund"):
+        await pilot.press(*keys(message), "enter")
+        await pilot.pause(8)
+
+
+def keys(typed: str) -> list[str]:
+    """The keys that type a text."""
+    return ["space" if character == " " else character for character in typed]
 
 
 async def calculator(pilot: Pilot[None]) -> None:
-    await pilot.press("3")
-    await until(pilot, lambda screen: "most that fits:" in str(screen.query_one("#verdict").content))
+    await until(pilot, lambda screen: "FITS" in text(screen) and "one at a time" in text(screen))
 
 
-async def adapters(pilot: Pilot[None]) -> None:
-    await pilot.press("4")
-    await until(
-        pilot,
-        lambda screen: len(screen.entries) >= len(PROJECT.variants) and all(entry.verdict for entry in screen.entries),
-    )
-    await pilot.press("u", "p", *"der", "space", *"wind", "enter")
-    await until(pilot, answered)
-    await pilot.pause(1)
+async def monitor(pilot: Pilot[None]) -> None:
+    await pilot.pause(20)
 
 
-def answered(screen: Any) -> bool:
-    """Whether every model has said all that it says."""
-    answers = screen.conversation.newest.answers if screen.conversation.newest else []
-    return len(answers) == len(PROJECT.variants) and all(a.error or a.ended in ("end", "length") for a in answers)
+STEPS: Mapping[str, Steps] = {
+    steps.__name__: steps for steps in (pipeline, curves, results, data, models, chat, calculator, monitor)
+}
+
+
+async def draw(params: Path, name: str, size: tuple[int, int], theme: str) -> None:
+    app = Workbench(params)
+    async with app.run_test(size=size) as pilot:
+        app.folder_label, app.theme = "~/demo", THEMES[theme]
+        app.switch_mode(name)
+        await until(pilot, lambda screen: getattr(screen, "NAME", "") == name)
+        await STEPS[name](pilot)
+        await pilot.pause(0.5)
+        path = FOLDER / f"{name}-{size[0]}x{size[1]}-{theme}.svg"
+        path.write_text(app.export_screenshot(), encoding="utf-8")
+
+
+def page() -> str:
+    """docs/screens.md: every screen in every size, dark and light."""
+    parts = [
+        "# Every screen\n\nFrom the real program on its demo project (`lora-tui --demo`); `make pictures` renews them.\n"
+    ]
+    for name, entry in SCREENS.items():
+        parts.append(f"## {entry.label}\n")
+        for columns, rows in SIZES:
+            parts += [
+                f"![{entry.label}, {columns}×{rows}, {theme}](pictures/{name}-{columns}x{rows}-{theme}.svg)\n"
+                for theme in THEMES
+            ]
+    return "\n".join(parts)
 
 
 async def main() -> None:
-    for steps in (pipeline, curves, calculator, adapters):
-        app = Workbench(PARAMS)
-        app.folder_label = "~/lora-workbench"
-        async with app.run_test(size=SIZE) as pilot:
-            await steps(pilot)
-            await pilot.pause(0.5)
-            (HERE / "pictures").mkdir(exist_ok=True)
-            (HERE / f"pictures/{steps.__name__}.svg").write_text(app.export_screenshot(), encoding="utf-8")
+    FOLDER.mkdir(exist_ok=True)
+    for path in FOLDER.glob("*.svg"):
+        path.unlink()
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {f"XDG_{kind}_HOME": home for kind in ("CACHE", "STATE", "CONFIG")}
+        params = open_demo()
+        for name in SCREENS:
+            for size in SIZES:
+                for theme in THEMES:
+                    await draw(params, name, size, theme)
+    (HERE / "screens.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
+from pipeline.project.new_project import renew_code_yaml
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
 from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
@@ -261,13 +262,16 @@ class Workbench(App[None]):
         """Run the pipeline."""
         self.start_pipeline("repro")
 
-    def start_pipeline(self, *arguments: str) -> None:
+    @work(group="start", exclusive=True)
+    async def start_pipeline(self, *arguments: str) -> None:
         """Run `dvc ARGUMENTS`, or say why that cannot be."""
         with self.errors_shown():
             if self.project_watch.problem:
                 raise UserError(f"Nothing was started: {self.project_watch.problem}")
             if self.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
+            if project := self.project_watch.project:
+                await asyncio.to_thread(renew_code_yaml, project)
             running = self.runner.start(arguments)
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.look_now()

@@ -48,7 +48,7 @@ class ScreenEntry(NamedTuple):
 
 
 SCREENS = {
-    "pipeline": ScreenEntry("Pipeline", "Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
+    "pipeline": ScreenEntry("Pipeline", "Pipe", "tui.screens.pipeline.screen:PipelineScreen"),
     "curves": ScreenEntry("Curves", "Curves", "tui.screens.curves.screen:CurvesScreen"),
     "results": ScreenEntry("Results", "Results", "tui.screens.results.screen:ResultsScreen"),
     "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),

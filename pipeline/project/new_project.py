@@ -280,6 +280,13 @@ def render_dvc_yaml(project: Project, code: str | None = None) -> str:
     return "\n".join([_dump({"stages": stages}), *([_dump({"plots": plots})] if plots else [])])
 
 
+def renew_code_yaml(project: Project) -> None:
+    """Write `CODE_FILE` again if the project has one and the code has changed since: only then does DVC see that."""
+    path = project.root / CODE_FILE
+    if path.is_file() and path.read_text(encoding="utf-8") != (text := render_code_yaml(project)):
+        path.write_text(text, encoding="utf-8")
+
+
 def render_code_yaml(project: Project) -> str:
     """The text of `CODE_FILE`, a DVC params file: stage → digest of the modules that it runs."""
     stages = project.graph.stages.values()

@@ -13,8 +13,8 @@ from textual.widget import Widget
 from pipeline.project.status import StageState
 from tui.registry import SCREENS
 
-NAME = " lora  "
-Part = tuple[str, str]  # text, style
+NAME = " lora "
+State = tuple[str, str, str]  # a text, a shorter one, their style
 
 
 class Header(Widget):
@@ -27,66 +27,66 @@ class Header(Widget):
     DEFAULT_CSS = """
     Header { dock: top; height: 1; background: $panel; color: $foreground; }
     """
-    state: reactive[Part] = reactive(("", ""))
+    state: reactive[State] = reactive(("", "", ""))
     facts: reactive[tuple[str, ...]] = reactive(())  # the most important first
 
     def __init__(self, current: str) -> None:
         super().__init__()
         self.current = current
 
-    def _labels(self) -> list[str]:
-        """The screens' labels, in full or as short as the width demands."""
-        room = self.size.width - len(NAME) - cell_len(self.state[0]) - 3
-        for gap, labels in (
-            (2, [entry.label for entry in SCREENS.values()]),
-            (1, [entry.short for entry in SCREENS.values()]),
-            (1, [entry.short if name == self.current else "" for name, entry in SCREENS.items()]),
-        ):
-            texts = [f"{number} {label}".rstrip() + " " * gap for number, label in enumerate(labels, 1)]
-            if sum(map(len, texts)) <= room:
-                break
-        return texts
+    def _layout(self) -> tuple[list[str], str]:
+        """The screens' labels and the state, in full or as short as the width demands."""
+        text, short, _ = self.state
+        full, brief = ([f"{n} {label}" for n, label in enumerate(labels, 1)] for labels in self._names())
+        digits = [label if name == self.current else label[:1] for name, label in zip(SCREENS, brief, strict=True)]
+        for labels, gap, state in ((full, 2, text), (brief, 1, text), (brief, 1, short), (digits, 1, text)):
+            if len(NAME) + len((" " * gap).join(labels)) + cell_len(state) + 2 <= self.size.width:
+                return [label + " " * gap for label in labels], state
+        return [label + " " for label in digits], short
+
+    @staticmethod
+    def _names() -> tuple[list[str], list[str]]:
+        return [entry.label for entry in SCREENS.values()], [entry.short for entry in SCREENS.values()]
 
     def render(self) -> RenderResult:
         width, variables = self.size.width, self.app.theme_variables
         line = Text(no_wrap=True, overflow="ellipsis", end="").append(NAME, f"bold {variables['accent']}")
-        for name, label in zip(SCREENS, self._labels(), strict=True):
+        labels, state = self._layout()
+        for name, label in zip(SCREENS, labels, strict=True):
             text = label.rstrip()
             line.append(text, "reverse bold" if name == self.current else "").append(label[len(text) :])
-        right = Text(end="")
-        text, style = self.state
-        for fact in (text, *self.facts):
-            if fact and line.cell_len + right.cell_len + cell_len(fact) + 3 <= width:
-                right.append("  " if right else "").append(fact, style if fact is text else "dim")
+        right = Text(state, self.state[2], end="")
+        for fact in filter(None, self.facts):
+            if line.cell_len + right.cell_len + cell_len(fact) + 3 <= width:
+                right = Text.assemble(right, "  " if right else "", (fact, "dim"))
         line.pad_right(max(width - line.cell_len - right.cell_len - 1, 0))
         return line.append_text(right)
 
     def on_click(self, event: Click) -> None:
         start = len(NAME)
-        for name, label in zip(SCREENS, self._labels(), strict=True):
+        for name, label in zip(SCREENS, self._layout()[0], strict=True):
             if start <= event.x < (start := start + len(label)):
                 self.app.switch_mode(name)
 
 
-def describe_state(states: Sequence[StageState], started: bool, problem: str, colors: dict[str, str]) -> Part:
+def describe_state(states: Sequence[StageState], started: bool, problem: str, colors: dict[str, str]) -> State:
     """What runs, else what went wrong, else what is left to do; and its colour."""
     running = next((state for state in reversed(states) if state.state == "running"), None)
     if running:
-        run = running.run
-        if run is None:
-            return f"▶ {running.stage.name}", f"bold {colors['accent']}"
-        share = f" {run.done / run.total:.0%}" if run.total else ""
-        seconds = max(int(time.time() - run.started), 0)
-        return f"▶ {running.stage.name}{share} {_clock(seconds)}", f"bold {colors['accent']}"
+        name, run, style = running.stage.name, running.run, f"bold {colors['accent']}"
+        share = f" {run.done / run.total:.0%}" if run and run.total else ""
+        clock = f" {_clock(max(int(time.time() - run.started), 0))}" if run else ""
+        return f"▶ {name}{share}{clock}", f"▶ {running.stage.method}{share}", style
     if started:
-        return "▶ starting", f"bold {colors['accent']}"
+        return "▶ starting", "▶", f"bold {colors['accent']}"
     if problem:
-        return "✗ params", f"bold {colors['error']}"
-    failed = [state.stage.name for state in states if state.state in ("failed", "died")]
+        return "✗ params", "✗ params", f"bold {colors['error']}"
+    failed = [state.stage for state in states if state.state in ("failed", "died")]
     if failed:
-        return f"✗ {failed[0]}", f"bold {colors['error']}"
+        return f"✗ {failed[0].name}", f"✗ {failed[0].method}", f"bold {colors['error']}"
     waiting = sum(state.state != "current" for state in states)
-    return (f"● {waiting} to run", colors["warning"]) if waiting else ("✓" * bool(states), colors["success"])
+    text, style = (f"● {waiting} to run", colors["warning"]) if waiting else ("✓" * bool(states), colors["success"])
+    return text, text, style
 
 
 def _clock(seconds: int) -> str:

@@ -113,25 +113,6 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
 
 
 @pytest.mark.slow
-async def test_the_screenshot_of_the_palette_is_downloaded_once_by_its_key(served: Served) -> None:
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
-        await painted(it, "finetune_lora")
-        await it.send_json(["stdin", "\x10"])  # Ctrl+P
-        await painted(it, "Search for commands")
-        await it.send_json(["stdin", "screenshot"])
-        await asyncio.sleep(1)
-        await it.send_json(["stdin", "\r"])
-        key = ""
-        while not key:
-            message = await asyncio.wait_for(it.receive(), 20)
-            key = message.json()[1] if isinstance(message.data, str) else ""
-        address = f"http://localhost:{served.port}/download/{key}"
-        assert (await session.get(address, headers={"Origin": "http://evil.example"})).status == 403
-        assert (await (await session.get(address)).text()).startswith("<svg")
-        assert (await session.get(address)).status == 403
-
-
-@pytest.mark.slow
 async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served: Served) -> None:
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
         await painted(it, "finetune_lora")

@@ -234,6 +234,9 @@ of a step."""
         yield SmallPlots()
 
 
+LORA = "finetune_lora"
+
+
 class RunList(KeyedList):
     """A line per run, and below an open sweep one per adapter. Option ids are their keys."""
 
@@ -272,6 +275,9 @@ class RunList(KeyedList):
                 self.sweeps[adapter] = key
         # The highlight of an adapter that is no longer listed moves to its sweep.
         self.show(lines, before.get(str(option.id), "") if option else "")
+        if option is None and lines:  # the first look is at LoRA's newest run
+            lora = next((key for key in lines if key in runs.views and runs.views[key].run.stage == LORA), "")
+            self.highlighted = list(lines).index(lora) if lora else 0
 
     def on_resize(self) -> None:
         self._show()

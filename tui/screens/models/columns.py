@@ -106,7 +106,7 @@ class Column:
 _kept, _learned, _forgot = map(_of_verdict, ("kept", "learned", "forgetting"))
 COLUMNS = (
     Column("name", 0, lambda e, _: Text(e.label), lambda e: natural_sort_key(e.label), 0),
-    Column("size", 6, lambda e, _: Text(_size(e)), lambda e: e.model.rank, 3),
+    Column("rank", 6, lambda e, _: Text(_size(e)), lambda e: e.model.rank, 3),
     Column("learned", BAR + SHARE, lambda e, c: share_bar(_learned(e), c), _learned, 2, falls=True),
     Column("kept", BAR + SHARE, lambda e, c: share_bar(_kept(e), c), _kept, 1, falls=True),
     Column("forgot", 6, lambda e, _: _number(_forgot(e), "+.2f"), _forgot, 5, right=True),

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 from rich.style import Style
 from rich.text import Text
 from textual.binding import Binding, BindingType
+from textual.color import Color
 from textual.events import Click, Resize
 from textual.geometry import Size
 from textual.message import Message
@@ -281,9 +282,10 @@ class ModelTable(ScrollView, can_focus=True):
             )
         chosen = line.model.path in self._chosen
         look, name = method_look(look_name(line)), look_name(line)
-        color = "" if cursor else method_style(name, self.background_colors[1])
+        colors = self.app.theme_variables
+        background = Color.parse(colors["block-cursor-background"]) if cursor else self.background_colors[1]
+        color = method_style(name, background)
         text = Text("● " if chosen else "  ", "bold", end="").append(f"{look.sign} ", color)
-        colors = {} if cursor else self.app.theme_variables  # one colour for the line of the cursor
         for column in self._columns:
             if column.width == 0:
                 indent = "  " * bool(line.group and not self._is_flat)

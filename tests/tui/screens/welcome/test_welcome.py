@@ -18,7 +18,7 @@ from tui.screens.welcome.new import Creation, NewProject
 from tui.screens.welcome.screen import WelcomeScreen
 from tui.services.projects.new_project import create
 
-EMPTY = ("No runs", "No models", "No results", "not made yet", "Nothing ", "R runs the pipeline")  # of other projects
+EMPTY = ("No runs", "No models", "No results", "not made yet", "Nothing ")  # of other projects
 
 
 @pytest.fixture
