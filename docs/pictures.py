@@ -100,9 +100,7 @@ async def draw(params: Path, name: str, size: tuple[int, int], theme: str) -> No
 
 def page() -> str:
     """docs/screens.md: every screen in every size, dark and light."""
-    parts = [
-        "# Every screen\n\nFrom the real program on its demo project (`lora-tui --demo`); `make pictures` renews them.\n"
-    ]
+    parts = ["# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` renews them.\n"]
     for name, entry in SCREENS.items():
         parts.append(f"## {entry.label}\n")
         for columns, rows in SIZES:

@@ -4,7 +4,9 @@ import asyncio
 import gc
 import os
 import re
+import select
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from shutil import disk_usage
+from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.segment import Segment
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
+HANGUP_PATIENCE = 1.0  # seconds in which the signal of a closed terminal is normally handled
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
 
 
@@ -155,6 +159,8 @@ class Workbench(App[None]):
             self.log_message(self._greeting)
         self.run_worker(self.project_watch.run(), group="watch")
         self.machine.start()
+        if sys.__stdin__ and sys.__stdin__.isatty():
+            Thread(target=self._watch_terminal, args=(sys.__stdin__.fileno(),), daemon=True).start()
 
     async def open_project(self, params: Path, greeting: str = "") -> None:
         """Show another project in this terminal or browser: screens and services begin anew."""
@@ -347,10 +353,26 @@ class Workbench(App[None]):
 
     def _handle_hangup(self) -> None:
         """The terminal was closed: stop the pipeline or let it run (`on_hangup`), then exit."""
-        if self.config.on_hangup == "stop" and self.runner.groups():
-            self.runner.stop()
+        self._stop_on_hangup()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGHUP)
+
+    def _stop_on_hangup(self) -> None:
+        if self.config.on_hangup == "stop" and self.runner.groups():
+            self.runner.stop()
+
+    def _watch_terminal(self, terminal: int) -> None:
+        """A thread that ends the program if the terminal is closed and the signal of that is not handled.
+
+        A terminal that takes no more output, as over a line that broke, blocks the event loop, for ever if it then
+        closes; and Python runs a signal's handler only once its main thread goes on.
+        """
+        poll = select.poll()
+        poll.register(terminal, 0)  # reports a hang-up alone, so this costs nothing
+        poll.poll()
+        time.sleep(HANGUP_PATIENCE)
+        self._stop_on_hangup()
+        os._exit(128 + signal.SIGHUP)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Textual's filters, and one that removes control characters."""

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +213,29 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
     async with app.run_test():
         app._handle_hangup()
     assert done == (["stopped", "SIGHUP"] if on_hangup == "stop" else ["SIGHUP"])
+
+
+def test_a_terminal_that_takes_no_output_and_closes_ends_the_program(empty: Path) -> None:
+    """The event loop then waits for ever until something is drawn, and serves no signal itself."""
+    code = (
+        "import time; from textual.drivers._writer_thread import WriterThread\n"
+        "WriterThread.run = lambda _: time.sleep(1000)\n"
+        "from tui.start import main; main()"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(empty)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    try:
+        time.sleep(3)
+        for key in "jk" * 60:  # each key draws, and the queue to the terminal holds thirty drawings
+            os.write(terminal, key.encode())
+            time.sleep(0.02)
+        end = time.monotonic() + 30
+        os.close(terminal)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < end, "it goes on without a terminal"
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

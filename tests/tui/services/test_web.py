@@ -70,7 +70,7 @@ async def test_the_app_is_served_at_the_url_that_is_printed(served: Served) -> N
         )  # nothing is fetched from elsewhere
         assert (await session.get(script[1])).status == 200
         async with session.ws_connect(f"{address[1]}?width=100&height=30", origin=served.url.rsplit("/", 2)[0]) as it:
-            await painted(it, "finetune_lora")
+            await painted(it, "pretrain")
             await it.send_json(["stdin", "2"])
             await painted(it, "No runs")
 
@@ -115,7 +115,7 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
 @pytest.mark.slow
 async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served: Served) -> None:
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
-        await painted(it, "finetune_lora")
+        await painted(it, "pretrain")
         served.process.send_signal(signal.SIGINT)
         _, errors = await asyncio.to_thread(served.process.communicate, timeout=20)
     assert (served.process.returncode, errors) == (0, "")
