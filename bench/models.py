@@ -21,7 +21,7 @@ from tui.registry import SCREENS
 
 COUNTS = {300: (1.0, 5.0), 2_000: (5.0, 10.0)}  # adapters → goals in seconds: the names, all verdicts
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-TITLE = re.compile(rb"Models  [\d,]+(  checking)?")
+TITLE = re.compile(rb"Models  [\d,]+(  checking| \xe2)")  # of the pane; the header has a screen's name there
 SETTLED = 2.5  # seconds until files are so old that what was read of them is kept
 PATIENCE = 120.0
 
@@ -86,7 +86,7 @@ def _open_screen(project: Path, home: Path, folder: Path, count: int) -> tuple[f
 
 def _is_checked(text: bytes) -> bool:
     titles = TITLE.findall(text)
-    return bool(titles) and not titles[-1]
+    return bool(titles) and titles[-1] != b"  checking"
 
 
 def _read_until(master: int, holds: Callable[[bytes], bool], output: bytes = b"") -> bytes:

@@ -63,9 +63,8 @@ async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
 
 async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
-    app.inference = FakeInference()
+    app.first_screen, app.inference = "models", FakeInference()
     async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("4")
         await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
         screen = app.screen
         assert isinstance(screen, ModelsScreen)

@@ -70,10 +70,10 @@ async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_
 
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
     async with open_models(brief) as s:
-        assert s.header()[:5] == ["name", "size", "learned", "kept", "forgot"]
+        assert s.header()[:5] == ["name", "rank", "learned", "kept", "forgot"]
         assert "targets" not in s.header()
         await s.pilot.resize_terminal(120, 40)
-        await until(s.pilot, lambda: s.header() == ["name", "size", "learned", "kept", "✓"])
+        await until(s.pilot, lambda: s.header() == ["name", "rank", "learned", "kept", "✓"])
         assert s.screen.query_one(PromptInput).region.width > 50
         await s.pilot.resize_terminal(300, 40)
         await until(s.pilot, lambda: "targets" in s.header())
@@ -117,10 +117,10 @@ async def test_the_menu_sorts_by_any_column_and_the_same_again_turns_around(brie
             options.highlighted = options.get_option_index(column)
             await s.press("enter")
 
-        await sort("size")
+        await sort("rank")
         ranked = ["sweep/rank-1", "sweep/rank-2", "lora"]
         assert s.names()[:3] == ranked  # those with a rank; unknown ones stay last
-        await sort("size")
+        await sort("rank")
         assert s.names()[:3] == ranked[::-1]
         await sort("")
         assert s.names() == LISTED
