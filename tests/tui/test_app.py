@@ -34,12 +34,12 @@ async def test_screens_by_digit_by_function_key_and_by_mouse(empty: Path) -> Non
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(80, 24)) as pilot:
         for number, name in enumerate(SCREENS, 1):
-            await pilot.press(str(number))
+            await pilot.press("escape", str(number))  # in Chat, a digit is a text
             await until(pilot, lambda name=name: name_of(app) == name)  # type: ignore[misc]
         for number, name in enumerate(SCREENS, 1):
             await pilot.press(f"f{number + 1}")
             await until(pilot, lambda name=name: name_of(app) == name)  # type: ignore[misc]
-        await pilot.click(app.screen.query_one(Header), offset=(24, 0))
+        await pilot.click(app.screen.query_one(Header), offset=(15, 0))
         await until(pilot, lambda: name_of(app) == "curves")
 
 
@@ -85,12 +85,12 @@ def _text(renderable: Any) -> str:
 
 
 async def test_keys_are_those_of_the_config(empty: Path) -> None:
-    app = Workbench(empty / "params.yaml", Config(keys={"app.curves": "v", "app.quit": "ctrl+x"}))
+    app = Workbench(empty / "params.yaml", Config(keys={"app.curves": "b", "app.quit": "ctrl+x"}))
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("2")
         await pilot.pause()
         assert name_of(app) == "pipeline"
-        await pilot.press("v")
+        await pilot.press("b")
         await until(pilot, lambda: name_of(app) == "curves")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from tui.services import machine as module
+from tui.services.machine import readings as module
 from tui.services.machine.cgroup import cpu_quota, cpu_seconds, memory_limit
 from tui.services.machine.nvml import Gpus, short_name
 from tui.services.machine.readings import Machine, Sample

@@ -318,6 +318,7 @@ async def test_every_size_is_drawn(root: Path, size: tuple[int, int]) -> None:
 
 
 async def test_a_folder_without_data_says_what_to_press(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").touch()  # a project that lost its params
     app = Workbench(tmp_path / "params.yaml")
     app.first_screen = "data"
     async with app.run_test(size=(80, 24)) as pilot:

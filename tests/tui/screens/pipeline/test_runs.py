@@ -105,7 +105,7 @@ async def test_a_stage_without_its_inputs_says_which(empty: Path) -> None:
         await pilot.press("S")
         assert "merge needs expand_vocab, finetune_lora first: press R to run all" in messages(screen)
         await pilot.press("R")
-        assert "has no dvc.yaml" in messages(screen)
+        await until(pilot, lambda: "has no dvc.yaml" in messages(screen))
 
 
 async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: Callable[[str], None]) -> None:
@@ -252,6 +252,7 @@ async def test_params_broken_by_hand_are_reported_and_nothing_runs_until_they_ar
 
 async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path: Path) -> None:
     (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
+    (tmp_path / "dvc.yaml").touch()  # a project that lost its params
     for root, problem in ((empty, "is not valid YAML"), (tmp_path, "does not exist")):
         async with open_screen(root, (80, 24)) as (pilot, screen):
             assert problem in banner(screen) and "Showing" not in banner(screen)
