@@ -91,7 +91,7 @@ async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path
     adapter_called(project, "x\x1b[31m")
     app = Workbench(project / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("4")
+        await pilot.press("5")
         await until(pilot, lambda: "x[31m" in screen_text(app))
         assert not obeyed(screen_text(app))
         app.log_message(f"a message {LINK}")

@@ -24,7 +24,7 @@ THOUGHT = (
 def same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The header tells the machine's memory and what of the project changed: neither belongs here."""
     monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1.1/8 GiB")
-    monkeypatch.setattr("tui.app.describe_state", lambda *_: ("✓", ""))
+    monkeypatch.setattr("tui.app.describe_state", lambda *_: ("✓", "✓", ""))
 
 
 def compare(
