@@ -38,6 +38,7 @@ class ModelsPane(Pane):
         Binding("less_than_sign", "screen.sort_beside(-1)", "sort, column before", id="models.before", show=False),
         Binding("greater_than_sign", "screen.sort_beside(1)", "sort, next column", id="models.next", show=False),
         Binding("E", "screen.evaluate", "evaluate", id="models.evaluate"),
+        Binding("x", "screen.ship", "ship", id="models.ship"),
         Binding("p", "screen.pipeline", "pipeline's", id="models.pipeline"),
         Binding("f", "screen.folder", "folder", id="models.folder"),
         Binding("m", "screen.spectrum", "spectrum", id="models.spectrum", show=False),

@@ -28,6 +28,7 @@ from tui.services.evaluation import Evaluation
 from tui.services.loaded_models import MAX_LOADED, shared_models
 from tui.services.model_library import Entry, read_documents
 from tui.services.vocabulary import vocabulary
+from tui.shipping import ship
 from tui.widgets.prompting import STEP
 
 FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
@@ -352,6 +353,15 @@ class ModelsScreen(WorkbenchScreen):
             self.workbench.go("chat", models=[entry.model.path for entry in entries])
         else:
             self.warn("No model is chosen. Move to one, or choose some with Space.")
+
+    @work
+    async def action_ship(self) -> None:
+        """Export the adapter under the cursor for another program."""
+        entry = self.table.pointed
+        if entry and entry.model.kind == "adapter":
+            await ship(self.workbench, entry.label, entry.model.path)
+        else:
+            self.warn("Only adapters are exported. Move to one; a merged model is used as it is.")
 
     @work
     async def action_fields(self) -> None:

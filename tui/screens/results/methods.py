@@ -179,6 +179,7 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
         Binding("o", "ask('open')", "curve", id="results.open"),
         Binding("i", "ask('fields')", "all numbers", id="results.fields"),
         Binding("E", "ask('evaluate')", "evaluate", id="results.evaluate"),
+        Binding("x", "ask('ship')", "ship", id="results.ship"),
     ]
 
     def __init__(self, **options: Any) -> None:

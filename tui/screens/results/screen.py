@@ -11,6 +11,7 @@ from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 from textual.worker import get_current_worker
 
+from pipeline.adapters.config import CONFIG
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import claim_files
 from tui.dialogs import Menu
@@ -26,6 +27,7 @@ from tui.screens.results.rows import RowsPane
 from tui.screens.results.sweep import PlotsPane, SweepPane
 from tui.screens.results.views import Views
 from tui.services.evaluation import Evaluation as Evaluator
+from tui.shipping import ship
 
 MAX_FILES = 8  # whose numbers are shown at a time
 
@@ -249,12 +251,22 @@ other stages wrote.
         elif what == "open":
             run = row.stage.name if isinstance(row, Method) else f"finetune_sweep/{row.name}"
             self.workbench.go("curves", run=run)
+        elif what == "ship":
+            self._ship(row)
         elif what == "fields":
             self.app.push_screen(PageReader(fields(row), row.name))
         elif what == "evaluate" and isinstance(row, Trial):
             self._evaluate(row)
         elif what == "evaluate":
             self.workbench.start_pipeline("repro", "evaluate")
+
+    @work(group="ship")
+    async def _ship(self, row: Method | Trial) -> None:
+        """Export an adapter for another program."""
+        if (row.path / CONFIG).is_file():
+            await ship(self.workbench, row.name, row.path)
+        else:
+            self.warn(f"Only adapters are exported; {row.name} is none.")
 
     @work(group="evaluate")
     async def _evaluate(self, trial: Trial) -> None:

@@ -45,6 +45,7 @@ answers that are still the base's.
         Binding("c", "ask('chat')", "chat", id="results.chat_sweep"),
         Binding("o", "ask('open')", "curve", id="results.open_sweep"),
         Binding("E", "ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
+        Binding("x", "ask('ship')", "ship", id="results.ship_sweep"),
     ]
 
     def __init__(self, **options: Any) -> None:

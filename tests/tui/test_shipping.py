@@ -1,0 +1,44 @@
+"""An adapter is exported from where it is shown."""
+
+import json
+from pathlib import Path
+
+from tests.helpers.pilot import until
+from tui.app import Workbench
+from tui.dialogs import Menu, PathScreen
+from tui.screens.models.screen import ModelsScreen
+from tui.services.lora_command import LoraCommand
+
+
+async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
+    app = Workbench(project / "params.yaml")
+    app.first_screen = "models"
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen.entries)
+        screen = app.screen
+        assert isinstance(screen, ModelsScreen)
+        screen.open_with(select="artifacts/lora_adapter")
+        await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "lora")
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(app.screen, Menu))
+        await pilot.press("enter")  # peft, the first
+        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await pilot.press("enter")  # the folder that is offered
+        out = project / "shipped/lora-peft"
+        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."))
+        assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        screen.open_with(select="artifacts/base")
+        await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "base")
+        await pilot.press("x")
+        await until(pilot, lambda: "Only adapters are exported" in app.message_history[-1].text)
+
+
+async def test_an_export_that_fails_is_one_message(project: Path) -> None:
+    (project / "taken").mkdir()
+    (project / "taken/file").touch()
+    try:
+        await LoraCommand(project).run("export", "artifacts/lora_adapter", "--format", "peft", "--out", "taken")
+    except Exception as error:
+        assert type(error).__name__ == "UserError" and "taken" in str(error) and "Traceback" not in str(error)
+    else:
+        raise AssertionError("it wrote into a folder that is not its own")
