@@ -111,7 +111,7 @@ def lora_tui(folder: Path, size: tuple[int, int] = (80, 24)) -> Iterator[Termina
     try:
         program = f"env -u COLUMNS -u LINES {BIN / 'lora-tui'}"  # the terminal's own size counts
         terminal.open(f"{program}; echo ended; sleep 3600", folder, size, environment)
-        terminal.see("1 Pipeline")
+        terminal.see("1 Pipe")
         yield terminal
     finally:
         terminal.close()

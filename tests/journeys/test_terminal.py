@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.workbench import open_project
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import LORA, git, load, new_project
-from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
+from tests.helpers.projects import LORA, ROOT, git, load, new_project
+from tests.helpers.tmux import BIN, Terminal, lora_tui, needs_tmux
 from tui.screens.pipeline.tree import tree_rows
 
 pytestmark = needs_tmux
@@ -117,29 +117,72 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
         terminal.see("12  ", "24.0  ")
         section = load(root / "params.yaml").finetune_lora
         assert (section.rank, section.alpha) == (12, 24)
-        terminal.type("4")
-        terminal.see("engine not started")
+        terminal.type("5")
+        terminal.see("engine")
         terminal.type("t0.7\t5\t0.9\t3\t40\t7\r")
         terminal.see("temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates")
 
 
 def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
     with lora_tui(new_project(tmp_path / "project")) as terminal:
-        terminal.see("q Quit")
-        terminal.keys("3")
-        terminal.see("qwen3-8b", "8,190,735,360", "7,667,712")
-        terminal.keys("p")
+        terminal.see("q quit")
+        terminal.keys("7")
+        terminal.see("qwen3-8b", "8.19 B", "7,667,712", "FITS")
+        terminal.keys("C-t")
         terminal.see("pinned")
 
 
 @pytest.mark.slow
-def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another_adapter(worked: Path) -> None:
-    shutil.copytree(worked / "artifacts/lora_adapter", worked / "artifacts/second")
+def test_the_adapter_that_forgot_least_is_prompted_corrected_trained_again_and_shipped(tmp_path: Path) -> None:
+    """From the first look at the results to a folder for another program, with keys alone."""
+    worked = tmp_path / "project"
+    subprocess.run([LORA, "new", worked, "--methods", "full,lora"], check=True)
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    subprocess.run([BIN / "dvc", "repro", "--quiet"], cwd=worked, env=environment, check=True)
     with lora_tui(worked, (120, 40)) as terminal:
-        terminal.keys("4")
-        terminal.see("expanded", "verified")
-        terminal.keys("u", "p")
-        terminal.miss("Select")  # the keys are the field's now
+        terminal.see("Stages")
+        terminal.keys("3")
+        terminal.see("forgot least: lora")  # found with one key
+        terminal.keys("c")
+        terminal.see("expanded beside lora", seconds=60)  # prompted beside its base with the second
+        terminal.type("die suppe")
+        terminal.keys("Enter")
+        terminal.see("kocht auf dem herd", "tokens/s", seconds=60)
+        terminal.keys("C-g")
+        terminal.see("Correct which answer?")
+        terminal.keys("j", "Enter")
+        terminal.see("data/corrections.jsonl", "completion")
+        terminal.keys("BSpace", "BSpace", "BSpace", "BSpace")
+        terminal.type("tisch")
+        terminal.see("kocht auf dem tisch", "✓")
+        terminal.keys("C-s")
+        terminal.see("Which stage trains on data/corrections.jsonl?")
+        terminal.keys("Enter")  # LoRA's, which is offered first
+        terminal.see("corrections.jsonl is in finetune_lora.data")
+        assert (worked / "data/corrections.jsonl").read_text(encoding="utf-8").count("tisch") == 1
+        before = (worked / "artifacts/lora_adapter/manifest.json").read_bytes()
+        terminal.keys("R")
+        terminal.see("Started: dvc repro")
+        terminal.keys("2")
+        terminal.see("Loss", "lora", seconds=60)
+        terminal.see("All stages are up to date.", seconds=240)
+        assert (worked / "artifacts/lora_adapter/manifest.json").read_bytes() != before
+        terminal.keys("3", "x")
+        terminal.see("Ship lora as")
+        terminal.keys("Enter")
+        terminal.see("Folder to write lora to")
+        terminal.keys("Enter")
+        terminal.see("lora is in shipped/lora-peft", seconds=60)
+        assert (worked / "shipped/lora-peft/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_lora_is_prompted_beside_base_again_after_a_kill(worked: Path) -> None:
+    with lora_tui(worked, (120, 40)) as terminal:
+        terminal.keys("5")
+        terminal.see("expanded", "✓", "engine ready", seconds=60)
+        terminal.keys("p", "Enter")
+        terminal.see("F2–F9 screens")  # the keys are the field's now
         terminal.type("der wind")
         terminal.keys("Enter")
         screen = terminal.see("weht", "lora", "merged", "engine ready", seconds=60)
@@ -147,30 +190,10 @@ def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another
         engine = child(worked)
         os.kill(engine, signal.SIGKILL)
         terminal.see("engine died")
-        ask_again(terminal)
+        terminal.type("der wind")
+        terminal.keys("Enter")
         terminal.see("engine ready", seconds=60)
-        fresh = child(worked)
-        assert fresh != engine
-        terminal.keys("u")
-        terminal.miss("● base")  # none is selected
-        row = terminal.drawn("pretrain")
-        terminal.keys("Escape")
-        terminal.redrawn("pretrain", row)  # its cursor has the table's focus
-        terminal.keys(*["Down"] * 8, "Space")
-        terminal.see("● second")
-        ask_again(terminal)
-        screen = terminal.see("next     second", "98.1", "second  der wind weht", "engine ready")
-        assert "freeze" not in screen.split("candidates")[1].split("earlier")[0]
-        assert child(worked) == fresh
-
-
-def ask_again(terminal: Terminal) -> None:
-    """Send the prompt that was sent before."""
-    terminal.keys("p")
-    terminal.miss("Select")  # the keys are the field's now
-    terminal.keys("Up")
-    terminal.field("der wind")
-    terminal.keys("Enter")
+        assert child(worked) != engine
 
 
 def child(project: Path) -> int:
@@ -189,25 +212,20 @@ def child(project: Path) -> int:
 def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
     checkpoint(worked / "artifacts/endless", max_positions=16_384)
     with lora_tui(worked, (120, 40)) as terminal:
-        terminal.keys("4")
-        terminal.see("endless")
+        terminal.keys("5")
+        terminal.see("endless", "engine ready", seconds=60)
         terminal.keys("/")
-        terminal.see("only models with")
         terminal.type("endless")
         terminal.miss("expanded")
-        terminal.keys("Enter")
-        terminal.see("Select")  # the keys are the table's again
-        terminal.keys("Space")
-        terminal.see("● endless")
-        terminal.keys("t")
+        terminal.keys("Enter", "Space", "t")
         terminal.see("limit")
         terminal.keys("Tab", "Tab", "Tab", "Tab")
         terminal.field("limit")
         terminal.type("10000")
         terminal.keys("Enter")
         terminal.see("10000 tokens")
-        terminal.keys("p")
-        terminal.miss("Select")  # the keys are the field's now
+        terminal.keys("Enter")
+        terminal.see("F2–F9 screens")  # the keys are the field's now
         terminal.type("w1 w2")
         terminal.keys("Enter")
         terminal.see("engine busy", seconds=60)

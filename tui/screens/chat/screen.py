@@ -105,6 +105,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     def open_with(self, models: Sequence[Path | str] = (), prompt: str = "", **_: Any) -> None:
         """Chat with these models; `prompt` is put into the field."""
         if models:
+            self._are_given = True
             self._use_paths([str(path) for path in models[:MOST_MODELS]])
         if prompt:
             self.field.text = prompt
@@ -115,6 +116,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             self._find_models()
 
     # models
+
+    _are_given = False  # by another screen, so that none is chosen here
 
     @work(exclusive=True, group="find")
     async def _find_models(self) -> None:
@@ -128,7 +131,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
         entries = await asyncio.to_thread(found)
         self.entries = sorted(entries, key=lambda entry: (bool(entry.group), entry.group, entry.sort_key))
-        if not self.session.entries and self.entries:
+        if not self.session.entries and self.entries and not self._are_given:
             adapters = (entry for entry in self.entries if entry.model.kind == "adapter")
             await self._use([next(adapters, self.entries[0])])
 
