@@ -55,7 +55,7 @@ async def data(pilot: Pilot[None]) -> None:
 
 
 async def models(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: text(screen).count("✓") > 8)
+    await until(pilot, lambda screen: text(screen).count("100%") > 4)
     await pilot.press(*["down"] * 5, "m")
     await pilot.pause(8)  # the engine starts, and measures the spectrum
     await pilot.press("space", *["up"] * 4, "space", "enter", *keys("die katze sitzt auf dem"), "enter")
@@ -63,9 +63,12 @@ async def models(pilot: Pilot[None]) -> None:
 
 
 async def chat(pilot: Pilot[None]) -> None:
-    for message in ("die suppe", "der hund"):
-        await pilot.press(*keys(message), "enter")
-        await pilot.pause(8)
+    app = pilot.app
+    assert isinstance(app, Workbench)
+    app.go("chat", models=[app.root / "artifacts/expanded", app.root / "artifacts/lora_adapter"])
+    await until(pilot, lambda screen: "expanded beside lora" in text(screen))
+    await pilot.press(*keys("die suppe"), "enter")
+    await pilot.pause(10)
 
 
 def keys(typed: str) -> list[str]:

@@ -136,7 +136,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for each in caches:
         each.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(provenance, "version", version)
+    monkeypatch.setattr("importlib.metadata.version", version)
     yield
     for each in caches:
         each.cache_clear()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import OptionList
 
@@ -199,6 +200,8 @@ from here, so that the next run (`R`) trains on them."""
                 self._read_row()
         except UserError as error:
             self.query_one(RowPane).show_text(flat(str(error)))
+        except NoMatches:  # the screen is closing
+            return
 
     @work(exclusive=True, group="page")
     async def _fetch(self, first: int) -> None:
@@ -211,6 +214,8 @@ from here, so that the next run (`R`) trains on them."""
                     self._put(answer)
         except UserError as error:
             self.warn(flat(str(error)))
+        except NoMatches:  # the screen is closing
+            return
 
     def _put(self, answer: Answer) -> None:
         if answer["event"] == "page":

@@ -113,7 +113,7 @@ async def test_the_cursor_begins_on_what_is_running(root: Path) -> None:
 
 async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
     async with open_curves(root) as (pilot, screen):
-        await pilot.press("space")
+        await pilot.press("g", "space")
         await until(pilot, lambda: names_on(screen) == {"freeze", "lora"})
         assert list_lines(screen)[0].startswith("· full")
         await pilot.press("enter")

@@ -213,7 +213,8 @@ async def test_a_second_workbench_sees_the_run_and_starts_none(runnable: Path, d
         async with open_screen(runnable) as (pilot, screen):
             await until(pilot, lambda: screen.workbench.project_watch.pipeline)
             await pilot.press("S")
-            assert messages(screen) == "The pipeline is already running. Stop it first, or wait for it."
+            already = "The pipeline is already running. Stop it first, or wait for it."
+            await until(pilot, lambda: messages(screen) == already)
             first.stop()
             await until(pilot, lambda: first.running() is None)
     finally:
