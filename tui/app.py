@@ -31,7 +31,6 @@ from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
-from pipeline.project.new_project import renew_code_yaml
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
 from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
@@ -277,6 +276,8 @@ class Workbench(App[None]):
             if self.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
             if project := self.project_watch.project:
+                from pipeline.project.new_project import renew_code_yaml  # not before the first paint
+
                 await asyncio.to_thread(renew_code_yaml, project)
             running = self.runner.start(arguments)
             self.log_message(f"Started: {running.command}. It continues if you quit.")

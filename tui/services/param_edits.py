@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project
 
@@ -72,6 +71,8 @@ def follows_params(params: Path) -> bool:
 
 def _render(params: Path) -> str:
     """dvc.yaml as `lora new` writes it; "" if the params cannot be read, or are not those that DVC reads."""
+    from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml  # not before the first paint
+
     try:
         return HEADER + render_dvc_yaml(open_project(params)) if params.name == PARAMS else ""
     except (UserError, OSError):

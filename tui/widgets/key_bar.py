@@ -18,7 +18,7 @@ SCREENS_KEYS = ("F2–F9", "screens", "")
 class KeyBar(Widget):
     """The keys of the screen and, while a text is typed, of its field; at the right those that are the same everywhere.
 
-    What a pane shows in its border is left out. A click on a key has its effect.
+    What a pane shows in its border is left out, unless a text is typed. A click on a key has its effect.
     """
 
     DEFAULT_CSS = """
@@ -40,7 +40,7 @@ class KeyBar(Widget):
         keys: dict[str, tuple[str, str, str]] = {}
         fixed: dict[str, tuple[str, str, str]] = {}
         for key, (node, binding, enabled, _) in self.screen.active_bindings.items():
-            in_border = isinstance(node, Pane) and bool(node.border_subtitle) and not typing
+            in_border = isinstance(node, Pane) and binding.action in node.actions_in_border and not typing
             if not enabled or (typing and (len(key) == 1 or key in NAMED)):
                 continue
             entry = self.app.get_key_display(binding), binding.description.lower(), key

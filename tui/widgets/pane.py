@@ -56,6 +56,7 @@ class Pane(Vertical):
         super().__init__(*children, id=id, classes=classes)
         self.title, self.help = title or self.TITLE, help or self.HELP
         self._before_filter: Widget | None = None
+        self.actions_in_border: set[str] = set()
         self._title_text = Text()
 
     def compose(self) -> Iterable[Widget]:
@@ -71,7 +72,20 @@ class Pane(Vertical):
         self.show_title()
 
     def on_resize(self, event: Resize) -> None:  # noqa: ARG002  # name given by Textual
-        self.border_subtitle = self._keys()
+        self.show_keys()
+
+    def show_keys(self) -> None:
+        """Show the keys in the border, as many as its width holds."""
+        line, room, before = Text(no_wrap=True), self.size.width - 2, self.actions_in_border
+        self.actions_in_border = set()
+        for action, keys, label in self.shown_keys():
+            if cell_len(line.plain) + cell_len(f"{keys} {label}") + 2 > room:
+                break
+            line.append("  " if line else "").append(keys, "bold").append(f" {label}")
+            self.actions_in_border.add(action)
+        self.border_subtitle = line
+        if self.actions_in_border != before:
+            self.screen.refresh_bindings()  # the line at the bottom leaves them out
 
     def show_title(self, *facts: str | Text, title: str = "") -> None:
         """Show the title, and facts after it, which may be styled: `Runs  3 of 9`."""
@@ -84,24 +98,15 @@ class Pane(Vertical):
         if text != self._title_text:  # setting it draws the whole pane again
             self._title_text = self.border_title = text
 
-    def _keys(self) -> Text:
-        """The pane's keys, as many as its width holds."""
-        line, room = Text(no_wrap=True), self.size.width - 2
-        for keys, label in self.shown_keys():
-            part = f"{keys} {label}"
-            if cell_len(line.plain) + len(part) + 2 > room:
-                break
-            line.append("  " if line else "").append(keys, "bold").append(f" {label}")
-        return line
-
-    def shown_keys(self) -> list[tuple[str, str]]:
-        """Key and label of the bindings that the border shows."""
+    def shown_keys(self) -> list[tuple[str, str, str]]:
+        """Action, key and label of the bindings that the border shows."""
         rows = {}
-        for binding in self._bindings.key_to_bindings.values():
-            for each in binding:
-                if each.show and each.action not in rows:
-                    rows[each.action] = (self.app.get_key_display(each), each.description.lower())
-        return list(rows.values()) + [("/", "filter")] * self.FILTER
+        for bindings in self._bindings.key_to_bindings.values():
+            for binding in bindings:
+                if binding.show and binding.action not in rows:
+                    key = self.app.get_key_display(binding)
+                    rows[binding.action] = (binding.action, key, binding.description.lower())
+        return list(rows.values()) + [("filter", "/", "filter")] * self.FILTER
 
     # Filter
 
@@ -158,4 +163,4 @@ class Pane(Vertical):
         self._leave_filter()
 
     def on_descendant_focus(self, event: DescendantFocus) -> None:  # noqa: ARG002  # name given by Textual
-        self.border_subtitle = self._keys()
+        self.show_keys()

@@ -10,6 +10,7 @@ from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
+from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
@@ -40,8 +41,8 @@ from tui.widgets.plot.scale import Range, spans_decade
 EMPTY = "No runs yet. R runs the pipeline, as does `dvc repro`; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-POLL = 0.5  # seconds between checks of the files
-CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
+POLL, IDLE_POLLS = 0.5, 4  # seconds between checks of the files; times as long while no run is live
+CPU_SHARE = 0.02  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
 
@@ -88,6 +89,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._answers: bool | None = None  # whether they are shown, if the user has said so
         self._states: dict[str, str] = {}  # of the stages, when it was last read what they kept
         self._reading = False
+        self._polls = 0
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
@@ -106,7 +108,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def on_screen_resume(self) -> None:
         super().on_screen_resume()
-        self._poll()
+        self._look()
 
     def open_with(self, run: str = "", **_: Any) -> None:
         """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an adapter of a sweep."""
@@ -135,6 +137,7 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if states != self._states:
             self._states = states
             self._read_kept()
+            self._look()
 
     @work(exclusive=True, group="kept")
     async def _read_kept(self) -> None:
@@ -145,7 +148,16 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     # Reading files
 
     def _poll(self) -> None:
-        """Check everything that may have changed: os.stat, and the small run states of live runs."""
+        """Check everything that may have changed: os.stat, and the small run states of live runs.
+
+        While none is live, a fourth as often: the watch of the project tells when one starts.
+        """
+        self._polls += 1
+        live = any(view.alive for view in self.runs.views.values())
+        if live or self._polls % IDLE_POLLS == 0:
+            self._look()
+
+    def _look(self) -> None:
         if self.is_current and not self._reading:
             self._read()
 
@@ -173,6 +185,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
                 self._update_list()
                 self._show_texts(self.drawn())
             self._find_wanted()
+        except NoMatches:  # the screen is closing
+            return
         finally:
             self._reading = False
 

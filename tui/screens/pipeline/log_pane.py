@@ -218,9 +218,10 @@ screen. A stage that was started in a terminal prints there; of it only the step
         place = f"{matches.index(view.found) + 1 if view.found in matches else 0} of {len(matches)}"
         self.show_title(*[place] * bool(view.text), *["following"] * view.follows)
 
-    def shown_keys(self) -> list[tuple[str, str]]:
-        matches = [("n N", "matches")] if self.filter_text else []
-        return [*matches, *((key, "search" if key == "/" else label) for key, label in super().shown_keys())]
+    def shown_keys(self) -> list[tuple[str, str, str]]:
+        matches = [("match", "n N", "matches")] if self.filter_text else []
+        keys = super().shown_keys()
+        return [*matches, *((action, key, "search" if key == "/" else label) for action, key, label in keys)]
 
     def filtered(self, text: str) -> None:
         self.view.search(text)

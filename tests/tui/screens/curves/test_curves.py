@@ -46,8 +46,8 @@ async def test_without_runs_it_says_what_to_do(empty: Path) -> None:
 async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
     async with open_curves(empty) as (pilot, screen):
         write_run(empty, "pretrain", 10)
+        await until(pilot, lambda: screen.query_one("#panes").display)
         await wait_until_drawn(pilot, screen)
-        assert screen.query_one("#panes").display
         assert isinstance(screen.focused, RunList)
         assert names_on(screen) == {"pretrain"}
 
@@ -411,7 +411,7 @@ async def test_any_size_shows_chart_and_list(root: Path, size: tuple[int, int]) 
         assert bool(screen.query_one(DetailsPane).size) == (size[0] >= 76)
         assert bool(screen.query_one(MetricsPane).size) == (size[1] >= 20)
         await pilot.press("j", "left", "l", "tab", "up", "v", "+", "+")
-        assert sum(len(part) for part, _ in screen.chart._rows[0]) == screen.chart.size.width
+        await until(pilot, lambda: sum(len(part) for part, _ in screen.chart._rows[0]) == screen.chart.size.width)
 
 
 ODD = {
