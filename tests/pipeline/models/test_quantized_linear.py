@@ -126,11 +126,12 @@ def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_pred
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """bitsandbytes is not installed."""
+    real = metadata.version
 
     def version(name: str) -> str:
         if name == "bitsandbytes":
             raise PackageNotFoundError(name)
-        return metadata.version(name)
+        return real(name)
 
     caches = (quantized_linear._bitsandbytes, provenance.versions)
     for each in caches:

@@ -130,8 +130,9 @@ class PromptPane(Pane):
             if self.conversation.chat and not exchange.chat:
                 self._warn("Not all of these models have a chat template, so they were prompted without it.")
         finally:
-            self.answers.show(exchange, self.slider.value)
-            self.call_later(self.screen.refresh_bindings)
+            if self.is_attached:  # else the program is closing
+                self.answers.show(exchange, self.slider.value)
+                self.call_later(self.screen.refresh_bindings)
 
     def _show_error(self, error: UserError) -> None:
         self._set_engine_state("died" if isinstance(error, EngineDied) else "ready")

@@ -61,7 +61,7 @@ class ModelsScreen(WorkbenchScreen):
         Binding("t", "sampling", "sampling", id="models.sampling"),
         Binding("ctrl+r", "again", "ask again", id="models.again"),
         Binding("y", "copy", "copy the answer", id="models.copy"),
-        Binding("x", "save", "save all answers", id="models.save"),
+        Binding("ctrl+s", "save", "save all answers", id="models.save"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
     ]
 

@@ -373,7 +373,7 @@ async def test_a_transcript_has_every_exchange(project: Path) -> None:
             await s.answered()
 
         async def transcript(name: str) -> str:
-            await s.press("escape", "x")
+            await s.press("escape", "ctrl+s")
             await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
             s.app.screen.query_one(Input).value = name
             await s.press("enter")
@@ -396,7 +396,7 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
     async with open_models(project) as s:
         await s.ask("eins")
         await s.answered()
-        await s.press("escape", "x")
+        await s.press("escape", "ctrl+s")
         await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
         monkeypatch.setattr("os.fsync", full)
         messages = len(s.app.message_history)
