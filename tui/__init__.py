@@ -1,4 +1,4 @@
-"""The terminal UI: four screens on one project. torch is never imported here."""
+"""The terminal UI: eight screens on one project. torch is never imported here."""
 
 import os
 

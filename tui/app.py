@@ -90,7 +90,6 @@ class Workbench(App[None]):
     COMMANDS = {_palette}  # noqa: RUF012  # as Textual declares it
     ALLOW_IN_MAXIMIZED_VIEW = ".-textual-system,Header,KeyBar"
     MODES = {name: entry.load for name, entry in {**SCREENS, WELCOME: FIRST_LOOK}.items()}  # noqa: RUF012
-    MODELS = "models"  # the screen that prompts a model
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(f"{number},f{number + 1}", f"switch_mode('{name}')", entry.label, id=f"app.{name}", show=False)

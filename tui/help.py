@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 from textual.binding import Binding
 
-from pipeline.project.stage_graph import Look
 from tui.widgets.colors import LOOKS
 from tui.widgets.pane import Pane
 
@@ -48,12 +47,8 @@ def page(prose: str, keys: Keys, pane: Pane | None) -> Iterable[RenderableType]:
         yield _table("Keys here", ((names, binding.description, binding.id or "") for names, binding in own))
     yield _table("Keys everywhere", ((names, text, "") for names, text in EVERYWHERE))
     yield _table("Signs", ((sign, text, "") for sign, text in STATES.items()))
-    yield _table("Methods", ((Text(look.sign, look.color), name, "") for name, look in _looks()))
+    yield _table("Methods", ((Text(look.sign, look.color), name, "") for name, look in LOOKS.items()))
     yield Text("\nThe names at the right can be given other keys in the config file.", "dim")
-
-
-def _looks() -> Iterable[tuple[str, Look]]:
-    return LOOKS.items()
 
 
 def _table(title: str, rows: Iterable[tuple[str | Text, str, str]]) -> Table:

@@ -135,7 +135,7 @@ def _params(app: Workbench) -> Iterator[Command]:
 
 def _prompts(app: Workbench) -> Iterator[Command]:
     for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
-        yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, app.MODELS, prompt=prompt))
+        yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, "models", prompt=prompt))
 
 
 def _models(app: Workbench) -> Iterator[Command]:
@@ -145,7 +145,7 @@ def _models(app: Workbench) -> Iterator[Command]:
     for folder in folders:
         for path in sorted(model_folders(folder))[:MAX_MODELS]:
             name = str(path.relative_to(folder.parent if folder not in folders[:2] else folder))
-            yield Command(f"Model {name}", str(path), partial(app.go, app.MODELS, select=path))
+            yield Command(f"Model {name}", str(path), partial(app.go, "models", select=path))
 
 
 def _docs(app: Workbench) -> Iterator[Command]:

@@ -14,7 +14,7 @@ from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.services.pipeline_process import Runner, Running
 
-BUSY, IDLE = 0.4, 1.0  # seconds between two looks at the files
+BUSY, IDLE = 0.6, 1.0  # seconds between two looks at the files
 IDLE_SHARE = 0.004  # of a core while nothing changes: with 300 adapters a look takes 10 ms, and the pause grows
 MAX_PAUSE = 5.0
 

@@ -250,14 +250,14 @@ class Form(Vertical):
     """A line per field: a label, and an editor whose id is the field's key. Up and down move from field to field.
 
     `editors` holds the texts; `value` parses one. A line has the class `-edited` while its value differs from the
-    given one, and `-bad` while it is invalid. `show`, `fill` and `revert` set values, `rebuild` other fields.
+    given one, and `-bad` while it is invalid. `fill` and `revert` set values.
     """
 
     DEFAULT_CSS = "Form { height: auto; } Form .field { height: 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "Field above", show=False),
         Binding("down", "move(1)", "Field below", show=False),
-        Binding("ctrl+r", "reset", "The field's default", show=False),
+        Binding("ctrl+b", "reset", "Back to the field's default", show=False),
     ]
 
     class Changed(Message):
@@ -298,22 +298,6 @@ class Form(Vertical):
 
     def label(self, field: FormField, invalid: bool = False) -> str:  # noqa: ARG002  # for a form that shows it
         return field.label or field.key
-
-    async def rebuild(self, fields: Sequence[FormField], values: Mapping[str, Any]) -> None:
-        """Replace all fields."""
-        self.lines = self._make_lines(fields, values)
-        with self.app.batch_update():
-            await self.remove_children()
-            await self.mount_all(self.lines.values())
-
-    def show(self, fields: Sequence[FormField], values: Mapping[str, Any]) -> None:
-        """Set new given values for fields of the same keys; text that is being edited stays."""
-        for field in fields:
-            was_edited = self.edited(field.key)
-            self.fields[field.key], self.given[field.key] = field, values[field.key]
-            if not was_edited:
-                self.editors[field.key].value = format_value(values[field.key])
-            self._mark(field.key)
 
     def fill(self, values: Mapping[str, Any]) -> None:
         """Set all fields, and post a single Changed."""
@@ -357,10 +341,8 @@ class Form(Vertical):
     @on(Choice.Changed)
     def _text_changed(self, event: Input.Changed | Choice.Changed) -> None:
         event.stop()
-        key = event.control.id or ""
-        if self.editors.get(key) is event.control:  # else of a field that was replaced
-            self._mark(key)
-            self.post_message(self.Changed())
+        self._mark(event.control.id or "")
+        self.post_message(self.Changed())
 
     @on(Input.Submitted)
     def _input_submitted(self, event: Input.Submitted) -> None:

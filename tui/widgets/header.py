@@ -37,16 +37,13 @@ class Header(Widget):
     def _layout(self) -> tuple[list[str], str]:
         """The screens' labels and the state, in full or as short as the width demands."""
         text, short, _ = self.state
-        full, brief = ([f"{n} {label}" for n, label in enumerate(labels, 1)] for labels in self._names())
+        full = [f"{number} {entry.label}" for number, entry in enumerate(SCREENS.values(), 1)]
+        brief = [f"{number} {entry.short}" for number, entry in enumerate(SCREENS.values(), 1)]
         digits = [label if name == self.current else label[:1] for name, label in zip(SCREENS, brief, strict=True)]
         for labels, gap, state in ((full, 2, text), (brief, 1, text), (brief, 1, short), (digits, 1, text)):
             if len(NAME) + len((" " * gap).join(labels)) + cell_len(state) + 2 <= self.size.width:
                 return [label + " " * gap for label in labels], state
         return [label + " " for label in digits], short
-
-    @staticmethod
-    def _names() -> tuple[list[str], list[str]]:
-        return [entry.label for entry in SCREENS.values()], [entry.short for entry in SCREENS.values()]
 
     def render(self) -> RenderResult:
         width, variables = self.size.width, self.app.theme_variables

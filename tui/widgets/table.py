@@ -13,6 +13,17 @@ VIM_KEYS: tuple[BindingType, ...] = (
 )
 
 
+# for lists that draw their lines themselves: they have `action_move(lines)` and `action_page(pages)`
+MOVE_KEYS: tuple[BindingType, ...] = (
+    Binding("down,j", "move(1)", "Down", show=False),
+    Binding("up,k", "move(-1)", "Up", show=False),
+    Binding("pagedown", "page(1)", "Page down", show=False),
+    Binding("pageup", "page(-1)", "Page up", show=False),
+    Binding("home,g", "move(-1000000000)", "First", show=False),
+    Binding("end,G", "move(1000000000)", "Last", show=False),
+)
+
+
 class Table(DataTable[Text]):
     """Rows with a cursor: arrows, j and k, Home and End, g and G."""
 

@@ -18,6 +18,7 @@ from textual.widget import Widget
 
 from tui.screens.data.files import flat
 from tui.widgets.pane import Pane
+from tui.widgets.table import MOVE_KEYS
 
 PAGE = 100  # rows that are asked for at once
 MAX_KEPT = 5000  # rows; the farthest are forgotten
@@ -45,14 +46,7 @@ class RowList(ScrollView, can_focus=True):
     RowList > .rows--cut { color: $text-warning; }
     """
     COMPONENT_CLASSES: ClassVar[set[str]] = {"rows--cursor", "rows--problem", "rows--cut"}
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("down,j", "move(1)", "Down", show=False),
-        Binding("up,k", "move(-1)", "Up", show=False),
-        Binding("pagedown", "move_page(1)", "Page down", show=False),
-        Binding("pageup", "move_page(-1)", "Page up", show=False),
-        Binding("home,g", "move(-1000000000)", "First", show=False),
-        Binding("end,G", "move(1000000000)", "Last", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*MOVE_KEYS]
     cursor = reactive(0, repaint=False)
 
     class Moved(Message):
@@ -147,7 +141,7 @@ class RowList(ScrollView, can_focus=True):
     def action_move(self, rows: int) -> None:
         self.cursor = max(0, min(self.count - 1, self.cursor + rows))
 
-    def action_move_page(self, pages: int) -> None:
+    def action_page(self, pages: int) -> None:
         self.action_move(pages * max(1, self.size.height - 1))
 
     def on_click(self, event: Click) -> None:

@@ -87,8 +87,8 @@ def _format_cell(token: str, answer: Answer, reference: Answer, width: int, colo
         text.append("   new", colors.get("success", ""))
     elif answer is not reference and before is not None:
         points = 100 * (probability - before)
-        difference = f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}"
-        if difference in ("+0.0", "-0.0"):
+        difference = (f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}").replace("-", "−")
+        if difference in ("+0.0", "−0.0"):
             text.append("     =", "dim")
         else:
             text.append(f"{difference:>6}", colors.get("success" if points > 0 else "error", ""))

@@ -29,6 +29,7 @@ from tui.screens.models.columns import (
 )
 from tui.services.model_library import Entry
 from tui.widgets.colors import method_look, method_style
+from tui.widgets.table import MOVE_KEYS
 from tui.widgets.text import pad_or_truncate
 
 _order = attrgetter("sort_key")
@@ -66,12 +67,7 @@ class ModelTable(ScrollView, can_focus=True):
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("down,j", "move(1)", "Down", show=False),
-        Binding("up,k", "move(-1)", "Up", show=False),
-        Binding("pagedown", "page(1)", "Page down", show=False),
-        Binding("pageup", "page(-1)", "Page up", show=False),
-        Binding("home,g", "move(-1000000)", "First", show=False),
-        Binding("end,G", "move(1000000)", "Last", show=False),
+        *MOVE_KEYS,
         Binding("enter", "act", "ask, unfold"),
         Binding("right", "fold(False)", "Unfold the folder", show=False),
         Binding("left", "fold(True)", "Fold the folder", show=False),

@@ -234,9 +234,9 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert screen.form.values["gpu"] == names_[names_.index("rtx4090") + 1]
 
 
-async def test_ctrl_r_brings_a_fields_default_back(empty: Path) -> None:
+async def test_ctrl_b_brings_a_fields_default_back(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
-        await pilot.press("right", "ctrl+r", "down", "+", "+", "ctrl+r")
+        await pilot.press("right", "ctrl+b", "down", "+", "+", "ctrl+b")
         assert screen.form.values == DEFAULTS and screen.result.method.rank == 8
 
 

@@ -36,7 +36,7 @@ async def test_side_by_side_differences_are_signed_and_count_from_the_first(brie
         assert row("next") == USUAL
         cells = {"base": ["50.0"], "lora": ["75.0", "+25.0"]}
         assert row("tisch") == [cell for name in USUAL for cell in cells.get(name, ["50.0", "="])]
-        assert row("sofa").count("-25.0") == 1
+        assert row("sofa").count("−25.0") == 1
         assert s.conversation.newest is not None
         assert {answer.text for answer in s.conversation.newest.answers} == {" tisch und stuhl"}
 
