@@ -97,7 +97,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
     if world().world_size > 1:
-        from pipeline.training.launch import end_with_launcher
+        from pipeline.training.parallel.launch import end_with_launcher
 
         end_with_launcher()
     try:

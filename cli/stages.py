@@ -116,7 +116,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         if shard and devices == 1 and world().world_size == 1:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
         if devices > 1 and world().world_size == 1:
-            from pipeline.training.launch import launch
+            from pipeline.training.parallel.launch import launch
 
             project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
             given = ["--params", str(params), *["--force"] * force]
@@ -409,7 +409,7 @@ def run_stage(
     else:
         if not name.startswith("finetune_") or stage.kind == "adapters":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.distributed import run_distributed
+        from pipeline.training.parallel.ranks import run_distributed
 
         events = run_distributed(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name, quiet=UNDER_DVC)

@@ -21,7 +21,7 @@ from pipeline.models.base import (
     next_positions,
 )
 from pipeline.models.device import keep_freed_memory
-from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels import packed_attention, uses_cpu_kernels
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
@@ -170,7 +170,7 @@ class TransformersModel(CausalLM):
         keep_freed_memory()
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if self.device.type != "cpu" or max(lengths) > packed_attention.LONGEST:
+        if not uses_cpu_kernels(self.device) or max(lengths) > packed_attention.LONGEST:
             return None
         return sum(block.weights for block in packed_attention.blocks(lengths))
 

@@ -16,9 +16,9 @@ from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.init_from import Continued, save_state
 from pipeline.training.batches import Batches
 from pipeline.training.data import prepare_data, read_prompts, save_checkpoint, save_logs
-from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.parallel.collectives import is_main_process
 from pipeline.training.step import Evaluation, Learner, LossPath, OneLearner
 
 if TYPE_CHECKING:

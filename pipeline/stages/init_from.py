@@ -14,7 +14,7 @@ from pipeline.files import artifact
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import data_files
-from pipeline.training.distributed import broadcast_object
+from pipeline.training.parallel.collectives import broadcast_object
 
 if TYPE_CHECKING:
     from torch import Tensor

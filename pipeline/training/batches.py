@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
-from pipeline.training.distributed import shard_for_rank
+from pipeline.training.parallel.collectives import shard_for_rank
 
 
 @dataclass(frozen=True)

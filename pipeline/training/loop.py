@@ -23,6 +23,7 @@ from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import (
@@ -41,7 +42,10 @@ from pipeline.project.logs.run_log import (
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.distributed import (
+from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.noise import training_noise
+from pipeline.training.optimizer import FlatOptimizer, rate
+from pipeline.training.parallel.collectives import (
     CollectiveError,
     ProcessLost,
     all_reduce_max,
@@ -49,13 +53,9 @@ from pipeline.training.distributed import (
     broadcast_tensors,
     is_lost,
     is_main_process,
-    needs_shards,
     raise_on_all_ranks,
-    shard,
 )
-from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
-from pipeline.training.noise import training_noise
-from pipeline.training.optimizer import FlatOptimizer, rate
+from pipeline.training.parallel.sharding import needs_shards, shard
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
 from pipeline.training.update_rules import rule_of
 
@@ -332,7 +332,7 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device
     """Apply checkpointing and, on the CPU, faster kernels; returns the device to train on. Does not move the model."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
-    if device.type == "cpu":
+    if uses_cpu_kernels(device):
         model.prepare_cpu_training()
     return device
 

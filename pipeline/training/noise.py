@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import Training
-from pipeline.training.distributed import rank
+from pipeline.training.parallel.collectives import rank
 
 
 class LearnerNoise:

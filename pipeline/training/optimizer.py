@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
-from pipeline.training.distributed import all_reduce, broadcast
+from pipeline.training.parallel.collectives import all_reduce, broadcast
 from pipeline.training.update_rules import AdamW, Span, State, UpdateRule
 
 # fp16 loss scale, and steps without an overflow until it doubles: the values of torch's GradScaler

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.distributed import all_reduce_numbers
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.parallel.collectives import all_reduce_numbers
 
 if TYPE_CHECKING:  # what few runs need
     from pipeline.training.noise import LearnerNoise

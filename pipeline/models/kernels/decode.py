@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
+from pipeline.models.kernels import uses_cpu_kernels
 
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently
 NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -200,7 +201,7 @@ def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _is_bf16_on_cpu(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.is_cpu
+    return weight.dtype == torch.bfloat16 and uses_cpu_kernels(weight.device)
 
 
 def _packed_linear(linears: Sequence[nn.Linear]) -> PackedLinear:

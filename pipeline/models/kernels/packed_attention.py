@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import PackedCache, Prefix
+from pipeline.models.kernels import uses_cpu_kernels
 
 NAME = "lora_segments"
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
@@ -94,7 +95,7 @@ def attend(
             weights.append(_weights(query, key, rule))
 
     # Also in training without gradients: with its adapter off, a model then gives the bits that its base gives.
-    short = module.training and query.device.type == "cpu" and lengths == spans and max(lengths) <= LONGEST
+    short = module.training and uses_cpu_kernels(query.device) and lengths == spans and max(lengths) <= LONGEST
     if short and not rule.explicit and rule.window is None:
         out = short_attention(query, key, value, lengths, rule.scale)
     elif len(lengths) == 1 and pairs is None:

@@ -89,7 +89,7 @@ def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None
 def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generator[Event, None, Prepared]:
     """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
     from pipeline.stages.finetune import Prepared
-    from pipeline.training.distributed import is_sharded
+    from pipeline.training.parallel.sharding import is_sharded
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
     from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
     from pipeline.training.step import Evaluation

@@ -25,7 +25,7 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.training.data import build_corpora
-from pipeline.training.distributed import all_reduce, broadcast_tensors, is_main_process, shard_for_rank
+from pipeline.training.parallel.collectives import all_reduce, broadcast_tensors, is_main_process, shard_for_rank
 from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference

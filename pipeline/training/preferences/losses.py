@@ -19,8 +19,8 @@ from pipeline.data.windows import Parts
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.distributed import all_reduce_numbers, shard_for_rank
 from pipeline.training.losses import log_probs
+from pipeline.training.parallel.collectives import all_reduce_numbers, shard_for_rank
 from pipeline.training.step import StepBatch, to_model_device
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.files.artifact import digest
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
-from pipeline.training import launch
+from pipeline.training.parallel import launch
 from tests.conftest import Lora
 from tests.helpers import families, projects
 from tests.helpers.families import FAMILIES, TEXTS
@@ -285,7 +285,7 @@ def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) 
 def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
     """As when its main thread waits in a collective that hangs."""
     code = (
-        "import signal, time; from pipeline.training import launch; "
+        "import signal, time; from pipeline.training.parallel import launch; "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
     )
     gone = subprocess.Popen(["true"])

@@ -1,0 +1,108 @@
+"""What the ranks of a run exchange. In a single process the collectives return their input unchanged.
+
+CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class CollectiveError(UserError):
+    """An error raised on every rank and reported by rank 0 only."""
+
+
+class ProcessLost(CollectiveError):
+    """Another process of the run has ended."""
+
+    @classmethod
+    def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
+        return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
+
+
+def rank() -> int:
+    """This process's number, 0 in a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
+def shard_for_rank(items: Sequence[Item]) -> list[Item]:
+    """Every world_size-th item, starting with this rank."""
+    return list(items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items)
+
+
+def all_reduce_numbers(*numbers: float) -> list[float]:
+    """Each number's sum over all ranks."""
+    if not dist.is_initialized():
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: over gloo, which notices a rank that is gone
+    dist.all_reduce(total)
+    return [float(number) for number in total]
+
+
+def all_reduce(tensor: Tensor) -> None:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def all_reduce_max(number: int) -> int:
+    """The maximum over all ranks."""
+    if not dist.is_initialized():
+        return number
+    maximum = torch.tensor(number)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
+
+
+def broadcast_object(value: Item) -> Item:
+    """Rank 0's object, which must be small and picklable; those of the other ranks are ignored."""
+    if not dist.is_initialized():
+        return value
+    boxed = [value if is_main_process() else None]
+    dist.broadcast_object_list(boxed, src=0)
+    return boxed[0]  # type: ignore[return-value]
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors, by name."""
+    if not dist.is_initialized():
+        return dict(tensors)
+    layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
+    received = (
+        dict(tensors) if is_main_process() else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
+    )
+    for tensor in received.values():
+        dist.broadcast(tensor, src=0)
+    return received
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Copy rank 0's values to every rank, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+
+
+def raise_on_all_ranks(problem: str = "") -> None:
+    """Raises CollectiveError on every rank if any rank passes a problem. All ranks must call it."""
+    if not dist.is_initialized():
+        return
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for message in filter(None, problems):
+        raise CollectiveError(message)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank, or the connection to it, is gone."""
+    return dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl", "connection"))
