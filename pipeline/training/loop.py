@@ -51,11 +51,11 @@ from pipeline.training.parallel.collectives import (
     all_reduce_max,
     broadcast_object,
     broadcast_tensors,
+    is_distributed,
     is_lost,
     is_main_process,
     raise_on_all_ranks,
 )
-from pipeline.training.parallel.sharding import needs_shards, shard
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
 from pipeline.training.update_rules import rule_of
 
@@ -243,9 +243,13 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     name, model, evaluation = job.stage.name, task.model, task.evaluation
     device = prepare_model(model, task.settings.gradient_checkpointing)
-    sharded = needs_shards(model, device) if task.sharded is None else task.sharded
-    if sharded:  # before the move: the whole model does not fit on one device
-        shard(model, device)
+    sharded = False
+    if is_distributed():
+        from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
+
+        sharded = needs_shards(model, device) if task.sharded is None else task.sharded
+        if sharded:  # before the move: the whole model does not fit on one device
+            shard(model, device)
     model.to(device)  # before the optimizer, whose weights are the model's own storage
     if not task.path.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")

@@ -32,6 +32,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a run's several."""
+    return dist.is_initialized()
+
+
 def is_main_process() -> bool:
     return rank() == 0
 
