@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Exit, Option
 
-from cli.options import Group, Lazy, group
+from cli.options import UNDER_DVC, Group, Lazy, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
@@ -96,20 +96,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
-    if world().world_size > 1:
+    if world().world_size > 1 or UNDER_DVC:
         from pipeline.training.parallel.launch import end_with_launcher
 
         end_with_launcher()
     try:
         app()
-    except UserError as error:
-        if (
-            not world().is_main_process
-        ):  # rank 0 reports it; if this rank failed, torchrun would stop rank 0 before it does
+    except (UserError, Interrupted) as error:
+        if not world().reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
             raise SystemExit(0) from None
-        _exit(str(error), 1)
-    except Interrupted as stop:
-        _exit(f"{stop}.{' Run the same command to resume.' * stop.resumes}", 128 + stop.signal_number)
+        if isinstance(error, UserError):
+            _exit(str(error), 1)
+        _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -100,6 +100,11 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         force: ForceOption = False,
         checkpoint_every: CheckpointOption = None,
         devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
+        nodes: Annotated[int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")] = 1,
+        endpoint: Annotated[
+            str | None,
+            Option("--rdzv-endpoint", metavar="HOST:PORT", help="With --nnodes: one of the machines, and a free port."),
+        ] = None,
         shard: Annotated[
             bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
         ] = None,
@@ -113,9 +118,11 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return
-        if shard and devices == 1 and world().world_size == 1:
+        if shard and devices * nodes == 1 and world().world_size == 1:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
-        if devices > 1 and world().world_size == 1:
+        if (nodes > 1) != (endpoint is not None):
+            raise UserError("--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both.")
+        if devices * nodes > 1 and world().world_size == 1:
             from pipeline.training.parallel.launch import launch
 
             project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
@@ -123,7 +130,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             given += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
-            raise Exit(launch(devices, ["finetune", stage.method, *given]))
+            raise Exit(launch(devices, ["finetune", stage.method, *given], nodes, endpoint or ""))
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
 
     return command

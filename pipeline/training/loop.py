@@ -40,12 +40,14 @@ from pipeline.project.logs.run_log import (
     write_run_outcomes,
 )
 from pipeline.project.params.sections import Training
+from pipeline.project.process_rank import hangs_up
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
 from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
+    SLOWEST_STEP,
     CollectiveError,
     ProcessLost,
     all_reduce_max,
@@ -54,6 +56,7 @@ from pipeline.training.parallel.collectives import (
     is_distributed,
     is_lost,
     is_main_process,
+    limit_waiting,
     raise_on_all_ranks,
 )
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
@@ -230,6 +233,7 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
     runs out or another process of the run is gone.
     """
     raise_on_all_ranks()  # a rank that failed before training ends all of them here
+    limit_waiting(SLOWEST_STEP)
     try:
         return (yield from _train(job, task))
     except UserError as error:  # other ranks are inside the step: they notice only that this one is gone
@@ -434,9 +438,9 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
 
 @contextmanager
 def _held_signals() -> Iterator[list[int]]:
-    """Defers Ctrl-C and SIGTERM to the end of a step, so that a checkpoint never holds half a step.
+    """Defers Ctrl-C, SIGTERM and a closed terminal to the end of a step: a checkpoint never holds half a step.
 
-    Inside the block, the first SIGINT or SIGTERM is only added to the list; the second is handled as usual.
+    Inside the block, the first of these signals is only added to the list; the second is handled as usual.
     """
     received, previous = list[int](), dict[int, Any]()
 
@@ -445,7 +449,7 @@ def _held_signals() -> Iterator[list[int]]:
         signal.signal(number, previous[number])
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangs_up()):
             previous[number] = signal.signal(number, hold)
     try:
         yield received

@@ -1,9 +1,13 @@
 """What the ranks of a run exchange. In a single process the collectives return their input unchanged.
 
-CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others.
+CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others; so does
+a machine that is gone, or the connection to it, after LOST_AFTER seconds.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,17 +18,34 @@ from pipeline.errors import UserError
 
 Item = TypeVar("Item")
 
+# Seconds without an answer from another machine. TCP repeats a packet after 0.2 s, 0.4 s …, so that a connection which
+# was cut for half a minute is tried again 51 s after the cut: less than that would end a run that could go on.
+LOST_AFTER = 90
+KEEPALIVE = {  # names differ by system, and macOS has no TCP_USER_TIMEOUT
+    "TCP_KEEPIDLE": LOST_AFTER // 3,
+    "TCP_KEEPALIVE": LOST_AFTER // 3,
+    "TCP_KEEPINTVL": LOST_AFTER // 9,
+    "TCP_KEEPCNT": 6,
+    "TCP_USER_TIMEOUT": 1000 * LOST_AFTER,  # of packets that were sent and not answered
+}
+SLOWEST_STEP = timedelta(minutes=30)  # torch's own limit for gloo: a process that lives and does not answer
+
 
 class CollectiveError(UserError):
-    """An error raised on every rank and reported by rank 0 only."""
+    """An error raised on every rank and reported once on each machine."""
 
 
 class ProcessLost(CollectiveError):
-    """Another process of the run has ended."""
+    """Another process of the run has ended, or its machine does not answer."""
 
     @classmethod
     def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
-        return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
+        if not is_main_process():
+            checkpoint_note = "Checkpoints are with rank 0. "
+        return cls(
+            f"{stage}: another process of this run ended or is out of reach. {checkpoint_note}"
+            "Run the same command to resume."
+        )
 
 
 def rank() -> int:
@@ -106,6 +127,31 @@ def raise_on_all_ranks(problem: str = "") -> None:
     dist.all_gather_object(problems, problem)
     for message in filter(None, problems):
         raise CollectiveError(message)
+
+
+def notice_lost_machines() -> None:
+    """Have the kernel end this process's connections LOST_AFTER seconds after the other machine's last answer.
+
+    A connection that was cut looks like one on which nobody sends: gloo would wait for its timeout, which has to allow
+    for slow steps. The kernel of a machine answers however busy its processes are. gloo has no option for it.
+    """
+    for path in Path("/dev/fd").iterdir():
+        try:
+            connection = socket.socket(fileno=int(path.name))
+        except OSError:  # a file
+            continue
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEPALIVE.items():
+                if option := getattr(socket, name, None):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        connection.detach()  # it stays open
+
+
+def limit_waiting(longest: timedelta) -> None:
+    """From here on, a collective that waits longer fails."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(longest)
 
 
 def is_lost(error: Exception) -> bool:

@@ -9,9 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import UserError, first_line
 from pipeline.project.process_rank import world
-from pipeline.project.runner import Event, Facts, Job, Work, run
+from pipeline.project.runner import Event, Facts, Job, Note, Work, run
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.training.parallel.collectives import (
     CollectiveError,
@@ -19,10 +19,13 @@ from pipeline.training.parallel.collectives import (
     broadcast_object,
     is_lost,
     is_main_process,
+    limit_waiting,
+    notice_lost_machines,
     raise_on_all_ranks,
 )
 
-PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock; a rank that died is noticed at once
+MEET = timedelta(minutes=10)  # for the processes to start; without an answer they would wait for each other
+PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock, or its machine may read a base slowly
 
 
 def run_distributed(
@@ -30,40 +33,50 @@ def run_distributed(
 ) -> Generator[Event, None, Facts]:
     """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
     with _process_group():
-        if not is_main_process():
-            with suppress(UserError, Interrupted):  # rank 0 reports it
-                _run_as_worker(project, stage, work, checkpoint_every)
-            return {}
-        started = False
-
-        def lead(job: Job) -> Generator[Event, None, Facts]:
-            nonlocal started
-            started = True
-            broadcast_object(job.key)
-            return (yield from _report_errors(work, job))
-
         try:
-            return (yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every))
-        except ProcessLost:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank still has to report the error
-            raise
-        finally:
-            if not started:  # the artifact came from the cache: the other ranks wait for a key
-                broadcast_object("")
+            if is_main_process():
+                return (yield from _lead(project, stage, work, force, checkpoint_every))
+            if _run_as_worker(project, stage, work, checkpoint_every) and world().reports_errors:
+                yield Note(f"{stage.name}: done; rank 0 writes {project.artifact_name(stage.name)} on its machine")
+            return {}
+        except (RuntimeError, ProcessLost) as error:
+            if isinstance(error, RuntimeError) and not is_lost(error):
+                raise
+            if world().reports_errors:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank has to report the error
+            raise (ProcessLost.during(stage.name) if isinstance(error, RuntimeError) else error) from None
 
 
-def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int | None) -> None:
-    """Do the same work as rank 0, in a folder that is deleted; nothing if rank 0 takes the result from the cache."""
+def _lead(
+    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int | None
+) -> Generator[Event, None, Facts]:
+    """Rank 0: tell the others the key once the cache has missed."""
+    started = False
+
+    def lead(job: Job) -> Generator[Event, None, Facts]:
+        nonlocal started
+        started = True
+        broadcast_object(job.key)
+        return (yield from _report_errors(work, job))
+
+    try:
+        return (yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every))
+    finally:
+        if not started:  # the artifact came from the cache: the other ranks wait for a key
+            broadcast_object("")
+
+
+def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int | None) -> bool:
+    """Do the same work as rank 0, in a folder that is deleted; False if rank 0 takes the result from the cache."""
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
-        if key := broadcast_object(""):  # empty: the artifact came from the cache
+        key = broadcast_object("")  # empty: the artifact came from the cache
+        if key:
             shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
             (scratch / "out").mkdir(parents=True)
             for _ in _report_errors(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
                 pass
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
+        return bool(key)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -94,7 +107,17 @@ def _process_group() -> Iterator[None]:
             )
         torch.cuda.set_device(rank.local_rank)
     # both on a GPU: numbers and messages travel as CPU tensors
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else None  # NCCL connects here at once
+    try:
+        dist.init_process_group(backend, timeout=MEET, device_id=device)
+    except RuntimeError as error:
+        raise UserError(
+            f"the {rank.world_size} processes of this run do not reach each other ({first_line(error)}). Start all of "
+            "them at the same time. Between machines, name the network's interface in GLOO_SOCKET_IFNAME."
+        ) from None
+    limit_waiting(PATIENCE)
+    notice_lost_machines()
     try:
         yield
     finally:
