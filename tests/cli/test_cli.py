@@ -26,6 +26,7 @@ from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
 
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib")
 VARIANTS = [STAGES[name].variant for name in PIPELINE if STAGES[name].variant]
 
 
@@ -40,9 +41,47 @@ def test_help_and_version_never_import_torch(tmp_path: Path) -> None:
             [sys.executable, "-c", code, *argument], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0
-        heavies = ["torch", "numpy", "transformers", "tokenizers", "matplotlib"]
-        for heavy in (*heavies, *["yaml"] * ("lora" not in argument)):  # a method's help comes from its params section
+        for heavy in (*HEAVY, *["yaml"] * ("lora" not in argument)):  # a method's help comes from its params section
             assert f"'{heavy}'" not in done.stderr
+
+
+def test_no_commands_options_take_a_heavy_library() -> None:
+    """As `-h` and a mistyped option need them."""
+    code = f"""
+import sys
+from typer.main import get_command
+from cli.main import app
+
+def visit(command, name):
+    print(name, *{{*{HEAVY!r}}} & {{*sys.modules}})
+    for below, its in getattr(command, "commands", {{}}).items():
+        visit(its, f"{{name}}/{{below}}")
+
+visit(get_command(app), "lora")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = done.stdout.splitlines()
+    assert len(names) > 40 and not [name for name in names if " " in name]
+
+
+def test_commands_that_only_read_files_import_no_torch(project: Path) -> None:
+    code = f"""
+import contextlib, json, os, sys
+from cli.main import main
+for arguments in json.load(sys.stdin):
+    sys.argv = ["lora", *arguments]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(SystemExit):
+        main()
+    print(" ".join(arguments), *{{*{HEAVY!r}}} & {{*sys.modules}}, sep="|")
+"""
+    light = ["cache", "runs", "adapters", "report", "params explain finetune_lora.rank", "calc", "new other"]
+    commands = json.dumps([line.split() for line in (*light, "data check data/finetune.de.txt", "advise")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, input=commands, capture_output=True, text=True, check=True
+    )
+    found = {name: {*heavies} for name, *heavies in (line.split("|") for line in done.stdout.splitlines())}
+    assert [name for name in light if found.pop(name)] == []
+    assert {*map(frozenset, found.values())} == {frozenset({"numpy", "tokenizers"})}, "which data is read with"
 
 
 def test_a_cache_hit_never_imports_torch(project: Path) -> None:

@@ -32,7 +32,7 @@ def test_all_of_its_stages_are_up_to_date_and_it_says_what_made_them() -> None:
     manifest = artifact.read_manifest(params.parent / "artifacts/lora_adapter")
     assert set(manifest[TRAINED]) == {"version", "date", "code", "versions"}
     assert manifest[TRAINED]["date"] in (params.parent / "README.md").read_text(encoding="utf-8")
-    assert ARCHIVE.stat().st_size < 1_500_000
+    assert ARCHIVE.stat().st_size < 800_000, "it is the largest file of the wheel"
 
 
 def test_it_shows_what_it_is_meant_to() -> None:
