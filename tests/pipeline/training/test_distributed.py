@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -243,9 +244,10 @@ def state_of(pid: int) -> tuple[str, str]:
         pytest.param(signal.SIGTERM, False, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, False, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, 1, marks=pytest.mark.slow),
         (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
     ],
-    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGINT twice"],
+    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGHUP", "SIGINT twice"],
 )
 def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     mini: Path, number: signal.Signals, whole_group: bool, times: int
@@ -271,6 +273,79 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     assert resumed.process.pid
     os.kill(resumed.process.pid, signal.SIGTERM)
     assert f"resumed after step {step}\n" in resumed.end()[1]
+
+
+@pytest.mark.parametrize(("devices", "shell"), [("1", ""), ("2", "exec "), ("1", "exec ")])
+def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str) -> None:
+    """DVC runs a command by a shell, which some replace by the command, and tells it of no signal."""
+    command = [LORA, "finetune", "lora", "--devices", devices, f"--set={STAGE}.epochs=1000"]
+    code = f"import subprocess; subprocess.run({shell + shlex.join(command)!r} + '; true' * {not shell}, shell=True)"
+    log, variables = mini / f"runs/{STAGE}/loss.csv", {**os.environ, "DVC_STAGE": STAGE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=mini, stderr=subprocess.DEVNULL, env=variables) as dvc:
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert dvc.poll() is None
+            time.sleep(0.01)
+        processes = children_of(dvc.pid)
+        processes += children_of(processes[0])
+        assert len(processes) == {("1", ""): 2, ("2", "exec "): 3, ("1", "exec "): 1}[devices, shell]
+        dvc.kill()
+    wait_until_gone(processes)
+    (kept,) = checkpoints(log.parent)
+    assert kept.name == f"checkpoint-{len(read_steps(log)):09d}"
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
+    with subprocess.Popen(
+        ["nohup", *on_two_devices(epochs=1000)], cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as running:
+        log = mini / f"runs/{STAGE}/loss.csv"
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        for process in (running.pid, *children_of(running.pid)):
+            os.kill(process, signal.SIGHUP)
+        steps = len(read_steps(log))
+        while len(read_steps(log)) < steps + 10:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.terminate()
+
+
+def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> None:
+    code = (
+        "from datetime import timedelta; from cli.main import main; from pipeline.training import loop; "
+        "loop.SLOWEST_STEP = timedelta(seconds=3); main()"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command, log = [sys.executable, "-c", code, *on_two_devices(epochs=1000)[1:]], mini / f"runs/{STAGE}/loss.csv"
+    first, second = (
+        subprocess.Popen(command, cwd=mini, stderr=subprocess.PIPE, text=True, env={**os.environ, **shared, "RANK": n})
+        for n in "01"
+    )
+    try:
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert first.poll() is None
+            time.sleep(0.01)
+        second.send_signal(signal.SIGSTOP)
+        _, said = first.communicate(timeout=60)
+    finally:
+        second.kill()
+        second.communicate()
+    lost = f"another process of this run ended or is out of reach. A checkpoint after step {len(read_steps(log))} of"
+    assert first.returncode == 1 and lost in said and "Traceback" not in said
+
+
+def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
+    for flags, said in (
+        (["--nnodes", "2"], "--nnodes and --rdzv-endpoint go together"),
+        (["--rdzv-endpoint", "127.0.0.1:29400"], "--nnodes and --rdzv-endpoint go together"),
+        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1"], "--rdzv-endpoint must be HOST:PORT of a machine"),
+        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"], "--rdzv-endpoint must be HOST:PORT of a machine"),
+    ):
+        code, _, err = cli("finetune", "lora", *flags, cwd=mini)
+        assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
 def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) -> None:
