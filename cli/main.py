@@ -105,9 +105,9 @@ def main() -> None:
     except (UserError, Interrupted) as error:
         if not world().reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
             raise SystemExit(0) from None
-        if isinstance(error, UserError):
-            _exit(str(error), 1)
-        _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
+        if isinstance(error, Interrupted):
+            _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
+        _exit(str(error), 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
