@@ -379,7 +379,7 @@ def _print_gpus(out: _Output, model: Model, given: Configuration, text: str, sha
         return None
     gpu = devices.gpu
     link = f", {gpu.via} {gpu.link:g} GB/s each way" if gpu.link else ""
-    stdout.print(Text.assemble((f"{shapes.name} on {devices.count} × {gpu.label}", "bold"), link))
+    stdout.print(Text.assemble((f"{shapes.name} on {devices.number} × {gpu.label}", "bold"), link))
     stdout.print(f"{given.run.size} per GPU (tensor: on all together); GiB per GPU\n", style="dim", markup=False)
     columns = ("", "layout", "weights", "peak", "fits", "least", "GB moved", "step, s", "tokens/s")
     shown = [

@@ -34,9 +34,9 @@ GATHERED = {"forward": 3, "backward": 2}
 
 
 class Devices(NamedTuple):
-    """`count` equal GPUs."""
+    """`number` equal GPUs."""
 
-    count: int
+    number: int
     gpu: Gpu
 
 
@@ -113,7 +113,7 @@ def layout(name: str, model: Architecture, method: FinetuningMethod, run: Traini
 def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
     """Seconds of what is gathered or scattered, and of what is summed on all, at the link's bandwidth."""
     assert devices.gpu.link is not None
-    each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.count)]
+    each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.number)]
     return sum(each[:3]), sum(each[3:])
 
 
@@ -259,9 +259,9 @@ def largest_of(
     """The largest batch and sequence that fit, the rest as given; 0 if none does."""
     local, budget = model, devices.gpu.bytes
     if name == "tensor":
-        local = tensor_share(model, devices.count)
+        local = tensor_share(model, devices.number)
     elif name == "sharded":  # what sharding saves depends on neither
-        budget += predict(model, method, run).peak - shard(model, method, run, devices.count).peak
+        budget += predict(model, method, run).peak - shard(model, method, run, devices.number).peak
     found = largest(local, method, run, budget)
     return {"batch": found.batch, "sequence": found.sequence}
 

@@ -79,18 +79,20 @@ def _shard(
                 whole.append((part, name, p))
                 setattr(part, name, nn.Parameter(p.to("meta"), requires_grad=False))
     fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
-    module._apply(lambda t: torch.empty_like(t, device=mesh.device_type) if t.is_meta else t)
+    module._apply(  # type: ignore[no-untyped-call]
+        lambda t: torch.empty_like(t, device=mesh.device_type) if t.is_meta else t
+    )
     for part, name, p in whole:
         local = getattr(part, name).to_local()
         # as `chunk` does: the last ranks may have fewer rows, or none
         start = min(len(p), dist.get_rank() * -(-len(p) // dist.get_world_size()))
-        local.copy_(_rows(p, start, start + len(local), stored.get(p)))
+        if len(local):
+            local.copy_(_rows(p, start, start + len(local), stored.get(p)))
 
 
 def _rows(p: Tensor, start: int, stop: int, location: TensorLocation | None) -> Tensor:
-    """Rows of a weight from its file, or from memory if it changed since it was loaded."""
-    rows = p[start:stop]
-    if location is None or not len(rows):
-        return rows
-    read = read_rows(location, start, stop, p.dtype)
-    return read if all(read[end].equal(rows[end].cpu()) for end in (0, -1)) else rows
+    """Rows of a weight from its file, or from memory if it changed since it was loaded: its first row tells, with which
+    little of the mapped file becomes resident."""
+    if location is None or not read_rows(location, 0, 1, p.dtype).equal(p[:1].cpu()):
+        return p[start:stop]
+    return read_rows(location, start, stop, p.dtype)

@@ -18,6 +18,7 @@ from pipeline.calc.memory import predict
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
+from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import quantize
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
@@ -44,11 +45,11 @@ RUN = TrainingConfig(batch=2, sequence=8, precision="fp32", checkpointing="none"
 QWEN = built_in("qwen3-8b").shapes
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`bytes` that each kind of collective made, and the `peak` of gathered weights that are alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: Counter[str] = Counter()
         self.peak, self._gathered = 0, list[weakref.ref[Any]]()
 
@@ -80,6 +81,10 @@ def batch() -> Batch:
     return Batch(ids, torch.arange(RUN.sequence).expand_as(ids), ids.flatten(), None)
 
 
+def gradients_of(model: CausalLM) -> None:
+    loss_of(model, batch()).backward()  # type: ignore[no-untyped-call]
+
+
 def sharded_step(spec: AdapterSpec, run: TrainingConfig) -> dict[str, int]:
     """What one rank has and makes in a LoRA step on a sharded base."""
     torch.manual_seed(0)
@@ -91,11 +96,11 @@ def sharded_step(spec: AdapterSpec, run: TrainingConfig) -> dict[str, int]:
     model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     shard(model, torch.device("cpu"))
     optimizer = FlatOptimizer(model.train())
-    loss_of(model, batch()).backward()  # the first backward also fetches for the forwards that had none
+    gradients_of(model)  # the first backward also fetches for the forwards that had none
     with Collectives() as seen:
         loss = loss_of(model, batch())
         forward, seen.peak = Collected(seen.bytes["gather"], seen.peak), 0
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.collect_gradients()
     return {
         "frozen": bytes_of(p for p in model.parameters() if not p.requires_grad),
@@ -170,7 +175,7 @@ def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
     model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     model.train()
     with Collectives() as seen:
-        loss_of(model, batch()).backward()
+        gradients_of(model)
     return {"weights": bytes_of(model.parameters()), "reduced_activations": seen.bytes["reduce"]}
 
 
@@ -208,8 +213,11 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str) -> None:
     def fits(run: TrainingConfig) -> bool:
         return parallel.layout(name, QWEN, method, run, devices).memory.peak <= devices.gpu.bytes
 
+    def with_(key: str, value: int) -> TrainingConfig:
+        return replace(run, **{key: value})  # type: ignore[arg-type]
+
     for key, value in parallel.largest_of(name, QWEN, method, run, devices).items():
-        assert fits(replace(run, **{key: value})) and not fits(replace(run, **{key: value + 1}))
+        assert fits(with_(key, value)) and not fits(with_(key, value + 1))
 
 
 @pytest.mark.parametrize("name", ["sharded", "tensor"])
