@@ -83,7 +83,7 @@ def calc(
         str | None,
         Option("--gpus", metavar="NxGPU", help="Memory, traffic and speed on several: 8xH100, 2xA100-40GB, 4x24GB."),
     ] = None,
-    shard: Annotated[bool | None, Option(help="With --gpus: only the layout of `lora finetune --shard`.")] = None,
+    shard: Annotated[bool | None, Option(help="With --gpus: only the layout of `lora finetune lora --shard`.")] = None,
     tokens: Annotated[
         str | None, Option(metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B.")
     ] = None,

@@ -10,7 +10,7 @@ are summed. Norms, embeddings and head are on every GPU in all three.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Devices(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes of the tensors that collectives make on each device in a step."""
+    """Bytes of the whole tensors that collectives gather, scatter or sum in a step."""
 
     gathered_forward: int = 0
     gathered_backward: int = 0
@@ -57,7 +57,8 @@ class Traffic(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A run in one layout, per device. `largest_batch`: None if not asked for. Times in seconds, None if unknown."""
+    """A run in one layout, per device: seconds of its products, of what it exchanges, and of a step at the least; None
+    where the GPU's peak or link is unknown. `tokens_per_second`: of all devices together."""
 
     name: str
     memory: Memory
@@ -87,7 +88,7 @@ def why_not(layout: str, model: Architecture, count: int) -> str | None:
     for block in _kinds(model):
         heads = model.heads_of(block)
         sizes = {"heads": heads.queries, "key and value heads": heads.keys}
-        sizes |= {f"inner size of {b.name}": b.inputs for b in block.feed_forward if b.is_last}
+        sizes |= {f"inner neurons of {b.name}": b.inputs for b in block.feed_forward if b.is_last}
         for name, size in sizes.items():
             if size % count:
                 return f"{size:,} {name} cannot be divided among {count} GPUs"
@@ -166,10 +167,10 @@ def share_bytes(block: Block, run: TrainingConfig, count: int) -> int:
 def _sharded_traffic(model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int) -> Traffic:
     sizes = [count * share_bytes(block, run, count) for block in model.blocks]
     first, trained = first_trained(model, method), method.trained_base(model).first_block
-    frozen = _replicated_traffic(model, method, run, count).reduced_gradients
-    frozen -= 4 * sum(block.parameters for block in model.blocks[trained:])
+    reduced = _replicated_traffic(model, method, run, count).reduced_gradients
+    reduced -= 4 * sum(block.parameters for block in model.blocks[trained:])  # they are scattered
     # the backward of a block fetches the block before it, even of the first that a gradient reaches
-    return Traffic(sum(sizes), sum(sizes[max(0, first - 1) :]), sum(sizes[trained:]), frozen)
+    return Traffic(sum(sizes), sum(sizes[max(0, first - 1) :]), sum(sizes[trained:]), reduced)
 
 
 def _replicated_traffic(model: Architecture, method: FinetuningMethod, _run: TrainingConfig, _count: int) -> Traffic:
@@ -179,7 +180,7 @@ def _replicated_traffic(model: Architecture, method: FinetuningMethod, _run: Tra
 # tensor parallel
 
 
-@cache
+@lru_cache(maxsize=32)
 def tensor_share(model: Architecture, count: int) -> Architecture:
     """What one of `count` devices computes: its heads, and its inner neurons of every feed-forward."""
 
@@ -218,8 +219,9 @@ def _tensor_traffic(model: Architecture, method: FinetuningMethod, run: Training
     by_name = ranks(model, method)
     replicated = sum(
         by_name[name] * (linear.outputs if linear.is_last else linear.inputs) * linear.experts
-        for name, linear in model.linears()
-        if name in by_name
+        for index, block in enumerate(model.blocks)
+        for linear in block.linears  # the head and routers are whole everywhere
+        if (name := model.block_name(index) + linear.name) in by_name
     )
     return Traffic(
         reduced_gradients=4 * replicated * method.low_rank, reduced_activations=sums * tokens * model.hidden * run.width
@@ -229,6 +231,7 @@ def _tensor_traffic(model: Architecture, method: FinetuningMethod, run: Training
 _TRAFFIC = {"replicated": _replicated_traffic, "sharded": _sharded_traffic, "tensor": _tensor_traffic}
 
 
+@lru_cache(maxsize=32)
 def _kinds(model: Architecture) -> Mapping[Block, int]:
     """Each different block, with how many there are."""
     return Counter(model.blocks)
@@ -269,7 +272,7 @@ def largest_of(
 def answer(model: Architecture, given: Configuration, devices: Devices, sharded: bool | None = None) -> dict[str, Any]:
     """Full fine-tuning, the adapter and the adapter on NF4, in each layout: sizes in bytes per device.
 
-    `sharded`: only that layout; False: all others. Raises UserError if no layout is possible.
+    `sharded`: only that layout; False: all others. Raises UserError for invalid settings.
     """
     methods, method, run = given
     count, gpu = devices

@@ -143,6 +143,37 @@ def test_a_sharded_step_holds_and_gathers_what_is_predicted(
         assert found == pytest.approx(predicted, rel=tolerance)
 
 
+def fully_sharded_step() -> dict[str, int]:
+    """The same of full fine-tuning, whose blocks FSDP2 shards with gradients; the rest is on every rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = from_config(LLAMA, torch.float32)
+    rest = {*model.parameters()} - {*model.blocks.parameters()}
+    for module in (*model.blocks, model.body):
+        fully_shard(module, reshard_after_forward=True, ignored_params=rest)
+    gradients_of(model)
+    with Collectives() as seen:
+        loss = loss_of(model, batch())
+        forward = seen.bytes["gather"]
+        loss.backward()  # type: ignore[no-untyped-call]
+    return {
+        "weights": bytes_of(model.parameters()),
+        "gathered_forward": forward,
+        "gathered_backward": seen.bytes["gather"] - forward,
+        "scattered_gradients": seen.bytes["scatter"] * torch.distributed.get_world_size(),
+    }
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_full_fine_tuning_gathers_and_scatters_what_is_predicted(count: int) -> None:
+    traffic = parallel.layout("sharded", SHAPES, FULL, RUN, parallel.Devices(count, gpu("h100"))).traffic._asdict()
+    block = count * parallel.share_bytes(SHAPES.blocks[0], RUN, count)
+    weights = parallel.shard(SHAPES, FULL, RUN, count).weights - parallel.GATHERED["backward"] * block
+    rest = 4 * (SHAPES.total - sum(block.parameters for block in SHAPES.blocks))
+    assert (traffic.pop("reduced_gradients"), traffic.pop("reduced_activations")) == (rest, 0)
+    assert run_ranks(count, fully_sharded_step) == [{"weights": weights, **traffic}] * count
+
+
 def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
     """What one rank has and makes in a step of full fine-tuning, as torch's own tensor parallelism splits it."""
     from torch.distributed.device_mesh import init_device_mesh
