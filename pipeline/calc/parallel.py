@@ -33,6 +33,9 @@ MOST = 1024  # GPUs of one run
 GATHERED = {"forward": 3, "backward": 2}
 
 
+_predict = lru_cache(maxsize=32)(predict)  # the same step for every number of GPUs
+
+
 class Devices(NamedTuple):
     """`number` equal GPUs."""
 
@@ -134,7 +137,7 @@ def _seconds(model: Architecture, method: FinetuningMethod, run: TrainingConfig,
 def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int) -> Memory:
     """Memory per device with the blocks' weights sharded over `count`, and what of them trains with its gradients and
     moments: this project's trainer shards frozen weights only, FSDP2 both."""
-    memory = predict(model, method, run)
+    memory = _predict(model, method, run)
     shares = {block: share_bytes(block, run, count) for block in _kinds(model)}
     local = sum(shares[block] * number for block, number in _kinds(model).items())
     whole = sum(share_bytes(block, run, 1) * number for block, number in _kinds(model).items())
