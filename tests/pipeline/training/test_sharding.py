@@ -77,6 +77,30 @@ def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(base: Path, prec
         assert (read == 0) == (precision == "bf16")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma3"])
+def test_other_families_have_the_weights_that_one_process_loads(tmp_path: Path, name: str) -> None:
+    """Mixtral's experts come from memory: transformers stacks them. GPT-2's linears are stored as (I, O)."""
+    root = families.new_project(tmp_path / "p", families.FAMILIES[name])
+    loaded = {key: p.tolist() for key, p in load_base(root / "base", "fp32").model.named_parameters()}
+    for read, weights in run_ranks(2, shard_and_count, root / "base", "fp32", False):
+        assert weights == loaded and read
+
+
+def refused(folder: Path) -> str:
+    model = load_base(folder, "fp32").model.requires_grad_(False)
+    try:
+        sharding.shard(model, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_refuses_a_model_that_does_not_support_packing(tmp_path: Path) -> None:
+    root = families.new_project(tmp_path / "p", families.OTHERS["bloom"])
+    messages = run_ranks(2, refused, root / "base")
+    assert all(message.startswith("--shard does not work with this model: it does not support") for message in messages)
+
+
 def test_a_file_that_was_truncated_is_an_error_in_one_line(base: Path, tmp_path: Path) -> None:
     location = tensor_locations(base)["model.norm.weight"]
     short = tmp_path / "short.safetensors"
