@@ -79,6 +79,11 @@ def calc(
         float | None, Option(metavar="GIB", help="Show what fits into this memory, and what to change.")
     ] = None,
     gpu: Annotated[str | None, Option(help="The same for a GPU: rtx4090, a100-80, h100 ...")] = None,
+    gpus_: Annotated[
+        str | None,
+        Option("--gpus", metavar="NxGPU", help="Memory, traffic and speed on several: 8xH100, 2xA100-40GB, 4x24GB."),
+    ] = None,
+    shard: Annotated[bool | None, Option(help="With --gpus: only the layout of `lora finetune lora --shard`.")] = None,
     tokens: Annotated[
         str | None, Option(metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B.")
     ] = None,
@@ -105,6 +110,7 @@ def calc(
         "--sweep": sweep is not None,
         "--fit": fit is not None,
         "--gpu": gpu is not None,
+        "--gpus": gpus_ is not None,
         "--trace": trace,
         "--explain": explain,
     }
@@ -113,6 +119,8 @@ def calc(
         asked.append("--tokens")
     if price is not None and tokens is None:
         raise UserError("--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.")
+    if shard is not None and gpus_ is None:
+        raise UserError("--shard needs --gpus, such as 8xH100: a base is sharded over several. Add it.")
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} exclude each other. Use one of them.")
     if list_:
@@ -132,6 +140,8 @@ def calc(
         return _print_time(out, loaded, given, time)
     if fit is not None or gpu is not None:
         return _print_fit(out, loaded, given, fit, gpu, time)
+    if gpus_ is not None:
+        return _print_gpus(out, loaded, given, gpus_, shard)
     if trace:
         return _print_trace(out, loaded, given)
     return (_print_explain if explain else _print_overview)(out, loaded, given)
@@ -352,6 +362,48 @@ def _print_fit(
             stdout.print(f"a larger device is needed: {smallest(needed)}")
     if time:
         _print_time(out, model, given, time)
+    return None
+
+
+def _print_gpus(out: _Output, model: Model, given: Configuration, text: str, sharded: bool | None) -> None:
+    """`--gpus`: each method in each layout on several GPUs, and the most that fits of the one that was asked for."""
+    from pipeline.calc import parallel  # the overview starts without
+
+    devices, shapes = parallel.parse_devices(text), model.shapes
+    answer = parallel.answer(shapes, given, devices, sharded)
+    if out.json:
+        return print_json(answer)
+    rows = [{**row, **row.pop("memory"), **row.pop("received")} for row in map(dict, answer["runs"])]
+    rows = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
+    if out.rows([*rows[0]], [[*row.values()] for row in rows]):
+        return None
+    gpu = devices.gpu
+    link = f", {gpu.via} {gpu.link:g} GB/s each way" if gpu.link else ""
+    stdout.print(Text.assemble((f"{shapes.name} on {devices.number} × {gpu.label}", "bold"), link))
+    stdout.print(f"{given.run.size} per GPU (tensor: on all together); GiB per GPU\n", style="dim", markup=False)
+    columns = ("", "layout", "weights", "peak", "fits", "least", "GB moved", "step, s", "tokens/s")
+    shown = [
+        (
+            row["method"],
+            row["layout"],
+            *(gib(row[key]) for key in ("weights", "peak")),
+            "●" if row["fits"] else "·",
+            str(row["least_gpus"] or "none"),
+            f"{row['moved'] / 1e9:.3g}",
+            f"{row['seconds']:,.3g}" if row["seconds"] else "?",
+            f"{row['tokens_per_second']:,.0f}" if row["seconds"] else "?",
+        )
+        for row in rows
+    ]
+    stdout.print(table(columns, shown, right=columns[2:]))
+    _headline("the most that fits", f"{given.method.title}, {given.run.precision}; the rest as given")
+    most = [
+        (name, *(capped(value, LARGEST[key]) for key, value in sizes.items()))
+        for name, sizes in answer["largest"].items()
+    ]
+    stdout.print(table(("layout", "batch", "sequence"), most, right=("batch", "sequence")))
+    for line in answer["notes"]:
+        stdout.print(line, style="dim", markup=False)
     return None
 
 

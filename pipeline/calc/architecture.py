@@ -10,6 +10,9 @@ from msgspec import Struct
 
 from pipeline.calc.target_modules import HEAD
 
+# The linear that ends attention or a feed-forward, by the last part of its name in the different families.
+LAST = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "output_linear"}
+
 
 class Linear(NamedTuple):
     """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name within the block."""
@@ -23,6 +26,11 @@ class Linear(NamedTuple):
     @property
     def weights(self) -> int:
         return self.inputs * self.outputs * self.experts
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it maps what the heads or the inner neurons computed back to the width of the model."""
+        return self.name.rsplit(".", 1)[-1] in LAST and ".intermediate." not in f".{self.name}"
 
     @property
     def parameters(self) -> int:

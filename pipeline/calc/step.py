@@ -276,7 +276,7 @@ class Step(Ops):
         heads = m.heads_of(block)
         widths = [heads.queries * heads.size, heads.keys * heads.size, heads.keys * heads.value_size]
         if len(block.attention) == 2:  # q, k and v are views of one linear's output
-            fused, out = sorted(block.attention, key=lambda linear: linear.outputs, reverse=True)
+            fused, out = sorted(block.attention, key=lambda linear: linear.is_last)
             qkv = self.linear(x, fused)
             q, k, v = (self.view(qkv, self.n * width) for width in widths)
             return q, k, v, out, None

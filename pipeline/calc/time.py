@@ -73,7 +73,7 @@ def training_time(
     halved = run.width == 4  # TF32 tensor cores have half the 16-bit rate
     peak = device.tflops * 1e12 / (1 + halved)
     flops = flops_per_token(model, method, run)
-    moved = _dequantized_bytes(model, method, run) / run.tokens / (device.gbps * 1e9)
+    moved = dequantized_bytes(model, method, run) / run.tokens / (device.gbps * 1e9)
     low, high = (tokens * (flops.total / peak + moved) / share / 3600 for share in reversed(UTILIZATION))
     no_bf16 = "; it has no bf16: train in fp16" if run.precision == "bf16" and not device.bf16 else ""
     assumptions = [f"{device.label}: {peak / 1e12:g} TFLOP/s, dense, in {'TF32' if halved else '16 bit'}{no_bf16}"]
@@ -137,7 +137,7 @@ def estimate(
 def flops_per_token(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Flops:
     """FLOPs of one token in one step, from the shapes of the products alone."""
     base, rank_by_name = method.trained_base(model), ranks(model, method)
-    first = _first_trained(model, method)
+    first = first_trained(model, method)
     length = (run.span or run.sequence) + method.positions
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
@@ -160,7 +160,7 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     return total.plus(Flops(once + added, 0, once * (2 if base.ends else 1) + 2 * added))
 
 
-def _first_trained(model: Architecture, method: FinetuningMethod) -> int:
+def first_trained(model: Architecture, method: FinetuningMethod) -> int:
     """The first block that a gradient must reach; 0 if embeddings or virtual tokens train."""
     base, rank_by_name = method.trained_base(model), ranks(model, method)
     adapted = [(linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name]
@@ -209,12 +209,12 @@ def _block(
     return Flops(forward, forward if again else 0, backward, scores * (4 if again else 3))
 
 
-def _dequantized_bytes(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> float:
+def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> float:
     """Bytes read and written in a step where each product expands its quantized weights to 16 bit first."""
     kind = precision(run.precision)
     if not kind.quantized:
         return 0
-    first = _first_trained(model, method)
+    first = first_trained(model, method)
     passes = sum(
         sum(linear.weights for linear in block.linears) * (1 + (index >= first) * (1 + run.checkpointed(index)))
         for index, block in enumerate(model.blocks)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.files.base_model import TensorLocation
+
 ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
@@ -42,6 +44,8 @@ class CausalLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_module("virtual", None)
+        # in a run of several processes: weight → where its file has it, if it was loaded as it is there
+        self.stored: dict[Tensor, TensorLocation] = {}
 
     @cached_property
     @torch.no_grad()

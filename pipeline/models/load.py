@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.calc.families import architecture
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
-from pipeline.files.base_model import weight_files
+from pipeline.files.base_model import TensorLocation, tensor_locations, weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
+from pipeline.project.process_rank import world
 
+SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sizes in a config, by the names that different families give them.
@@ -68,6 +71,8 @@ def load_base(
         from pipeline.models.transformers_model import load_pretrained  # MiniGPT does not need transformers
 
         model = load_pretrained(folder, dtype, trust_remote_code)
+        if world().world_size > 1 and quantization == "none":
+            model.stored = _stored(model, folder)
     rows, tokens = model.shape.rows, len(tokenizer)
     if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
         raise UserError(
@@ -80,6 +85,18 @@ def load_base(
 
         quantize(model, quantization, requested, device)
     return Base(model.eval(), tokenizer)
+
+
+def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
+    """Each weight that has name, shape and dtype of a tensor in `folder`: none that was renamed, fused or cast."""
+    locations = tensor_locations(folder)
+    return {
+        p: locations[name]
+        for name, p in model.named_parameters()
+        if name in locations
+        and locations[name].info.shape == tuple(p.shape)
+        and SAFETENSORS.get(locations[name].info.dtype) == p.dtype
+    }
 
 
 def stored_precision(folder: Path) -> str | None:

@@ -43,7 +43,8 @@ class QuantizedLinear(LowBitLinear):
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_weight(dict(self.named_buffers()), self.kind, (self.out_features, self.in_features), dtype)
+        tensors = dict(self.named_buffers()) | dict(self.named_parameters())  # parameters where they are sharded
+        return dequantize_weight(tensors, self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _QuantizedProduct.apply(x, self)  # type: ignore[no-untyped-call]

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import FULL, UserError, first_line, is_out_of_memory
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.base_model import CODE
+from pipeline.files.base_model import CODE, TensorLocation
 from pipeline.files.safetensors_file import as_os_error, shapes
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
@@ -43,6 +44,21 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
+
+
+def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows `start` to `stop` of a tensor in a safetensors file, which is of that dtype; nothing else is read.
+
+    Raises UserError if the file was truncated.
+    """
+    rows, *rest = location.info.shape
+    size = location.info.size // rows
+    data = bytearray((stop - start) * size)
+    with location.file.open("rb") as file:
+        file.seek(location.info.start + start * size)
+        if file.readinto(data) != len(data):
+            raise UserError(f"{location.file} was truncated while it was read. Create or copy it again.")
+    return torch.frombuffer(data, dtype=dtype).view(stop - start, *rest)
 
 
 def load_strict(folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any) -> Any:

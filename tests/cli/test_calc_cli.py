@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.calc.fit import GIB
+from pipeline.calc.fit import GIB, gpu
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, entry, names
@@ -216,6 +216,10 @@ BAD = [
     (["--fit", "0"], "fit takes GiB"),
     (["--fit", "nan"], "fit takes GiB"),
     (["--gpu", "rtx9090"], "'rtx9090' is not known. Nearest: rtx"),
+    (["--gpus", "8xrtx9090"], "'rtx9090' is not known. Nearest: rtx"),
+    (["--gpus", "h100"], "gpus must be a number up to 1,024 and a GPU, such as 8xH100 or 4x24GB, got 'h100'"),
+    (["--gpus", "8xh100", "--gpu", "h100"], "--gpu and --gpus exclude each other"),
+    (["--shard"], "--shard needs --gpus, such as 8xH100"),
     (["--sweep", "seed=1"], "--sweep takes one of rank"),
     (["--sweep", "rank="], "sweep takes KEY=A,B"),
     (["--sweep", "rank=1,x"], "takes whole numbers, got 'x'"),
@@ -274,6 +278,8 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
         "--rank, --r",
         "--fit",
         "--gpu",
+        "--gpus",
+        "--shard",
         "--sweep",
         "--trace",
         "--document",
@@ -281,6 +287,32 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
         "--csv",
     ):
         assert option in out
+
+
+def test_several_gpus_show_each_layout_and_json_has_the_same_numbers(cli: Lora, tmp_path: Path) -> None:
+    asked = ("calc", *QWEN, "--gpus", "8xH100")
+    code, out, err = cli(*asked, cwd=tmp_path)
+    assert (code, err) == (0, "") and "NVLink 4 450 GB/s each way" in out
+    assert max(len(line) for line in out.splitlines() if "●" in line) <= 80
+    found = json.loads(cli(*asked, "--json", cwd=tmp_path)[1])
+    assert found["gpus"]["count"] == 8 and set(found["largest"]) == {"replicated", "sharded", "tensor"}
+    rows = list(csv.DictReader(io.StringIO(cli(*asked, "--csv", cwd=tmp_path)[1])))
+    for run, row in zip(found["runs"], rows, strict=True):
+        assert re.search(rf"^{run['method']}\s+{run['layout']}\s.*\s{run['memory']['peak'] / 2**30:.2f}\s", out, re.M)
+        assert int(row["peak"]) == run["memory"]["peak"] == sum(run["memory"].values()) - run["memory"]["peak"]
+        assert run["fits"] == (run["memory"]["peak"] <= gpu("h100").bytes)
+        assert int(row["moved"]) == sum(run["received"].values())
+        assert run["tokens_per_second"] > 0
+    one = json.loads(cli(*asked, "--shard", "--json", cwd=tmp_path)[1])
+    assert one["runs"] == [run for run in found["runs"] if run["layout"] == "sharded"]
+
+
+def test_a_layout_that_a_model_does_not_allow_is_left_out_with_the_reason(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", "--model", "qwen2.5-0.5b", "--gpus", "4x24GB", cwd=tmp_path)
+    assert "tensor: 14 heads cannot be divided among 4 GPUs" in out and not re.search(r"^LoRA +tensor", out, re.M)
+    assert "no speed: of 24 GiB only the memory is known" in " ".join(out.split())
+    _, out, _ = cli("calc", "--model", "minigpt", "--gpus", "2xh100", cwd=tmp_path)
+    assert "no speed: the table has 16-bit and TF32 peaks" in " ".join(out.split())
 
 
 def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:

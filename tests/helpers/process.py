@@ -14,8 +14,8 @@ from pkgutil import resolve_name
 from tempfile import mkstemp
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     [
         "cli.main",
         "cli.console",
@@ -48,7 +48,7 @@ class Forked:
         handle, self._errors = mkstemp()
         os.close(handle)
         arguments = command, str(cwd), self._errors, dies, variables
-        self.process: BaseProcess = _SERVER.Process(target=_run, args=arguments, daemon=True)
+        self.process: BaseProcess = SERVER.Process(target=_run, args=arguments, daemon=True)
         with _READING:
             self.process.start()
 

@@ -1,12 +1,21 @@
 """Frozen weights sharded over the ranks (FSDP2)."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.files.base_model import TensorLocation
 from pipeline.models.base import CausalLM, LowBitLinear
 from pipeline.models.device import free_bytes, model_bytes
+from pipeline.models.save import read_rows
 from pipeline.training.parallel.collectives import all_reduce_max
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
@@ -22,24 +31,68 @@ def is_sharded(model: CausalLM) -> bool:
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
-    """Shard the blocks' frozen weights over the ranks; a block's weights are gathered when it runs (FSDP2).
+    """Shard the blocks' frozen weights over the ranks, and move the model; a block's weights are gathered when it runs
+    (FSDP2).
 
-    Trainable parameters, embeddings and head are replicated. Raises UserError.
+    Trainable parameters, embeddings and head are replicated. A weight that is still as its file has it is read from
+    there, this rank's rows alone: a base in its own precision was only mapped into memory so far. Raises UserError.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
-    if any(isinstance(module, LowBitLinear) for module in model.modules()):
-        raise UserError(
-            "--shard does not work with a quantized base: every rank keeps all of it. Train without --shard."
-        )
-    if not model.supports_packing:
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            _buffers_to_parameters(module)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    in_blocks = {id(p) for p in model.blocks.parameters()}
+    # a scalar, such as the mean of doubly quantized scales, has no rows
+    replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks or not p.dim()}
+    for module in (*model.blocks, model.body):  # the blocks first: the body then shards what is left
+        _shard(module, mesh, replicated, model.stored)
+    model.stored.clear()  # it keeps the whole weights
+    model.to(device)
+    if not model.supports_packing:  # only now: trying it reads every weight
         raise UserError(
             "--shard does not work with this model: it does not support packing, so ranks would run its blocks a "
             "different number of times. Train without it."
         )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    in_blocks = {id(p) for p in model.blocks.parameters()}
-    replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks}
-    for module in (*model.blocks, model.body):  # the blocks first: the body then shards what is left
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+
+
+def _buffers_to_parameters(module: nn.Module) -> None:
+    """FSDP shards parameters: of a quantized linear codes and scales become frozen ones, of the same bits."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+@torch.no_grad()
+def _shard(
+    module: nn.Module, mesh: "DeviceMesh", replicated: set[nn.Parameter], stored: Mapping[Tensor, TensorLocation]
+) -> None:
+    """`fully_shard` by way of the meta device: no more than this rank's rows are read or moved."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    whole: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            if p not in replicated and not isinstance(p, DTensor):
+                whole.append((part, name, p))
+                setattr(part, name, nn.Parameter(p.to("meta"), requires_grad=False))
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    module._apply(  # type: ignore[no-untyped-call]
+        lambda t: torch.empty_like(t, device=mesh.device_type) if t.is_meta else t
+    )
+    for part, name, p in whole:
+        local = getattr(part, name).to_local()
+        # as `chunk` does: the last ranks may have fewer rows, or none
+        start = min(len(p), dist.get_rank() * -(-len(p) // dist.get_world_size()))
+        if len(local):
+            local.copy_(_rows(p, start, start + len(local), stored.get(p)))
+
+
+def _rows(p: Tensor, start: int, stop: int, location: TensorLocation | None) -> Tensor:
+    """Rows of a weight from its file, or from memory if it changed since it was loaded: its first row tells, with which
+    little of the mapped file becomes resident."""
+    if location is None or not read_rows(location, 0, 1, p.dtype).equal(p[:1].cpu()):
+        return p[start:stop]
+    return read_rows(location, start, stop, p.dtype)

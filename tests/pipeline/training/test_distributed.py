@@ -126,8 +126,9 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
         (3, ["--shard"], {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"}),
+        (2, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
     ],
-    ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle"],
+    ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle", "sharded, quantized"],
 )
 def test_several_processes_learn_what_one_learns(
     project: Path, size: int, flags: list[str], changes: dict[str, object]
@@ -136,6 +137,17 @@ def test_several_processes_learn_what_one_learns(
     several = trained(fresh(project), size, command(*flags, **changes))
     assert_same(several, alone)
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-dq", "int8"])
+def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantization: str) -> None:
+    if quantization == "int8":
+        pytest.importorskip("bitsandbytes")
+    found = []
+    for flag in ("--no-shard", "--shard"):
+        folder = trained(fresh(project), 2, command(flag, quantization=quantization, epochs=1))
+        found.append((curve(folder), tensors(folder)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -410,6 +422,3 @@ def test_only_several_processes_share_a_base_and_only_training_is_shared(project
     assert err == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
     merged = ended(started(project, [[LORA, "merge"]] * 2))
     assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
-    few = ended(started(project, [command("--shard", precision="bf16", quantization="nf4")] * 2))
-    refused = "error: --shard does not work with a quantized base: every rank keeps all of it. Train without --shard.\n"
-    assert [code for code, _ in few] == [1, 0] and few[0][1].endswith(refused) and few[1][1] == ""

@@ -1,0 +1,128 @@
+"""A rank of a sharded run reads, keeps and moves its own rows of the base, and no others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.files.base_model import TensorLocation, tensor_locations
+from pipeline.models.load import load_base
+from pipeline.models.save import read_rows
+from pipeline.project.logs.run_log import peak_memory
+from pipeline.training.parallel import sharding
+from tests.helpers import families
+from tests.helpers.ranks import run_ranks
+
+
+def new_base(folder: Path, **sizes: int) -> Path:
+    tokenizer = families.tokenizer()
+    config = LlamaConfig(**{"vocab_size": len(tokenizer), "num_attention_heads": 8, "num_key_value_heads": 4, **sizes})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    # of the inner 100 neurons three ranks have 34, 34 and 32
+    return new_base(folder, hidden_size=48, intermediate_size=100, num_hidden_layers=3)
+
+
+def shard_and_count(folder: Path, precision: str, change: bool) -> tuple[int, dict[str, Any]]:
+    """Bytes that this rank reads from files while it shards, and the weights that all ranks have together."""
+    model = load_base(folder, precision).model.requires_grad_(False)
+    if change:
+        model.blocks[0].get_parameter("mlp.up_proj.weight").zero_()
+    read = 0
+
+    def counted(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal read
+        rows = read_rows(location, start, stop, dtype)
+        read += rows.numel() * rows.element_size() * (stop - start > 1)  # not the row that is only compared
+        return rows
+
+    sharding.read_rows = counted  # type: ignore[attr-defined]
+    sharding.shard(model, torch.device("cpu"))
+    whole = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in model.named_parameters()}
+    return read, {name: tensor.tolist() for name, tensor in whole.items()}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(base: Path, count: int) -> None:
+    stored = load_file(base / "model.safetensors")
+    blocks = sum(t.numel() * 4 for name, t in stored.items() if ".layers." in name)
+    found = run_ranks(count, shard_and_count, base, "fp32", False)
+    assert sum(read for read, _ in found) == blocks, "no row is read twice, and none is left out"
+    assert max(read for read, _ in found) <= 1.03 * blocks / count
+    for _, weights in found:
+        assert weights == {name: t.tolist() for name, t in stored.items() if name in weights}
+        assert len(weights) >= len(stored) - 1  # a tied head
+
+
+@pytest.mark.parametrize(("precision", "change"), [("bf16", False), ("fp32", True)], ids=["cast", "changed"])
+def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(base: Path, precision: str, change: bool) -> None:
+    stored = load_file(base / "model.safetensors")
+    changed = "model.layers.0.mlp.up_proj.weight"
+    if change:
+        stored[changed].zero_()
+    expected = {name: (t.bfloat16() if precision == "bf16" else t).tolist() for name, t in stored.items()}
+    for read, weights in run_ranks(2, shard_and_count, base, precision, change):
+        assert weights == {name: expected[name] for name in weights}
+        assert (read == 0) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma3"])
+def test_other_families_have_the_weights_that_one_process_loads(tmp_path: Path, name: str) -> None:
+    """Mixtral's experts come from memory: transformers stacks them. GPT-2's linears are stored as (I, O)."""
+    root = families.new_project(tmp_path / "p", families.FAMILIES[name])
+    loaded = {key: p.tolist() for key, p in load_base(root / "base", "fp32").model.named_parameters()}
+    for read, weights in run_ranks(2, shard_and_count, root / "base", "fp32", False):
+        assert weights == loaded and read
+
+
+def refused(folder: Path) -> str:
+    model = load_base(folder, "fp32").model.requires_grad_(False)
+    try:
+        sharding.shard(model, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_refuses_a_model_that_does_not_support_packing(tmp_path: Path) -> None:
+    root = families.new_project(tmp_path / "p", families.OTHERS["bloom"])
+    messages = run_ranks(2, refused, root / "base")
+    assert all(message.startswith("--shard does not work with this model: it does not support") for message in messages)
+
+
+def test_a_file_that_was_truncated_is_an_error_in_one_line(base: Path, tmp_path: Path) -> None:
+    location = tensor_locations(base)["model.norm.weight"]
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(location.file.read_bytes()[: location.info.stop - 1])
+    with pytest.raises(UserError, match="was truncated while it was read"):
+        read_rows(TensorLocation(short, location.info), 0, 48, torch.float32)
+    torch.testing.assert_close(
+        read_rows(location, 10, 20, torch.float32), load_file(base / "model.safetensors")["model.norm.weight"][10:20]
+    )
+
+
+def shard_and_measure(folder: Path) -> int:
+    """Bytes by which the resident memory of this process grows at most, while it loads and shards a base."""
+    before = peak_memory()
+    model = load_base(folder, "fp32").model.requires_grad_(False)
+    sharding.shard(model, torch.device("cpu"))
+    return peak_memory() - before
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_needs_its_half_of_the_base_and_three_whole_blocks(tmp_path: Path) -> None:
+    folder = new_base(tmp_path / "base", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16)
+    size = (folder / "model.safetensors").stat().st_size
+    # a tenth of it: pages of the file around the rows that are compared, which the system may drop
+    assert max(run_ranks(2, shard_and_measure, folder)) < size * (1 / 2 + 3 / 16 + 1 / 10)
