@@ -170,6 +170,8 @@ class Step(Ops):
     # a block
 
     def block(self, x: Value, block: Block) -> Value:
+        if (fused := self.method.fuse(self, x, block)) is not None:
+            return fused
         if self.style.norms != "parallel":
             x = self._residual(x, lambda y: self._attention(y, block))
             if self.style.experts_beside:
