@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ class LoRALinear(AdapterLayer):
 
     def low_rank(self) -> LowRank | None:
         """Base and factors, if the layer is no more than Wx + b + s·BAx."""
-        base, own = self._modules["base"], self._parameters  # a module's attributes take half a microsecond each
+        own: Any = self._parameters  # not as attributes, of which a module's take half a microsecond each
+        base = self._modules["base"]
         if not self.enabled or self.keep is not None or self.subtracts_initial or type(base) is not nn.Linear:
             return None
         return LowRank(base, own["lora_A"], own["lora_B"], self.scale)

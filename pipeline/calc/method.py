@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -166,8 +166,8 @@ class FinetuningMethod:
         """The keys, or the values, that attention reads, from the block's x (N, kv_heads · head_size)."""
         return x
 
-    def fuse(self, ops: Ops, x: Value, block: Block) -> Value | None:
-        """The output of a block that is computed in one operation, from its input x (N, D); None: in its parts."""
+    def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
+        """The output (N, D) of a block that is one operation; None if it is several. `ranks`: of its linears."""
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes the output."""

@@ -44,10 +44,9 @@ class _Frozen(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    """Wx + b + s·BAx: W (O, I) and b (O,), A (L, R, I) and B (L, O, R); no A and B if the update is folded in."""
+    """Wx + s·BAx: W (O, I), A (L, R, I) and B (L, O, R); no A and B if the update is folded in."""
 
     weight: Tensor
-    bias: Tensor
     A: Tensor | None = None
     B: Tensor | None = None
 
@@ -69,10 +68,11 @@ def low_rank_block(
     updates = list[LowRank]()
     for linear in attention:
         update = linear.low_rank() if hasattr(type(linear), "low_rank") else None  # type: ignore[operator]
-        first = updates[0] if updates else update
-        if update is None or (update.A.shape, update.scale) != (first.A.shape, first.scale):
+        if update is None:
             return None
         updates.append(update)
+    if any((update.A.shape, update.scale) != (updates[0].A.shape, updates[0].scale) for update in updates[1:]):
+        return None
     layers = [_frozen(module, x.dtype) for module in (*norms, *(update.base for update in updates), *feed_forward)]
     frozen = [layer for layer in layers if layer is not None]
     if len(frozen) < len(layers) or updates[0].A.dtype != x.dtype or updates[0].B.shape[-2] != x.shape[-1]:
@@ -99,11 +99,12 @@ class _Block(torch.autograd.Function):
         qkv_proj, out_proj, _ = _layers(block, *joined)
         rows = x.reshape(B * T, D)
         n1, mean1, rstd1 = torch.native_layer_norm(rows, (D,), *block.norms[0])
-        qkv, low_qkv = _forward(n1, qkv_proj, block.scale)  # (N, 3D)
+        *biases, out_bias = (bias for _, bias in block.attention)
+        qkv, low_qkv = _forward(n1, qkv_proj, torch.cat(biases), block.scale)  # (N, 3D)
         q, k, v = qkv.view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
         y, log_sums = _attend(q, k, v, 0.0, block.mask is None, attn_mask=block.mask)
         merged = y.transpose(1, 2).reshape(B * T, D)
-        attended, low_out = _forward(merged, out_proj, block.scale)
+        attended, low_out = _forward(merged, out_proj, out_bias, block.scale)
         attended.add_(rows)
         del qkv_proj, out_proj  # folded weights are as large as all else: backward folds them again
         n2, mean2, rstd2 = torch.native_layer_norm(attended, (D,), *block.norms[1])
@@ -116,7 +117,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        block, needed = ctx.block, ctx.needs_input_grad[0]
+        block = ctx.block
         rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, *rest = ctx.saved_tensors
         low_qkv, low_out, *joined = rest
         B, H, T, _ = q.shape
@@ -126,26 +127,27 @@ class _Block(torch.autograd.Function):
         d_attended = _norm_backward(_linear(d_u, block.fc1[0].t()), attended, mean2, rstd2, block.norms[1]).add_(g)
         del d_u
         qkv_proj, out_proj, folded = _layers(block, *joined)
-        d_y, *of_out = _backward(d_attended, merged, out_proj, low_out, block.scale)
-        d_y = d_y.view(B, T, H, -1).transpose(1, 2)
+        d_merged, *of_out = _backward(d_attended, merged, out_proj, low_out, block.scale)
+        d_y = d_merged.view(B, T, H, -1).transpose(1, 2)
         grads = _attend_backward(d_y, q, k, v, y, log_sums, 0.0, block.mask is None, attn_mask=block.mask)
         d_qkv = torch.cat([grad.transpose(1, 2).reshape(B * T, D) for grad in grads], 1)  # (N, 3D)
-        del d_y, grads
-        d_n1, *of_qkv = _backward(d_qkv, n1, qkv_proj, low_qkv, block.scale, needed)
+        del d_merged, d_y, grads
+        d_n1, *of_qkv = _backward(d_qkv, n1, qkv_proj, low_qkv, block.scale, ctx.needs_input_grad[0])
         d_x = None
-        if needed:
+        if ctx.needs_input_grad[0]:
             d_x = _norm_backward(d_n1, rows, mean1, rstd1, block.norms[0]).add_(d_attended).view(B, T, D)
         if folded is not None:  # ∂A = s·Bᵀ∂W and ∂B = s·∂W·Aᵀ, four of each (the document's §4.3)
             A, B_ = joined
-            d_A = torch.baddbmm(A, B_.mT, folded, beta=0, alpha=block.scale)
-            return d_x, None, *d_A.unbind(), *torch.baddbmm(B_, folded, A.mT, beta=0, alpha=block.scale).unbind()
+            d_As = torch.baddbmm(A, B_.mT, folded, beta=0, alpha=block.scale).unbind()
+            d_Bs = torch.baddbmm(B_, folded, A.mT, beta=0, alpha=block.scale).unbind()
+            return d_x, None, *d_As, *d_Bs
         (d_A, d_B), L = of_qkv, len(joined[0])
         d_As = d_A.view(L, 3, -1, D).unbind(1)  # (L, R, D) each
         d_Bs = d_B.view(L, 3, D, 3, -1).diagonal(dim1=1, dim2=3).unbind(-1)  # (L, D, R) each
         return d_x, None, *d_As, of_out[0], *d_Bs, of_out[1]
 
 
-def _join(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _join(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The factors A of q, k, v and out, then B, of one adapter: (4, R, D), (4, D, R).
 
     Of L adapters: A (L, 3R, D) and B (L, 3D, 3R) of q, k and v, then those of out. B has blocks of zeros, which cost
@@ -166,17 +168,16 @@ def _layers(block: _Frozen, A: Tensor, B: Tensor, *of_out: Tensor) -> tuple[_Lin
 
     Updates of L adapters stay apart: folded they are L weights, and as many gradients of weights.
     """
-    weights, biases = zip(*block.attention, strict=True)
-    bias = torch.cat(biases[:3])
+    weights = [weight for weight, _ in block.attention]
     if of_out:
-        return _Linear(torch.cat(weights[:3]), bias, A, B), _Linear(weights[3], biases[3], *of_out), None
+        return _Linear(torch.cat(weights[:3]), A, B), _Linear(weights[3], *of_out), None
     folded = torch.stack(weights).baddbmm_(B, A, alpha=block.scale)
-    return _Linear(folded[:3].flatten(0, 1), bias), _Linear(folded[3], biases[3]), folded
+    return _Linear(folded[:3].flatten(0, 1)), _Linear(folded[3]), folded
 
 
-def _forward(rows: Tensor, layer: _Linear, scale: float) -> tuple[Tensor, Tensor | None]:
+def _forward(rows: Tensor, layer: _Linear, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """(N, O) of rows (N, I), and Ax (L, M, R) with L·M = N."""
-    weight, bias, A, B = layer
+    weight, A, B = layer
     out = _linear(rows, weight, bias)
     if A is None or B is None:
         return out, None
@@ -187,12 +188,12 @@ def _forward(rows: Tensor, layer: _Linear, scale: float) -> tuple[Tensor, Tensor
 
 def _backward(
     g: Tensor, rows: Tensor, layer: _Linear, low: Tensor | None, scale: float, needed: bool = True
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """∂x (N, I) if it is `needed`; then ∂A and ∂B. A folded weight, used for the last time, is overwritten by ∂W.
 
     With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's §4.3).
     """
-    weight, _, A, B = layer
+    weight, A, B = layer
     d_rows = _linear(g, weight.t()) if needed else None
     if A is None or B is None or low is None:
         torch.mm(g.t(), rows, out=weight)
@@ -215,7 +216,7 @@ def _norm_backward(g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: tu
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if len(rows) < ONEDNN_FROM or not torch.backends.mkldnn.is_available():
+    if len(rows) < ONEDNN_FROM or not torch._C._has_mkldnn:
         return F.linear(rows, weight, bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return out

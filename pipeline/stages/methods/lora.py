@@ -507,17 +507,15 @@ class Lora(FinetuningMethod):
         table = ops.adapter_weight(self.trained_rows * ops.model.embedding_width, name)
         return ops.tape.op(x, elements=rows * self.trained_rows, saves=[x], weights=[table])
 
-    def fuse(self, ops: Ops, x: Value, block: Block) -> Value | None:
+    def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
         """MiniGPT's block whose attention alone is adapted, all of it alike: `models/kernels/low_rank_block.py`."""
-        t, n, w, run = ops.tape, ops.n, ops.w, ops.run
-        ranks = {ops.ranks.get(ops.name_prefix + linear.name, 0) for linear in block.attention}
-        others = any(ops.ranks.get(ops.name_prefix + linear.name, 0) for linear in block.feed_forward)
-        alike = len(ranks) == 1 and 0 not in ranks and not others and {w, ops.adapter} == {4}
+        t, n, w, run, rank = ops.tape, ops.n, ops.w, ops.run, ranks[0]
+        alike = [*ranks] == [rank] * len(block.attention) + [0] * len(block.feed_forward) and {w, ops.adapter} == {4}
         more = self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
-        if not ops.style.ours or not alike or more:
+        if not ops.style.ours or not rank or not alike or more:
             return None
         row, inner = n * ops.model.hidden, n * block.feed_forward[0].outputs
-        factors, folded = 4 * ranks.pop() * ops.model.hidden, 4 * ops.model.hidden**2
+        factors, folded = 4 * rank * ops.model.hidden, 4 * ops.model.hidden**2
         # two norms, attention's inputs and output, the residual sum, the activation's input, the factors joined
         sizes = (row, 3 * row, row, row, inner, factors, factors)
         per_row = (n, n, n, n, n * ops.model.heads)  # means, 1/σ and attention's log-sums

@@ -42,7 +42,7 @@ def gradients(model: MiniGPT, routing: Any, segments: Any) -> tuple[Tensor, dict
     model.zero_grad()
     with nullcontext() if routing is None else routing.route(counts):
         out = model.hidden_states(ids, positions, None if segments is None else segments[0])
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        torch.autograd.backward((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum())
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -85,7 +85,7 @@ def test_outputs_and_gradients_are_those_of_the_modules(
         assert_close(found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
 
 
-def with_frozen(change: Callable[[MiniGPT], None]) -> MiniGPT:
+def changed(change: Callable[[MiniGPT], object]) -> MiniGPT:
     model, _ = model_with(lora())
     change(model)
     return model
@@ -96,8 +96,8 @@ def with_frozen(change: Callable[[MiniGPT], None]) -> MiniGPT:
     lambda: model_with(AdapterSpec(4, 8, (*ATTENTION, "fc1")))[0],
     lambda: model_with(AdapterSpec(4, 8, ("q_proj", "v_proj")))[0],
     lambda: model_with(lora(ranks={"v_proj": 8}))[0],
-    lambda: with_frozen(lambda model: model.blocks.requires_grad_(True) and None),
-    lambda: with_frozen(lambda model: model.bfloat16() and None),
+    lambda: changed(lambda model: model.blocks.requires_grad_(True)),
+    lambda: changed(lambda model: model.bfloat16()),
 ], ids=["DoRA", "feed-forward too", "some of attention", "ranks", "the base trains", "bf16"])  # fmt: skip
 def test_anything_else_goes_through_the_modules(make: Callable[[], MiniGPT], used: list[bool]) -> None:
     gradients(make(), None, None)
@@ -116,4 +116,4 @@ def test_a_disabled_adapter_and_a_forward_without_gradient_go_through_the_module
 def test_onednn_is_on_again_after_a_step() -> None:
     model, _ = model_with(lora())
     gradients(model, None, None)
-    assert torch._C._get_mkldnn_enabled() == torch.backends.mkldnn.is_available()
+    assert torch._C._get_mkldnn_enabled()
