@@ -66,13 +66,19 @@ def lora(rank: int = 4, alpha: float = 8, **options: Any) -> AdapterSpec:
 
 @pytest.mark.parametrize("rows", ["as they are", "packed"])
 @pytest.mark.parametrize("saved", [(), ("embed_tokens",)], ids=["factors", "embeddings too"])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("alphas", [(8,), (8, 2, 32), (8, 8, 8)], ids=["one", "scales", "three"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_outputs_and_gradients_are_those_of_the_modules(
-    count: int, saved: tuple[str, ...], rows: str, checkpointing: Any, used: list[bool], monkeypatch: pytest.MonkeyPatch
+    alphas: tuple[int, ...],
+    saved: tuple[str, ...],
+    rows: str,
+    checkpointing: Any,
+    used: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    count = len(alphas)
     monkeypatch.setattr(kernel, "ONEDNN_FROM", 20 if count == 1 else 1000)  # both products are tried
-    model, routing = model_with(*(lora(4, alpha, saved=saved) for alpha in (8, 2, 32)[:count]))
+    model, routing = model_with(*(lora(4, alpha, saved=saved) for alpha in alphas))
     model.checkpoint_blocks(checkpointing)
     segments = None if rows == "as they are" else ((3, 4, 5), range(count if count > 1 else 3))
     out, found = gradients(model, routing, segments)
@@ -95,7 +101,7 @@ def changed(change: Callable[[MiniGPT], object]) -> MiniGPT:
     lambda: model_with(lora(dora=True))[0],
     lambda: model_with(AdapterSpec(4, 8, (*ATTENTION, "fc1")))[0],
     lambda: model_with(AdapterSpec(4, 8, ("q_proj", "v_proj")))[0],
-    lambda: model_with(lora(ranks={"v_proj": 8}))[0],
+    lambda: model_with(lora(ranks={"v_proj": 8}, alphas={"v_proj": 16}))[0],
     lambda: changed(lambda model: model.blocks.requires_grad_(True)),
     lambda: changed(lambda model: model.bfloat16()),
 ], ids=["DoRA", "feed-forward too", "some of attention", "ranks", "the base trains", "bf16"])  # fmt: skip
