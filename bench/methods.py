@@ -2,7 +2,7 @@
 
 MiniGPT's tensors are too small to show in resident memory, so `TensorMemoryMeter` counts the bytes of all tensors alive
 at a step's peak, including weights and optimizer, on both sides. Our LoRA holds more there than PEFT's: the folded
-weight of each small linear lives until backward (docs/decisions/0003), and the flat gradient always.
+weights of a block, in forward and again in backward (docs/decisions/0003), and the flat gradient always.
 """
 
 import tempfile

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.base import CausalLM
+from pipeline.models.kernels.low_rank_block import LowRank
 
 
 class AdapterRouting:
@@ -124,6 +125,16 @@ class BatchedLoRALinear(BatchedLayer):
             return super().forward(x)
         A, B = (routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
         return batched_lora_forward(x, self.base, A, B, routing.select_live(self.scales))
+
+    def low_rank(self) -> LowRank | None:
+        """Base and factors, if all live adapters have as many rows and nothing is dropped."""
+        routing = self.routing
+        if routing.off or not routing.even or self.drops or type(self.base) is not nn.Linear:
+            return None
+        A, B = (routing.select_live(self.trained[name]) for name in ("lora_A", "lora_B"))
+        if len({*self.scale_list}) > 1:
+            return LowRank(self.base, A * routing.select_live(self.scales), B, 1.0)
+        return LowRank(self.base, A, B, self.scale_list[0])
 
     def adapted(self, rows: Tensor) -> Tensor:
         counts = list(self.routing.counts)

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
 from pipeline.models.base import LowBitLinear, is_conv1d
+from pipeline.models.kernels.low_rank_block import LowRank
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
@@ -116,6 +118,14 @@ class LoRALinear(AdapterLayer):
         if not self.subtracts_initial:
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
+
+    def low_rank(self) -> LowRank | None:
+        """Base and factors, if the layer is no more than Wx + b + s·BAx."""
+        own: Any = self._parameters  # not as attributes, of which a module's take half a microsecond each
+        base = self._modules["base"]
+        if not self.enabled or self.keep is not None or self.subtracts_initial or type(base) is not nn.Linear:
+            return None
+        return LowRank(base, own["lora_A"], own["lora_B"], self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """dropout(x): x itself unless it trains with dropout."""
@@ -228,6 +238,9 @@ class DoRALinear(LoRALinear):
             out = out * ratio if bias is None else torch.addcmul(bias * (1 - ratio), out, ratio)  # b is not scaled
             out = out.to(x.dtype).view(*x.shape[:-1], -1)
         return out if self.strength == 1 else torch.lerp(self.base(x), out, self.strength)
+
+    def low_rank(self) -> None:
+        """It is more: a magnitude and a norm."""
 
     def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:
         """W + s·BA, (O, I)."""

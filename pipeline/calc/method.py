@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
 
 if TYPE_CHECKING:
-    from pipeline.calc.architecture import Architecture, Linear
+    from pipeline.calc.architecture import Architecture, Block, Linear
     from pipeline.calc.tape import Ops, Value
 
 
@@ -165,6 +165,9 @@ class FinetuningMethod:
     def extend_keys(self, ops: Ops, x: Value) -> Value:
         """The keys, or the values, that attention reads, from the block's x (N, kv_heads · head_size)."""
         return x
+
+    def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
+        """The output (N, D) of a block that is one operation; None if it is several. `ranks`: of its linears."""
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes the output."""

@@ -170,6 +170,9 @@ class Step(Ops):
     # a block
 
     def block(self, x: Value, block: Block) -> Value:
+        ranks = [self.ranks.get(self.name_prefix + linear.name, 0) for linear in block.linears]
+        if (fused := self.method.fuse(self, x, block, ranks)) is not None:
+            return fused
         if self.style.norms != "parallel":
             x = self._residual(x, lambda y: self._attention(y, block))
             if self.style.experts_beside:

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.calc.settings import PACK_UP_TO
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.models.base import CausalLM, Checkpointing, PackedCache, Prefix, Shape, checkpointed, next_positions
+from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.kernels.low_rank_block import low_rank_block
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3
-# Tokens of a packed row whose attention is one product under a mask: a training step then takes 1/1.2 to 1/1.35 of the
-# time of a product for each sequence (measured for 30 to 120 tokens). In a longer row the masked scores cost more.
-PACK_UP_TO = 128
 
 _FIELDS = {  # OPT's keys, in the order in which they are written, and the fields of MiniGPTConfig
     "vocab_size": "vocab_size",
@@ -195,9 +195,24 @@ class Block(nn.Module):
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
+        if cache is None and prefix is None and torch.is_grad_enabled():
+            fused = self._fused(x, segments)
+            if fused is not None:
+                return fused
         x = x + self.self_attn(self.self_attn_layer_norm(x), cache, segments, prefix)
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
         return out
+
+    def _fused(self, x: Tensor, segments: Sequence[int] | None) -> Tensor | None:
+        """The same in one call, if only low-rank updates train."""
+        if not uses_cpu_kernels(x.device) or (segments is not None and x.shape[1] > PACK_UP_TO):
+            return None
+        own, mask = self.self_attn, None
+        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
+        norms = (self.self_attn_layer_norm, self.final_layer_norm)
+        if segments is not None:
+            mask = _segment_mask(tuple(segments), x.dtype, x.device)
+        return low_rank_block(x, norms, linears, (self.fc1, self.fc2), own.n_heads, mask)
 
 
 class SinusoidalPositions(nn.Module):

@@ -6,6 +6,7 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -38,6 +39,8 @@ class Batch:
         return 0 if self.idle else len(self.labels)
 
     def to(self, device: torch.device) -> "Batch":
+        if self.ids.device == device:
+            return self
         moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
         return replace(self, **moved, label_index=None if self.label_index is None else self.label_index.to(device))
 
@@ -76,21 +79,21 @@ def collate(windows: Sequence[Window]) -> Batch:
         trimmed.append(cut)
     lengths = tuple(len(window.ids) for window in trimmed)
     columns = (
-        [id_ for w in trimmed for id_ in w.ids],
-        [w.start + t for w in trimmed for t in range(len(w.ids))],
-        [label for w in trimmed for label in w.labels],
+        list(chain.from_iterable(w.ids for w in trimmed)),
+        list(chain.from_iterable(range(w.start, w.start + len(w.ids)) for w in trimmed)),
+        list(chain.from_iterable(w.labels for w in trimmed)),
     )
     table = torch.tensor(columns)  # (3, ΣT): one call for all three: small models are bound by calls
     segments = lengths if len(set(lengths)) > 1 else None
-    return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments)
+    return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments, IGNORED not in columns[2])
 
 
-def _batch_from(table: Tensor, segments: tuple[int, ...] | None) -> Batch:
-    """From ids, positions and labels, (3, N) for one row or (3, B, T)."""
-    ids, positions, labels = table if table.dim() == 3 else table[:, None]  # (B, T) each
+def _batch_from(table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False) -> Batch:
+    """From ids, positions and labels, (3, N) for one row or (3, B, T). `all_labelled`: known without a look."""
+    ids, positions, labels = (table if table.dim() == 3 else table[:, None]).unbind()  # (B, T) each
     flat = labels.flatten()
-    index = (flat != IGNORED).nonzero().flatten()  # (N,)
-    if len(index) == len(flat):
+    index = None if all_labelled else (flat != IGNORED).nonzero().flatten()  # (N,)
+    if index is None or len(index) == len(flat):
         return Batch(ids, positions, flat, None, segments)
     return Batch(ids, positions, flat[index], index, segments)
 

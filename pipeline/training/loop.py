@@ -44,7 +44,6 @@ from pipeline.project.process_rank import hangs_up
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
 from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
-from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
     SLOWEST_STEP,
@@ -155,7 +154,13 @@ def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterat
     A learner whose loss or gradient is not finite is stopped before the step, one that no longer improves after it. The
     others continue as if it were not there. Raises Diverged if that leaves none, and all diverged.
     """
-    with training_noise(task.model, [learner.settings for learner in task.learners]) as noises:
+    settings = [learner.settings for learner in task.learners]
+    if not any(getattr(each, "lora_dropout", 0) or each.neftune_alpha for each in settings):
+        yield from _steps(task, optimizer, done)
+        return
+    from pipeline.training.noise import training_noise  # a run without noise does not need it
+
+    with training_noise(task.model, settings) as noises:
         for learner, noise in zip(task.learners, noises, strict=False):
             learner.noise = noise
         yield from _steps(task, optimizer, done)

@@ -19,7 +19,7 @@ from pipeline.calc.method import (
     matching_linears,
     projections,
 )
-from pipeline.calc.settings import QLORA, option
+from pipeline.calc.settings import PACK_UP_TO, QLORA, option
 from pipeline.calc.target_modules import ALL_LINEAR, GROUPS, matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
@@ -31,7 +31,7 @@ from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.adapters.config import AdapterSpec
-    from pipeline.calc.architecture import Architecture, Linear
+    from pipeline.calc.architecture import Architecture, Block, Linear
     from pipeline.calc.tape import Ops, Value
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
@@ -506,6 +506,26 @@ class Lora(FinetuningMethod):
         name = NEW_ROWS if ops.model.tied else f"{NEW_ROWS} of the head"
         table = ops.adapter_weight(self.trained_rows * ops.model.embedding_width, name)
         return ops.tape.op(x, elements=rows * self.trained_rows, saves=[x], weights=[table])
+
+    def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
+        """MiniGPT's block whose attention alone is adapted, all of it alike: `models/kernels/low_rank_block.py`."""
+        t, n, w, run, rank = ops.tape, ops.n, ops.w, ops.run, ranks[0]
+        alike = [*ranks] == [rank] * len(block.attention) + [0] * len(block.feed_forward) and {w, ops.adapter} == {4}
+        more = self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
+        if not ops.style.ours or not rank or not alike or more:
+            return None
+        row, inner = n * ops.model.hidden, n * block.feed_forward[0].outputs
+        factors, folded = 4 * rank * ops.model.hidden, 4 * ops.model.hidden**2
+        # two norms, attention's inputs and output, the residual sum, the activation's input, the factors joined
+        sizes = (row, 3 * row, row, row, inner, factors, factors)
+        per_row = (n, n, n, n, n * ops.model.heads)  # means, 1/σ and attention's log-sums
+        saved = [x, *(t.leaf(size, w) for size in (*per_row, *sizes))]
+        # forward folds the weights, then has norm and activation; backward two gradients of the activation, or the
+        # weights folded again beside gradients of rows, last of all beside those of the factors
+        temp = max(folded - inner - row, row + inner)
+        back = max(2 * inner - row, folded + max(7 * row, 5 * row + 2 * factors))
+        weights = [ops.adapter_weight(factors // 4) for _ in range(8)]
+        return t.op(x, saves=saved, weights=weights, temp=temp * w, back=back * w)
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """(W + s·BA)x, as our layers compute small linears: the matrix costs less than another (N, O)."""

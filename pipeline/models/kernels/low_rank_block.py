@@ -1,0 +1,232 @@
+"""MiniGPT's block with frozen weights and low-rank updates of its attention as one autograd node.
+
+A small model's step is bound by calls: under autograd a product of 16 rows costs views, a node and bookkeeping, which
+take longer than it does. Here forward and backward are the calls that compute something; q, k and v are one product.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows of a product from which oneDNN is faster than MKL: 128 × 64 by 64 × 256 takes 25 µs in place of 40 on a Zen 5,
+# where MKL uses half the width of a vector; 16 rows take 11 µs in place of 8.
+ONEDNN_FROM = 64
+
+_aten = torch.ops.aten
+_attend = _aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class LowRank(NamedTuple):
+    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters, with as many rows each,
+    (L, R, I) and (L, O, R)."""
+
+    base: nn.Linear
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class _Frozen(NamedTuple):
+    """Weight, bias and epsilon of the norms before attention and feed-forward; weights and biases of q, k, v and out,
+    of fc1 and of fc2; the mask of a row of several sequences; the scale of the updates."""
+
+    norms: Sequence[tuple[Tensor, Tensor, float]]
+    attention: Sequence[tuple[Tensor, Tensor]]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+    heads: int
+    mask: Tensor | None
+    scale: float
+
+
+class _Linear(NamedTuple):
+    """Wx + s·BAx: W (O, I), A (L, R, I) and B (L, O, R); no A and B if the update is folded in."""
+
+    weight: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+
+
+def low_rank_block(
+    x: Tensor,
+    norms: Sequence[nn.LayerNorm],
+    attention: Sequence[nn.Module],
+    feed_forward: Sequence[nn.Module],
+    heads: int,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D).
+
+    None unless q, k, v and out (`attention`) have updates alike, nothing else of the block trains and all is in fp32.
+    """
+    if x.dtype != torch.float32:
+        return None
+    updates = list[LowRank]()
+    for linear in attention:
+        update = linear.low_rank() if hasattr(type(linear), "low_rank") else None  # type: ignore[operator]
+        if update is None:
+            return None
+        updates.append(update)
+    if any((update.A.shape, update.scale) != (updates[0].A.shape, updates[0].scale) for update in updates[1:]):
+        return None
+    layers = [_frozen(module, x.dtype) for module in (*norms, *(update.base for update in updates), *feed_forward)]
+    frozen = [layer for layer in layers if layer is not None]
+    if len(frozen) < len(layers) or updates[0].A.dtype != x.dtype or updates[0].B.shape[-2] != x.shape[-1]:
+        return None
+    eps = [(*layer, norm.eps) for layer, norm in zip(frozen, norms, strict=False)]
+    block = _Frozen(eps, frozen[2:6], frozen[6], frozen[7], heads, mask, updates[0].scale)
+    out: Tensor = _Block.apply(x, block, *(u.A for u in updates), *(u.B for u in updates))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _frozen(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a linear or a norm; None if they train, are of another dtype, or there is no bias."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or bias is None or weight.requires_grad or bias.requires_grad or weight.dtype != dtype:
+        return None
+    return weight, bias
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: _Frozen, *factors: Tensor) -> Tensor:
+        B, T, D = x.shape
+        joined = _join(factors)
+        qkv_proj, out_proj, _ = _layers(block, *joined)
+        rows = x.reshape(B * T, D)
+        n1, mean1, rstd1 = torch.native_layer_norm(rows, (D,), *block.norms[0])
+        *biases, out_bias = (bias for _, bias in block.attention)
+        qkv, low_qkv = _forward(n1, qkv_proj, torch.cat(biases), block.scale)  # (N, 3D)
+        q, k, v = qkv.view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
+        y, log_sums = _attend(q, k, v, 0.0, block.mask is None, attn_mask=block.mask)
+        merged = y.transpose(1, 2).reshape(B * T, D)
+        attended, low_out = _forward(merged, out_proj, out_bias, block.scale)
+        attended.add_(rows)
+        del qkv_proj, out_proj  # folded weights are as large as all else: backward folds them again
+        n2, mean2, rstd2 = torch.native_layer_norm(attended, (D,), *block.norms[1])
+        u = _linear(n2, *block.fc1)
+        out = _linear(_without_onednn(F.gelu, u), *block.fc2).add_(attended)
+        ctx.block = block
+        kept = (rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, low_qkv, low_out)
+        ctx.save_for_backward(*kept, *joined)
+        return out.view(B, T, D)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        block = ctx.block
+        rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, *rest = ctx.saved_tensors
+        low_qkv, low_out, *joined = rest
+        B, H, T, _ = q.shape
+        D = rows.shape[1]
+        g = outputs[0].reshape(B * T, D)
+        d_u = _without_onednn(_aten.gelu_backward, _linear(g, block.fc2[0].t()), u)
+        d_attended = _norm_backward(_linear(d_u, block.fc1[0].t()), attended, mean2, rstd2, block.norms[1]).add_(g)
+        del d_u
+        qkv_proj, out_proj, folded = _layers(block, *joined)
+        d_merged, *of_out = _backward(d_attended, merged, out_proj, low_out, block.scale)
+        d_y = d_merged.view(B, T, H, -1).transpose(1, 2)
+        grads = _attend_backward(d_y, q, k, v, y, log_sums, 0.0, block.mask is None, attn_mask=block.mask)
+        d_qkv = torch.cat([grad.transpose(1, 2).reshape(B * T, D) for grad in grads], 1)  # (N, 3D)
+        del d_merged, d_y, grads
+        d_n1, *of_qkv = _backward(d_qkv, n1, qkv_proj, low_qkv, block.scale, ctx.needs_input_grad[0])
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = _norm_backward(d_n1, rows, mean1, rstd1, block.norms[0]).add_(d_attended).view(B, T, D)
+        if folded is not None:  # ∂A = s·Bᵀ∂W and ∂B = s·∂W·Aᵀ, four of each (the document's §4.3)
+            A, B_ = joined
+            d_As = torch.baddbmm(A, B_.mT, folded, beta=0, alpha=block.scale).unbind()
+            d_Bs = torch.baddbmm(B_, folded, A.mT, beta=0, alpha=block.scale).unbind()
+            return d_x, None, *d_As, *d_Bs
+        (d_A, d_B), L = of_qkv, len(joined[0])
+        d_As = d_A.view(L, 3, -1, D).unbind(1)  # (L, R, D) each
+        d_Bs = d_B.view(L, 3, D, 3, -1).diagonal(dim1=1, dim2=3).unbind(-1)  # (L, D, R) each
+        return d_x, None, *d_As, of_out[0], *d_Bs, of_out[1]
+
+
+def _join(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The factors A of q, k, v and out, then B, of one adapter: (4, R, D), (4, D, R).
+
+    Of L adapters: A (L, 3R, D) and B (L, 3D, 3R) of q, k and v, then those of out. B has blocks of zeros, which cost
+    less than calls.
+    """
+    if factors[0].dim() == 2:
+        return torch.stack(factors[:4]), torch.stack(factors[4:])
+    A = torch.cat(factors[:3], 1)
+    L, D, R = factors[4].shape
+    B = A.new_zeros(L, 3 * D, 3 * R)
+    for i, factor in enumerate(factors[4:7]):
+        B[:, i * D : (i + 1) * D, i * R : (i + 1) * R] = factor
+    return A, B, factors[3], factors[7]
+
+
+def _layers(block: _Frozen, A: Tensor, B: Tensor, *of_out: Tensor) -> tuple[_Linear, _Linear, Tensor | None]:
+    """The layer of q, k and v with (3D, D) weights and that of out; and the folded weights of one adapter, (4, D, D).
+
+    Updates of L adapters stay apart: folded they are L weights, and as many gradients of weights.
+    """
+    weights = [weight for weight, _ in block.attention]
+    if of_out:
+        return _Linear(torch.cat(weights[:3]), A, B), _Linear(weights[3], *of_out), None
+    folded = torch.stack(weights).baddbmm_(B, A, alpha=block.scale)
+    return _Linear(folded[:3].flatten(0, 1)), _Linear(folded[3]), folded
+
+
+def _forward(rows: Tensor, layer: _Linear, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """(N, O) of rows (N, I), and Ax (L, M, R) with L·M = N."""
+    weight, A, B = layer
+    out = _linear(rows, weight, bias)
+    if A is None or B is None:
+        return out, None
+    low = torch.bmm(rows.view(len(A), -1, rows.shape[1]), A.mT)
+    out.view(len(A), -1, out.shape[1]).baddbmm_(low, B.mT, alpha=scale)
+    return out, low
+
+
+def _backward(
+    g: Tensor, rows: Tensor, layer: _Linear, low: Tensor | None, scale: float, needed: bool = True
+) -> tuple[Any, ...]:
+    """∂x (N, I) if it is `needed`; then ∂A and ∂B. A folded weight, used for the last time, is overwritten by ∂W.
+
+    With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's §4.3).
+    """
+    weight, A, B = layer
+    d_rows = _linear(g, weight.t()) if needed else None
+    if A is None or B is None or low is None:
+        torch.mm(g.t(), rows, out=weight)
+        return (d_rows,)
+    L = len(A)
+    split = g.view(L, -1, g.shape[1])  # (L, M, O)
+    # (L, R, M): in this order the product takes half the time
+    d_low = torch.baddbmm(low.mT, B.mT, split.mT, beta=0, alpha=scale)
+    if d_rows is not None:
+        d_rows.view(L, -1, d_rows.shape[1]).baddbmm_(d_low.mT, A)
+    d_A = torch.bmm(d_low, rows.view(L, -1, rows.shape[1]))
+    return d_rows, d_A, torch.baddbmm(B, split.mT, low, beta=0, alpha=scale)
+
+
+def _norm_backward(g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    weight, bias, _ = norm
+    shape = rows.shape[1:]
+    d_rows: Tensor = _aten.native_layer_norm_backward(g, rows, shape, mean, rstd, weight, bias, (True, False, False))[0]
+    return d_rows
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if len(rows) < ONEDNN_FROM or not torch._C._has_mkldnn:
+        return F.linear(rows, weight, bias)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out
+
+
+def _without_onednn(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """GELU by torch's own loop: a model of 16 rows spends 80 µs a step on the set-up of oneDNN's."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return function(*inputs)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
