@@ -7,10 +7,10 @@ unpacked forward, 1.18 × and 1.14 × (1.35 × in all).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ SHORT = 1024  # inputs up to which oneDNN sums a lone row as it sums it beside o
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently
 NORMS = {"input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -79,7 +80,7 @@ class OneTokenBlock:
         attention, mlp = block.self_attn, block.mlp
         self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
         self.R, self.rotation, self.act = attention.num_key_value_groups, rotation, mlp.act_fn
-        self.norm, self.feed_norm = _fewer_calls(block.input_layernorm), _fewer_calls(block.post_attention_layernorm)
+        self.norm, self.feed_norm = fewer_calls(block.input_layernorm), fewer_calls(block.post_attention_layernorm)
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.packed = list[nn.Module]()
         self.qkv = self._concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -110,8 +111,7 @@ class OneTokenBlock:
     def __call__(self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any) -> Tensor:
         past: PackedCache | None = options.get("past")
         N = x.shape[1]
-        fits = cache is not None and x.shape[:2] == (1, 1) if past is None else len(past.sequences) == N
-        if not fits:
+        if not fits(x, cache, past):
             out: Tensor = type(block).forward(block, x, *others, cache=cache, **options)
             return out
         x = x[0]  # (N, D)
@@ -138,6 +138,37 @@ class OneTokenBlock:
         return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
 
 
+class OneTokenBody:
+    """Replaces the forward of a body of Llama's parts where `blocks`, the replacements of all its blocks, take a token:
+    without masks, which they do not read, and a module's call for each block."""
+
+    def __init__(self, blocks: Mapping[nn.Module, OneTokenBlock]) -> None:
+        self.blocks = blocks
+
+    def __call__(self, body: Any, input_ids: Tensor | None = None, cache: Any = None, **options: Any) -> Any:
+        if input_ids is None or not fits(input_ids, cache, options.get("past")):
+            return type(body).forward(body, input_ids=input_ids, cache=cache, **options)
+        past = options.get("past")
+        # Calls cost 5% less in inference mode. Caches of several sequences outlive it, and may then not be written to.
+        with torch.inference_mode() if past is None else nullcontext():
+            x = body.embed_tokens(input_ids)  # (1, N, D)
+            rotation = body.rotary_emb(x, position_ids=options["position_ids"])
+            for block, forward in self.blocks.items():
+                x = forward(block, x, cache=cache, past=past, position_embeddings=rotation)
+            return BodyOutput(body.norm(x))
+
+
+class BodyOutput(NamedTuple):
+    """What `TransformersModel` reads of a body's output."""
+
+    last_hidden_state: Tensor
+
+
+def fits(x: Tensor, cache: Any, past: PackedCache | None) -> bool:
+    """Whether x (1, N, …) is one token after a cache, or one for each sequence of `past`."""
+    return cache is not None and x.shape[:2] == (1, 1) if past is None else x.shape[1] == len(past.sequences)
+
+
 def _append(cache: Any, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (1, G, S, K) of a transformers cache after one more token's, `new` (1, 2G, K).
 
@@ -159,7 +190,7 @@ def _append(cache: Any, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def _fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The norm by torch's own RMS norm, if that gives the same bits; else `norm` itself."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
@@ -173,7 +204,7 @@ def _fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first of the linears
-_agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # results of _check_agreement
+_agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many forwards passed _check_agreement together
 
 
 @contextmanager
@@ -182,22 +213,20 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
 
     Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long as the model lives.
     """
-    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
     inside = set[nn.Module]()
     if _is_available():
-        blocks: dict[nn.Module, OneTokenBlock] = {}
-        if (
-            isinstance(model, CausalLM)
-            and _is_bf16_on_cpu(next(model.blocks.parameters()))
-            and _agrees.get(model, True)
-        ):
+        if isinstance(model, CausalLM) and _is_bf16_on_cpu(next(model.blocks.parameters())):
             rotation = Rotation()
             blocks = {block: OneTokenBlock(block, rotation) for block in model.blocks if _has_llama_parts(block)}
-            if blocks and model not in _agrees:  # once a model: two short forwards
-                _agrees[model] = _check_agreement(model, blocks)
-        if _agrees.get(model):
-            forwards.update({block: MethodType(fast, block) for block, fast in blocks.items()})
-            inside = {linear for fast in blocks.values() for linear in fast.packed}
+            one_token = {block: MethodType(fast, block) for block, fast in blocks.items()}
+            choices = [one_token] if blocks else []
+            if len(blocks) == len(model.blocks) and {name for name, _ in model.body.named_children()} == BODY:
+                choices.insert(0, {**one_token, model.body: MethodType(OneTokenBody(blocks), model.body)})
+            if model not in _agrees:  # once a model: a few short forwards
+                _agrees[model] = next((len(choice) for choice in choices if _check_agreement(model, choice)), 0)
+            forwards = next((choice for choice in choices if len(choice) == _agrees[model]), {})
+            inside = {linear for fast in blocks.values() for linear in fast.packed} if forwards else inside
         forwards.update({m: _packed_linear([m]) for m in model.modules() if _can_pack(m) and m not in inside})
     with _replaced_forwards(forwards):
         yield len(forwards)
@@ -219,8 +248,8 @@ def _has_llama_parts(block: Any) -> bool:
 
 
 @torch.no_grad()
-def _check_agreement(model: CausalLM, fast: Mapping[nn.Module, OneTokenBlock]) -> bool:
-    """Whether the model gives the same hidden states with the fast blocks."""
+def _check_agreement(model: CausalLM, forwards: Mapping[nn.Module, Callable[..., Any]]) -> bool:
+    """Whether the model gives the same hidden states with these forwards."""
 
     def probe() -> Tensor:
         cache = model.new_cache()
@@ -229,7 +258,7 @@ def _check_agreement(model: CausalLM, fast: Mapping[nn.Module, OneTokenBlock]) -
 
     expected = probe()
     try:
-        with _replaced_forwards({block: MethodType(forward, block) for block, forward in fast.items()}):
+        with _replaced_forwards(forwards):
             actual = probe()
     except Exception:  # whatever a block raises that combines its parts differently
         return False
@@ -237,7 +266,7 @@ def _check_agreement(model: CausalLM, fast: Mapping[nn.Module, OneTokenBlock]) -
 
 
 @contextmanager
-def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Other forwards inside the block, except for modules whose forward another generation has already replaced."""
     changed = [module for module in forwards if "forward" not in module.__dict__]
     for module in changed:
