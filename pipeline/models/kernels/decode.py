@@ -221,7 +221,9 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
             assert isinstance(model, CausalLM)
             rotation = Rotation()
             blocks = {block: OneTokenBlock(block, rotation) for block in model.blocks if _has_llama_parts(block)}
-            one_token = {block: MethodType(fast, block) for block, fast in blocks.items()}
+            one_token: dict[nn.Module, Callable[..., Any]] = {
+                block: MethodType(fast, block) for block, fast in blocks.items()
+            }
             choices = [one_token] if blocks else []
             if len(blocks) == len(model.blocks) and {name for name, _ in model.body.named_children()} == BODY:
                 choices.insert(0, {**one_token, model.body: MethodType(OneTokenBody(blocks), model.body)})

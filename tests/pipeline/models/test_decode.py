@@ -154,7 +154,7 @@ def test_a_row_is_summed_alone_as_beside_others(inputs: int) -> None:
 
 
 def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for() -> None:
-    llama, gemma = (model_of(kind).blocks[0].input_layernorm for kind in ("llama", "gemma"))
+    llama, gemma = (model_of(kind).get_submodule("model.layers.0.input_layernorm") for kind in ("llama", "gemma"))
     x = torch.randn(300, 64).bfloat16()
     with torch.no_grad():
         assert fewer_calls(llama) is not llama
@@ -166,7 +166,8 @@ def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for()
 def test_a_cache_grows_in_place_and_others_read_it() -> None:
     model = model_of("llama")
     ids = torch.randint(1, 100, (140,), generator=torch.Generator().manual_seed(2)).tolist()
-    cache, wanted = model.new_cache(), read(model, ids, 5)
+    cache, plain, wanted = model.new_cache(), model.new_cache(), read(model, ids, 5)
+    model.hidden_states(torch.tensor([ids]), cache=plain)
     found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
     for start in (5, 75):  # 64 fast tokens, past the buffer's first size, then three at once and three alone
         with fast_decoding(model):
@@ -175,8 +176,11 @@ def test_a_cache_grows_in_place_and_others_read_it() -> None:
         found += [
             model.hidden_states(torch.tensor([part]), cache=cache) for part in (more[:3], *([one] for one in more[3:]))
         ]
-    found = torch.cat(found, 1).float()
-    assert_alike(found, wanted[:, : found.shape[1]])
+    together = torch.cat(found, 1).float()
+    assert_alike(together, wanted)
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        assert_alike(layer.keys.float(), other.keys.float())
+        assert_alike(layer.values.float(), other.values.float())
 
 
 def test_linears_in_fp32_are_not_packed() -> None:
