@@ -170,7 +170,10 @@ def test_a_cache_grows_in_place_and_others_read_it() -> None:
     model.hidden_states(torch.tensor([ids]), cache=plain)
     found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
     for start in (5, 75):  # 64 fast tokens, past the buffer's first size, then three at once and three alone
-        with fast_decoding(model):
+        with fast_decoding(model) as count:
+            if not count:
+                pytest.skip("this build of torch packs no weights")
+            assert count == 3 + 2
             found += [model.hidden_states(torch.tensor([[id_]]), cache=cache) for id_ in ids[start : start + 64]]
         more = ids[start + 64 : start + 70]
         found += [
