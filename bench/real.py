@@ -61,7 +61,7 @@ def _loss(mine: float, other: float) -> Row:
 def _generation(other: float, mine: float) -> Row:
     what, ratio = f"generation, {NEW_TOKENS / mine:,.0f} tokens a second", other / mine
     reference = f"model.generate, {NEW_TOKENS / other:,.0f} tokens a second"
-    return Row(what, mine, reference, ratio, "at least 1.5 ×", ratio >= 1.5)
+    return Row(what, mine, reference, ratio, "at least 2 ×", ratio >= 2)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Safetensors headers and fingerprints, against the safetensors library."""
 
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.files.safetensors_file import fingerprint, refuse_difference, shapes
+from pipeline.files.safetensors_file import NewTensor, fingerprint, refuse_difference, rewrite, shapes
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "c": torch.zeros(0, 4, dtype=torch.bfloat16)}
 
@@ -68,3 +69,15 @@ def test_a_header_of_more_tensors_than_any_model_has_is_not_parsed(tmp_path: Pat
 def test_a_difference_is_told_by_name() -> None:
     with pytest.raises(UserError, match="missing a; not expected c and 1 more; b has shape \\[1\\], expected \\[2\\]"):
         refuse_difference({"a": (1,), "b": (2,)}, {"b": (1,), "c": (1,), "d": (1,)}, "file")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux allocates")
+def test_a_file_to_write_has_its_blocks_before_its_bytes(tmp_path: Path) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
+    save_file({"w": torch.ones(2**20)}, source)
+    parts = list(rewrite(source, target, [NewTensor("w", "F32", (2**20,))]))
+    assert target.stat().st_size == source.stat().st_size
+    assert target.stat().st_blocks * 512 >= source.stat().st_size
+    for write in parts:
+        write()
+    assert target.read_bytes() == source.read_bytes()

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.generate import generate
-from pipeline.models.kernels.decode import fast_decoding
+from pipeline.models.kernels.decode import SHORT, fast_decoding, fewer_calls
 from pipeline.models.transformers_model import TransformersModel, from_config
 from tests.helpers.families import FAMILIES, OTHERS
 
@@ -72,7 +72,7 @@ def assert_alike(found: Tensor, wanted: Tensor) -> None:
 def test_a_block_for_one_token_is_the_same_block(kind: str) -> None:
     found, wanted, count = both(model_of(kind, **SHAPED[kind]))
     assert_alike(found, wanted)
-    assert count == 3 + 1  # the blocks and the head: what is joined is not packed a second time
+    assert count == 3 + 2  # the blocks, the body and the head: what is joined is not packed a second time
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
@@ -136,6 +136,54 @@ def test_packed_linears_multiply_as_the_plain_ones(bias: bool) -> None:
                 pytest.skip("this build of torch packs no weights")
             assert count == 2
             assert_close(model(x), wanted, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("inputs", [64, SHORT, SHORT + 32, 2048])
+def test_a_row_is_summed_alone_as_beside_others(inputs: int) -> None:
+    # sums that cancel: what is left of them is the rounding of their order
+    half, rows = torch.randn(96, inputs // 2).bfloat16(), torch.randn(5, inputs // 2).bfloat16()
+    linear = nn.Linear(inputs, 96, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = torch.cat([half, -half.flip(1)], 1)
+    x = torch.cat([rows, rows.flip(1)], 1)
+    with torch.no_grad(), fast_decoding(linear) as count:
+        if not count:
+            pytest.skip("this build of torch packs no weights")
+        together = linear(x)
+        assert together.abs().max() > 0
+        assert_close(torch.cat([linear(x[n : n + 1]) for n in range(5)]), together, rtol=0, atol=0)
+
+
+def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for() -> None:
+    llama, gemma = (model_of(kind).get_submodule("model.layers.0.input_layernorm") for kind in ("llama", "gemma"))
+    x = torch.randn(300, 64).bfloat16()
+    with torch.no_grad():
+        assert fewer_calls(llama) is not llama
+        assert_close(fewer_calls(llama)(x), llama(x), rtol=0, atol=0)
+        assert fewer_calls(gemma) is gemma
+
+
+@torch.no_grad()
+def test_a_cache_grows_in_place_and_others_read_it() -> None:
+    model = model_of("llama")
+    ids = torch.randint(1, 100, (140,), generator=torch.Generator().manual_seed(2)).tolist()
+    cache, plain, wanted = model.new_cache(), model.new_cache(), read(model, ids, 5)
+    model.hidden_states(torch.tensor([ids]), cache=plain)
+    found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
+    for start in (5, 75):  # 64 fast tokens, past the buffer's first size, then three at once and three alone
+        with fast_decoding(model) as count:
+            if not count:
+                pytest.skip("this build of torch packs no weights")
+            assert count == 3 + 2
+            found += [model.hidden_states(torch.tensor([[id_]]), cache=cache) for id_ in ids[start : start + 64]]
+        more = ids[start + 64 : start + 70]
+        found += [
+            model.hidden_states(torch.tensor([part]), cache=cache) for part in (more[:3], *([one] for one in more[3:]))
+        ]
+    together = torch.cat(found, 1).float()
+    assert_alike(together, wanted)
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        assert_alike(layer.keys.float(), other.keys.float())
+        assert_alike(layer.values.float(), other.values.float())
 
 
 def test_linears_in_fp32_are_not_packed() -> None:
