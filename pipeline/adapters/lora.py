@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
-from pipeline.models.base import LowBitLinear, is_conv1d
+from pipeline.models.base import LowBitLinear, LowRankLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
@@ -68,7 +68,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
 
-class LoRALinear(AdapterLayer):
+class LoRALinear(AdapterLayer, LowRankLinear):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
     W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x; for a large one the
@@ -110,6 +110,12 @@ class LoRALinear(AdapterLayer):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return dict(zip(LINEAR_KEYS, (self.lora_A, self.lora_B), strict=True))
+
+    def frozen_and_update(self) -> tuple[nn.Linear, Tensor, Tensor, float] | None:
+        plain = type(self) is LoRALinear and self.enabled and self.keep is None
+        if not plain or self.folds or self.subtracts_initial or type(self.base) is not nn.Linear:
+            return None
+        return self.base, self.lora_A, self.lora_B, self.scale
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""

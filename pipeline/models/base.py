@@ -280,6 +280,14 @@ class UpdatedLinear(nn.Module):
         raise NotImplementedError
 
 
+class LowRankLinear(nn.Module):
+    """A linear with an update of low rank: what kernels know of an adapter's."""
+
+    def frozen_and_update(self) -> tuple[nn.Linear, Tensor, Tensor, float] | None:
+        """A frozen linear, A (R, I), B (O, R) and s, if the layer now computes Wx + b + s·BAx and no more."""
+        raise NotImplementedError
+
+
 class LowBitLinear(nn.Module):
     """A linear whose weight is stored in 4 or 8 bits: what adapters know of `quantized_linear.py`."""
 

@@ -22,6 +22,7 @@ from pipeline.models.base import (
 )
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import packed_attention, uses_cpu_kernels
+from pipeline.models.kernels.llama_block import fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
@@ -167,6 +168,7 @@ class TransformersModel(CausalLM):
 
     def prepare_cpu_training(self) -> None:
         fuse_rms_norms(self)
+        fuse_llama_blocks(self)
         keep_freed_memory()
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:

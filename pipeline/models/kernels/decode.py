@@ -139,7 +139,7 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
             and _is_bf16_on_cpu(next(model.blocks.parameters()))
             and _agrees.get(model, True)
         ):
-            blocks = {block: OneTokenBlock(block) for block in model.blocks if _has_llama_parts(block)}
+            blocks = {block: OneTokenBlock(block) for block in model.blocks if has_llama_parts(block)}
             if blocks and model not in _agrees:  # once a model: two short forwards
                 _agrees[model] = _check_agreement(model, blocks)
         if _agrees.get(model):
@@ -150,7 +150,7 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
         yield len(forwards)
 
 
-def _has_llama_parts(block: Any) -> bool:
+def has_llama_parts(block: Any) -> bool:
     """Whether the block has exactly Llama's parts, with or without norms of queries and keys.
 
     It may still combine them differently: compare the outputs.
