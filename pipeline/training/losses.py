@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.kernels.cross_entropy import summed_cross_entropy
+
 Head = Callable[[Tensor], Tensor]
 SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets (n, ...) → the sum of their losses
 CHUNK = 128  # rows whose logits are in memory at once
@@ -14,7 +16,7 @@ CHUNK = 128  # rows whose logits are in memory at once
 
 def cross_entropy(head: Head) -> SummedLoss:
     """The summed cross-entropy of the rows with labels (n,)."""
-    return lambda rows, labels: F.cross_entropy(head(rows).float(), labels, reduction="sum")
+    return lambda rows, labels: summed_cross_entropy(head(rows), labels)
 
 
 def divergence(head: Head, reference: Head) -> SummedLoss:

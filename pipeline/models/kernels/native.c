@@ -133,36 +133,32 @@ void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *out, long tok
   }
 }
 
-/* ---- Cross-entropy: the losses of rows of logits (rows, V), which become their gradients */
+/* ---- Cross-entropy of rows of logits (rows, V) with a label each, and its gradient softmax − onehot, unless 0 */
 
-void cross_entropy(bf16 *logits, const int64_t *labels, float *losses, long rows, long V) {
+void cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf16 *grad, long rows, long V) {
   long whole = V / W * W;
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < rows; row++) {
-    bf16 *z = logits + row * V, tail[W];
+    const bf16 *z = logits + row * V;
+    bf16 tail[W], *out = grad + row * V;
     for (int i = 0; i < W; i++) tail[i] = 0xff80; /* −∞ */
     memcpy(tail, z + whole, (V - whole) * sizeof(bf16));
     vec most = load(tail), total = {0};
     for (long i = 0; i < whole; i += W) most = larger(load(z + i), most);
     float top = largest(most);
     for (long i = 0; i < whole; i += W) total += exponential(load(z + i) - top);
-    if (whole < V) {
-      vec last = exponential(load(tail) - top);
-      for (long i = 0; i < V - whole; i++) total[i] += last[i];
-    }
+    vec last = exponential(load(tail) - top);
+    for (long i = 0; i < V - whole; i++) total[i] += last[i];
     float mass = sum(total), label;
-    bf16 own = z[labels[row]];
-    uint32_t u = (uint32_t)own << 16;
-    memcpy(&label, &u, 4);
+    uint32_t own = (uint32_t)z[labels[row]] << 16;
+    memcpy(&label, &own, sizeof label);
     losses[row] = top + logf(mass) - label;
-    for (long i = 0; i < whole; i += W) store(z + i, exponential(load(z + i) - top) / mass);
-    store(tail, exponential(load(tail) - top) / mass);
-    memcpy(z + whole, tail, (V - whole) * sizeof(bf16));
-    /* p − 1 from the logit itself: 1 − p of a rounded p would lose its digits */
-    float d = expf(label - top) / mass - 1;
-    vec rounded = all(d);
-    store(tail, rounded);
-    z[labels[row]] = tail[0];
+    if (!grad) continue;
+    for (long i = 0; i < whole; i += W) store(out + i, exponential(load(z + i) - top) * (1 / mass));
+    store(tail, last * (1 / mass));
+    memcpy(out + whole, tail, (V - whole) * sizeof(bf16));
+    store(tail, all(expf(label - top) / mass - 1)); /* p − 1 in fp32: of a rounded p it would lose its digits */
+    out[labels[row]] = tail[0];
   }
 }
 
@@ -272,7 +268,7 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, fl
                 total += p;
               }
               float mass = sum(total);
-              for (long j = 0; j < vectors; j += W) *(vec *)(row + j) /= mass;
+              for (long j = 0; j < vectors; j += W) *(vec *)(row + j) *= 1 / mass;
               for (long j = vectors; j < seen; j++) row[j] = 0;
               if (t < count) log_sums[(first + start + t) * s->H + head] = peak + logf(mass);
             }

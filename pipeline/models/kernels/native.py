@@ -48,7 +48,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "swiglu_forward": [_P] * 3 + [_L],
     "swiglu_backward": [_P] * 5 + [_L],
     "rotate": [_P] * 4 + [_L, _L, _L, _F],
-    "cross_entropy": [_P] * 3 + [_L, _L],
+    "cross_entropy": [_P] * 4 + [_L, _L],
     "attention_forward": [_P] * 7,
     "attention_backward": [_P] * 11,
 }
