@@ -139,6 +139,11 @@ class CausalLM(nn.Module):
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
 
+    @property
+    def trains_natively(self) -> bool:
+        """Whether the kernels of native.c train it."""
+        return False
+
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
         """Attention weights per head that a training step keeps for one row of sequences; None if it keeps none."""
         return None

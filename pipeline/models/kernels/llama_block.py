@@ -70,7 +70,8 @@ def fuse_llama_blocks(model: CausalLM) -> int:
     blocks = [
         block
         for block in model.blocks
-        if has_llama_parts(block) and not isinstance(block, TrainingBlock)
+        if has_llama_parts(block)
+        and not isinstance(block, TrainingBlock)
         # by itself: near 0, where a block of small weights reads it, GELU is much the same
         and torch.allclose(block.get_submodule("mlp").act_fn(every), F.silu(every))  # type: ignore[operator]
     ]
@@ -79,11 +80,11 @@ def fuse_llama_blocks(model: CausalLM) -> int:
         return 0
     options = dict[nn.Module, dict[str, Any]]()  # of a block's forward, for two packed sequences
     hooks = [
-        block.register_forward_pre_hook(lambda block, _, given: options.setdefault(block, given) and None, with_kwargs=True)
+        block.register_forward_pre_hook(lambda block, _, given: options.update({block: given}), with_kwargs=True)
         for block in blocks
     ]
     was_training = model.training
-    model.train()
+    model.train()  # a block's faster forward is for training only
     try:
         segments = [4, 3] if model.supports_packing else None
         model.run_body(torch.arange(7)[None] % model.shape.rows, torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), segments)

@@ -1,7 +1,7 @@
 """native.c as a library: compiled on first use for this CPU, and kept in the user's cache folder.
 
-Without a compiler, without a folder that only the user can write to, or with LORA_NATIVE_KERNELS=0, plain torch computes
-the same. Compiling takes 0.6 s, once per machine; loading it 1 ms (torch.compile takes 1.4 s to import alone).
+Without a compiler, without a folder that only the user can write to, or with LORA_NATIVE_KERNELS=0, plain torch
+computes the same. Compiling takes 0.6 s, once per machine; loading it 1 ms (torch.compile takes 1.4 s to import alone).
 A LoRA step of SmolLM2-135M in bf16 takes 1/1.3 of the time (CPU seconds of one thread, in turns).
 """
 
@@ -100,7 +100,10 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unit, new = Path(scratch, "native.o"), Path(scratch, "native.so")
             # linked without -fopenmp: its symbols are then those of torch's own OpenMP, whose threads it shares
-            for command in ([*flags, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(new), "-lm"]):
+            for command in (
+                [*flags, "-c", str(SOURCE), "-o", str(unit)],
+                ["-shared", str(unit), "-o", str(new), "-lm"],
+            ):
                 subprocess.run([compiler, *command], check=True, capture_output=True, timeout=PATIENCE)
             new.chmod(0o700)
             new.replace(path)

@@ -95,9 +95,7 @@ def _forward(
     return total, out, inverse
 
 
-def _backward(
-    grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
-) -> Tensor:
+def _backward(grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
     """dx, plus `passed` if there is one, by native.c."""
     grad, d_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1]
     pointers = (None if y is None else y.data_ptr() for y in (grad, passed, x, weight, inverse, d_x))
