@@ -30,7 +30,7 @@ class TrainingBlock(nn.Module):
 
     def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
         if others or not self._supports(x, options):
-            out: Tensor = super().forward(x, *others, **options)  # type: ignore[misc]
+            out: Tensor = super().forward(x, *others, **options)
             return out
         attention: Any = self.self_attn
         mlp: Any = self.mlp
@@ -101,7 +101,7 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
     x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)).mul_(2**-8).to(torch.bfloat16)
     expected, kind = block(x, **options).float() - x.float(), type(block)
-    block.__class__ = _with_training_forward(kind)
+    block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
     try:
         difference = block(x, **options).float() - x.float() - expected
         if bool(difference.norm() <= AGREEMENT * expected.norm()):
@@ -112,7 +112,7 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     return False
 
 
-@cache
+@cache  # a class per kind of block
 def _with_training_forward(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (TrainingBlock, kind), {})
 

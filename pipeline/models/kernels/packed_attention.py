@@ -200,11 +200,12 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
     A head group's R·t queries are the rows of one product, so that keys and values are not repeated and their gradients
     need no sum.
     """
+    out: Tensor
     if supports(q, k, v, lanes=NATIVE_LANES) and q.shape[3] == v.shape[3]:
         tokens = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = FusedAttention.apply(*tokens, tuple(lengths), scale)  # type: ignore[no-untyped-call]
-        return out
-    out = _ShortAttention.apply(q, k, v, tuple(blocks(lengths)), scale)  # type: ignore[no-untyped-call]
+        out = FusedAttention.apply(*tokens, tuple(lengths), scale)  # type: ignore[no-untyped-call]
+    else:
+        out = _ShortAttention.apply(q, k, v, tuple(blocks(lengths)), scale)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -80,7 +80,8 @@ class _NormOfSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         passed, grad = outputs
-        d_x = _backward(grad, passed.contiguous(), *ctx.saved_tensors, ctx.offset)
+        total, weight, inverse = ctx.saved_tensors
+        d_x = _backward(grad, passed.contiguous(), total, weight, inverse, ctx.offset)
         return d_x, d_x, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from pipeline.models.kernels.llama_block import TrainingBlock, _Rotary, _SwiGLU
 from pipeline.models.kernels.native import SWITCH, native, supports
 from pipeline.models.kernels.packed_attention import FusedAttention, _ShortAttention, blocks, register
 from pipeline.models.kernels.rms_norm import RMSNorm
-from pipeline.models.transformers_model import TransformersModel
+from pipeline.models.transformers_model import TransformersModel, from_config
+from pipeline.stages.methods.lora import FinetuneLora, Lora
+from pipeline.training.batches import collate
+from pipeline.training.loop import prepare_model
+from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory
+from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.step import loss_of
+from tests.helpers.real import windows_of
 
 BF16 = torch.bfloat16
 needs_native = pytest.mark.skipif(native() is None, reason="needs a C compiler")
@@ -177,9 +185,8 @@ def test_a_fused_block_has_the_outputs_and_gradients_of_the_original(
 
 
 @needs_native
-def test_threads_do_not_change_a_number(restored_threads: None) -> None:
-    model = adapted("llama", TARGETS["all"]).train()
-    model.prepare_cpu_training()
+@pytest.mark.usefixtures("restored_threads")
+def test_threads_do_not_change_a_number() -> None:
     q, k = normal(1, 90, 4, 32), normal(1, 90, 2, 32)
     results = []
     for threads in (1, 2):
@@ -201,6 +208,26 @@ def test_blocks_that_combine_the_same_parts_otherwise_keep_their_forward() -> No
     model = made("gemma").train()  # its activation is GELU
     model.prepare_cpu_training()
     assert not any(isinstance(block, TrainingBlock) for block in model.blocks)
+
+
+@needs_native
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any) -> None:
+    wide = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "model_type": "llama"}
+    model = from_config({**wide, **HEADS}, BF16).train().requires_grad_(False)
+    attach(model, AdapterSpec(8, 16, TARGETS["attention"]), BF16)
+    prepare_model(model, checkpointing)
+    batch = collate(windows_of((60, 90, 70, 140)))
+    optimizer, live = FlatOptimizer(model), TensorMemoryMeter()
+    for context in (nullcontext(), live):
+        live.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])
+        with context:
+            torch.autograd.backward(loss_of(model, batch))
+            optimizer.collect_gradients()
+            optimizer.step(1e-3)
+    training = FinetuneLora(precision="bf16", adapter_precision="bf16", gradient_checkpointing=checkpointing)
+    predicted = predict_peak_memory(model, Lora(8, 16.0, TARGETS["attention"]), training, batch)
+    assert predicted == pytest.approx(live.peak, rel=0.03)
 
 
 @needs_native
