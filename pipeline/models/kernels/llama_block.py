@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
-from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
 from pipeline.models.kernels.native import native, supports
-from pipeline.models.kernels.packed_attention import LONGEST, NATIVE_LANES, FusedAttention
+from pipeline.models.kernels.packed_attention import NATIVE_LANES, attend
 from pipeline.models.kernels.rms_norm import RMSNorm
 
-ALONE = ("cache", "past_key_values", "past", "prefix", "attention_mask")  # options of the block's own forward only
+ALONE = ("cache", "past_key_values", "past", "attention_mask")  # options of the block's own forward only
 
 
 class TrainingBlock(nn.Module):
@@ -42,22 +41,22 @@ class TrainingBlock(nn.Module):
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = _Rotary.apply(q, k, *options["position_embeddings"])  # type: ignore[no-untyped-call]
-        lengths = tuple(options.get("segments") or [T])
-        attended = FusedAttention.apply(q, k, v, lengths, attention.scaling)  # type: ignore[no-untyped-call]
+        heads = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
+        given = {key: options[key] for key in ("segments", "prefix") if key in options}
+        attended, _ = attend(attention, *heads, None, scaling=attention.scaling, **given)  # (B, T, H, K)
         (out,) = linears(attended.view(B, T, -1), (attention.o_proj,))
         x, normed = second_norm.of_sum(x, out)
         gate, up = linears(normed, (mlp.gate_proj, mlp.up_proj))
-        (out,) = linears(_SwiGLU.apply(gate, up), (mlp.down_proj,))  # type: ignore[no-untyped-call]
+        gated = _SwiGLU.apply(gate, up) if supports(gate, up) else F.silu(gate) * up  # type: ignore[no-untyped-call]
+        (out,) = linears(gated, (mlp.down_proj,))
         return out.add_(x)
 
     def _supports(self, x: Tensor, options: dict[str, Any]) -> bool:
-        if not self.training or packed_attention.is_recording() or any(options.get(key) is not None for key in ALONE):
+        if not self.training or any(options.get(key) is not None for key in ALONE):
             return False
-        lengths = options.get("segments") or [x.shape[1]]
         cos, _ = options["position_embeddings"]
-        size: int = self.self_attn.head_dim  # type: ignore[union-attr, assignment]
-        supported = supports(x) and supports(cos, lanes=NATIVE_LANES) and cos.shape[-1] == size
-        return supported and max(lengths) <= LONGEST and isinstance(self.post_attention_layernorm, RMSNorm)
+        whole_heads = cos.shape[-1] == self.self_attn.head_dim  # type: ignore[union-attr]
+        return supports(x) and supports(cos, lanes=NATIVE_LANES) and bool(whole_heads)
 
 
 @torch.no_grad()

@@ -119,11 +119,6 @@ def attend(
 _recorders: list[tuple[int, list[Tensor]]] = []
 
 
-def is_recording() -> bool:
-    """Whether a block's attention weights are being recorded: only `attend` does."""
-    return bool(_recorders)
-
-
 @contextmanager
 def record_weights(layer: int) -> Iterator[list[Tensor]]:
     """The attention weights of block number `layer`, (B, H, T, S) for each call meanwhile; row t is token t's."""
