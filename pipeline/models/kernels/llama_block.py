@@ -2,8 +2,8 @@
 
 Queries, keys and values share one product with the stacked A of their adapters, the gradients of what shares an input
 are added inside the products, rotation, SwiGLU and the norm of a residual sum are one pass each (native.c).
-A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes 1/1.3 of the time together with native.c's attention
-(CPU seconds of one thread, in turns). Copies of the weights in oneDNN's own layout would add 3 to 5% for twice the
+A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes 1/1.13 of the time together with native.c's
+attention (CPU seconds of one thread, in turns). Copies of the weights in oneDNN's own layout would add 3 to 5% for twice the
 memory of the base: they are not made.
 """
 
@@ -41,9 +41,9 @@ class TrainingBlock(nn.Module):
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = _Rotary.apply(q, k, *options["position_embeddings"])  # type: ignore[no-untyped-call]
-        heads = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         given = {key: options[key] for key in ("segments", "prefix") if key in options}
-        attended, _ = attend(attention, *heads, None, scaling=attention.scaling, **given)  # (B, T, H, K)
+        attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **given)  # (B, T, H, K)
         (out,) = linears(attended.view(B, T, -1), (attention.o_proj,))
         x, normed = second_norm.of_sum(x, out)
         gate, up = linears(normed, (mlp.gate_proj, mlp.up_proj))
