@@ -24,9 +24,7 @@ from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import InMemoryDataset, as_window
-from pipeline.models.device import keep_freed_memory
 from pipeline.models.generate import generate
-from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
@@ -193,9 +191,8 @@ class Ours(Side):
         return load_pretrained(folder, torch.bfloat16)
 
     def add_adapter(self, model: Any) -> Any:
-        keep_freed_memory()
-        fuse_rms_norms(model)
         self.attach(model)
+        model.prepare_cpu_training()
         task = self.task(model.train())
         self.steps, self.steps_per_epoch = steps(task, FlatOptimizer(model)), len(task.batches)
         return model

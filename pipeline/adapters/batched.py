@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.adapters.lora import LoRALinear
-from pipeline.models.base import CausalLM
-from pipeline.models.kernels.low_rank_block import LowRank
+from pipeline.models.base import CausalLM, LinearUpdate, LowRankLinear
 
 
 class AdapterRouting:
@@ -105,7 +104,7 @@ class BatchedLayer(nn.Module):
         return part if shapes else self.base
 
 
-class BatchedLoRALinear(BatchedLayer):
+class BatchedLoRALinear(BatchedLayer, LowRankLinear):
     """A frozen linear plus one update per adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter n."""
 
     scales: Tensor
@@ -126,15 +125,15 @@ class BatchedLoRALinear(BatchedLayer):
         A, B = (routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
         return batched_lora_forward(x, self.base, A, B, routing.select_live(self.scales))
 
-    def low_rank(self) -> LowRank | None:
+    def linear_update(self) -> LinearUpdate | None:
         """Base and factors, if all live adapters have as many rows and nothing is dropped."""
         routing = self.routing
         if routing.off or not routing.even or self.drops or type(self.base) is not nn.Linear:
             return None
         A, B = (routing.select_live(self.trained[name]) for name in ("lora_A", "lora_B"))
         if len({*self.scale_list}) > 1:
-            return LowRank(self.base, A * routing.select_live(self.scales), B, 1.0)
-        return LowRank(self.base, A, B, self.scale_list[0])
+            return LinearUpdate(self.base, A * routing.select_live(self.scales), B, 1.0)
+        return LinearUpdate(self.base, A, B, self.scale_list[0])
 
     def adapted(self, rows: Tensor) -> Tensor:
         counts = list(self.routing.counts)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
-from pipeline.models.base import LowBitLinear, is_conv1d
-from pipeline.models.kernels.low_rank_block import LowRank
+from pipeline.models.base import LinearUpdate, LowBitLinear, LowRankLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
@@ -70,7 +69,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
 
-class LoRALinear(AdapterLayer):
+class LoRALinear(AdapterLayer, LowRankLinear):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
     W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x; for a large one the
@@ -119,13 +118,12 @@ class LoRALinear(AdapterLayer):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
-    def low_rank(self) -> LowRank | None:
-        """Base and factors, if the layer is no more than Wx + b + s·BAx."""
+    def linear_update(self) -> LinearUpdate | None:
         own: Any = self._parameters  # not as attributes, of which a module's take half a microsecond each
         base = self._modules["base"]
         if not self.enabled or self.keep is not None or self.subtracts_initial or type(base) is not nn.Linear:
             return None
-        return LowRank(base, own["lora_A"], own["lora_B"], self.scale)
+        return LinearUpdate(base, own["lora_A"], own["lora_B"], self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """dropout(x): x itself unless it trains with dropout."""
@@ -239,7 +237,7 @@ class DoRALinear(LoRALinear):
             out = out.to(x.dtype).view(*x.shape[:-1], -1)
         return out if self.strength == 1 else torch.lerp(self.base(x), out, self.strength)
 
-    def low_rank(self) -> None:
+    def linear_update(self) -> None:
         """It is more: a magnitude and a norm."""
 
     def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:

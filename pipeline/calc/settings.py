@@ -180,6 +180,7 @@ class TrainingConfig:
         0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
     )
     cpu: bool = False  # our kernels for CPUs run: norms that save their input and a number per row
+    native: bool = False  # and those of native.c: no copies in fp32, SwiGLU and a rotation are one operation each
     answers: int = 1  # sequences of an example: 2 for a pair of answers, each of up to `sequence` tokens
     sequences: int = 0  # packed into the rows; 0: one per row
     span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens

@@ -437,7 +437,12 @@ class Step(Ops):
         return t.op(y, always, alias=True)
 
     def _gated(self, x: Value, linears: Sequence[Linear]) -> Value:
-        a = self.activation(self.linear(x, linears[0]))
+        gate = self.linear(x, linears[0])
+        if self.run.native and self.style.activation == "silu":
+            up = self.linear(x, linears[1])
+            return self.linear(self.tape.op(gate, up, saves=[gate, up]), linears[2])
+        a = self.activation(gate)
+        del gate
         up = self.linear(x, linears[1])
         return self.linear(self.tape.op(a, up, saves=[a, up]), linears[2])
 
@@ -527,5 +532,7 @@ class Step(Ops):
             y = t.op(y)
         if self.style.final_softcap:
             y = t.op(t.op(t.op(y), saves_out=True))  # divide, tanh, multiply
+        if self.run.native:  # the gradient is computed in forward, in the dtype of the logits
+            return t.op(y, elements=1, width=4, saves=[t.leaf(y.elements, y.width)])
         log = t.op(self.cast(y, 4), saves_out=True)
         return t.op(log, elements=1, width=4, saves=[log])

@@ -300,7 +300,7 @@ class Ops:
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))
         if self.run.ours and self.run.cpu:
             # our kernel saves the input and one number per row, and computes in fp32 beside it
-            fp32 = 4 * x.elements
+            fp32 = 0 if self.run.native else 4 * x.elements
             saved = [x, t.leaf(rows, 4)]
             return t.op(x, saves=saved, weights=self.trained_weights(size), temp=fp32, back=2 * fp32)
         wide = self.cast(x, 4)

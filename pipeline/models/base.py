@@ -143,6 +143,11 @@ class CausalLM(nn.Module):
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
 
+    @property
+    def trains_natively(self) -> bool:
+        """Whether the kernels of native.c train it."""
+        return False
+
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
         """Attention weights per head that a training step keeps for one row of sequences; None if it keeps none."""
         return None
@@ -281,6 +286,24 @@ class UpdatedLinear(nn.Module):
 
     def add_updates(self, rows: Tensor, out: Tensor) -> None:
         """Turn the base's outputs `out` (N, O) of `rows` (N, I) into this layer's, in place."""
+        raise NotImplementedError
+
+
+class LinearUpdate(NamedTuple):
+    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters, with as many rows each,
+    (L, R, I) and (L, O, R)."""
+
+    base: nn.Linear
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class LowRankLinear(nn.Module):
+    """A linear with an update of low rank: what kernels know of an adapter's."""
+
+    def linear_update(self) -> LinearUpdate | None:
+        """What the layer computes, if it now is Wx + b + s·BAx and no more."""
         raise NotImplementedError
 
 

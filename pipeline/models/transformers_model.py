@@ -22,6 +22,7 @@ from pipeline.models.base import (
 )
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import packed_attention, uses_cpu_kernels
+from pipeline.models.kernels.llama_block import TrainingBlock, fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
@@ -167,10 +168,15 @@ class TransformersModel(CausalLM):
 
     def prepare_cpu_training(self) -> None:
         fuse_rms_norms(self)
+        fuse_llama_blocks(self)
         keep_freed_memory()
 
+    @property
+    def trains_natively(self) -> bool:
+        return any(isinstance(block, TrainingBlock) for block in self.blocks)
+
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if not uses_cpu_kernels(self.device) or max(lengths) > packed_attention.LONGEST:
+        if self.trains_natively or not uses_cpu_kernels(self.device) or max(lengths) > packed_attention.LONGEST:
             return None
         return sum(block.weights for block in packed_attention.blocks(lengths))
 

@@ -14,7 +14,16 @@ CHUNK = 128  # rows whose logits are in memory at once
 
 def cross_entropy(head: Head) -> SummedLoss:
     """The summed cross-entropy of the rows with labels (n,)."""
-    return lambda rows, labels: F.cross_entropy(head(rows).float(), labels, reduction="sum")
+
+    def summed_loss(rows: Tensor, labels: Tensor) -> Tensor:
+        logits = head(rows)
+        if logits.dtype != torch.bfloat16:
+            return F.cross_entropy(logits.float(), labels, reduction="sum")
+        from pipeline.models.kernels.cross_entropy import summed_cross_entropy  # which MiniGPT does not need
+
+        return summed_cross_entropy(logits, labels)
+
+    return summed_loss
 
 
 def divergence(head: Head, reference: Head) -> SummedLoss:

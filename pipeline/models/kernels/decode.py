@@ -220,7 +220,7 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
         if is_candidate and _agrees.get(model, True):  # otherwise joined weights would be packed for nothing
             assert isinstance(model, CausalLM)
             rotation = Rotation()
-            blocks = {block: OneTokenBlock(block, rotation) for block in model.blocks if _has_llama_parts(block)}
+            blocks = {block: OneTokenBlock(block, rotation) for block in model.blocks if has_llama_parts(block)}
             one_token: dict[nn.Module, Callable[..., Any]] = {
                 block: MethodType(fast, block) for block, fast in blocks.items()
             }
@@ -236,7 +236,7 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
         yield len(forwards)
 
 
-def _has_llama_parts(block: Any) -> bool:
+def has_llama_parts(block: Any) -> bool:
     """Whether the block has exactly Llama's parts, with or without norms of queries and keys.
 
     It may still combine them differently: compare the outputs.

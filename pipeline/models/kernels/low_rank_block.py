@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.base import LinearUpdate, LowRankLinear
+
 # Rows of a product from which oneDNN is faster than MKL: 128 × 64 by 64 × 256 takes 25 µs in place of 40 on a Zen 5,
 # where MKL uses half the width of a vector; 16 rows take 11 µs in place of 8.
 ONEDNN_FROM = 64
@@ -18,16 +20,6 @@ ONEDNN_FROM = 64
 _aten = torch.ops.aten
 _attend = _aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class LowRank(NamedTuple):
-    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters, with as many rows each,
-    (L, R, I) and (L, O, R)."""
-
-    base: nn.Linear
-    A: Tensor
-    B: Tensor
-    scale: float
 
 
 class _Frozen(NamedTuple):
@@ -65,9 +57,9 @@ def low_rank_block(
     """
     if x.dtype != torch.float32:
         return None
-    updates = list[LowRank]()
+    updates = list[LinearUpdate]()
     for linear in attention:
-        update = linear.low_rank() if hasattr(type(linear), "low_rank") else None  # type: ignore[operator]
+        update = linear.linear_update() if isinstance(linear, LowRankLinear) else None
         if update is None:
             return None
         updates.append(update)

@@ -10,8 +10,10 @@ spends its time outside the products there. A LoRA step of SmolLM2-135M in bf16,
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import addressof
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 
 from pipeline.models.base import PackedCache, Prefix
 from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.kernels.native import AttentionShape, native, supports
 
 NAME = "lora_segments"
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
 LONGEST = 512
+NATIVE_LANES = 32  # of which native.c's attention wants multiples as a head's size
 BLOCK = 128  # queries of one product of short sequences; sharing products takes a sixth off their attention's time
 
 
@@ -191,8 +195,57 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
     A head group's R·t queries are the rows of one product, so that keys and values are not repeated and their gradients
     need no sum.
     """
-    out: Tensor = _ShortAttention.apply(q, k, v, tuple(blocks(lengths)), scale)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if supports(q, k, v, lanes=NATIVE_LANES) and q.shape[3] == v.shape[3]:
+        tokens = (x.transpose(1, 2) for x in (q, k, v))
+        out = FusedAttention.apply(*tokens, tuple(lengths), scale)  # type: ignore[no-untyped-call]
+    else:
+        out = _ShortAttention.apply(q, k, v, tuple(blocks(lengths)), scale)  # type: ignore[no-untyped-call]
     return out
+
+
+class FusedAttention(torch.autograd.Function):
+    """The same by native.c, (B, T, H, K) of q (B, T, H, K), k and v (B, T, G, K), without weights kept for backward.
+
+    Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 2.7 instead of 5.0 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        q, k, v = (_strided(x) for x in (q, k, v))
+        B, T, H, K = q.shape
+        starts = _starts(lengths * B)
+        ctx.shape = AttentionShape(
+            *(x.stride(n) for x in (q, k, v) for n in (1, 2)), len(starts) - 1, H, k.shape[2], K, scale
+        )
+        out, log_sums = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
+        tensors = (q, k, v, out, log_sums, starts)
+        _refuse_failure(native().attention_forward(*(x.data_ptr() for x in tensors), addressof(ctx.shape)))
+        ctx.save_for_backward(*tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums, starts = ctx.saved_tensors
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        tensors = (outputs[0].contiguous(), q, k, v, out, log_sums, *grads, starts)
+        _refuse_failure(native().attention_backward(*(x.data_ptr() for x in tensors), addressof(ctx.shape)))
+        return *grads, None, None
+
+
+def _strided(x: Tensor) -> Tensor:
+    """x (B, T, heads, K) with its tokens at one distance in all rows, and a head's numbers side by side."""
+    return x if x.stride(3) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
+@lru_cache(maxsize=1)
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)])
+
+
+def _refuse_failure(failed: int) -> None:
+    if failed:
+        raise MemoryError("attention: the buffers of a sequence do not fit in memory")
 
 
 class QueryBlock(NamedTuple):

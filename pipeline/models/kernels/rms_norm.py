@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.kernels.native import native, supports
+
 PROBES = 4  # rows of random input on which a replacement must agree with the original
 AGREEMENT = 2**-6  # two bf16 roundings of an output of order 1
 
@@ -24,21 +26,36 @@ class RMSNorm(nn.Module):
         out: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
         return out
 
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm, in one pass where the weight is frozen."""
+        if self.weight.requires_grad or not supports(x, added, self.weight):
+            total = x + added
+            return total, self(total)
+        total, out = _NormOfSum.apply(x, added, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
+        return total, out
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.offset = offset
+        if supports(x, weight):
+            x = x.contiguous()
+            _, out, inverse = _forward(x, None, weight, eps, offset)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         wide = x.to(torch.float32, copy=True)  # a copy: every operation from here on is in place
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = offset
         return wide.mul_(inverse).mul_(weight.float() + offset).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """With n = x·r: dx = r·(g − n·mean(g∘n)) for g = dy∘(offset + w); dw sums dy∘n."""
         x, weight, inverse = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and supports(x, weight, outputs[0]):
+            return _backward(outputs[0], None, x, weight, inverse, ctx.offset), None, None, None
         normed = x.to(torch.float32, copy=True).mul_(inverse)
         g = outputs[0].to(torch.float32, copy=True)
         d_weight = None
@@ -48,6 +65,43 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.linalg.vecdot(g, normed).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g∘n), (..., 1)
         d_x = g.addcmul_(normed, mean).mul_(inverse).to(x.dtype)
         return d_x, d_weight, None, None
+
+
+class _NormOfSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float, offset: float
+    ) -> tuple[Tensor | None, Tensor]:
+        total, out, inverse = _forward(x.contiguous(), added.contiguous(), weight, eps, offset)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.offset = offset
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        passed, grad = outputs
+        total, weight, inverse = ctx.saved_tensors
+        d_x = _backward(grad, passed.contiguous(), total, weight, inverse, ctx.offset)
+        return d_x, d_x, None, None, None
+
+
+def _forward(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """x + added if there is one, its norm, and 1/√… of each row, by native.c."""
+    width, total = x.shape[-1], None if added is None else torch.empty_like(x)
+    out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    pointers = (None if y is None else y.data_ptr() for y in (x, added, weight, total, out, inverse))
+    native().rms_norm_forward(*pointers, x.numel() // width, width, eps, offset)
+    return total, out, inverse
+
+
+def _backward(grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    """dx, plus `passed` if there is one, by native.c."""
+    grad, d_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1]
+    pointers = (None if y is None else y.data_ptr() for y in (grad, passed, x, weight, inverse, d_x))
+    native().rms_norm_backward(*pointers, x.numel() // width, width, offset)
+    return d_x
 
 
 def fuse_rms_norms(model: nn.Module, checked: bool = True) -> list[str]:

@@ -97,6 +97,7 @@ def predict_peak_memory(
         # on a CPU paged state is where all else is
         optimizer=settings.optimizer.removeprefix("paged-") if model.device.type == "cpu" else settings.optimizer,
         cpu=model.device.type == "cpu",
+        native=model.trains_natively,
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,
         loss="divergence" if retained else "full" if all_logits else "chunked",
