@@ -15,7 +15,7 @@ from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
-from pipeline.models.device import device_for
+from pipeline.models.device import asked_device, device_for
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
@@ -53,6 +53,7 @@ def load_base(
 
     Raises UserError; never loads a checkpoint partially.
     """
+    asked_device()  # a device that is not there is said before a large base is read
     config = read_config(folder)
     refuse_implausible(folder, weight_files(folder))
     tokenizer = load_tokenizer(folder)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta, field
 
 from pipeline.errors import UserError
+from pipeline.project.device_setting import AUTO, RULE, is_valid
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
     WITHOUT_EFFECT,
@@ -184,12 +185,23 @@ MEASURED_ON = {  # limit → the key of evaluate without which it is not measure
 }
 
 
-class Tracking(Section, frozen=True, kw_only=True):
-    """Where runs are shown while they go on. It stands above the sections, as it changes nothing that is made."""
+def _read_device(value: Any, key: str, origin: ValueSource) -> str:
+    if not isinstance(value, str) or not is_valid(value):
+        raise UserError(f"{key} must be {RULE}, got {value!r}. {origin.edit(key)}")
+    return value
+
+
+class Running(Section, frozen=True, kw_only=True):
+    """Where runs are shown and computed. It stands above the sections, as it changes nothing that is made."""
 
     report_to: Annotated[
         Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
     ] = ()
+    device: Annotated[
+        str,
+        ReadBy(_read_device, RULE),
+        "where models live and numbers are computed; --device and LORA_DEVICE win; docs/devices.md",
+    ] = AUTO
 
 
 class Training(Section, frozen=True, kw_only=True):

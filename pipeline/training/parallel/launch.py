@@ -45,9 +45,9 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipeline.models.device import cores
+    from pipeline.models.device import best_device, cores
 
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):
         limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
