@@ -54,7 +54,7 @@ def singular(read: Read, columns: int, count: int) -> Singular:
     """
     complete, device = columns <= FULL_COLUMNS, device_for_matrix(columns**2)
     if complete:
-        basis = torch.eye(columns, dtype=torch.float64, device=device)
+        basis = torch.eye(columns, dtype=torch.float64).to(device)
     else:  # always from the same seed, so that two runs give the same numbers
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator)
