@@ -41,7 +41,7 @@ from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import longest_sequence, predict_peak_memory, suggest_less_memory
 from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers import fake_accelerator
+from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make, new_project
@@ -50,6 +50,7 @@ from tests.helpers.real import toy, windows_of, with_lora
 NAME = fake_accelerator.NAME
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
+STUDIES = sorted(name.removeprefix("study_") for name, stage in STAGES.items() if stage.kind == "study")
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
     "pretrain",
@@ -229,14 +230,14 @@ def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, s
     assert all(alike((project / name / path).read_text(), (brief / name / path).read_text()) for path in tables)
 
 
-@on_accelerator
+@pytest.mark.usefixtures("without_fp64")
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["knowledge_correction", "fact_correction", "quantization"])
-def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str) -> None:
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str, strays: list[str]) -> None:
     project = tmp_path / "project"
     shutil.copytree(studied, project)
     make(project, [f"study_{study}"], BRIEF, force=True)
-    assert used()
+    assert used() and not strays
     name = STAGES[f"study_{study}"].path
     tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
     assert tables
@@ -261,12 +262,34 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     assert used()
     last("attention", model="lora", text="der wind", layer=0, head=0)
     assert used()
+    assert last("status")["device"].startswith(NAME)
+
+
+def test_the_terminal_ui_names_the_device_that_its_models_are_on(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = RequestHandler()
+    monkeypatch.setattr(device, "device_info", lambda where: {"device": str(where)})
+    monkeypatch.setattr(device, "best_device", lambda: torch.device("cuda", 1))
+    (before,) = answers.answer("status", Request({"id": 1}))
+    list(answers.answer("load", Request({"id": 2, "name": "base", "base": str(brief / "artifacts/expanded")})))
+    (after,) = answers.answer("status", Request({"id": 3}))
+    assert (before["device"], after["device"]) == ("cuda:1", "cpu")  # a small model
 
 
 @on_accelerator
-def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(
+    brief: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(device, "free_bytes", lambda _: 1)
     assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
+    (record,) = caplog.records
+    assert re.fullmatch(rf"the model needs .* on {NAME}, which has 1 .* free: it runs on the CPU", record.message)
+
+
+def test_a_model_that_is_there_already_needs_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 3, device="meta")
+    monkeypatch.setattr(device, "device_for", lambda _: torch.device("meta"))
+    monkeypatch.setattr(device, "free_bytes", lambda _: 1)
+    assert device.move_for_inference(model).weight.device.type == "meta"
 
 
 @on_accelerator
@@ -284,6 +307,13 @@ def test_an_imported_base_is_compared_with_transformers_there(tmp_path: Path, st
     toy_checkpoint(tmp_path / "toy", "llama")
     strays.clear()  # what made the checkpoint
     make(new_project(tmp_path / "project"), ["import"], ["base=../toy"])
+    assert used() and not strays
+
+
+def test_a_base_of_transformers_never_computes_on_the_cpu(tmp_path: Path, strays: list[str]) -> None:
+    root = families.new_project(tmp_path / "project", families.FAMILIES["llama"])
+    strays.clear()  # what made the checkpoint
+    make(root, ["pretrain", "expand_vocab", "finetune_lora", "merge"])
     assert used() and not strays
 
 
@@ -350,6 +380,15 @@ def test_no_command_needs_fp64_of_the_accelerator(
 def test_no_stage_needs_fp64_of_the_accelerator(project: Path, stage: str) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used()
+
+
+@pytest.mark.usefixtures("without_fp64")
+@pytest.mark.parametrize("name", ["PiSSA", "nf4", "DoRA"])
+def test_no_setting_of_lora_needs_fp64_of_the_accelerator(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)
+    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in SETTINGS[name])], force=True)
 
 
 # which device
