@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
 
 from pipeline.files.text import printable
-from pipeline.project import device_setting
+from pipeline.project.params import device_setting
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project import device_setting
+from pipeline.project.params import device_setting
 from pipeline.project.params.load import RUNNING, Params
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage, StageGraph
 from pipeline.stages.registry import STAGES

@@ -18,7 +18,8 @@ from hypothesis import settings
 from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
-from pipeline.project import device_setting, provenance
+from pipeline.project import provenance
+from pipeline.project.params import device_setting
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint

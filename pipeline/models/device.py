@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.project import device_setting
 from pipeline.project.logs.run_log import in_units, peak_memory
+from pipeline.project.params import device_setting
 from pipeline.project.process_rank import world
 
 

@@ -107,7 +107,8 @@ def _dense(
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
     merged = merge(deltas, weights, options.density)  # on the CPU: DARE's seed means the same on every device
     found = torch.linalg.svd(merged.to(device_for_matrix(merged.numel())), full_matrices=False)
-    return truncated(*(part.cpu() for part in found), options.rank, parts[0].update.embedding)
+    left, values, right = (part.cpu() for part in found)
+    return truncated(left, values, right, options.rank, parts[0].update.embedding)
 
 
 def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project import device_setting
+from pipeline.project.params import device_setting
 
 Answer = dict[str, Any]
 

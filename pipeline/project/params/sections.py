@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta, field
 
 from pipeline.errors import UserError
-from pipeline.project.device_setting import AUTO, RULE, is_valid
+from pipeline.project.params.device_setting import AUTO, RULE, is_valid
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
     WITHOUT_EFFECT,

@@ -30,9 +30,9 @@ from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
-from pipeline.project import device_setting
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.new_project import render_dvc_yaml
+from pipeline.project.params import device_setting
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
@@ -81,7 +81,7 @@ def strays(accelerator: torch.device) -> Iterator[list[str]]:
         if any(p.device.type != accelerator.type for p in module.parameters(recurse=False)):
             found.append(type(module).__name__)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(note)  # type: ignore[no-untyped-call]
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
     yield found
     hook.remove()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project import device_setting
+from pipeline.project.params import device_setting
 from tests.helpers.projects import ROOT
 from tui.services import engine_client
 from tui.services.engine_client import EngineDied, Inference
