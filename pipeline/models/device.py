@@ -5,7 +5,8 @@ import logging
 import os
 import platform
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ def best_device() -> torch.device:
 Model = TypeVar("Model", bound=nn.Module)
 
 LARGE = 10_000_000  # parameters; below it an accelerator or a second thread costs more than it gains
+WITHOUT_FP64 = "mps"  # a type of device
 LARGE_MATRIX = 1024**2  # numbers; a smaller matrix is decomposed in less than a second on two cores
 
 
@@ -108,12 +110,28 @@ def move_for_inference(model: Model) -> Model:
 def device_for_matrix(numbers: int) -> torch.device:
     """Where a matrix of so many numbers is decomposed in fp64: a large one on the accelerator, if that has fp64."""
     device = best_device() if numbers >= LARGE_MATRIX or asked_device() is not None else torch.device("cpu")
-    return device if has_fp64(device) else torch.device("cpu")
+    return fp64_device(device)
 
 
-def has_fp64(device: torch.device) -> bool:
-    """Whether `device` computes in fp64: Apple's GPU does not, nor has it an SVD."""
-    return device.type != "mps"
+def fp64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU if it does not compute in fp64: Apple's GPU does not, nor has it an SVD."""
+    return torch.device("cpu") if device.type == WITHOUT_FP64 else device
+
+
+def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp64, on the `fp64_device` of its own."""
+    return tensor.to(fp64_device(tensor.device), torch.float64)
+
+
+@contextmanager
+def placed_for_inference(model: nn.Module) -> Iterator[None]:
+    """Like `move_for_inference`, of a model that will train: it is on the CPU again afterwards, for the training loop
+    to move it or to shard it."""
+    move_for_inference(model)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:

@@ -15,7 +15,7 @@ from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
-from pipeline.models.device import asked_device, device_for, has_fp64
+from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
@@ -79,7 +79,7 @@ def load_base(
     if quantization != "none":
         from pipeline.models.quantized_linear import quantize  # few runs quantize their base
 
-        quantize(model, quantization, requested, device if has_fp64(device) else torch.device("cpu"))
+        quantize(model, quantization, requested, fp64_device(device))
     return Base(model.eval(), tokenizer)
 
 

@@ -50,7 +50,7 @@ from tests.helpers.real import toy, windows_of, with_lora
 NAME = fake_accelerator.NAME
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
-STUDIES = sorted(name.removeprefix("study_") for name, stage in STAGES.items() if stage.kind == "study")
+STUDIES = sorted(name for name, stage in STAGES.items() if stage.kind == "study")
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
     "pretrain",
@@ -98,7 +98,7 @@ def without_fp64(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
         return made
 
     monkeypatch.setattr(fake_accelerator, "_run", narrow)
-    monkeypatch.setattr(device, "has_fp64", lambda where: where.type != accelerator.type)
+    monkeypatch.setattr(device, "WITHOUT_FP64", accelerator.type)
 
 
 def used() -> bool:
@@ -232,13 +232,13 @@ def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, s
 
 @pytest.mark.usefixtures("without_fp64")
 @pytest.mark.slow
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", [*STUDIES, "figures"])
 def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str, strays: list[str]) -> None:
     project = tmp_path / "project"
     shutil.copytree(studied, project)
-    make(project, [f"study_{study}"], BRIEF, force=True)
+    make(project, [study], BRIEF, force=True)
     assert used() and not strays
-    name = STAGES[f"study_{study}"].path
+    name = STAGES[study].path
     tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
     assert tables
     assert all(alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables)
