@@ -153,16 +153,15 @@ SETTINGS = {
 }
 
 
-@on_accelerator
 @pytest.mark.parametrize("name", SETTINGS)
 def test_lora_trains_there_with_every_kind_of_setting(
-    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    project: Path, name: str, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)  # it knows no such device
     (project / "prompts.jsonl").write_text('{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n')
     settings = [*BRIEF, *(f"finetune_lora.{setting}" for setting in SETTINGS[name])]
     make(project, ["finetune_lora"], settings, force=True)
-    assert used()
+    assert used() and not strays
     found = losses(project, "finetune_lora")
     with monkeypatch.context() as at_home:
         at_home.setattr(device, "best_device", lambda: torch.device("cpu"))
