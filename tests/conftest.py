@@ -18,8 +18,7 @@ from hypothesis import settings
 from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
-from pipeline.project import provenance
-from pipeline.project.params import device_setting
+from pipeline.project import process_rank, provenance
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
@@ -69,9 +68,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test inherits the device that another asked for, or the developer does."""
-    monkeypatch.setenv(device_setting.VARIABLE, "")
-    monkeypatch.setattr(device_setting, "_by_option", False)
-    monkeypatch.setattr(device_setting, "_of_params", None)
+    monkeypatch.setenv(process_rank.VARIABLE, "")
+    monkeypatch.setattr(process_rank, "_by_option", False)
+    monkeypatch.setattr(process_rank, "_of_params", None)
 
 
 @pytest.fixture(autouse=True)

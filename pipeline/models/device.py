@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.project import process_rank
 from pipeline.project.logs.run_log import in_units, peak_memory
-from pipeline.project.params import device_setting
 from pipeline.project.process_rank import world
 
 
@@ -27,11 +27,11 @@ def devices() -> list[str]:
 
 def asked_device() -> torch.device | None:
     """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is not there."""
-    name, source = device_setting.asked()
-    if name == device_setting.AUTO:
+    name, source = process_rank.asked()
+    if name == process_rank.AUTO:
         return None
-    if not device_setting.is_valid(name):
-        raise UserError(f"{source} must be {device_setting.RULE}, got {name!r}. Change it.")
+    if not process_rank.is_valid(name):
+        raise UserError(f"{source} must be {process_rank.RULE}, got {name!r}. Change it.")
     process, is_one_device = world(), name == "mps" or ":" in name
     if process.world_size > 1 and is_one_device:  # MPS has no collectives
         raise UserError(
@@ -62,9 +62,9 @@ LARGE_MATRIX = 1024**2  # numbers; a smaller matrix is decomposed in less than a
 
 def explain_choice() -> str:
     """Which device computes, and why."""
-    name, source = device_setting.asked()
+    name, source = process_rank.asked()
     device = best_device()
-    if name != device_setting.AUTO:
+    if name != process_rank.AUTO:
         return f"{device}, by {source}"
     if device.type == "cpu":
         return "cpu: there is no accelerator"

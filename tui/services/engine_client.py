@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project.params import device_setting
+from pipeline.project import process_rank
 
 Answer = dict[str, Any]
 
@@ -124,7 +124,7 @@ class _Process:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=cwd,
-                env=device_setting.environment(),
+                env=process_rank.environment(),
                 stdin=pipe,
                 stdout=pipe,
                 stderr=pipe,

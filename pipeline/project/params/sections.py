@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta, field
 
 from pipeline.errors import UserError
-from pipeline.project.params.device_setting import AUTO, RULE, is_valid
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
     WITHOUT_EFFECT,
@@ -27,6 +26,7 @@ from pipeline.project.params.schema import (
     check_value,
     reject_unknown_keys,
 )
+from pipeline.project.process_rank import AUTO, RULE, is_valid
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[

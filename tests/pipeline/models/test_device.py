@@ -30,9 +30,9 @@ from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
+from pipeline.project import process_rank
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.new_project import render_dvc_yaml
-from pipeline.project.params import device_setting
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
@@ -50,6 +50,7 @@ from tests.helpers.real import toy, windows_of, with_lora
 NAME = fake_accelerator.NAME
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
+COMPARED = {f"study_{name}" for name in ("knowledge_correction", "fact_correction", "quantization")}  # train briefly
 STUDIES = sorted(name for name, stage in STAGES.items() if stage.kind == "study")
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
@@ -240,7 +241,9 @@ def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: st
     name = STAGES[study].path
     tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
     assert tables
-    assert all(alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables)
+    assert study not in COMPARED or all(
+        alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables
+    )
 
 
 @on_accelerator
@@ -438,7 +441,7 @@ def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def chosen(*option: str) -> str:
-        monkeypatch.setattr(device_setting, "_of_params", None)  # of the call before
+        monkeypatch.setattr(process_rank, "_of_params", None)  # of the call before
         facts: dict[str, str] = json.loads(cli("doctor", "--json", *option, cwd=project)[1])
         return facts["device"]
 
@@ -453,7 +456,7 @@ def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     monkeypatch.setenv("LORA_DEVICE", "cpu")
     assert chosen() == "cpu, by LORA_DEVICE"
     assert chosen("--device", "cuda") == "cuda:0, by --device"
-    assert os.environ["LORA_DEVICE"] == device_setting.environment()["LORA_DEVICE"] == "cuda"  # what children get
+    assert os.environ["LORA_DEVICE"] == process_rank.environment()["LORA_DEVICE"] == "cuda"  # what children get
 
 
 def test_a_device_that_is_not_there_is_one_message(project: Path, cli: Lora) -> None:
