@@ -9,7 +9,17 @@ import typer
 from typer import Argument, Context, Option
 
 from cli.export import HELP, export
-from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, OutOption, TrustOption, finite, group
+from cli.options import (
+    AdapterArgument,
+    BaseNameOption,
+    BaseOption,
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    TrustOption,
+    finite,
+    group,
+)
 from pipeline.weights import foreign
 
 if TYPE_CHECKING:
@@ -80,6 +90,7 @@ def verify(
     path: AdapterArgument,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Check that an adapter fits its base and is undamaged.
 
@@ -104,6 +115,7 @@ def diff(
     one: Annotated[Path, Argument(metavar="ONE", help="Adapter folder.")],
     other: Annotated[Path, Argument(metavar="OTHER", help="Adapter folder of the same base model.")],
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Compare two adapters: settings, update sizes, subspaces."""
     from cli.console import number, print_json, print_line, print_table
@@ -159,6 +171,7 @@ def combine(
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Combine adapters into one by a weighted sum.
 
@@ -224,6 +237,7 @@ def compress(
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Lower an adapter's rank, with what that costs.
 

@@ -11,6 +11,7 @@ from cli.options import (
     UNDER_DVC,
     WIDEST,
     CheckpointOption,
+    DeviceOption,
     ForceOption,
     JsonOption,
     ParamsOption,
@@ -47,6 +48,7 @@ def study(
     overrides: SetOption = None,
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = None,
+    _device: DeviceOption = None,
 ) -> None:
     """Run a study of the document, or list the studies.
 
@@ -96,6 +98,7 @@ def figures(
     overrides: SetOption = None,
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = None,
+    _device: DeviceOption = None,
 ) -> None:
     """Draw the document's figures from our own runs.
 

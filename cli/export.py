@@ -10,6 +10,7 @@ from cli.options import (
     AdapterArgument,
     BaseNameOption,
     BaseOption,
+    DeviceOption,
     OutOption,
     PromptsOption,
     TrustOption,
@@ -49,6 +50,7 @@ def export(
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
     quantize: QuantizeOption = None,
+    _device: DeviceOption = None,
 ) -> None:
     from cli.console import follow, print_line
 
@@ -75,6 +77,7 @@ def push(
     out: Annotated[Path | None, Option(help="Folder for the files; default: a temporary one.")] = None,
     trust_remote_code: TrustOption = False,
     quantize: QuantizeOption = None,
+    _device: DeviceOption = None,
 ) -> None:
     """Push an export of an adapter to the Hugging Face hub.
 

@@ -113,7 +113,7 @@ def main() -> None:
             raise
         _exit(
             f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller params (rank, "
-            "batch_size): `lora calc` shows what they need. Set CUDA_VISIBLE_DEVICES= to run on the CPU.",
+            "batch_size): `lora calc` shows what they need. Set --device cpu to run on the CPU.",
             1,
         )
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from cli.options import ColumnsOption, columns_of, group
+from cli.options import ColumnsOption, DeviceOption, columns_of, group
 
 if TYPE_CHECKING:
     from pipeline.project.foreign import Foreign
@@ -53,6 +53,7 @@ def new(
             "--from", help="Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, mlx-lm."
         ),
     ] = None,
+    _device: DeviceOption = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten.
 
@@ -95,6 +96,7 @@ def train(
     methods: MethodsOption = None,
     columns: ColumnsOption = None,
     values: ValuesOption = None,
+    _device: DeviceOption = None,
 ) -> None:
     """Fine-tune a base on your data, in one command.
 

@@ -11,6 +11,7 @@ from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
 
 from pipeline.files.text import printable
+from pipeline.project import process_rank
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
@@ -24,6 +25,14 @@ def base_folder(base: Path | None) -> Path | None:
     from pipeline.models.import_base import import_to_cache
 
     return import_to_cache(base, lambda: print_note(f"importing {base}, once"))
+
+
+def use_device(name: str | None) -> None:
+    """Callback for --device: what this process, and all that it starts, compute on."""
+    if name is not None and not process_rank.is_valid(name):
+        raise BadParameter(f"{name!r} must be {process_rank.RULE}.")
+    if name is not None:
+        process_rank.ask(name)
 
 
 ParamsOption = Annotated[Path, Option("--params", help="Params file; paths in it are relative to its folder.")]
@@ -54,6 +63,15 @@ WidthOption = Annotated[
 ]
 PromptsOption = Annotated[
     Path | None, Option(help="Prompts to compare the merged model with base + adapter; loads both.")
+]
+DeviceOption = Annotated[  # of every command that computes with a model or with weights, which need not read it
+    str | None,
+    Option(
+        "--device",
+        metavar="NAME",
+        callback=use_device,
+        help="cpu, cuda, cuda:N, mps or auto; default: LORA_DEVICE, then `device:` of params.yaml.",
+    ),
 ]
 TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
 ColumnsOption = Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, finite, group, project_of
+from cli.options import DEFAULT_PARAMS, DeviceOption, JsonOption, ParamsOption, SetOption, finite, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
@@ -57,7 +57,8 @@ def show_params(
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    above = {"base": params.origin.base, "report_to": params.report_to} if section is None else {}
+    above = {"base": params.origin.base, "report_to": params.report_to, "device": params.running.device}
+    above = above if section is None else {}
     rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
     rows |= {
         key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
@@ -86,12 +87,12 @@ def explain(
     from pipeline.errors import UserError
     from pipeline.project.params.aliases import KEYS, suggest
     from pipeline.project.params.edit import dump_inline
-    from pipeline.project.params.load import TOP_LEVEL, TRACKING, TRAINING, key_path
+    from pipeline.project.params.load import RUNNING, TOP_LEVEL, TRAINING, key_path
     from pipeline.project.params.schema import Section, hints, meaning, rule
-    from pipeline.project.params.sections import Tracking, Training
+    from pipeline.project.params.sections import Running, Training
     from pipeline.workbench import GRAPH
 
-    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, TRACKING: Tracking}
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, RUNNING: Running}
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)
@@ -251,7 +252,10 @@ def _cache_of(params: Path) -> "Cache":
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    as_json: JsonOption = False,
+    _device: DeviceOption = None,
+) -> None:
     """Show versions, devices, memory and disk."""
     import os
     import platform
@@ -264,6 +268,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from cli.console import print_json, print_table
     from pipeline.errors import UserError
     from pipeline.export import llama_cpp
+    from pipeline.models.device import explain_choice
 
     def find_version(library: str, hint: str) -> str:
         try:
@@ -283,6 +288,10 @@ def doctor(as_json: JsonOption = False) -> None:
         )
     except UserError as error:
         runner = str(error)
+    try:
+        device = explain_choice()
+    except UserError as error:
+        device = str(error)
     devices = {
         f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {gib(free)} of {gib(total)} GiB free"
         for i in range(torch.cuda.device_count())
@@ -301,7 +310,8 @@ def doctor(as_json: JsonOption = False) -> None:
         **{library: find_version(library, purpose) for library, purpose in EXTRAS.items()},
         "llama.cpp": runner.removeprefix("llama.cpp "),
         "git": shutil.which("git") or "not found: manifests will have no commit",
-        **(devices or {"accelerator": "none: training and prompts run on the CPU"}),
+        **devices,
+        "device": device,
         "cpu threads": str(torch.get_num_threads()),
         "memory": memory,
         "disk free": f"{gib(shutil.disk_usage('.').free)} GiB",

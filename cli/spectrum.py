@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from cli.options import JsonOption, TrustOption, finite, group
+from cli.options import DeviceOption, JsonOption, TrustOption, finite, group
 
 if TYPE_CHECKING:
     from pipeline.weights.extract import Spectra
@@ -46,6 +46,7 @@ def spectrum(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Singular values of a fine-tuning; LoRA; intruders.
 

@@ -17,6 +17,7 @@ from cli.options import (
     WIDEST,
     BaseOption,
     CheckpointOption,
+    DeviceOption,
     ForceOption,
     Group,
     JsonOption,
@@ -71,7 +72,12 @@ app.add_typer(finetune, name="finetune")
 def _runs(name: str) -> Callable[..., None]:
     """The command of a stage that trains nothing."""
 
-    def command(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
+    def command(
+        params: ParamsOption = DEFAULT_PARAMS,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        _device: DeviceOption = None,
+    ) -> None:
         run_stage(name, params, overrides, force)
 
     return command
@@ -85,6 +91,7 @@ def _trains(name: str) -> Callable[..., None]:
         overrides: SetOption = None,
         force: ForceOption = False,
         checkpoint_every: CheckpointOption = None,
+        _device: DeviceOption = None,
     ) -> None:
         run_stage(name, params, overrides, force, checkpoint_every)
 
@@ -111,6 +118,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         dry_run: Annotated[
             bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")
         ] = False,
+        _device: DeviceOption = None,
     ) -> None:
         from pipeline.errors import UserError
         from pipeline.project.process_rank import world
@@ -139,15 +147,14 @@ def _distributes(stage: Stage) -> Callable[..., None]:
 def _print_plan(project: Project, stage: Stage) -> None:
     """What a training would take, by its first steps, and what `dvc repro` would run."""
     from cli.console import duration, follow, print_line
-    from pipeline.models.device import available_memory, best_device, device_info
+    from pipeline.models.device import available_memory, device_info
     from pipeline.project.logs.run_log import in_units
     from pipeline.project.status import Status
     from pipeline.stages.quickstart import try_stage
 
     project.stage(stage.name)
     trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
-    device = best_device()
-    room = f"{in_units(available_memory(device))} free on {device_info(device)['name']}"
+    room = f"{in_units(available_memory(trial.device))} free on {device_info(trial.device)['name']}"
     peak = f"{in_units(trial.predicted)} of tensors at the peak, " if trial.predicted else "not predicted, "
     low, high = map(duration, trial.seconds)
     print_line(f"memory  {peak}{room}")
@@ -172,6 +179,7 @@ def _sweep(
         float | None, Option(min=0, callback=finite, help="Choose among adapters that are this close to the base.")
     ] = None,
     apply: Annotated[bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")] = False,
+    _device: DeviceOption = None,
 ) -> None:
     """The command of a sweep, which also chooses among what it made."""
     overrides = [*(overrides or ())]
@@ -253,6 +261,7 @@ def merge(
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Merge the adapter into its base.
 
@@ -297,6 +306,7 @@ def evaluate(
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
 

@@ -6,9 +6,9 @@ A test compares the page with the declarations.
 from pathlib import Path
 
 from pipeline.project.params.edit import dump_inline
-from pipeline.project.params.load import TRACKING, TRAINING
+from pipeline.project.params.load import RUNNING, TRAINING
 from pipeline.project.params.schema import Section, hints, meaning, rule
-from pipeline.project.params.sections import Tracking, Training
+from pipeline.project.params.sections import Running, Training
 from pipeline.workbench import GRAPH
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -34,7 +34,7 @@ def described(section: str, kind: type[Section]) -> str:
 
 
 def page() -> str:
-    sections: dict[str, type[Section]] = {TRACKING: Tracking, TRAINING: Training, **GRAPH.sections}
+    sections: dict[str, type[Section]] = {RUNNING: Running, TRAINING: Training, **GRAPH.sections}
     return "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items()))) + "\n"
 
 

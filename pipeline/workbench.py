@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project.params.load import Params
+from pipeline.project import process_rank
+from pipeline.project.params.load import RUNNING, Params
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage, StageGraph
 from pipeline.stages.registry import STAGES
 
@@ -21,8 +22,13 @@ GRAPH = StageGraph(STAGES, _of_the_document)
 
 
 def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:
-    """Open the project of a params file with `section.key=value` overrides. Raises UserError."""
-    return Project.load(params, GRAPH, overrides)
+    """Open the project of a params file with `section.key=value` overrides. Raises UserError.
+
+    What this process computes from then on, it computes on the project's device.
+    """
+    project = Project.load(params, GRAPH, overrides)
+    process_rank.prefer(project.params.running.device, project.params.source(RUNNING, "device"))
+    return project
 
 
 def current_project() -> Project:

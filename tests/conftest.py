@@ -18,7 +18,7 @@ from hypothesis import settings
 from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
-from pipeline.project import provenance
+from pipeline.project import process_rank, provenance
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
@@ -63,6 +63,14 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where digests are kept between processes: the developer's own are neither read nor written."""
     monkeypatch.setattr(digest_cache, "cache_home", lambda: tmp_path / ".cache")
     return tmp_path / ".cache/lora-workbench/digests.json"
+
+
+@pytest.fixture(autouse=True)
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test inherits the device that another asked for, or the developer does."""
+    monkeypatch.setenv(process_rank.VARIABLE, "")
+    monkeypatch.setattr(process_rank, "_by_option", False)
+    monkeypatch.setattr(process_rank, "_of_params", None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Option
 
 from cli.inference.prompt import PromptBase
-from cli.options import finite, group
+from cli.options import DeviceOption, finite, group
 from pipeline.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def chat(
     temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
     sample_top_p: Annotated[float, Option("--top-p", help="Smallest set of tokens with this probability.")] = 1.0,
     seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
+    _device: DeviceOption = None,
 ) -> None:
     """Talk with a model over several turns.
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, base_folder, group, project_of
+from cli.options import (
+    DEFAULT_PARAMS,
+    DeviceOption,
+    JsonOption,
+    ParamsOption,
+    TrustOption,
+    base_folder,
+    group,
+    project_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
@@ -54,6 +63,7 @@ def prompt(
     chat: Chat = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Prompt a model: its top next tokens and a completion.
 
@@ -103,6 +113,7 @@ def compare(
     max_tokens: MaxTokens = 20,
     chat: Chat = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Ask every variant of the project, side by side."""
     from cli.console import print_json, print_note, print_table

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from cli.options import TrustOption, base_folder, group
+from cli.options import DeviceOption, TrustOption, base_folder, group
 
 app = group()
 
@@ -37,6 +37,7 @@ def serve(
         list[Path] | None, Option(help="Folder in which clients may load adapters; may be repeated.")
     ] = None,
     trust_remote_code: TrustOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Serve base and adapters over OpenAI's HTTP API.
 

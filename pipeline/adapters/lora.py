@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
 from pipeline.models.base import LinearUpdate, LowBitLinear, LowRankLinear, is_conv1d
+from pipeline.models.device import device_for_matrix
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
@@ -344,7 +345,9 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
             f"finetune_lora.init_lora_weights pissa takes {rank} singular values of a weight that has {most}. "
             f"Set finetune_lora.rank to {most} at most."
         )
-    left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    device = weight.device if weight.is_meta else device_for_matrix(weight.numel())
+    wide = weight.detach().to(device, torch.float64)
+    left, values, right = torch.linalg.svd(wide, full_matrices=False)
     root = (values[:rank] / scale).sqrt()  # (R,), on each side: √(σ/s)·√(σ/s)·s = σ
     return root[:, None] * right[:rank], left[:, :rank] * root
 

@@ -17,6 +17,7 @@ from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget
+from pipeline.models.device import device_for_matrix
 
 _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
@@ -55,9 +56,10 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
     With the QR decompositions B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
     """
-    s = torch.linalg.qr(b.double()).R  # (min(O, R), R)
-    t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
-    values: Tensor = torch.linalg.svdvals(s @ t.T)
+    device = device_for_matrix(a.numel() + b.numel())
+    s = torch.linalg.qr(b.to(device, torch.float64)).R  # (min(O, R), R)
+    t = torch.linalg.qr(a.to(device, torch.float64).T).R  # (min(I, R), R)
+    values: Tensor = torch.linalg.svdvals(s @ t.T).cpu()
     return values
 
 
@@ -66,10 +68,11 @@ def svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
     The singular vectors are those of the small STᵀ of `singular_values`, times Q and P.
     """
-    q, s = torch.linalg.qr(update.scale * update.b.double())  # (O, min(O, R)), (min(O, R), R)
-    p, t = torch.linalg.qr(update.a.double().T)  # (I, min(I, R)), (min(I, R), R)
+    device = device_for_matrix(update.a.numel() + update.b.numel())
+    q, s = torch.linalg.qr(update.scale * update.b.to(device, torch.float64))  # (O, min(O, R)), (min(O, R), R)
+    p, t = torch.linalg.qr(update.a.to(device, torch.float64).T)  # (I, min(I, R)), (min(I, R), R)
     left, values, right = torch.linalg.svd(s @ t.T, full_matrices=False)
-    return q @ left, values, right @ p.T
+    return (q @ left).cpu(), values.cpu(), (right @ p.T).cpu()
 
 
 def truncated(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool = False) -> LowRank:

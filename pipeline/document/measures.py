@@ -182,8 +182,8 @@ def changes(job: Job) -> list[Changed]:
     blocks = {id(module): number for number, block in enumerate(before.blocks) for module in block.modules()}
     changed = []
     for name, parameter in before.named_parameters():
-        module, old = before.get_submodule(name.rsplit(".", 1)[0]), parameter.detach().double()
-        new = after.get_parameter(name).detach().double()
+        module, old = before.get_submodule(name.rsplit(".", 1)[0]), parameter.detach().cpu().double()
+        new = after.get_parameter(name).detach().cpu().double()
         changed.append(Changed(name, blocks.get(id(module)), old, new - old))
     return changed
 

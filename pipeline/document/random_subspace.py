@@ -35,6 +35,11 @@ class OneHot:
         count = torch.bincount(self._columns, minlength=small)
         self._entries = signs / count.sqrt()[self._columns]  # (D,)
 
+    def to(self, device: torch.device) -> "OneHot":
+        """Drawn on the CPU, so that a seed means the same on every device; then moved."""
+        self._columns, self._entries = self._columns.to(device), self._entries.to(device)
+        return self
+
     def up(self, inner: Tensor) -> Tensor:
         """Pθ_d, (D,)."""
         return inner[self._columns] * self._entries
@@ -49,7 +54,7 @@ class SubspaceAdam(FlatOptimizer):
 
     def __init__(self, model: CausalLM, projection: OneHot) -> None:
         super().__init__(model)
-        self._projection = projection
+        self._projection = projection.to(self.weights.device)
         self._initial = self.weights.clone()  # θ₀
         self._inner = self._initial.new_zeros(projection.small)
         self._adam = AdamW()

@@ -278,10 +278,12 @@ def train_with(job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]") ->
 def _prepare(part: Job, run: Run) -> "Generator[Event, None, tuple[TrainingTask, LoadedModel]]":
     """The run's training task before its first step, and its model, to be measured at any step."""
     from pipeline.inference.engine import LoadedModel
+    from pipeline.models.device import move_for_inference
     from pipeline.stages.finetune import prepare
 
     learner = yield from prepare(part)
     base = learner.base
+    move_for_inference(base.model)  # it is measured before its first step too
     return learner.task, LoadedModel(run.name, base.model, base.tokenizer, part.project.artifact("expand_vocab"))
 
 

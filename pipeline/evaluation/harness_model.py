@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         greedy = torch.ones(len(continuations), dtype=torch.bool)
         for rows, labels in zip(hidden.split(CHUNK), continuations.T.to(hidden.device).split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
             log_p = finite(self._model.logits(rows).float()).log_softmax(-1)  # (n, V)
-            total += log_p.gather(1, labels).double().sum(0).cpu()
+            total += log_p.gather(1, labels).cpu().double().sum(0)  # MPS has no fp64
             greedy &= (log_p.argmax(-1, keepdim=True) == labels).all(0).cpu()
         return [*zip(total.tolist(), greedy.tolist(), strict=True)]
 

@@ -256,7 +256,8 @@ class RequestHandler:
         return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
 
     def status(self, _: Request) -> Answer:
-        return {**device.device_info(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
+        used = self.models.device or device.best_device()
+        return {**device.device_info(used), "loaded": self.models.names, "pid": os.getpid()}
 
     def _requested_model(self, request: Request) -> LoadedModel:
         return self.models.get(request.text("model")).at(request.strength())

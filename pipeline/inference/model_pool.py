@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
 from pipeline.adapters.attach import AdapterScale
@@ -102,6 +103,11 @@ class ModelPool:
     @property
     def names(self) -> list[str]:
         return list(self._models)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the model that was loaded last; None without models."""
+        return next((model.loaded.model.device for model in reversed([*self._models.values()])), None)
 
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False

@@ -1,24 +1,54 @@
-"""The device a model runs on, and its memory."""
+"""The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix is decomposed."""
 
 import ctypes
+import logging
 import os
 import platform
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from pipeline.project.logs.run_log import peak_memory
+from pipeline.errors import UserError
+from pipeline.project import process_rank
+from pipeline.project.logs.run_log import in_units, peak_memory
 from pipeline.project.process_rank import world
 
 
+def devices() -> list[str]:
+    """The names of this machine's devices."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(gpus)), *["mps"] * torch.backends.mps.is_available()]
+
+
+def asked_device() -> torch.device | None:
+    """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is not there."""
+    name, source = process_rank.asked()
+    if name == process_rank.AUTO:
+        return None
+    if not process_rank.is_valid(name):
+        raise UserError(f"{source} must be {process_rank.RULE}, got {name!r}. Change it.")
+    process, is_one_device = world(), name == "mps" or ":" in name
+    if process.world_size > 1 and is_one_device:  # MPS has no collectives
+        raise UserError(
+            f"{source} must be cpu or cuda for several processes, got {name!r}. Each takes a GPU by its rank."
+        )
+    device = torch.device("cuda", process.local_rank) if name == "cuda" else torch.device(name)
+    if str(device) not in (there := devices()):
+        raise UserError(f"{source} must name a device of this machine, got {name!r}. It has {', '.join(there)}.")
+    return device
+
+
 def best_device() -> torch.device:
-    """A CUDA GPU, or Apple's, or the CPU."""
+    """The device that was asked for, else a CUDA GPU (each rank its own), Apple's, or the CPU. Raises UserError."""
+    if (asked := asked_device()) is not None:
+        return asked
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", world().local_rank)
     distributed = world().world_size > 1  # processes exchange tensors, which Apple's GPU does not support
     return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
 
@@ -26,36 +56,92 @@ def best_device() -> torch.device:
 Model = TypeVar("Model", bound=nn.Module)
 
 LARGE = 10_000_000  # parameters; below it an accelerator or a second thread costs more than it gains
+WITHOUT_FP64 = "mps"  # a type of device
+LARGE_MATRIX = 1024**2  # numbers; a smaller matrix is decomposed in less than a second on two cores
+
+
+def explain_choice() -> str:
+    """Which device computes, and why."""
+    name, source = process_rank.asked()
+    device = best_device()
+    if name != process_rank.AUTO:
+        return f"{device}, by {source}"
+    if device.type == "cpu":
+        return "cpu: there is no accelerator"
+    return f"{device} for models of {LARGE // 10**6} million parameters or more, cpu for smaller ones (auto)"
 
 
 def device_for(model: nn.Module) -> torch.device:
-    """The device on which `model` is fastest. Also sets the number of CPU threads to what it can use.
+    """`device_for_size` of the model."""
+    return device_for_size(sum(t.numel() for t in _tensors(model)))
+
+
+def device_for_size(parameters: int) -> torch.device:
+    """The device that was asked for, else the one on which a model of that size is fastest. Raises UserError.
+
+    Also sets the number of CPU threads to what the model can use, and the GPU that kernels of libraries are run on.
 
     Matrix products as small as MiniGPT's gain nothing from a second thread, and two runs side by side, whose threads
     spin for each other's cores, were measured to take seven times as long.
     """
-    large = sum(t.numel() for t in _tensors(model)) >= LARGE
+    large = parameters >= LARGE
     torch.set_num_threads(_threads() if large else 1)
-    return best_device() if large else torch.device("cpu")
+    device = best_device() if large or asked_device() is not None else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def move_for_inference(model: Model) -> Model:
-    """`model`, moved to `device_for` it, or to the CPU if it does not fit into that device's free memory.
+    """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into that device's memory.
 
     Every model that answers goes through here; the training loop moves the model it trains, which it may shard.
     """
     device = device_for(model)
-    return model.to(device if model_bytes(model) <= free_bytes(device) else "cpu")
+    missing, free = model_bytes(model, device), free_bytes(device)
+    if missing > free:  # without a handler of its own, logging writes the line to stderr
+        logging.getLogger(__name__).warning(
+            f"the model needs {in_units(missing)} on {device}, which has {in_units(int(free))} free: it runs on the CPU"
+        )
+        device = torch.device("cpu")
+    return model.to(device)
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of its parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in _tensors(model))
+def device_for_matrix(numbers: int) -> torch.device:
+    """Where a matrix of so many numbers is decomposed in fp64: a large one on the accelerator, if that has fp64."""
+    device = best_device() if numbers >= LARGE_MATRIX or asked_device() is not None else torch.device("cpu")
+    return fp64_device(device)
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU if it does not compute in fp64: Apple's GPU does not, nor has it an SVD."""
+    return torch.device("cpu") if device.type == WITHOUT_FP64 else device
+
+
+def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp64, on the `fp64_device` of its own."""
+    return tensor.to(fp64_device(tensor.device), torch.float64)
+
+
+@contextmanager
+def placed_for_inference(model: nn.Module) -> Iterator[None]:
+    """Like `move_for_inference`, of a model that will train: it is on the CPU again afterwards, for the training loop
+    to move it or to shard it."""
+    move_for_inference(model)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+
+
+def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes of its parameters and buffers, without those that are on `device` already."""
+    return sum(t.numel() * t.element_size() for t in _tensors(model) if t.device != device)
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be allocated on `device`; infinite where the system may swap."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    """Bytes that can still be allocated on `device`; infinite on the CPU, where the system may swap."""
+    return float("inf") if device.type == "cpu" else available_memory(device)
 
 
 def available_memory(device: torch.device) -> int:
@@ -108,16 +194,16 @@ def cores() -> int:
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """Kind and name of `device`, its used and total memory in bytes; on the CPU, used is this process's own."""
+    """`device`, its product's name, its used and total memory in bytes; on the CPU, used is this process's own."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        name, used = torch.cuda.get_device_name(), total - free
+        free, total = torch.cuda.mem_get_info(device)
+        name, used = torch.cuda.get_device_name(device), total - free
     elif device.type == "mps":
         name, used, total = "Apple GPU", torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
     else:
         name, used = _processor(), _resident_bytes()
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"device": device.type, "name": name, "memory_used": used, "memory_total": total}
+    return {"device": str(device), "name": name, "memory_used": used, "memory_total": total}
 
 
 def _processor() -> str:

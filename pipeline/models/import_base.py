@@ -18,6 +18,7 @@ from pipeline.files import artifact, base_model, digest_cache
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.safetensors_file import as_os_error
+from pipeline.models.device import move_for_inference
 from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_gguf
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
@@ -224,7 +225,8 @@ def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) 
         )
     other = [*ids[:-1], (ids[-1] + 1) % rows]  # differs in the last token only
     with torch.no_grad(), reported(name, trust_remote_code):
-        first, second = model.eval()(input_ids=torch.tensor([ids, other])).logits.float()  # (T, V) each
+        model = move_for_inference(model.eval())
+        first, second = model(input_ids=torch.tensor([ids, other], device=model.device)).logits.float()  # (T, V) each
     if not first.isfinite().all():
         raise UserError(
             f"{name} gives logits that are not finite in {str(model.dtype).removeprefix('torch.')}. "

@@ -16,7 +16,7 @@ from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.base_model import TensorLocation, tensor_locations, weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
-from pipeline.models.device import device_for
+from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
@@ -56,6 +56,7 @@ def load_base(
 
     Raises UserError; never loads a checkpoint partially.
     """
+    asked_device()  # a device that is not there is said before a large base is read
     config = read_config(folder)
     refuse_implausible(folder, weight_files(folder))
     tokenizer = load_tokenizer(folder)
@@ -83,7 +84,7 @@ def load_base(
     if quantization != "none":
         from pipeline.models.quantized_linear import quantize  # few runs quantize their base
 
-        quantize(model, quantization, requested, device)
+        quantize(model, quantization, requested, fp64_device(device))
     return Base(model.eval(), tokenizer)
 
 

@@ -1,7 +1,16 @@
-"""Rank and world size of this process, from torchrun's environment variables."""
+"""What this process was told: its rank and world size, by torchrun's environment variables, and its device, by name.
+
+What that device is on this machine, `pipeline/models/device.py` decides. `--device` wins over the environment's
+LORA_DEVICE, that over `device:` of the params file. The option is put into the environment, where the processes that
+this one starts find it: torchrun's workers, the stages of `dvc repro`, the terminal app's engine. It is no setting of a
+stage, so it is in no cache key: what one device made is a result for all.
+"""
 
 import os
+import re
 import signal
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -35,3 +44,63 @@ def world() -> ProcessRank:
 def hangs_up() -> bool:
     """Whether this process ends with its terminal: not under nohup, which ignores SIGHUP."""
     return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+
+VARIABLE = "LORA_DEVICE"
+AUTO = "auto"
+RULE = "auto, cpu, cuda, cuda:N or mps"
+
+
+class DeviceSetting(NamedTuple):
+    """A name as it was given, right or wrong, and what gave it."""
+
+    name: str
+    source: str
+
+
+_of_params: DeviceSetting | None = None  # of the project that was opened last
+_by_option = False
+
+
+def is_valid(name: str) -> bool:
+    """Whether `name` keeps to RULE."""
+    return re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name) is not None
+
+
+def ask(name: str) -> None:
+    """The value of `--device`, for this process and those that it starts."""
+    global _by_option
+    os.environ[VARIABLE], _by_option = name, True
+
+
+def prefer(name: str, source: str) -> None:
+    """The value of `device:` in the params file `source`."""
+    global _of_params
+    _of_params = DeviceSetting(name, f"device in {source}")
+
+
+def asked() -> DeviceSetting:
+    """The setting that counts; its name is AUTO if there is none."""
+    global _of_params
+    if name := os.environ.get(VARIABLE):
+        return DeviceSetting(name, "--device" if _by_option else VARIABLE)
+    if _of_params is None:
+        _of_params = _of_current_folder()
+    return _of_params
+
+
+def environment() -> dict[str, str]:
+    """The environment for a process that opens no project, and so cannot read `device:` itself."""
+    name = asked().name
+    return {**os.environ, **({} if name == AUTO else {VARIABLE: name})}
+
+
+def _of_current_folder() -> DeviceSetting:
+    """For commands that open no project: they say nothing of a params file that they do not need."""
+    import yaml
+
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        tree = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and "device" in tree:
+            return DeviceSetting(str(tree["device"]), "device in params.yaml")
+    return DeviceSetting(AUTO, "the default")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapters.lora import weight_of
 from pipeline.data.examples import Example
@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM, packed_hidden_states, set_row_count
+from pipeline.models.device import move_for_inference
 from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.project.params.sections import ExpandVocab
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
@@ -98,6 +99,7 @@ def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> d
             f"{examples[0].file}: every sentence has a new word, so the old answers cannot be checked. "
             "Set expand_vocab.audit_data to the pretraining data."
         )
+    move_for_inference(nn.ModuleList([old.model, new.model]))  # both to one device, whose rounding is the same
     matrices = list(zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True))
     # only the head's old rows: a matrix product with more columns may round differently, though the model is the same
     before, after = (head[:V] for head in matrices[1])  # (V, D)

@@ -22,7 +22,7 @@ from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
-from pipeline.models.device import available_memory, best_device, device_info, multiplies_bf16
+from pipeline.models.device import LARGE, available_memory, device_for_size, device_info, multiplies_bf16
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
@@ -92,13 +92,13 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     yield Note(f"importing {request.base}")
     yield from run(drafted, graph.stages["import"])
     made = folder / graph.stages["import"].path
-    device = best_device()
-    machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
     model = None
     try:
         model = from_path(made).shapes
     except UserError as error:
         yield Note(f"memory is not predicted: {error}")
+    device = device_for_size(model.total if model else LARGE)
+    machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
     context = model.context if model else 0
     report = check(
         files,

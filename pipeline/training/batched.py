@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,12 @@ class ManyAdapters:
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
         self._model, self._routing = model, routing
         self._tables: dict[int, Tensor | None] = {}  # by the dataset's id: of training, evaluation, retention
-        with routing.base():  # the packing test runs without adapters
-            self.supports_packing = model.supports_packing
+
+    @cached_property
+    def supports_packing(self) -> bool:
+        """Tried without adapters, once the model is on its device."""
+        with self._routing.base():
+            return self._model.supports_packing
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
         """One batch per micro-batch of the step, or one per window if the model does not support packing."""

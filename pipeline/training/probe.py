@@ -4,6 +4,8 @@ import time
 from statistics import quantiles
 from typing import NamedTuple
 
+import torch
+
 from pipeline.errors import UserError
 from pipeline.training.loop import Diverged, TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
 
@@ -13,7 +15,8 @@ SECONDS = 10.0  # after them no further step is begun
 
 class Probe(NamedTuple):
     """`slow` and `fast`: tokens per second, between which half of the `timed` steps lie. `predicted`: peak memory of
-    the largest step of an epoch in bytes of tensors, 0 if it is not known. `epoch_tokens`: of all examples in an epoch.
+    the largest step of an epoch in bytes of tensors on `device`, 0 if it is not known. `epoch_tokens`: of all examples
+    in an epoch.
     """
 
     slow: float
@@ -24,6 +27,7 @@ class Probe(NamedTuple):
     epoch_tokens: int
     tokens: int  # of the whole run
     predicted: int
+    device: torch.device
 
     def of_all(self, share: float, max_steps: int) -> "Probe":
         """The probe of a whole run of which `share` of the examples were read, in about so many steps."""
@@ -49,7 +53,8 @@ def probe(task: TrainingTask) -> Probe:
         sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
         for number in range(len(batches))
     ]
-    model.to(prepare_model(model, task.settings.gradient_checkpointing))
+    device = prepare_model(model, task.settings.gradient_checkpointing)
+    model.to(device)
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
     predicted = predicted_peak(task, batches.largest_step(range(min(len(batches), total))))
     model.train()
@@ -69,4 +74,4 @@ def probe(task: TrainingTask) -> Probe:
     tokens = epoch * sum(step_tokens) + sum(step_tokens[:rest])
     # a step that another program held up says nothing of the others
     slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
-    return Probe(slow, fast, len(speeds), len(batches), total, sum(step_tokens), tokens, predicted)
+    return Probe(slow, fast, len(speeds), len(batches), total, sum(step_tokens), tokens, predicted, device)

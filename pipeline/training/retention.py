@@ -1,7 +1,7 @@
 """Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li & Hoiem 2017)."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import move_for_inference
+from pipeline.models.device import placed_for_inference
 from pipeline.models.generate import generate
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
@@ -119,16 +119,15 @@ def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> G
     examples = list(iter_examples(job.path(settings.retention_data), settings.retention_data, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
-        move_for_inference(base.model)
-    for example in examples:
-        if _is_prompt(example):
-            ids = base.tokenizer.encode(example.text)
-            ids = (*ids, *generate(base.model, ids, base.tokenizer.end_ids, COMPLETION))
-        else:  # without the last id: it is the end token, after which predictions do not matter
-            ids = encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
-        windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
-        locations.append(example.location)
-    base.model.to("cpu")  # the training loop moves it to its device, or shards it
+    with placed_for_inference(base.model) if prompts else nullcontext():
+        for example in examples:
+            if _is_prompt(example):
+                ids = base.tokenizer.encode(example.text)
+                ids = (*ids, *generate(base.model, ids, base.tokenizer.end_ids, COMPLETION))
+            else:  # without the last id: it is the end token, after which predictions do not matter
+                ids = encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
+            windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
+            locations.append(example.location)
     return InMemoryDataset(windows, locations)
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
 from pipeline.weights.merge import attach_to_meta_model, find_location, merge_edits, tied_names
@@ -104,7 +105,9 @@ def _dense(
     """Methods that need the dense update of each adapter; the result is truncated to `options.rank` by SVD."""
     deltas = torch.stack([update.delta() for update, _ in parts])  # (adapters, O, I)
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
-    left, values, right = torch.linalg.svd(merge(deltas, weights, options.density), full_matrices=False)
+    merged = merge(deltas, weights, options.density)  # on the CPU: DARE's seed means the same on every device
+    found = torch.linalg.svd(merged.to(device_for_matrix(merged.numel())), full_matrices=False)
+    left, values, right = (part.cpu() for part in found)
     return truncated(left, values, right, options.rank, parts[0].update.embedding)
 
 

@@ -16,6 +16,7 @@ from pipeline.adapters.low_rank import LowRank, LowRankUpdate, inner_product
 from pipeline.calc.target_modules import ALL_LINEAR, matches_target
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
+from pipeline.models.device import device_for_matrix
 from pipeline.weights.combine import Part, concatenate
 
 
@@ -170,6 +171,7 @@ def overlap(one: Tensor, other: Tensor) -> float | None:
 
 
 def _basis(matrix: Tensor) -> Tensor:
-    left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    basis: Tensor = left[:, values > 1e-9 * values.max()]
+    wide = matrix.to(device_for_matrix(matrix.numel()), torch.float64)
+    left, values, _ = torch.linalg.svd(wide, full_matrices=False)
+    basis: Tensor = left[:, values > 1e-9 * values.max()].cpu()
     return basis

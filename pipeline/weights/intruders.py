@@ -23,6 +23,7 @@ from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation
 from pipeline.models.base import is_conv1d
+from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.diff import diff_checkpoints, norm
@@ -50,12 +51,13 @@ def left_vectors(read: Read, rows: int, columns: int) -> Left:
     W + ΔW, and is not taken for an intruder.
     """
     if rows <= FULL_COLUMNS:
-        matrix = torch.cat([block.double() for _, block in read()])
+        device = device_for_matrix(rows**2)
+        matrix = torch.cat([block.to(device, torch.float64) for _, block in read()])
         squares, vectors = torch.linalg.eigh(matrix @ matrix.T)  # ascending
         values, vectors, complete = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1), True
     else:
         found = singular(read, columns, MAX_VALUES)
-        vectors = torch.cat([block.double() @ found.right for _, block in read()])  # US
+        vectors = torch.cat([block.to(found.right) @ found.right for _, block in read()])  # US
         values, complete = torch.linalg.vector_norm(vectors, dim=0), found.complete
         vectors = vectors / values.clamp(min=1e-150)
     count = int((values > NEGLIGIBLE * values[0]).sum())
@@ -103,7 +105,7 @@ def find_intruders(pair: Pair, top: int, epsilon: float) -> Searched:
     similarity = torch.cat([cosines.new_zeros(1, cosines.shape[1]), cosines]).amax(0)  # W may be zero: k = 0
     positions = (similarity < epsilon).nonzero().flatten()
     rows = [Intruder(n + 1, float(after.values[n]), float(similarity[n])) for n in positions.tolist()]
-    return Searched(pair, tuple(rows), strongest[:, positions], before.complete and after.complete)
+    return Searched(pair, tuple(rows), strongest[:, positions].cpu(), before.complete and after.complete)
 
 
 def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterator[Pair]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.errors import UserError
+from pipeline.models.device import device_for_matrix
 from pipeline.weights.diff import Delta, norm
 from pipeline.weights.streaming import Read, Rows
 
@@ -30,7 +31,7 @@ PASSES = 6
 
 
 class Singular(NamedTuple):
-    """Singular values (k,), largest first, and their right vectors (I, k).
+    """Singular values (k,), largest first, on the CPU, and their right vectors (I, k), where they were computed.
 
     `error`: each value is within `error`·σ₁ of a singular value of M; 0 if all are known.
     """
@@ -51,13 +52,13 @@ def singular(read: Read, columns: int, count: int) -> Singular:
 
     For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of them otherwise.
     """
-    complete = columns <= FULL_COLUMNS
+    complete, device = columns <= FULL_COLUMNS, device_for_matrix(columns**2)
     if complete:
-        basis = torch.eye(columns, dtype=torch.float64)
+        basis = torch.eye(columns, dtype=torch.float64).to(device)
     else:  # always from the same seed, so that two runs give the same numbers
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator)
-        basis = torch.linalg.qr(drawn).Q  # (I, n), orthonormal
+        basis = torch.linalg.qr(drawn.to(device)).Q  # (I, n), orthonormal
     image = gram_times(read, basis)
     for _ in range(0 if complete else PASSES - 1):
         # orthonormal again each time: otherwise all columns turn to the first singular vector
@@ -69,18 +70,18 @@ def singular(read: Read, columns: int, count: int) -> Singular:
         squares, rotation = squares[:count], rotation[:, :count]
     values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
     if complete or not values[0]:
-        return Singular(values, right, 0.0)
+        return Singular(values.cpu(), right, 0.0)
     # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5); times σ it is
     scaled = torch.linalg.vector_norm(image @ rotation - right * values.square(), dim=0)  # (k,)
     residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
-    return Singular(values, right, float(residuals.max() / values[0]))
+    return Singular(values.cpu(), right, float(residuals.max() / values[0]))
 
 
 def gram_times(read: Read, basis: Tensor) -> Tensor:
     """MᵀMV for V (I, n), in fp64."""
     product = torch.zeros_like(basis)
     for _, block in read():
-        wide = block.double()
+        wide = block.to(basis)  # its device and dtype
         product += wide.T @ (wide @ basis)
     return product
 
@@ -89,12 +90,12 @@ def gram_times(read: Read, basis: Tensor) -> Tensor:
 def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Tensor]:
     """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in fp32."""
     right = svd.right[:, :rank]  # (I, R)
-    left = torch.empty(rows, right.shape[1], dtype=torch.float64)
+    left = right.new_empty(rows, right.shape[1])
     for part, block in read():
-        left[part] = block.double() @ right  # US
+        left[part] = block.to(right) @ right  # US
     # σ as the norm of Mv: the square root of an eigenvalue of MᵀM is wrong where σ is below 1e-8 of the largest
     root = torch.linalg.vector_norm(left, dim=0).sqrt()
-    return (left / root.clamp(min=1e-150)).float(), (root[:, None] * right.T).float()
+    return (left / root.clamp(min=1e-150)).float().cpu(), (root[:, None] * right.T).float().cpu()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.project import process_rank
 
 Answer = dict[str, Any]
 
@@ -121,7 +122,14 @@ class _Process:
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_ANSWER_BYTES, start_new_session=True
+                *command,
+                cwd=cwd,
+                env=process_rank.environment(),
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                limit=MAX_ANSWER_BYTES,
+                start_new_session=True,
             )
         except OSError as error:
             raise EngineDied(f"{words[0]} cannot be started: {error.strerror or error}.") from None

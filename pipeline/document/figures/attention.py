@@ -57,7 +57,7 @@ def render(job: Job) -> Findings:
         """`distance`: the total variation ½Σ|p − q|, the share of the weight on other words than in the document."""
         shares = dict(zip(words, map(float, of_token), strict=True))
         own = {"model": model, "layer": layer, "head": head, **shares}
-        distance = float((of_token.double() - told).abs().sum() / 2)
+        distance = float((of_token.cpu().double() - told).abs().sum() / 2)
         return {**own, "most": max(shares, key=lambda word: shares[word]), "distance": distance}
 
     at = words.index(token)

@@ -226,22 +226,23 @@ class GradientProbe:
     back: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def __post_init__(self) -> None:
-        A, B = (p.detach().double() for p in (self.layer.lora_A, self.layer.lora_B))
-        update = self.layer.scale * torch.mm(*(p.detach().double() for p in reversed(self.layer.pair())))  # (O, I)
+        A, B = (p.detach().cpu().double() for p in (self.layer.lora_A, self.layer.lora_B))
+        inputs, outputs = (p.detach().cpu().double() for p in self.layer.pair())
+        update = self.layer.scale * (outputs @ inputs)  # (O, I)
         self.of_A, self.of_B = torch.zeros_like(A), torch.zeros_like(B)
 
         def forward(_: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-            x = inputs[0].detach().flatten(0, -2).double()  # (N, I)
+            x = inputs[0].detach().flatten(0, -2).cpu().double()  # (N, I)
 
             def add(gradient: Tensor) -> None:
-                h = gradient.flatten(0, -2).double()  # ∂L/∂h (N, O)
+                h = gradient.flatten(0, -2).cpu().double()  # ∂L/∂h (N, O)
                 self.of_B += self.layer.scale * h.T @ (x @ A.T)
                 self.of_A += self.layer.scale * B.T @ h.T @ x
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
         def backward(_: Any, to: tuple[Tensor], of: tuple[Tensor]) -> None:
-            x_grad, h_grad = (gradient[0].flatten(0, -2).double() for gradient in (to, of))  # (N, I), (N, O)
+            x_grad, h_grad = (gradient[0].flatten(0, -2).cpu().double() for gradient in (to, of))  # (N, I), (N, O)
             self.back += torch.stack([x_grad.square().sum(), (x_grad - h_grad @ update).square().sum()])
 
         self.layer.register_forward_hook(forward)
@@ -252,7 +253,7 @@ class GradientProbe:
         errors, (total, through_W) = {}, self.back.sqrt()
         for key, formula, parameter in (("A", self.of_A, self.layer.lora_A), ("B", self.of_B, self.layer.lora_B)):
             assert parameter.grad is not None
-            errors[f"error_{key}"] = float((formula - parameter.grad).norm() / formula.norm())
+            errors[f"error_{key}"] = float((formula - parameter.grad.cpu()).norm() / formula.norm())
         return {"module": name, **errors, "through_W": float(through_W / total)}
 
 

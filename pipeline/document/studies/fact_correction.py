@@ -286,7 +286,7 @@ def _new_rows(job: Job, settings: StudyFactCorrection) -> Generator[Event, None,
     for start, seed in product(STARTS, settings.seeds):
 
         def begin(model: CausalLM, start: str = start, seed: int = seed) -> None:
-            old = torch.randint(first, (1,), generator=torch.Generator().manual_seed(seed))
+            old = int(torch.randint(first, (1,), generator=torch.Generator().manual_seed(seed)))
             for weight in (weight_of(module).data for module in (model.embeddings, model.head)):  # (V, D)
                 if start != "mean_noise":  # expand_vocab's own
                     weight[first:stop] = 0 if start == "zeros" else weight[old]

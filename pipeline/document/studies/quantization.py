@@ -127,7 +127,7 @@ def _measure_all(
 
     linears = {name: base.model.get_submodule(name) for name in quantizable(base.model)}
     before, grams = calibrated(base, examples, linears)
-    weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}  # type: ignore[operator]
+    weights = {name: linear.weight.detach().clone().to(grams[name].device) for name, linear in linears.items()}  # type: ignore[operator]
     count = sum(weight.numel() for weight in weights.values())
     norm = sum(float(weight.square().sum()) for weight in weights.values())
     outputs = sum(output_error(weight, torch.zeros_like(weight), grams[name]) for name, weight in weights.items())
@@ -135,7 +135,7 @@ def _measure_all(
     for precision in precisions:
         rounded = {name: precision.quantize(weight, grams[name]) for name, weight in weights.items()}
         for name, linear in linears.items():
-            linear.weight = nn.Parameter(rounded[name].weight, requires_grad=False)
+            linear.weight = nn.Parameter(rounded[name].weight.to(base.model.device), requires_grad=False)
         after = score(base, examples)
         error = sum(float((weights[name] - q.weight).square().sum()) for name, q in rounded.items())
         of_outputs = sum(output_error(weights[name], q.weight, grams[name]) for name, q in rounded.items())
@@ -152,12 +152,13 @@ def calibrated(
     import torch
 
     from pipeline.inference.score import score
+    from pipeline.models.device import in_fp64
 
     grams: dict[str, Tensor] = {}
 
     def accumulate(name: str) -> "Callable[[nn.Module, tuple[Tensor, ...]], None]":
         def add(_module: "nn.Module", inputs: "tuple[Tensor, ...]") -> None:
-            rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I); fp64, since GPTQ inverts their sum
+            rows = in_fp64(inputs[0].detach().flatten(0, -2))  # (B, T, I) → (N, I); GPTQ inverts their sum
             grams[name] = grams.get(name, torch.zeros((), dtype=torch.float64)) + rows.T @ rows
 
         return add

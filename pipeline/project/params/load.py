@@ -15,15 +15,15 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Import, Tracking, Training, change_paths
+from pipeline.project.params.sections import Import, Running, Training, change_paths
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
-TRACKING, REPORT_TO = "tracking", "report_to"
-# keys above the sections → the section that holds them in memory; `tracking` is no stage's, so nothing is made again
-TOP_LEVEL: Mapping[str, str] = {"base": "import", REPORT_TO: TRACKING}
+RUNNING = "running"
+# keys above the sections → the section that holds them in memory; `running` is no stage's, so nothing is made again
+TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Params:
     `training`: the block of defaults for what trains, the file's own on that of the file that it builds on. `sources`:
     section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
     builds on, relative to its folder; empty where it stands alone. `file`: its name. `named`: the sections that it
-    names; `base` alone gives a project the stage that makes it. `report_to`: the trackers that show its runs.
+    names; `base` alone gives a project the stage that makes it. `running`: where its runs compute and are shown.
     """
 
     kinds: Kinds = field(compare=False)
@@ -45,7 +45,7 @@ class Params:
     project: str = ""
     file: str = field(default="params.yaml", compare=False)
     named: frozenset[str] = field(default=frozenset(), compare=False)
-    report_to: tuple[str, ...] = field(default=(), compare=False)
+    running: Running = field(default=Running(), compare=False)
 
     @property
     def written(self) -> frozenset[str]:
@@ -70,6 +70,11 @@ class Params:
         return kind() if name is None else self.section(name)
 
     @property
+    def report_to(self) -> tuple[str, ...]:
+        """The trackers that show the runs."""
+        return tuple(dict.fromkeys(self.running.report_to))
+
+    @property
     def origin(self) -> Import:
         """The base model, and how it is imported."""
         origin: Import = self.section("import") if "import" in self.kinds else Import()
@@ -82,7 +87,7 @@ class Params:
     def source(self, section: str, key: str) -> str:
         """Where a value comes from: "--set", a params file, its training block, or "default"."""
         path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        kind = Tracking if section == TRACKING else self.kinds[section]
+        kind = Running if section == RUNNING else self.kinds[section]
         inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
         if inherits and path not in self.sources and shared in self.sources:
             return f"{self.sources[shared]}, {TRAINING}"
@@ -119,7 +124,9 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
     # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
-    report_to = check_value(hints(Tracking)[REPORT_TO], above.pop(REPORT_TO, []), REPORT_TO, origin)
+    running = {
+        key: check_value(hint, above.pop(key), key, origin) for key, hint in hints(Running).items() if key in above
+    }
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
             raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}.")
@@ -137,9 +144,8 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
-    if report_to:
-        sources[REPORT_TO] = origin.of(REPORT_TO)
-    params = Params(kinds, {}, tree, training, sources, project, path.name, named, tuple(dict.fromkeys(report_to)))
+    sources |= {key: origin.of(key) for key in running}
+    params = Params(kinds, {}, tree, training, sources, project, path.name, named, Running(**running))
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
@@ -153,8 +159,9 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     """
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     training = {**parent.training, **params.training}
-    report_to = params.report_to or parent.report_to
-    own = replace(params, training=training, sources={**sources, **params.sources}, report_to=report_to)
+    said = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
+    running = structs.replace(parent.running, **said)
+    own = replace(params, training=training, sources={**sources, **params.sources}, running=running)
     # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
     # its file, where its own block counts: the artifacts that the child reads were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == "--set")

@@ -26,6 +26,7 @@ from pipeline.project.params.schema import (
     check_value,
     reject_unknown_keys,
 )
+from pipeline.project.process_rank import AUTO, RULE, is_valid
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[
@@ -184,12 +185,23 @@ MEASURED_ON = {  # limit → the key of evaluate without which it is not measure
 }
 
 
-class Tracking(Section, frozen=True, kw_only=True):
-    """Where runs are shown while they go on. It stands above the sections, as it changes nothing that is made."""
+def _read_device(value: Any, key: str, origin: ValueSource) -> str:
+    if not isinstance(value, str) or not is_valid(value):
+        raise UserError(f"{key} must be {RULE}, got {value!r}. {origin.edit(key)}")
+    return value
+
+
+class Running(Section, frozen=True, kw_only=True):
+    """Where runs are shown and computed. It stands above the sections, as it changes nothing that is made."""
 
     report_to: Annotated[
         Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
     ] = ()
+    device: Annotated[
+        str,
+        ReadBy(_read_device, RULE),
+        "where models live and numbers are computed; --device and LORA_DEVICE win; docs/training.md",
+    ] = AUTO
 
 
 class Training(Section, frozen=True, kw_only=True):

@@ -44,14 +44,18 @@ STAGE = method(
 
 
 def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, None, Attached]:
+    from pipeline.models.device import placed_for_inference
     from pipeline.stages.virtual_tokens import attach_virtual
 
     attached = yield from attach_virtual(job, settings, base, Prefix(settings.virtual_tokens))
-    if settings.gradient_checkpointing != "none" and not base.model.supports_prefix:
-        raise UserError(
-            f"finetune_prefix.gradient_checkpointing must be none, got {settings.gradient_checkpointing}: "
-            "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
-        )
+    if settings.gradient_checkpointing != "none":
+        with placed_for_inference(base.model):  # whose attention is tried
+            works = base.model.supports_prefix
+        if not works:
+            raise UserError(
+                f"finetune_prefix.gradient_checkpointing must be none, got {settings.gradient_checkpointing}: "
+                "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
+            )
     return attached
 
 

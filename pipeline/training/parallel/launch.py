@@ -58,10 +58,10 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipeline.models.device import cores
+    from pipeline.models.device import best_device, cores
     from pipeline.project.process_rank import hangs_up
 
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):
         limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError, first_line
+from pipeline.models.device import best_device
 from pipeline.project.process_rank import world
 from pipeline.project.runner import Event, Facts, Job, Note, Work, run
 from pipeline.project.stage_graph import Project, Stage
@@ -100,15 +101,16 @@ def _report_errors(work: Work, job: Job) -> Generator[Event, None, Facts]:
 @contextmanager
 def _process_group() -> Iterator[None]:
     rank = world()
-    if torch.cuda.is_available():
+    on_gpus = best_device().type == "cuda"
+    if on_gpus:
         if rank.local_world_size > torch.cuda.device_count():
             raise UserError(
                 f"{rank.local_world_size} processes need as many GPUs, got {torch.cuda.device_count()}. Start fewer."
             )
         torch.cuda.set_device(rank.local_rank)
     # both on a GPU: numbers and messages travel as CPU tensors
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    device = torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else None  # NCCL connects here at once
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    device = torch.device("cuda", rank.local_rank) if on_gpus else None  # NCCL connects here at once
     try:
         dist.init_process_group(backend, timeout=MEET, device_id=device)
     except RuntimeError as error:

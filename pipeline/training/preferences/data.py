@@ -17,7 +17,7 @@ from pipeline.data.preferences import AnswerEncoder, PairEncoder
 from pipeline.data.windows import Corpus, as_window
 from pipeline.files import artifact, base_model
 from pipeline.models.base import CausalLM
-from pipeline.models.device import move_for_inference
+from pipeline.models.device import placed_for_inference
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project import provenance
@@ -161,17 +161,16 @@ def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[
     Each rank computes its share.
     """
     model, done, values = base.model, 0, dict[str, Tensor]()
-    move_for_inference(model)
-    for n, one in enumerate(answers):
-        values[str(n)] = sums = torch.zeros(len(one.windows))
-        for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
-            part = range(start, min(start + SCORED_TOGETHER, len(sums)))
-            batch = batch_of(one, part).to(model.device)
-            sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
-            done += len(part)
-            yield Progress(done, total, "reference")
-        all_reduce(sums)
-    model.to("cpu")  # the training loop moves it to its device, or shards it
+    with placed_for_inference(model):
+        for n, one in enumerate(answers):
+            values[str(n)] = sums = torch.zeros(len(one.windows))
+            for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
+                part = range(start, min(start + SCORED_TOGETHER, len(sums)))
+                batch = batch_of(one, part).to(model.device)
+                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
+                done += len(part)
+                yield Progress(done, total, "reference")
+            all_reduce(sums)
     return values
 
 
@@ -186,9 +185,8 @@ def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) 
     starts = range(0, len(pairs.windows), SCORED_TOGETHER)
     parts = [batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts]
     if log_probs is None:
-        move_for_inference(model)
-        log_probs = torch.cat([likelihood(model, part.to(model.device)).summed.cpu() for part in parts])
-        model.to("cpu")  # the training loop moves it to its device, or shards it
+        with placed_for_inference(model):
+            log_probs = torch.cat([likelihood(model, part.to(model.device)).summed.cpu() for part in parts])
     means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

@@ -117,7 +117,7 @@ def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.best_device().type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 10))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    expected = {"device": "cuda", "name": "A GPU", "memory_used": 7, "memory_total": 10}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {torch.device("cuda", 0): (3, 10)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {torch.device("cuda", 0): "A GPU"}.__getitem__)
+    expected = {"device": "cuda:0", "name": "A GPU", "memory_used": 7, "memory_total": 10}
     assert device.device_info(device.best_device()) == expected

@@ -4,6 +4,8 @@ The accelerator is `tests/helpers/fake_accelerator.py`: its numbers are the CPU'
 as a GPU does.
 """
 
+import json
+import os
 import re
 import shutil
 import threading
@@ -13,8 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from msgspec.structs import replace
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typer.main import get_command
 
+from cli.main import app
+from pipeline.adapters.lora import principal
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine, server
@@ -22,7 +30,9 @@ from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
+from pipeline.project import process_rank
 from pipeline.project.logs.run_log import in_units, read_steps
+from pipeline.project.new_project import render_dvc_yaml
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
@@ -31,12 +41,17 @@ from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import longest_sequence, predict_peak_memory, suggest_less_memory
 from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers import fake_accelerator
+from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import BRIEF, STAGES, folder_bytes, make
+from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make, new_project
 from tests.helpers.real import toy, windows_of, with_lora
 
+NAME = fake_accelerator.NAME
+EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
+TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
+COMPARED = {f"study_{name}" for name in ("knowledge_correction", "fact_correction", "quantization")}  # train briefly
+STUDIES = sorted(name for name, stage in STAGES.items() if stage.kind == "study")
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
     "pretrain",
@@ -56,6 +71,35 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 on_accelerator = pytest.mark.usefixtures("accelerator")
+
+
+@pytest.fixture
+def strays(accelerator: torch.device) -> Iterator[list[str]]:
+    """The modules that were called while parameters of theirs were not on the accelerator."""
+    found: list[str] = []
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        if any(p.device.type != accelerator.type for p in module.parameters(recurse=False)):
+            found.append(type(module).__name__)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    yield found
+    hook.remove()
+
+
+@pytest.fixture
+def without_fp64(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the accelerator, as Apple's GPU is."""
+    run = fake_accelerator._run
+
+    def narrow(func: Any, *args: Any, **kwargs: Any) -> Any:
+        made = run(func, *args, **kwargs)
+        if any(isinstance(t, Tensor) and t.device.type == NAME and t.dtype == torch.float64 for t in tree_leaves(made)):
+            raise TypeError(f"{func}: the device does not support float64")
+        return made
+
+    monkeypatch.setattr(fake_accelerator, "_run", narrow)
+    monkeypatch.setattr(device, "WITHOUT_FP64", accelerator.type)
 
 
 def used() -> bool:
@@ -85,11 +129,10 @@ def _taken_apart(text: str) -> tuple[list[str], list[float]]:
 # training
 
 
-@on_accelerator
 @pytest.mark.parametrize("stage", [*TRAINING, "finetune_sweep"])
-def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str) -> None:
+def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
     make(project, [stage], BRIEF, force=True)
-    assert used()
+    assert used() and not strays
     found = losses(project, stage)
     assert found == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]
     assert found
@@ -111,16 +154,15 @@ SETTINGS = {
 }
 
 
-@on_accelerator
 @pytest.mark.parametrize("name", SETTINGS)
 def test_lora_trains_there_with_every_kind_of_setting(
-    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    project: Path, name: str, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)  # it knows no such device
     (project / "prompts.jsonl").write_text('{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n')
     settings = [*BRIEF, *(f"finetune_lora.{setting}" for setting in SETTINGS[name])]
     make(project, ["finetune_lora"], settings, force=True)
-    assert used()
+    assert used() and not strays
     found = losses(project, "finetune_lora")
     with monkeypatch.context() as at_home:
         at_home.setattr(device, "best_device", lambda: torch.device("cpu"))
@@ -165,42 +207,43 @@ ASKED = {
 }
 
 
-@on_accelerator
 @pytest.mark.parametrize("command", ASKED)
 def test_each_command_that_asks_a_model_asks_it_there(
-    project: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
+    project: Path, command: str, cli: Lora, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = cli(*("there" if word == "OUT" else word for word in ASKED[command]), cwd=project)
     assert there[0] == 0, there[2]
     assert used() or command == "verify"  # which loads a model and asks nothing
+    assert not strays
     monkeypatch.setattr(device, "best_device", lambda: torch.device("cpu"))
     here = cli(*("here" if word == "OUT" else word for word in ASKED[command]), cwd=project)
     assert alike(there[1].replace("there", "here"), here[1])
 
 
-@on_accelerator
-@pytest.mark.parametrize("stage", ["merge", "evaluate"])
-def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, stage: str) -> None:
+@pytest.mark.parametrize("stage", ["expand_vocab", "merge", "evaluate"])
+def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
     make(project, [stage], BRIEF, force=True)
-    assert used()
+    assert used() and not strays
     name = STAGES[stage].path
     tables = [path for path in folder_bytes(project / name) if path.endswith((".json", ".md")) and path != MANIFEST]
     assert tables
     assert all(alike((project / name / path).read_text(), (brief / name / path).read_text()) for path in tables)
 
 
-@on_accelerator
+@pytest.mark.usefixtures("without_fp64")
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["knowledge_correction", "fact_correction", "quantization"])
-def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str) -> None:
+@pytest.mark.parametrize("study", [*STUDIES, "figures"])
+def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str, strays: list[str]) -> None:
     project = tmp_path / "project"
     shutil.copytree(studied, project)
-    make(project, [f"study_{study}"], BRIEF, force=True)
-    assert used()
-    name = STAGES[f"study_{study}"].path
+    make(project, [study], BRIEF, force=True)
+    assert used() and not strays
+    name = STAGES[study].path
     tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
     assert tables
-    assert all(alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables)
+    assert study not in COMPARED or all(
+        alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables
+    )
 
 
 @on_accelerator
@@ -221,12 +264,34 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     assert used()
     last("attention", model="lora", text="der wind", layer=0, head=0)
     assert used()
+    assert last("status")["device"].startswith(NAME)
+
+
+def test_the_terminal_ui_names_the_device_that_its_models_are_on(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = RequestHandler()
+    monkeypatch.setattr(device, "device_info", lambda where: {"device": str(where)})
+    monkeypatch.setattr(device, "best_device", lambda: torch.device("cuda", 1))
+    (before,) = answers.answer("status", Request({"id": 1}))
+    list(answers.answer("load", Request({"id": 2, "name": "base", "base": str(brief / "artifacts/expanded")})))
+    (after,) = answers.answer("status", Request({"id": 3}))
+    assert (before["device"], after["device"]) == ("cuda:1", "cpu")  # a small model
 
 
 @on_accelerator
-def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(
+    brief: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(device, "free_bytes", lambda _: 1)
     assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
+    (record,) = caplog.records
+    assert re.fullmatch(rf"the model needs .* on {NAME}, which has 1 .* free: it runs on the CPU", record.message)
+
+
+def test_a_model_that_is_there_already_needs_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 3, device="meta")
+    monkeypatch.setattr(device, "device_for", lambda _: torch.device("meta"))
+    monkeypatch.setattr(device, "free_bytes", lambda _: 1)
+    assert device.move_for_inference(model).weight.device.type == "meta"
 
 
 @on_accelerator
@@ -238,6 +303,200 @@ def test_two_models_that_are_compared_may_be_on_two_devices(
     monkeypatch.setattr(device, "free_bytes", lambda _: next(rooms))
     make(project, [stage], BRIEF, force=True)
     assert used()
+
+
+def test_an_imported_base_is_compared_with_transformers_there(tmp_path: Path, strays: list[str]) -> None:
+    toy_checkpoint(tmp_path / "toy", "llama")
+    strays.clear()  # what made the checkpoint
+    make(new_project(tmp_path / "project"), ["import"], ["base=../toy"])
+    assert used() and not strays
+
+
+def test_a_base_of_transformers_never_computes_on_the_cpu(tmp_path: Path, strays: list[str]) -> None:
+    root = families.new_project(tmp_path / "project", families.FAMILIES["llama"])
+    strays.clear()  # what made the checkpoint
+    make(root, ["pretrain", "expand_vocab", "finetune_lora", "merge"])
+    assert used() and not strays
+
+
+# matrices
+
+
+MATRICES = {  # a command, and what it must have decomposed there
+    "spectrum": (["spectrum", "artifacts/expanded", "artifacts/full_finetuned", "--rank", "4", "--out", "OUT"], EIGH),
+    "intruders": (["spectrum", "artifacts/expanded", "artifacts/lora_adapter", "--intruders"], EIGH),
+    "diff": (["adapters", "diff", *TWO, "--json"], SVD),
+    "svd": (["adapters", "combine", *TWO, "--method", "svd", "--out", "OUT"], SVD),
+    "ties": (["adapters", "combine", *TWO, "--method", "ties", "--out", "OUT"], SVD),
+    "compress": (["adapters", "compress", "artifacts/lora_adapter", "--rank", "2", "--out", "OUT"], SVD),
+}
+
+
+@pytest.fixture
+def low_rank(project: Path) -> Path:
+    """A project whose LoRA trained no embedding, so that it can be combined."""
+    make(project, ["finetune_lora"], [*BRIEF, "finetune_lora.train_embeddings=none"], force=True)
+    fake_accelerator.ran.clear()
+    return project
+
+
+@on_accelerator
+@pytest.mark.parametrize("command", MATRICES)
+def test_large_matrices_are_decomposed_there(
+    low_rank: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(out: str) -> str:
+        code, said, problem = cli(*(out if word == "OUT" else word for word in MATRICES[command][0]), cwd=low_rank)
+        assert code == 0, problem
+        return said
+
+    here = ask("here")
+    assert MATRICES[command][1] not in fake_accelerator.ran
+    monkeypatch.setattr(device, "LARGE_MATRIX", 0)
+    assert alike(ask("there").replace("there", "here"), here)
+    assert MATRICES[command][1] in fake_accelerator.ran
+
+
+@on_accelerator
+def test_pissas_svd_is_computed_there_of_a_base_that_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    here = principal(weight, 2, 1.0)
+    monkeypatch.setattr(device, "LARGE_MATRIX", 0)
+    there = principal(weight, 2, 1.0)
+    assert SVD in fake_accelerator.ran
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
+
+
+@pytest.mark.usefixtures("without_fp64")
+@pytest.mark.parametrize("command", [*ASKED, *MATRICES])
+def test_no_command_needs_fp64_of_the_accelerator(
+    low_rank: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "LARGE_MATRIX", 0)
+    words = ASKED[command] if command in ASKED else MATRICES[command][0]
+    assert cli(*words, cwd=low_rank)[0] == 0
+
+
+@pytest.mark.usefixtures("without_fp64")
+@pytest.mark.parametrize("stage", ["expand_vocab", "finetune_lora", "finetune_sweep", "merge", "evaluate"])
+def test_no_stage_needs_fp64_of_the_accelerator(project: Path, stage: str) -> None:
+    make(project, [stage], BRIEF, force=True)
+    assert used()
+
+
+@pytest.mark.usefixtures("without_fp64")
+@pytest.mark.parametrize("name", ["PiSSA", "nf4", "DoRA"])
+def test_no_setting_of_lora_needs_fp64_of_the_accelerator(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)
+    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in SETTINGS[name])], force=True)
+
+
+# which device
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Two of CUDA, so far as torch says; the list has those that were made the current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+SMALL, BIG = nn.Linear(2, 2), nn.Linear(4000, 4000, device="meta")
+
+
+def on(model: nn.Module) -> str:
+    return str(device.device_for(model))
+
+
+def test_a_small_model_stays_on_the_cpu_unless_a_device_is_named(
+    gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (on(SMALL), on(BIG)) == ("cpu", "cuda:0")
+    for name, device_ in {"cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
+        monkeypatch.setenv("LORA_DEVICE", name)
+        assert (on(SMALL), on(BIG)) == (device_, device_)
+        assert str(device.device_for_matrix(1)) == device_
+        assert str(gpus[-1]) == device_ or name == "cpu"
+
+
+def test_each_rank_has_its_gpu(gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    for name in ("auto", "cuda"):
+        monkeypatch.setenv("LORA_DEVICE", name)
+        assert on(BIG) == "cuda:1" == str(gpus[-1])
+    for name in ("cuda:0", "mps"):
+        monkeypatch.setenv("LORA_DEVICE", name)
+        with pytest.raises(UserError, match=f"LORA_DEVICE must be cpu or cuda for several processes, got '{name}'"):
+            on(BIG)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
+    project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(*option: str) -> str:
+        monkeypatch.setattr(process_rank, "_of_params", None)  # of the call before
+        facts: dict[str, str] = json.loads(cli("doctor", "--json", *option, cwd=project)[1])
+        return facts["device"]
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
+    assert chosen().startswith("cuda:0 for models of 10 million parameters or more")
+    with (project / "params.yaml").open("a") as file:
+        file.write("\ndevice: cuda:1\n")
+    assert chosen() == "cuda:1, by device in params.yaml"
+    open_project(project / "params.yaml", ["device=cpu"])
+    assert device.explain_choice() == "cpu, by device in --set"
+    monkeypatch.setenv("LORA_DEVICE", "cpu")
+    assert chosen() == "cpu, by LORA_DEVICE"
+    assert chosen("--device", "cuda") == "cuda:0, by --device"
+    assert os.environ["LORA_DEVICE"] == process_rank.environment()["LORA_DEVICE"] == "cuda"  # what children get
+
+
+def test_a_device_that_is_not_there_is_one_message(project: Path, cli: Lora) -> None:
+    for command in (["prompt", "der"], ["finetune", "lora", "--force"], ["expand-vocab", "--force"]):
+        code, _, err = cli(*command, "--device", "cuda:7", cwd=project)
+        said = "error: --device must name a device of this machine, got 'cuda:7'. It has cpu."
+        assert (code, err.strip().splitlines()[-1]) == (1, said)
+    assert cli("prompt", "der", "--device", "gpu", cwd=project)[0] == 2
+    with pytest.raises(UserError, match="device must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"):
+        open_project(project / "params.yaml", ["device=gpu"])
+
+
+def test_the_device_makes_nothing_again(project: Path) -> None:
+    manifest = folder_bytes(project / "artifacts/lora_adapter")
+    with (project / "params.yaml").open("a") as file:
+        file.write("\ndevice: cpu\n")
+    make(project, ["finetune_lora"], BRIEF)
+    assert folder_bytes(project / "artifacts/lora_adapter") == manifest
+    stages = yaml.safe_load(render_dvc_yaml(open_project(project / "params.yaml")))["stages"]
+    assert not any("device" in stage["params"] for stage in stages.values())
+
+
+COMPUTING = {  # every command that computes with a model or with weights
+    *("train", "new", "import", "pretrain", "expand-vocab", "train-from-scratch", "merge", "evaluate", "study"),
+    *("figures", "spectrum", "prompt", "chat", "compare", "serve", "export", "push", "doctor"),
+    *(f"adapters {name}" for name in ("verify", "diff", "combine", "compress", "export")),
+    *(f"finetune {name}" for name in (*METHODS, "sweep")),
+}
+
+
+def test_every_command_that_computes_has_the_option() -> None:
+    def walk(group: Any, path: str) -> Iterator[tuple[str, bool]]:
+        for name in group.commands:
+            command = group.commands[name]
+            yield f"{path}{name}", any("--device" in one.opts for one in command.params)
+            if hasattr(command, "commands"):
+                yield from walk(command, f"{path}{name} ")
+
+    has = dict(walk(get_command(app), ""))
+    assert {name for name, there in has.items() if there} == COMPUTING
 
 
 # out of memory

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.project import process_rank
 from tests.helpers.projects import ROOT
 from tui.services import engine_client
 from tui.services.engine_client import EngineDied, Inference
@@ -215,6 +216,16 @@ async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(start_fa
     engine = start_fake("import subprocess\nsubprocess.Popen(['sleep', '4'], stdout=-3); sys.exit(4)")
     with pytest.raises(EngineDied, match="exit code 4"):
         await asyncio.wait_for(engine.ask("status"), 3)
+
+
+async def test_the_process_computes_on_the_projects_device(start_fake: StartFake) -> None:
+    process_rank.prefer("cuda:1", "params.yaml")
+    program = """
+import os
+for line in sys.stdin:
+    say(json.dumps({"id": json.loads(line)["id"], "event": "done", "device": os.environ.get("LORA_DEVICE")}))
+"""
+    assert (await ask_with_timeout(start_fake(program)))["device"] == "cuda:1"
 
 
 async def test_an_answer_without_a_request_is_ignored(start_fake: StartFake) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tui.services.machine import readings as module
 from tui.services.machine.cgroup import cpu_quota, cpu_seconds, memory_limit
-from tui.services.machine.nvml import Gpus, short_name
+from tui.services.machine.nvml import Gpu, Gpus, short_name
 from tui.services.machine.readings import Machine, Sample
 
 GIB = 2**30
@@ -49,6 +49,19 @@ def sampled(machine: Machine, ready: Callable[[Sample], bool] = lambda _: True, 
             return samples[-1]
         time.sleep(0.02)
     pytest.fail(f"no such sample: {machine.last} {machine.problem}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [("auto", "2 × A"), ("cuda", "2 × A"), ("cuda:1", "B"), ("cuda:7", "cpu"), ("cpu", "cpu"), ("?", "cpu")],
+)
+def test_the_device_that_trains_is_the_one_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, name: str
+) -> None:
+    monkeypatch.setenv("LORA_DEVICE", asked)
+    machine = Machine()
+    machine.gpus = [Gpu("A", GIB), Gpu("B", GIB)]
+    assert machine.name == name
 
 
 def test_this_machine_is_read_over_time(started: Callable[..., Machine]) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.project.process_rank import AUTO, asked, is_valid
 from tui.services.machine.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
 from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 
@@ -82,18 +83,25 @@ class Machine:
     @property
     def name(self) -> str:
         """The device that trains: H100, 4 × H100, or cpu."""
-        if not self.gpus:
+        if not (gpus := self.gpus[self._asked]):
             return "cpu"
-        return f"{len(self.gpus)} × {self.gpus[0].name}" if len(self.gpus) > 1 else self.gpus[0].name
+        return f"{len(gpus)} × {gpus[0].name}" if len(gpus) > 1 else gpus[0].name
+
+    @property
+    def _asked(self) -> slice:
+        """Which of the GPUs train, as --device, LORA_DEVICE or the params file say; without them all."""
+        name = asked().name
+        index = int(name[5:]) if is_valid(name) and name.startswith("cuda:") else 0
+        return slice(index, index + 1) if name.startswith("cuda:") else slice(0, None if name in (AUTO, "cuda") else 0)
 
     def summary(self) -> str:
         """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was read."""
         last = self.last
         if last is None:
             return ""
-        sizes = [reading.memory for reading in last.gpus]
-        used = last.memory if not self.gpus else None if None in sizes else sum(size or 0 for size in sizes)
-        total = sum(gpu.memory for gpu in self.gpus) or self.memory
+        gpus, sizes = self.gpus[self._asked], [reading.memory for reading in last.gpus[self._asked]]
+        used = last.memory if not gpus else None if None in sizes else sum(size or 0 for size in sizes)
+        total = sum(gpu.memory for gpu in gpus) or self.memory
         return f"{self.name} {_gib(used)}/{_gib(total)} GiB" if used is not None and total else self.name
 
     def _run(self) -> None:
