@@ -4,12 +4,13 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.project.logs.run_log import peak_memory
 from pipeline.project.process_rank import world
@@ -92,7 +93,20 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`: there it is queued, and the host does not wait for the copy."""
+    if device.type == "cuda":  # only from pinned memory
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The numbers in the tensors, all on one device. The host waits until it has computed them: once for all."""
+    numbers: list[float] = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).tolist()
+    return numbers
+
+
+def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
     return (*model.parameters(), *model.buffers())  # quantized weights are buffers
 
 
