@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.device import to_device
+
 ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
@@ -333,9 +335,10 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
             tokens += len(sequences[stop])
             stop += 1
         lengths = [len(sequence) for sequence in sequences[start:stop]]
-        ids = torch.tensor([[id_ for sequence in sequences[start:stop] for id_ in sequence]], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
-        hidden = model.hidden_states(ids, positions, lengths if len(lengths) > 1 else None)[0]
+        ids = [id_ for sequence in sequences[start:stop] for id_ in sequence]
+        table = torch.tensor([[ids], [[t for length in lengths for t in range(length)]]])  # (2, 1, T): one copy
+        ids_, positions = to_device(table, model.device)
+        hidden = model.hidden_states(ids_, positions, lengths if len(lengths) > 1 else None)[0]
         yield from hidden.split(lengths)  # type: ignore[no-untyped-call]
         start = stop
 
