@@ -158,7 +158,9 @@ def _as_on_a_gpu(
     elif q.dtype.itemsize == 2:
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **options)[0]
     elif not enable_gqa:
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), **options)[0]
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), **options)[
+            0
+        ]
     else:
         out = func(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=True)
     return out
