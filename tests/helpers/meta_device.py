@@ -8,30 +8,43 @@ computes the CPU's numbers.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipeline
 
+Model = TypeVar("Model", bound=nn.Module)
 META = torch.device("meta")
 HOME = Path(pipeline.__file__).parent
 # operations whose result has a size that only the numbers tell
 COUNTED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount"}
 
-# What a GPU may be read for, by the function of `pipeline` that reads, and why. Everything else fails a test.
-READS = {
-    "models/device.py:read_numbers": "what is logged, once per step after all of it is queued; what an evaluation gives, once",
+READ = "models/device.py:read_numbers _to_copy"  # of what is logged, once all of a step is queued
+QUEUED = ("models/device.py:to_device ", "training/update_rules.py:")  # the latter moments that stay on the host
+# Where tensors are made on the host, and why: from there they are copied without a wait.
+HOSTED = {
+    "training/batches.py": "a batch is made of lists, and is one table when it is copied",
+    "training/batched.py": "the same of a sweep's windows",
+    "training/preferences/losses.py": "the same of pairs of answers",
+    "training/preferences/data.py": "the same",
+    "training/noise.py:perturb": "the size of NEFTune's noise follows from the lengths",
+    "training/step.py:_times": "the shares of a sweep's learners, where they differ",
+    "training/update_rules.py:": "moments that stay in the host's memory",
+    "adapters/batched.py:select_live": "the numbers of a sweep's adapters that still train",
+    "models/kernels/packed_attention.py:_starts": "where sequences begin, once a forward",
+    "models/kernels/packed_attention.py:_seen": "the keys that queries see, once a forward",
+    "models/device.py:": "what was read, or is copied",
 }
 
 
@@ -86,7 +99,8 @@ class _Operations(TorchDispatchMode):
                 seen.reads[_where(name)] += 1
                 if name == "copy_":
                     return target.zero_()
-                return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                return zeros if (counted := getattr(source, "counted", None)) is None else counted
             if not _is_meta(source) and to.type == "meta" and source.dim():
                 queued = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
                 (seen.queued if queued else seen.blocking)[_where(name)] += 1
@@ -95,7 +109,11 @@ class _Operations(TorchDispatchMode):
             if name == "nonzero":
                 return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
             if name == "bincount":
-                return torch.empty(kwargs.get("minlength", 1), dtype=torch.int64, device="meta")
+                counts = torch.zeros(args[-1], dtype=torch.int64)
+                counts[0] = args[0].numel()
+                counted = counts.to(META)
+                counted.counted = counts  # type: ignore[attr-defined]  # what is read of it adds up
+                return counted
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and of_meta:
             masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
             if masks and any(map(_is_meta, masks)):
@@ -116,7 +134,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What dispatch does not see of a meta tensor: tensors made of Python's numbers, and which kernel a GPU would take."""
+    """What dispatch does not see of a meta tensor: those made of numbers, and which kernel a GPU takes."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -134,9 +152,9 @@ class _Calls(TorchFunctionMode):
                 self.seen.blocking[_where(f"{func.__name__} by a list")] += 1
         if func is F.scaled_dot_product_attention and _is_meta(args[0]):
             return _as_on_a_gpu(func, *args, **kwargs)
-        if func is Tensor.repeat_interleave or func is torch.repeat_interleave:
-            if kwargs.get("output_size") is None and any(map(_is_meta, args[1:2] or args[:1])):
-                self.seen.reads[_where("repeat_interleave without output_size")] += 1
+        repeats = func in (Tensor.repeat_interleave, torch.repeat_interleave) and kwargs.get("output_size") is None
+        if repeats and any(map(_is_meta, args[1:2] or args[:1])):
+            self.seen.reads[_where("repeat_interleave")] += 1
         return func(*args, **kwargs)
 
 
@@ -166,6 +184,16 @@ def _as_on_a_gpu(
     return out
 
 
+def to_meta(model: Model) -> Model:
+    """The model there. A moved parameter stays the same one, as on a GPU."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return model.to(META)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
 @contextmanager
 def watched(tokens: int = 10**9) -> Iterator[Seen]:
     """Inside the block what happens is recorded. `tokens`: of the longest packed row."""
@@ -182,3 +210,13 @@ _Generator = torch.Generator
 
 def _generator(device: torch.device | str = "cpu") -> torch.Generator:
     return _Generator("cpu" if torch.device(device) == META else device)
+
+
+def refuse(seen: Seen, reads: Mapping[str, int]) -> None:
+    """Fails on whatever a GPU would wait for or should not hold; it may be read as often as `reads` says, and where."""
+    assert dict(seen.reads) == dict(reads)
+    assert not seen.blocking, "copies that the host waits for"
+    assert not seen.square, "two dimensions of a row's tokens"
+    assert all(where.startswith(QUEUED) for where in seen.queued), seen.queued
+    hosted = [where for where in seen.hosted if not where.startswith((*HOSTED,))]
+    assert not hosted, "made on the host"
