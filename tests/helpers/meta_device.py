@@ -44,6 +44,12 @@ HOSTED = {
     "adapters/batched.py:select_live": "the numbers of a sweep's adapters that still train",
     "models/kernels/packed_attention.py:_starts": "where sequences begin, once a forward",
     "models/kernels/packed_attention.py:_seen": "the keys that queries see, once a forward",
+    "models/base.py:packed_hidden_states": "texts to score, a row of them",
+    "models/generate.py:": "a prompt; and the logits, for sampling is on the host",
+    "inference/score.py:": "labels; and what was read of the answers",
+    "inference/engine.py:top_tokens": "what was read of the answers",
+    "inference/batched_model.py:logits": "the next tokens of many sequences",
+    "adapters/mixed.py:masks": "which rows are whose, when that changes",
     "models/device.py:": "what was read, or is copied",
 }
 
@@ -144,7 +150,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         made = func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == META
         made |= func is Tensor.new_tensor and _is_meta(args[0]) and kwargs.get("device") is None
-        if made:
+        if made and args[-1] != []:  # transformers' caches begin with that
             self.seen.blocking[_where(func.__name__)] += 1
         if func in (Tensor.__getitem__, Tensor.__setitem__) and _is_meta(args[0]):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -215,8 +221,8 @@ def _generator(device: torch.device | str = "cpu") -> torch.Generator:
 def refuse(seen: Seen, reads: Mapping[str, int]) -> None:
     """Fails on whatever a GPU would wait for or should not hold; it may be read as often as `reads` says, and where."""
     assert dict(seen.reads) == dict(reads)
-    assert not seen.blocking, "copies that the host waits for"
-    assert not seen.square, "two dimensions of a row's tokens"
+    assert not seen.blocking, f"copies that the host waits for: {seen.blocking}"
+    assert not seen.square, f"two dimensions of a row's tokens: {seen.square}"
     assert all(where.startswith(QUEUED) for where in seen.queued), seen.queued
     hosted = [where for where in seen.hosted if not where.startswith((*HOSTED,))]
-    assert not hosted, "made on the host"
+    assert not hosted, f"made on the host: {hosted}"

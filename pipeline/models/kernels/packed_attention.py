@@ -384,8 +384,8 @@ def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     if plain and T == 1:
         # A group's R heads take the place of tokens, so that no kernel repeats keys and values: 2 × as fast as torch's
         # enable_gqa after 32 tokens, 5 × after 256 (measured on the CPU with SmolLM2's 9 heads in 3 groups, bf16).
-        grouped = q.view(B, G, H // G, K)  # (B, G, R, K)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).view(q.shape)
+        grouped = q.reshape(B, G, H // G, K)  # (B, G, R, K)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).reshape(q.shape)
     mask = None if plain else _visible(T, S, rule.window, q.device)
     if H != G and not uses_cpu_kernels(q.device) and not _supports_varlen(q, rule):
         # only flash attention reads shared heads; without it torch would fall back to scores of T × T
