@@ -150,9 +150,9 @@ class Attention(nn.Module):
             from pipeline.models.kernels.packed_attention import Rule, attend_on_accelerator  # few runs are on one
 
             if isinstance(cache, PackedCache):
-                pairs = cache.update(self.layer, k, v, segments or [T])
-                spans = [keys.shape[2] for keys, _ in pairs]
-                k, v = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
+                caches = cache.update(self.layer, k, v, segments or [T])
+                spans = [keys.shape[2] for keys, _ in caches]
+                k, v = (torch.cat(each, 2) for each in zip(*caches, strict=True))
             else:
                 spans = [length + (k.shape[2] - T) // len(segments or [T]) for length in segments or [T]]
             y = attend_on_accelerator(q, k, v, [*(segments or [T])], spans, Rule(K**-0.5)).transpose(1, 2)

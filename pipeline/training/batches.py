@@ -6,7 +6,7 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ class Batch:
             return self
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        moved = {name: to_device(value, device) for name, value in tensors.items() if value.dtype != torch.int64}
+        moved: dict[str, Any] = {
+            name: to_device(value, device) for name, value in tensors.items() if value.dtype != torch.int64
+        }
         whole = {name: value for name, value in tensors.items() if name not in moved}
         table = to_device(torch.cat([value.reshape(-1) for value in whole.values()]), device)
         parts = table.split_with_sizes([value.numel() for value in whole.values()])

@@ -84,11 +84,11 @@ def _is_meta(one: Any) -> bool:
     return isinstance(one, Tensor) and one.device.type == "meta"
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what the operations do, and gives stand-ins for what is read."""
 
     def __init__(self, seen: Seen, tokens: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen, self.tokens = seen, tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -349,7 +349,8 @@ class _Blockwise(torch.autograd.Function):
         for part in ctx.parts:
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() for x in (*_slices(q, k, v, part), *sinks)]
-                out = _block(*leaves[:3], leaves[3] if sinks else None, bounds, part, ctx.rule)  # type: ignore[misc]
+                own, keys, values, *sink = leaves
+                out = _block(own, keys, values, sink[0] if sink else None, bounds, part, ctx.rule)
             grads = torch.autograd.grad(out, leaves, outputs[0][:, part.start : part.stop])
             del out  # with its scores
             d_q[:, :, part.start : part.stop] = grads[0]
@@ -363,7 +364,8 @@ class _Blockwise(torch.autograd.Function):
 
 def _slices(q: Tensor, k: Tensor, v: Tensor, part: SeenKeys) -> tuple[Tensor, Tensor, Tensor]:
     """The block's queries, and the keys that they see with their values."""
-    return (q[:, :, part.start : part.stop], *(x[:, :, part.first : part.last] for x in (k, v)))
+    seen = slice(part.first, part.last)
+    return q[:, :, part.start : part.stop], k[:, :, seen], v[:, :, seen]
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bounds: Tensor, part: SeenKeys, rule: Rule) -> Tensor:

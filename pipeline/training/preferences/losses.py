@@ -336,7 +336,7 @@ class PreferencePath:
         counts = [sum(batch[kind] for batch in self._seen) for kind in (0, 1)]
         sums = torch.tensor(read_numbers([batch[2] for batch in self._seen]) if self._seen else [0.0] * 3).double()
         self._seen.clear()
-        good, bad, chosen, rejected, right = all_reduce_numbers(*counts, *sums.view(-1, 3).sum(0).tolist())
+        good, bad, chosen, rejected, right = all_reduce_numbers(*counts, *map(float, sums.view(-1, 3).sum(0)))
         if not good + bad:
             return {}
         means = chosen / max(good, 1), rejected / max(bad, 1)

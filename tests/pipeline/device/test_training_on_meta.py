@@ -10,13 +10,13 @@ import torch
 from pipeline.adapters.attach import attach
 from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
+from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training import step
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
@@ -265,7 +265,7 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
 def test_the_next_step_is_made_before_the_present_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator alone: while it computes, the host is free."""
     order = list[str]()
-    read, numbers = Batches._read, step.read_numbers
+    read, numbers = Batches._read, device.read_numbers
 
     def noted(batches: Batches, number: int) -> Any:
         order.append(f"make {number}")
@@ -276,7 +276,7 @@ def test_the_next_step_is_made_before_the_present_one_is_read(monkeypatch: pytes
         return numbers(tensors)
 
     monkeypatch.setattr(Batches, "_read", noted)
-    monkeypatch.setattr(step, "read_numbers", noted_read)
+    monkeypatch.setattr("pipeline.training.step.read_numbers", noted_read)
     model = toy("llama", torch.bfloat16)
     lora(model)
     step_of(model)

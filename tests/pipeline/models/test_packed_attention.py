@@ -320,7 +320,7 @@ def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mas
     parts = zip(
         *(torch.split(x, sizes, 2) for x, sizes in zip(inputs, (lengths, spans, spans), strict=True)), strict=True
     )
-    wanted = torch.cat([by_hand(*part, 0.4, window, softcap, s_aux) for part in parts], 1)
+    wanted = torch.cat([by_hand(a, b, c, 0.4, window, softcap, s_aux) for a, b, c in parts], 1)
     assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert_close(ours, gradients(wanted, leaves), atol=1e-5, rtol=1e-4)
 
@@ -368,7 +368,7 @@ def flash_backward_by_hand(
     drift = (d_out * out).sum(-1).T[..., None]  # (H, T, 1)
     d_scores = weights * (torch.einsum("thk,shk->hts", d_out, values) - drift) * scale
     d_keys, d_values = torch.einsum("hts,thk->shk", d_scores, q), torch.einsum("hts,thk->shk", weights, d_out)
-    grouped = [x.unflatten(1, (-1, shared)).sum(2) for x in (d_keys, d_values)]
+    grouped = [x.view(len(x), -1, shared, x.shape[2]).sum(2) for x in (d_keys, d_values)]
     assert own.shape == lse.shape
     return torch.einsum("hts,shk->thk", d_scores, keys), grouped[0], grouped[1]
 
