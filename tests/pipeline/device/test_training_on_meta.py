@@ -20,12 +20,11 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
+from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, Answers, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
 from tests.helpers.meta_device import READ, Seen, refuse, to_meta, watched
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
-from tests.helpers.trl import answers_of
 
 # More than the keys that a block of queries sees together, and than any dimension of a toy.
 LENGTHS = (590, 700, 650, 12, 640, 30, 20, 601)
@@ -256,7 +255,7 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
     windows = windows_of((590, 610, 601, 40, 30, 620, 12, 600), lambda length: length // 2)
     more = {"desirable": (True, False, True, False)} if loss == "kto" else {}
     reference = torch.zeros(len(windows)) if loss in WITH_REFERENCE else None
-    answers = answers_of(windows, reference=reference, **more)
+    answers = Answers(windows, lambda _: "f.jsonl:1", ((range(4), 1.0),), reference, **more)
     path = PreferencePath(on_meta(model), settings)
     learner = Learner(settings, AnswerBatches(answers, 1, 0, 2, whole=loss == "orpo"))
     refuse(seen_in_steps(model, TrainingTask(model, [learner], path)), {READ: 4})
