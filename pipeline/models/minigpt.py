@@ -149,13 +149,12 @@ class Attention(nn.Module):
         if not uses_cpu_kernels(x.device):
             from pipeline.models.kernels.packed_attention import Rule, attend_on_accelerator  # few runs are on one
 
-            if isinstance(cache, PackedCache):
-                caches = cache.update(self.layer, k, v, segments or [T])
-                spans = [keys.shape[2] for keys, _ in caches]
-                k, v = (torch.cat(each, 2) for each in zip(*caches, strict=True))
-            else:
-                spans = [length + (k.shape[2] - T) // len(segments or [T]) for length in segments or [T]]
-            y = attend_on_accelerator(q, k, v, [*(segments or [T])], spans, Rule(K**-0.5)).transpose(1, 2)
+            lengths = [*(segments or [T])]
+            cached = cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None
+            spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]  # with each prefix's keys
+            if cached is not None:
+                spans = [keys.shape[2] for keys, _ in cached]
+            y = attend_on_accelerator(q, k, v, lengths, spans, Rule(K**-0.5), cached).transpose(1, 2)
         elif segments is None:
             y = _causal_attention(q, k, v)
         elif isinstance(cache, PackedCache):

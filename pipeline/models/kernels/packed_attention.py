@@ -26,6 +26,7 @@ from pipeline.models.base import PackedCache, Prefix
 from pipeline.models.device import to_device
 from pipeline.models.kernels import runs_flash_attention, uses_cpu_kernels
 
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values of each sequence
 NAME = "lora_segments"
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
 LONGEST = 512
@@ -106,9 +107,7 @@ def attend(
             weights.append(_weights(query, key, rule, visible))
 
     if not uses_cpu_kernels(query.device):
-        if pairs is not None:
-            key, value = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
-        out = attend_on_accelerator(query, key, value, lengths, spans, rule)
+        out = attend_on_accelerator(query, key, value, lengths, spans, rule, pairs)
     # Also in training without gradients: with its adapter off, a model then gives the bits that its base gives.
     elif module.training and rule.plain and lengths == spans and max(lengths) <= LONGEST:
         out = short_attention(query, key, value, lengths, rule.scale)
@@ -133,25 +132,31 @@ def record_weights(layer: int) -> Iterator[list[Tensor]]:
         _recorders.remove(recorder)
 
 
-def attend_on_accelerator(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
+def attend_on_accelerator(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule, pairs: Pairs | None = None
+) -> Tensor:
     """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), in the memory of these: no scores of a row are kept.
 
     Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T sees key S - T + t.
+    `pairs`: the keys and values of each, from a cache, instead of k and v.
     """
     fused = rule.plain and all(length in (1, span) for length, span in zip(lengths, spans, strict=True))
-    if fused and len(lengths) == 1:
+    if fused and len(lengths) == 1 and pairs is None:
         return _row(q, k, v, rule).transpose(1, 2)
-    if _supports_varlen(q, rule):
-        return _varlen(q, k, v, lengths, spans, rule)
-    return _each_sequence(q, _split(k, v, spans), lengths, rule) if fused else _blockwise(q, k, v, lengths, spans, rule)
+    varlen = _supports_varlen(q, rule)
+    if fused and not varlen:
+        return _each_sequence(q, pairs or _split(k, v, spans), lengths, rule)
+    if pairs is not None:
+        k, v = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
+    return (_varlen if varlen else _blockwise)(q, k, v, lengths, spans, rule)
 
 
-def _split(k: Tensor, v: Tensor, spans: list[int]) -> list[tuple[Tensor, Tensor]]:
+def _split(k: Tensor, v: Tensor, spans: list[int]) -> Pairs:
     """Keys and values of each sequence."""
     return [*zip(k.split_with_sizes(spans, 2), v.split_with_sizes(spans, 2), strict=True)]
 
 
-def _each_sequence(q: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], lengths: list[int], rule: Rule) -> Tensor:
+def _each_sequence(q: Tensor, pairs: Pairs, lengths: list[int], rule: Rule) -> Tensor:
     """(1, T, H, K): a call for each."""
     each = zip(q.split_with_sizes(lengths, 2), pairs, strict=True)
     return torch.cat([_row(own, *pair, rule).transpose(1, 2) for own, pair in each], 1)

@@ -112,7 +112,7 @@ def loaded(model: CausalLM) -> LoadedModel:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_an_evaluation_is_read_when_all_of_it_is_queued(dtype: torch.dtype) -> None:
     """Losses, choices and the divergence from the base: once each, however many examples there are."""
-    model = ready(with_lora(toy("llama", dtype)))
+    model = ready(with_lora(toy("llama", dtype, max_position_embeddings=800)))
     examples = [Example(TEXT, "f.txt", n) for n in range(4)]
     with watched(LONG - 1) as seen:
         first = score.score(loaded(model), examples)
