@@ -333,8 +333,8 @@ class PreferencePath:
 
         Accuracy: the share of pairs whose chosen answer has the higher reward; for KTO of answers with the right sign.
         """
-        counts = [sum(batch[kind] for batch in self._seen) for kind in (0, 1)]
-        sums = torch.tensor(read_numbers([batch[2] for batch in self._seen]) if self._seen else [0.0] * 3).double()
+        counts = sum(chosen for chosen, _, _ in self._seen), sum(rejected for _, rejected, _ in self._seen)
+        sums = torch.tensor(read_numbers([sums for _, _, sums in self._seen]) if self._seen else [0.0] * 3).double()
         self._seen.clear()
         good, bad, chosen, rejected, right = all_reduce_numbers(*counts, *map(float, sums.view(-1, 3).sum(0)))
         if not good + bad:
