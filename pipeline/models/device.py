@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.logs.run_log import peak_memory
 from pipeline.project.process_rank import world
 
@@ -102,8 +103,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """The numbers in the tensors, all on one device. The host waits until it has computed them: once for all."""
-    numbers: list[float] = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).tolist()
-    return numbers
+    rows = [tensor.detach().view(-1) for tensor in tensors]
+    # on the CPU there is nothing to wait for, and joining them is one call more
+    rows = rows if not rows or uses_cpu_kernels(rows[0].device) else [torch.cat(rows)]
+    return [number for row in rows for number in row.tolist()]
 
 
 def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
