@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.logs.run_log import peak_memory
 from pipeline.project.process_rank import world
 
@@ -104,9 +103,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """The numbers in the tensors, all on one device. The host waits until it has computed them: once for all."""
     rows = [tensor.detach().view(-1) for tensor in tensors]
-    # on the CPU there is nothing to wait for, and joining them is one call more
-    rows = rows if not rows or uses_cpu_kernels(rows[0].device) else [torch.cat(rows)]
-    return [number for row in rows for number in row.tolist()]
+    if not rows or rows[0].is_cpu:  # there is nothing to wait for, and joining them is one call more
+        return [number for row in rows for number in row.tolist()]
+    numbers: list[float] = torch.cat(rows).tolist()
+    return numbers
 
 
 def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
