@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.base import CausalLM, LinearUpdate, LowRankLinear
+from pipeline.models.device import to_device
 
 
 class AdapterRouting:
@@ -30,6 +31,7 @@ class AdapterRouting:
         self.counts = counts
         self.live = [n for n, rows in enumerate(counts) if rows]  # the adapters that have rows
         self.even = len({*counts} - {0}) == 1  # whether they all have the same number
+        self._live_index: Tensor | None = None  # `live` on the device, for all layers
 
     @contextmanager
     def route(self, counts: tuple[int, ...]) -> Iterator[None]:
@@ -52,7 +54,11 @@ class AdapterRouting:
 
     def select_live(self, stacked: Tensor) -> Tensor:
         """(N, ...) → (L, ...): only the adapters that have rows."""
-        return stacked if len(self.live) == len(self.counts) else stacked[self.live]
+        if len(self.live) == len(self.counts):
+            return stacked
+        if self._live_index is None:
+            self._live_index = to_device(torch.tensor(self.live), stacked.device)
+        return stacked.index_select(0, self._live_index)
 
 
 class BatchedLayer(nn.Module):

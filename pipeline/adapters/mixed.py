@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import adaptable
 from pipeline.adapters.lora import AdapterLayer, LoRALinear
 from pipeline.models.base import CausalLM, UpdatedLinear
+from pipeline.models.device import to_device
 
 STACKED_ROWS = 32  # up to so many rows, one product with all adapters' A is faster than one for each adapter
 
@@ -105,7 +106,7 @@ class RowRouting:
                 if adapter in shares:
                     own = (slice(shares[adapter].start, shares[adapter].stop), slice(start, stop))
                     scales[own], foreign[own] = scale, False
-            self._masks[key] = scales.to(like), foreign.to(like.device)
+            self._masks[key] = to_device(scales.to(like.dtype), like.device), to_device(foreign, like.device)
         return self._masks[key]
 
 

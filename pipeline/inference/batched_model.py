@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -12,6 +13,7 @@ from pipeline.adapters.mixed import MixedAdapter, MixedLayer, RowRouting, change
 from pipeline.errors import is_out_of_memory
 from pipeline.inference.model_pool import Resident, ResidentBase, view
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
+from pipeline.models.device import to_device
 from pipeline.models.kernels.decode import fast_decoding
 
 AGREEMENT = {2: 0.05, 4: 1e-3}  # of the logits' norm, by the bytes of a weight
@@ -78,13 +80,16 @@ class BatchedModel:
         The caches get the new tokens, unless an exception is raised.
         """
         lengths, adapters = [len(part.ids) for part in parts], [part.adapter for part in parts]
-        ids = torch.tensor([[id_ for part in parts for id_ in part.ids]])
-        positions = [torch.arange(part.cache.length, part.cache.length + len(part.ids)) for part in parts]
-        device, cache = self.model.device, PackedCache([part.cache for part in parts])
+        ids = [id_ for part in parts for id_ in part.ids]
+        positions = [t for part in parts for t in range(part.cache.length, part.cache.length + len(part.ids))]
+        last, cache = [stop - 1 for stop in accumulate(lengths)], PackedCache([part.cache for part in parts])
+        # one copy for all three
+        table = to_device(torch.tensor([*ids, *positions, *last]), self.model.device)
+        ids_, positions_, last_ = table.split_with_sizes([len(ids), len(ids), len(last)])
         self._routing.route(adapters, lengths)
-        hidden = self.model.hidden_states(ids.to(device), torch.cat(positions)[None].to(device), lengths, cache)[0]
+        hidden = self.model.hidden_states(ids_[None], positions_[None], lengths, cache)[0]
         self._routing.route(adapters, [1] * len(parts))
-        logits = self.model.logits(hidden[torch.tensor(lengths).cumsum(0).to(device) - 1])
+        logits = self.model.logits(hidden[last_])
         cache.advance(lengths)
         return logits
 

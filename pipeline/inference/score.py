@@ -2,6 +2,7 @@
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens
 from pipeline.inference.engine import encode as encode_prompt
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
+from pipeline.models.device import to_device
 from pipeline.models.generate import finite
 from pipeline.project.params.sections import Quantization
 
@@ -72,7 +74,7 @@ def score(
     Raises UserError if `base` tokenized the examples differently, so that its predictions are not comparable.
     """
     model, divergences = loaded.model, list[Tensor]()
-    losses, choices, labels = list[Tensor](), list[Tensor](), list[Tensor]()
+    losses, choices, labels = list[Tensor](), list[Tensor](), list[int]()
     encoded = [encode(example, loaded.tokenizer, max_length, model.shape.positions) for example in examples]
     for number, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != encoding.ids:
@@ -82,21 +84,25 @@ def score(
             )
     all_hidden = list(packed_hidden_states(model, [encoding.ids[:-1] for encoding in encoded]))
     for number, (encoding, hidden) in enumerate(zip(encoded, all_hidden, strict=True)):
-        ids = torch.tensor(encoding.ids, device=model.device)
-        labelled = torch.tensor(encoding.trained[1:], device=model.device)
+        labelled = [t for t, trained in enumerate(encoding.trained[1:]) if trained]
+        targets = [encoding.ids[t + 1] for t in labelled]
+        labels += targets
+        index, wanted = to_device(
+            torch.tensor([[t % CHUNK for t in labelled], targets], dtype=torch.int64), model.device
+        )
         for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
+            rows, own = slice(start, start + CHUNK), slice(*(bisect_left(labelled, t) for t in (start, start + CHUNK)))
             log_q = model.logits(hidden[rows]).float().log_softmax(-1)  # (n, V)
-            mask = labelled[rows]
-            losses.append(F.nll_loss(log_q[mask], ids[1:][rows][mask], reduction="none").cpu())
-            choices.append(log_q[mask].argmax(dim=-1).cpu())
-            labels.append(ids[1:][rows][mask].cpu())
+            of_labels = log_q.index_select(0, index[own])
+            losses.append(F.nll_loss(of_labels, wanted[own], reduction="none"))
+            choices.append(of_labels.argmax(dim=-1))
             if base is not None:
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
                 log_p = log_p.to(log_q.device)  # two large models may not fit on one device
-                divergences.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())  # (n,)
-    divergence = float(torch.cat(divergences).mean()) if divergences else 0.0
-    predicted = torch.cat(losses), torch.cat(choices), torch.cat(labels)
+                divergences.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1))  # (n,)
+    # read at the end: until then a GPU is not waited for
+    divergence = float(torch.cat(divergences).cpu().mean()) if divergences else 0.0
+    predicted = torch.cat(losses).cpu(), torch.cat(choices).cpu(), torch.tensor(labels, dtype=torch.int64)
     return EvalScores(*predicted, divergence, [encoding.ids for encoding in encoded], all_hidden, model.logits)
 
 

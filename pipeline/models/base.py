@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.files.base_model import TensorLocation
+from pipeline.models.device import to_device
 
 ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]
@@ -360,9 +361,10 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
             tokens += len(sequences[stop])
             stop += 1
         lengths = [len(sequence) for sequence in sequences[start:stop]]
-        ids = torch.tensor([[id_ for sequence in sequences[start:stop] for id_ in sequence]], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
-        hidden = model.hidden_states(ids, positions, lengths if len(lengths) > 1 else None)[0]
+        ids = [id_ for sequence in sequences[start:stop] for id_ in sequence]
+        table = torch.tensor([[ids], [[t for length in lengths for t in range(length)]]])  # (2, 1, T): one copy
+        ids_, positions = to_device(table, model.device)
+        hidden = model.hidden_states(ids_, positions, lengths if len(lengths) > 1 else None)[0]
         yield from hidden.split(lengths)  # type: ignore[no-untyped-call]
         start = stop
 

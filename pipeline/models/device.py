@@ -5,13 +5,13 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.project import process_rank
@@ -178,7 +178,23 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`: there it is queued, and the host does not wait for the copy."""
+    if device.type == "cuda":  # only from pinned memory
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The numbers in the tensors, all on one device. The host waits until it has computed them: once for all."""
+    rows = [tensor.detach().view(-1) for tensor in tensors]
+    if not rows or rows[0].is_cpu:  # there is nothing to wait for, and joining them is one call more
+        return [number for row in rows for number in row.tolist()]
+    numbers: list[float] = torch.cat(rows).tolist()
+    return numbers
+
+
+def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
     return (*model.parameters(), *model.buffers())  # quantized weights are buffers
 
 

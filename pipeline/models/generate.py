@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
+from pipeline.models.device import to_device
 from pipeline.models.kernels.decode import fast_decoding
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def stream(
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
-    new = torch.tensor([list(prompt)], device=model.device)  # (1, T): first the prompt, then one token per step
+    new = to_device(torch.tensor([list(prompt)]), model.device)  # (1, T): first the prompt, then one token per step
     with fast_decoding(model) if packed else nullcontext():
         for _ in range(min(limit, model.max_length - len(prompt))):
             # Sampled on the CPU, so that a seed means the same on every device.
@@ -105,7 +106,7 @@ def stream(
             yield SampledToken(token, float(logits.softmax(0)[token]))
             if token in ends:
                 return
-            new = torch.tensor([[token]], device=model.device)
+            new = to_device(torch.tensor([[token]]), model.device)
 
 
 def finite(numbers: Tensor) -> Tensor:

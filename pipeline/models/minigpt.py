@@ -145,13 +145,22 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
             k, v = prefix(self.layer, k, v, segments or [T])  # (B, H, S, K), the prefix's before each sequence
-        if segments is None:
+        if not uses_cpu_kernels(x.device):
+            from pipeline.models.kernels.packed_attention import Rule, attend_on_accelerator  # few runs are on one
+
+            lengths = [*(segments or [T])]
+            cached = cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None
+            spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]  # with each prefix's keys
+            if cached is not None:
+                spans = [keys.shape[2] for keys, _ in cached]
+            y = attend_on_accelerator(q, k, v, lengths, spans, Rule(K**-0.5), cached).transpose(1, 2)
+        elif segments is None:
             y = _causal_attention(q, k, v)
         elif isinstance(cache, PackedCache):
             pairs = zip(q.split(list(segments), dim=2), cache.update(self.layer, k, v, segments), strict=True)
             y = torch.cat([_causal_attention(own, *pair) for own, pair in pairs], dim=2)  # (1, H, T, K)
         elif k.shape[2] == T <= PACK_UP_TO:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype, x.device))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype))
         else:
             spans = [length + (k.shape[2] - T) // len(segments) for length in segments]  # with each prefix's keys
             parts = zip(q.split(list(segments), dim=2), k.split(spans, dim=2), v.split(spans, dim=2), strict=True)
@@ -161,11 +170,11 @@ class Attention(nn.Module):
 
 
 @lru_cache(maxsize=16)  # all layers of a step use the same mask
-def _segment_mask(segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(T, T): 0 where a token sees a token of its own sequence up to itself, else −∞."""
+def _segment_mask(segments: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """(T, T) on the CPU: 0 where a token sees a token of its own sequence up to itself, else −∞."""
     sequence = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))  # (T,): each token's sequence
     visible = (sequence[:, None] == sequence).tril()
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible.to(device), -torch.inf)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
+from pipeline.models.device import to_device
 from pipeline.training.parallel.collectives import shard_for_rank
 
 
@@ -39,10 +40,19 @@ class Batch:
         return 0 if self.idle else len(self.labels)
 
     def to(self, device: torch.device) -> "Batch":
+        """On `device`, by one copy that the host does not wait for: of all whole numbers."""
         if self.ids.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
-        return replace(self, **moved, label_index=None if self.label_index is None else self.label_index.to(device))
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: to_device(value, device) for name, value in tensors.items() if value.dtype != torch.int64
+        }
+        whole = {name: value for name, value in tensors.items() if name not in moved}
+        table = to_device(torch.cat([value.reshape(-1) for value in whole.values()]), device)
+        parts = table.split_with_sizes([value.numel() for value in whole.values()])
+        moved |= {name: part.view(value.shape) for (name, value), part in zip(whole.items(), parts, strict=True)}
+        return replace(self, **moved)
 
     def unpack(self) -> list["Batch"]:
         """One batch per sequence, for models that do not support packing."""
@@ -114,6 +124,8 @@ class Batches:
         self._windows, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
         self._epoch, self._rows = 0, self._shuffle(0)  # of one epoch only: a data set may have millions of windows
+        self._last: int | None = None  # the step that was read last
+        self._ahead: tuple[int, list[Batch]] | None = None  # a step whose batches are made already, and these
         self.first = first
 
     def __len__(self) -> int:
@@ -122,6 +134,15 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
+        self._last = step
+        return self._ahead[1] if self._ahead is not None and self._ahead[0] == step else self._read(step)
+
+    def read_ahead(self) -> None:
+        """Make the batches of the step after the last one read, while an accelerator still computes that one."""
+        if self._last is not None:
+            self._ahead = self._last + 1, self._read(self._last + 1)
+
+    def _read(self, step: int) -> list[Batch]:
         return [batch_for_rank(self._windows, rows) for rows in self.rows(step)]
 
     @property

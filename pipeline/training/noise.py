@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
+from pipeline.models.device import to_device
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import rank
 
@@ -55,9 +56,9 @@ class LearnerNoise:
             return x
         noise = torch.empty_like(x, requires_grad=False)
         noise.uniform_(-1, 1, generator=self._generator("embeddings", x.device))
-        lengths = torch.tensor(self.lengths, device=x.device)
+        lengths = torch.tensor(self.lengths)
         size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(lengths, output_size=len(x))  # (N,)
-        return torch.addcmul(x, noise, size[:, None].to(x.dtype))
+        return torch.addcmul(x, noise, to_device(size[:, None].to(x.dtype), x.device))
 
     def _generator(self, layer: str, device: torch.device) -> torch.Generator:
         """A generator for this layer in this batch."""

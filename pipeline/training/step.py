@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.models.base import CausalLM
+from pipeline.models.device import read_numbers, to_device
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.parallel.collectives import all_reduce_numbers
+from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed
 
 if TYPE_CHECKING:  # what few runs need
     from pipeline.training.noise import LearnerNoise
@@ -181,20 +183,53 @@ def _accumulate(
 ) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
     noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
-    losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale, noises)
+    ones = dict.fromkeys(live, 1.0)
+    losses, labels = _backward(path, orders, number, path.losses, ones, optimizer.scale, noises)
     retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
-    divergences: dict[int, float] = {}
+    kept, divergences = dict[int, Batches](), list[BatchLosses]()
     if retains:  # a second backward, which adds to the same gradients: neither needs the other's activations
-        orders, weights = {n: r.batches for n, r in retains.items()}, {n: r.weight for n, r in retains.items()}
+        kept, weights = {n: r.batches for n, r in retains.items()}, {n: r.weight for n, r in retains.items()}
         first = next(iter(retains.values()))  # they differ only in weight and order
         divergences, _ = _backward(
-            path, orders, number, lambda batch: path.divergences(batch, first), weights, optimizer.scale
+            path, kept, number, lambda batch: path.divergences(batch, first), weights, optimizer.scale
         )
-    # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
-    sums = all_reduce_numbers(*losses.values(), *divergences.values())
-    divergences = dict(zip(divergences, sums[len(live) :], strict=True))
-    norms = optimizer.collect_gradients().tolist()
-    return {n: Gradient(sums[i], norms[n], int(labels[n]), divergences.get(n)) for i, n in enumerate(live)}
+
+    def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
+        read = iter(numbers)
+        parts = [*_means(orders, losses, read).values(), *_means(kept, divergences, read).values()]
+        sums = all_reduce_numbers(*parts)
+        return dict(zip(orders, sums, strict=False)), dict(zip(kept, sums[len(orders) :], strict=True))
+
+    queued = [each.values for each in (*losses, *divergences)]
+    # Nothing was read so far: on an accelerator all of the step is queued, and the host is free until it is computed.
+    if is_distributed():
+        # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
+        of_losses, of_divergences = means(read_numbers(queued))
+        norms = read_numbers([optimizer.collect_gradients()])
+    else:
+        collected = optimizer.collect_gradients()
+        if not uses_cpu_kernels(collected.device):
+            for order in (*orders.values(), *kept.values()):
+                order.read_ahead()
+        numbers = read_numbers([*queued, collected])
+        (of_losses, of_divergences), norms = means(numbers[: -len(collected)]), numbers[-len(collected) :]
+    return {n: Gradient(of_losses[n], norms[n], int(labels[n]), of_divergences.get(n)) for n in live}
+
+
+class BatchLosses(NamedTuple):
+    """The losses of a batch, of each of its `learners`: each times its share of the step's labels."""
+
+    learners: Sequence[int]
+    values: Tensor
+
+
+def _means(orders: Mapping[int, Batches], parts: Sequence[BatchLosses], read: Iterator[float]) -> dict[int, float]:
+    """Learner → mean loss over this rank's share of the step; `read` are the numbers in `parts`."""
+    means = dict.fromkeys(orders, 0.0)
+    for part in parts:
+        for n in part.learners:
+            means[n] += next(read)
+    return means
 
 
 def _backward(
@@ -205,11 +240,11 @@ def _backward(
     weights: Mapping[int, float],
     scale: float,
     noises: Mapping[int, "LearnerNoise"] | None = None,
-) -> tuple[dict[int, float], dict[int, float]]:
+) -> tuple[list[BatchLosses], dict[int, float]]:
     """Backward through each learner's mean loss over its labels of the step, times its weight and the loss scale.
 
-    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns the means over this
-    rank's share, and the numbers of labels on all ranks.
+    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns the losses of this
+    rank's batches, and the numbers of labels on all ranks.
     """
     batches = list(path.batches(orders, number))
 
@@ -219,7 +254,7 @@ def _backward(
 
     totals = on_all_ranks(lambda batch: batch.weights)
     labels = on_all_ranks(lambda batch: batch.labels) if any(batch.units for batch in batches) else totals
-    parts: list[tuple[Iterable[int], Tensor]] = []
+    parts = list[BatchLosses]()
     for n, noise in (noises or {}).items():
         noise.begin(orders[n].first + number)
     for batch in batches:
@@ -231,12 +266,8 @@ def _backward(
             total = _times(losses, [weights[n] for n in batch.labels])
             total = total if len(shares) == 1 else total.sum()
             torch.autograd.backward(total if scale == 1 else total * scale)
-        parts.append((batch.labels, losses.detach().view(-1)))
-    means = dict.fromkeys(orders, 0.0)
-    for present, losses in parts:  # read after the last backward: on a GPU reading a number waits for it
-        for n, loss in zip(present, losses.tolist(), strict=True):
-            means[n] += loss
-    return means, labels
+        parts.append(BatchLosses([*batch.labels], losses.detach().view(-1)))
+    return parts, labels
 
 
 @contextmanager
@@ -252,7 +283,7 @@ def _during(batch: StepBatch, noises: Mapping[int, "LearnerNoise"]) -> Iterator[
 def _times(values: Tensor, factors: Sequence[float]) -> Tensor:
     """Each value times its factor. Equal factors are the usual case, and need no tensor of their own."""
     if len(set(factors)) > 1:
-        return values * values.new_tensor(factors)
+        return values * to_device(torch.tensor(factors, dtype=values.dtype), values.device)
     return values if factors[0] == 1 else values * factors[0]
 
 
@@ -261,14 +292,16 @@ def mean_losses(
     path: LossPath, batches: Batches, live: Sequence[int], losses_of: Callable[[StepBatch], Tensor]
 ) -> dict[int, float]:
     """Learner → the mean of `losses_of` over all batches, in nats per token."""
-    sums, counts = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+    weights, queued = list[tuple[int, int]](), list[Tensor]()  # of each loss the learner and how much it counts
     for number in range(len(batches)):
         for batch in path.batches(dict.fromkeys(live, batches), number):
             with path.route(batch):
-                losses = losses_of(batch).view(-1).tolist()
-            for (n, count), loss in zip(batch.weights.items(), losses, strict=True):
-                sums[n] += loss * count  # an idle batch counts 0
-                counts[n] += count
+                queued.append(losses_of(batch).view(-1))
+            weights += batch.weights.items()
+    sums, counts = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+    for (n, count), loss in zip(weights, read_numbers(queued), strict=True):
+        sums[n] += loss * count  # an idle batch counts 0
+        counts[n] += count
     reduced = all_reduce_numbers(*sums.values(), *counts.values())
     return {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
 

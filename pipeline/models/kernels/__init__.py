@@ -7,3 +7,8 @@ def uses_cpu_kernels(device: torch.device) -> bool:
     """Whether kernels written for CPUs run. Every other device, `meta` included, takes the accelerators' paths: that is
     how the tests follow them on a machine without one."""
     return device.type == "cpu"
+
+
+def runs_flash_attention(device: torch.device) -> bool:
+    """Whether flash attention has kernels there, for 16 bits: on an Ampere GPU or later. On `meta` as on such a GPU."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))

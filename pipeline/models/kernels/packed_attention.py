@@ -6,13 +6,16 @@ share each of the G key and value heads. There is no dropout: a run gives the sa
 Short sequences on the CPU train with plain batched matrix products (`short_attention`): the flash kernel's backward
 spends its time outside the products there. A LoRA step of SmolLM2-135M in bf16, 8 sequences of 12 to 300 tokens, takes
 1/1.2 of the time (measured on two cores, in turns with torch's flash attention).
+
+On an accelerator no tensor is T × T: a fused kernel reads the row, or blocks of queries read the keys that they see.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import addressof
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -21,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import PackedCache, Prefix
-from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.device import to_device
+from pipeline.models.kernels import runs_flash_attention, uses_cpu_kernels
 from pipeline.models.kernels.native import AttentionShape, native, supports
 
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values of each sequence
 NAME = "lora_segments"
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
 LONGEST = 512
@@ -44,6 +49,11 @@ class Rule:
     def explicit(self) -> bool:
         """Whether the scores themselves must be changed, which fused attention cannot do."""
         return self.softcap is not None or self.sinks is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the causal mask alone."""
+        return self.window is None and not self.explicit
 
 
 def register() -> str:
@@ -96,23 +106,18 @@ def attend(
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
     for layer, weights in _recorders:
         if getattr(module, "layer_idx", None) == layer:
-            weights.append(_weights(query, key, rule))
+            visible = _visible(query.shape[2], key.shape[2], rule.window, query.device)
+            weights.append(_weights(query, key, rule, visible))
 
+    if not uses_cpu_kernels(query.device):
+        out = attend_on_accelerator(query, key, value, lengths, spans, rule, pairs)
     # Also in training without gradients: with its adapter off, a model then gives the bits that its base gives.
-    short = module.training and uses_cpu_kernels(query.device) and lengths == spans and max(lengths) <= LONGEST
-    if short and not rule.explicit and rule.window is None:
+    elif module.training and rule.plain and lengths == spans and max(lengths) <= LONGEST:
         out = short_attention(query, key, value, lengths, rule.scale)
     elif len(lengths) == 1 and pairs is None:
         out = _row(query, key, value, rule).transpose(1, 2)
-    elif _supports_varlen(query, rule):
-        if pairs is not None:
-            key, value = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
-        out = _varlen(query, key, value, lengths, spans, rule)
     else:
-        if pairs is None:
-            pairs = [*zip(key.split_with_sizes(spans, 2), value.split_with_sizes(spans, 2), strict=True)]
-        each_query = zip(query.split_with_sizes(lengths, 2), pairs, strict=True)
-        out = torch.cat([_row(q, *pair, rule).transpose(1, 2) for q, pair in each_query], 1)  # (1, T, H, K)
+        out = _each_sequence(query, pairs or _split(key, value, spans), lengths, rule)
     return out.contiguous(), None
 
 
@@ -130,53 +135,292 @@ def record_weights(layer: int) -> Iterator[list[Tensor]]:
         _recorders.remove(recorder)
 
 
+def attend_on_accelerator(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule, pairs: Pairs | None = None
+) -> Tensor:
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), in the memory of these: no scores of a row are kept.
+
+    Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T sees key S - T + t.
+    `pairs`: the keys and values of each, from a cache, instead of k and v.
+    """
+    fused = rule.plain and all(length in (1, span) for length, span in zip(lengths, spans, strict=True))
+    if fused and len(lengths) == 1 and pairs is None:
+        return _row(q, k, v, rule).transpose(1, 2)
+    varlen = _supports_varlen(q, rule)
+    if fused and not varlen:
+        return _each_sequence(q, pairs or _split(k, v, spans), lengths, rule)
+    if pairs is not None:
+        k, v = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
+    return (_varlen if varlen else _blockwise)(q, k, v, lengths, spans, rule)
+
+
+def _split(k: Tensor, v: Tensor, spans: list[int]) -> Pairs:
+    """Keys and values of each sequence."""
+    return [*zip(k.split_with_sizes(spans, 2), v.split_with_sizes(spans, 2), strict=True)]
+
+
+def _each_sequence(q: Tensor, pairs: Pairs, lengths: list[int], rule: Rule) -> Tensor:
+    """(1, T, H, K): a call for each."""
+    each = zip(q.split_with_sizes(lengths, 2), pairs, strict=True)
+    return torch.cat([_row(own, *pair, rule).transpose(1, 2) for own, pair in each], 1)
+
+
 def _supports_varlen(q: Tensor, rule: Rule) -> bool:
-    """Whether torch's varlen flash attention applies: 16 bits, an Ampere GPU or later."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or rule.explicit:
+    """Whether torch's varlen flash attention applies."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or rule.softcap is not None:
         return False
     # the head sizes that flash attention has kernels for
-    return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and runs_flash_attention(q.device) and _has_varlen()
+
+
+@cache
+def _has_varlen() -> bool:
+    """Whether this torch has it, with the arguments that are passed here: it came after 2.9."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa", "return_aux"} <= signature(varlen_attn).parameters.keys()
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
-    """(1, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the attention."""
+    """(B, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q_starts, k_starts = (torch.tensor([0, *sizes]).cumsum(0).to(q.device, torch.int32) for sizes in (lengths, spans))
+    B, H, T, K = q.shape
+    starts = _starts if type(q) is Tensor else _starts.__wrapped__  # under FakeTensorMode they are fake
+    q_starts, k_starts = (starts((*sizes * B,), q.device) for sizes in (lengths, spans))
     window = (-1 if rule.window is None else rule.window - 1, 0)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, K) and (S, G, K)
-    longest, shared = (max(lengths), max(spans)), q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, q_starts, k_starts, *longest, scale=rule.scale, window_size=window, enable_gqa=shared)
-    assert isinstance(out, Tensor)
-    return out[None]  # (1, T, H, K)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
+    longest = max(lengths), max(spans)
+    if rule.sinks is not None:
+        out: Any = _SinkAttention.apply(q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window)  # type: ignore[no-untyped-call]
+    else:
+        options: dict[str, Any] = {"scale": rule.scale, "window_size": window, "enable_gqa": k.shape[1] != H}
+        out = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options)
+    attended: Tensor = out.view(B, T, H, K)
+    return attended
+
+
+@lru_cache(maxsize=4)  # all layers of a forward use the same, also when they run again in backward
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence begins, and the end of the last: int32 on the device."""
+    return to_device(torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32), device)
+
+
+class _SinkAttention(torch.autograd.Function):
+    """Flash attention with one more score per head, its sink, whose weight goes to no value.
+
+    Its weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores and the sink s: the output is
+    that without the sink times σ(l − s). Given this output and m, flash attention's backward computes the gradients
+    of q, k and v. The sink's weight is σ(s − l), so the gradient of s is −Σ σ(s − l) · (dO · O).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        q_starts: Tensor,
+        k_starts: Tensor,
+        longest: tuple[int, int],
+        scale: float,
+        window: tuple[int, int],
+    ) -> Tensor:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        options: dict[str, Any] = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+        aux = AuxRequest(lse=True)
+        out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)  # lse: (H, T)
+        sink = sinks.float()[:, None]  # (H, 1)
+        out = out * (lse - sink).sigmoid().T[..., None].to(out.dtype)  # (T, H, K)
+        ctx.save_for_backward(q, k, v, sinks, q_starts, k_starts, out, lse)
+        ctx.longest, ctx.scale, ctx.window = longest, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, q_starts, k_starts, out, lse = ctx.saved_tensors
+        sink = sinks.float()[:, None]
+        grads = _flash_backward(
+            outputs[0].contiguous(),
+            *(q, k, v, out, torch.logaddexp(lse, sink), q_starts, k_starts, *ctx.longest, ctx.scale, ctx.window),
+        )
+        drift = (outputs[0].float() * out.float()).sum(-1).T  # (H, T)
+        d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks.dtype)
+        return *grads, d_sinks, None, None, None, None, None
+
+
+def _flash_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    window: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v: what autograd calls for `varlen_attn`."""
+    rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    longest, causal = (longest_q, longest_k), window == (-1, 0)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
+        d_out, q, k, v, out, lse, q_starts, k_starts, *longest, causal, rng, scale, list(window)
+    )
+    return grads
+
+
+ACCELERATOR_BLOCK = 256  # queries whose scores are in memory at once
+
+
+class SeenKeys(NamedTuple):
+    """Queries start:stop of a row, and the keys first:last that any of them sees."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def seen_keys(lengths: Sequence[int], spans: Sequence[int], window: int | None) -> list[SeenKeys]:
+    """All queries in order, at most ACCELERATOR_BLOCK together. Short neighbours share a block."""
+    parts, q, k = list[SeenKeys](), 0, 0  # q and k: where the sequence begins
+    for length, span in zip(lengths, spans, strict=True):
+        before = span - length  # of its first query
+        for start in range(0, length, ACCELERATOR_BLOCK):
+            stop = min(start + ACCELERATOR_BLOCK, length)
+            hidden = 0 if window is None else max(0, before + start + 1 - window)
+            part = SeenKeys(q + start, q + stop, k + hidden, k + before + stop)
+            joined = part if not parts else SeenKeys(parts[-1].start, part.stop, parts[-1].first, part.last)
+            fits = joined.stop - joined.start <= ACCELERATOR_BLOCK
+            if parts and fits and joined.last - joined.first <= 2 * ACCELERATOR_BLOCK:
+                parts[-1] = joined
+            else:
+                parts.append(part)
+        q, k = q + length, k + span
+    return parts
+
+
+@lru_cache(maxsize=4)  # as `_starts`; Gemma's blocks have one of two windows
+def _seen(lengths: tuple[int, ...], spans: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+    """(2, T): the first and the last key that each query sees."""
+    rows, k = list[Tensor](), 0
+    for length, span in zip(lengths, spans, strict=True):
+        last = torch.arange(k + span - length, k + span, dtype=torch.int32)
+        first = torch.full_like(last, k) if window is None else (last - (window - 1)).clamp_(min=k)
+        rows.append(torch.stack((first, last)))
+        k += span
+    return to_device(torch.cat(rows, 1), device)
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
+    """(B, T, H, K), one block of queries after the other; backward computes each block's weights again."""
+    window = None if rule.window is None else rule.window
+    seen = _seen if type(q) is Tensor else _seen.__wrapped__
+    bounds, parts = seen((*lengths,), (*spans,), window, q.device), seen_keys(lengths, spans, window)
+    out: Tensor = _Blockwise.apply(q, k, v, rule.sinks, bounds, parts, replace(rule, sinks=None))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        bounds: Tensor,
+        parts: list[SeenKeys],
+        rule: Rule,
+    ) -> Tensor:
+        B, H, T, _ = q.shape
+        out = q.new_empty(B, T, H, v.shape[3])
+        for part in parts:
+            out[:, part.start : part.stop] = _block(*_slices(q, k, v, part), sinks, bounds, part, rule)
+        ctx.save_for_backward(q, k, v, bounds, *(() if sinks is None else (sinks,)))
+        ctx.parts, ctx.rule = parts, rule
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bounds, *sinks = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)  # many blocks add to the first keys of a long sequence
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        d_sinks = [torch.zeros_like(each, dtype=wide) for each in sinks]
+        for part in ctx.parts:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (*_slices(q, k, v, part), *sinks)]
+                own, keys, values, *sink = leaves
+                out = _block(own, keys, values, sink[0] if sink else None, bounds, part, ctx.rule)
+            grads = torch.autograd.grad(out, leaves, outputs[0][:, part.start : part.stop])
+            del out  # with its scores
+            d_q[:, :, part.start : part.stop] = grads[0]
+            for total, grad in zip((d_k, d_v), grads[1:3], strict=True):
+                total[:, :, part.first : part.last] += grad
+            for total, grad in zip(d_sinks, grads[3:], strict=True):
+                total += grad
+        of_sinks = d_sinks[0].to(sinks[0].dtype) if sinks else None
+        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), of_sinks, None, None, None
+
+
+def _slices(q: Tensor, k: Tensor, v: Tensor, part: SeenKeys) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's queries, and the keys that they see with their values."""
+    seen = slice(part.first, part.last)
+    return q[:, :, part.start : part.stop], k[:, :, seen], v[:, :, seen]
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bounds: Tensor, part: SeenKeys, rule: Rule) -> Tensor:
+    """(B, t, H, K) of the block's queries."""
+    first, last = bounds[:, part.start : part.stop, None]  # (t, 1) each
+    keys = torch.arange(part.first, part.last, dtype=torch.int32, device=q.device)
+    visible = (keys >= first) & (keys <= last)  # (t, s)
+    return _explicit(q, k, v, replace(rule, sinks=sinks), visible).transpose(1, 2)
 
 
 def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """(B, H, T, K), each row one sequence."""
     B, H, T, K = q.shape
     G, S = k.shape[1:3]
-    if rule.explicit:  # explicit scores, so that they can be capped and extended by sinks
-        weights = _weights(q, k, rule).to(q.dtype).view(B, G, H // G, T, S)
-        return (weights @ v.unsqueeze(2)).flatten(1, 2)  # (B, G, R, T, K) → (B, H, T, K)
+    if rule.explicit:
+        return _explicit(q, k, v, rule, _visible(T, S, rule.window, q.device))
     plain = (T == S or T == 1) and (rule.window is None or rule.window >= S)
     if plain and T == 1:
         # A group's R heads take the place of tokens, so that no kernel repeats keys and values: 2 × as fast as torch's
         # enable_gqa after 32 tokens, 5 × after 256 (measured on the CPU with SmolLM2's 9 heads in 3 groups, bf16).
-        grouped = q.view(B, G, H // G, K)  # (B, G, R, K)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).view(q.shape)
+        grouped = q.reshape(B, G, H // G, K)  # (B, G, R, K)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).reshape(q.shape)
     mask = None if plain else _visible(T, S, rule.window, q.device)
+    if H != G and not uses_cpu_kernels(q.device) and not _supports_varlen(q, rule):
+        # only flash attention reads shared heads; without it torch would fall back to scores of T × T
+        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+        G = H
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=H != G)
 
 
-def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
-    """softmax of the scores as `rule` says, causal, (B, H, T, S) in fp32; row t is token t's."""
+def _explicit(q: Tensor, k: Tensor, v: Tensor, rule: Rule, visible: Tensor) -> Tensor:
+    """(B, H, T, K) from the scores themselves, so that they can be capped and extended by sinks."""
+    B, H, T, _ = q.shape
+    G, S = k.shape[1:3]
+    weights = _weights(q, k, rule, visible).to(q.dtype).view(B, G, H // G, T, S)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)  # (B, G, R, T, K) → (B, H, T, K)
+
+
+def _weights(q: Tensor, k: Tensor, rule: Rule, visible: Tensor) -> Tensor:
+    """softmax of the scores as `rule` says, (B, H, T, S) in fp32; row t is token t's, which sees `visible` (T, S)."""
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
     grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)
     scores = grouped @ k.unsqueeze(2).transpose(3, 4) * rule.scale  # (B, G, R, T, S)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores.float().masked_fill(~_visible(T, S, rule.window, q.device), -torch.inf)
+    scores = scores.float().masked_fill(~visible, -torch.inf)
     if rule.sinks is not None:
         sinks = rule.sinks.float().view(1, G, H // G, 1, 1).expand(B, -1, -1, T, 1)
         scores = torch.cat([scores, sinks], -1)  # (B, G, R, T, S + 1)

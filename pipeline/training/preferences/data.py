@@ -167,7 +167,7 @@ def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[
             for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
                 part = range(start, min(start + SCORED_TOGETHER, len(sums)))
                 batch = batch_of(one, part).to(model.device)
-                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
+                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()  # as progress tells: waits for it
                 done += len(part)
                 yield Progress(done, total, "reference")
             all_reduce(sums)
@@ -186,7 +186,7 @@ def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) 
     parts = [batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts]
     if log_probs is None:
         with placed_for_inference(model):
-            log_probs = torch.cat([likelihood(model, part.to(model.device)).summed.cpu() for part in parts])
+            log_probs = torch.cat([likelihood(model, part.to(model.device)).summed for part in parts]).cpu()
     means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

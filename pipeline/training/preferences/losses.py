@@ -17,10 +17,11 @@ from torch import Tensor
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Parts
 from pipeline.models.base import CausalLM
+from pipeline.models.device import read_numbers
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import log_probs
-from pipeline.training.parallel.collectives import all_reduce_numbers, shard_for_rank
+from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed, shard_for_rank
 from pipeline.training.step import StepBatch, to_model_device
 
 if TYPE_CHECKING:
@@ -77,8 +78,10 @@ class Answers:
 class AnswerBatch(Batch):
     """The sequences of n units: the n first ones, then the n second ones; for KTO the first ones alone.
 
-    Of the N labels `counts` belong to each sequence, of which `answered` (N,) are of its answer; None: all are.
-    `reference`: per sequence. KTO: `desirable` (n,), and the second sequences as a batch of their own, `mismatched`.
+    Of the N labels `counts` belong to each sequence. `answered`: the indices of those of an answer; None: all are.
+    `owner`: the sequence of each of these, and `of_each`: how many each sequence has. `reference`: per sequence.
+    KTO: `desirable` (n,), 1 or 0, of which `liked` are 1; `by_kind` (n,) are the units with these first; and the
+    second sequences as a batch of their own, `mismatched`. All is made on the CPU: a GPU would be waited for.
     """
 
     in_chunks: ClassVar[bool] = True
@@ -86,16 +89,18 @@ class AnswerBatch(Batch):
     units: int = 0
     counts: tuple[int, ...] = ()
     answered: Tensor | None = None
+    owner: Tensor | None = None
+    of_each: Tensor | None = None
     reference: Tensor | None = None
     desirable: Tensor | None = None
+    by_kind: Tensor | None = None
+    liked: int = 0
     mismatched: "AnswerBatch | None" = None
 
     def to(self, device: torch.device) -> "AnswerBatch":
-        names = ("answered", "reference", "desirable", "mismatched")
-        moved: dict[str, Any] = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
-        batch = replace(super().to(device), **moved)
+        batch = super().to(device)
         assert isinstance(batch, AnswerBatch)
-        return batch
+        return batch if self.mismatched is None else replace(batch, mismatched=self.mismatched.to(device))
 
 
 class AnswerBatches(Batches):
@@ -114,7 +119,7 @@ class AnswerBatches(Batches):
         super().__init__(answers, batch_size, seed, gradient_accumulation_steps, first)
         self._answers, self._whole = answers, whole
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def _read(self, step: int) -> list[Batch]:
         return [self._batch(numbers) for numbers in self.rows(step)]
 
     def _batch(self, numbers: Sequence[int]) -> AnswerBatch:
@@ -129,18 +134,19 @@ def answer_batch(answers: Answers, units: Sequence[int], whole: bool = False) ->
     firsts, seconds = [2 * unit for unit in units], [2 * unit + 1 for unit in units]
     if not answers.desirable:
         return replace(batch_of(answers, [*firsts, *seconds], len(units) if whole else 0), units=len(units))
-    desirable = torch.tensor([answers.desirable[unit] for unit in units])
-    mismatched = batch_of(answers, seconds)
-    return replace(batch_of(answers, firsts), units=len(units), desirable=desirable, mismatched=mismatched)
+    kinds = [int(answers.desirable[unit]) for unit in units]
+    by_kind = torch.tensor(sorted(range(len(units)), key=lambda n: not kinds[n]))
+    of_kind: dict[str, Any] = {"desirable": torch.tensor(kinds), "by_kind": by_kind, "liked": sum(kinds)}
+    return replace(batch_of(answers, firsts), units=len(units), mismatched=batch_of(answers, seconds), **of_kind)
 
 
 def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> AnswerBatch:
     """The sequences `indices` as a batch of no units; of the first `whole` of them every token carries a label."""
     windows = [answers.windows[index] for index in indices]
-    answered = None
+    answered, of_each = None, torch.tensor([*map(_labels, windows)])
     if whole:
         marks = [label != IGNORED for window in windows[:whole] for label in _to_last_label(window).labels]
-        answered = torch.tensor(marks + [True] * sum(map(_labels, windows[whole:])))
+        answered = torch.tensor(marks + [True] * sum(map(_labels, windows[whole:]))).nonzero()[:, 0]
         windows = [*map(_every_label, windows[:whole]), *windows[whole:]]
     batch = collate(windows)
     names = ("ids", "positions", "labels", "label_index", "segments")
@@ -148,6 +154,8 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
         **{name: getattr(batch, name) for name in names},
         counts=tuple(map(_labels, windows)),
         answered=answered,
+        owner=torch.repeat_interleave(of_each),
+        of_each=of_each,
         reference=None if answers.reference is None else answers.reference[[*indices]],
     )
 
@@ -180,13 +188,11 @@ def likelihood(model: CausalLM, batch: AnswerBatch) -> Likelihood:
     """With gradient, unless autograd is off."""
     parts = [batch] if model.supports_packing else batch.unpack()
     values = torch.cat([_label_log_probs(model, part) for part in parts])
-    counts = torch.tensor(batch.counts, device=values.device)
-    owner = torch.repeat_interleave(counts)  # (N,): the sequence of each label
     nll = -values[: sum(batch.counts[: batch.units or None])].mean()
-    if batch.answered is not None:
-        owner, values = owner[batch.answered], values[batch.answered]
-        counts = torch.bincount(owner, minlength=len(counts))
-    return Likelihood(values.new_zeros(len(counts)).index_add(0, owner, values), counts, nll)
+    values = values if batch.answered is None else values.index_select(0, batch.answered)
+    assert batch.owner is not None and batch.of_each is not None
+    summed = values.new_zeros(len(batch.of_each)).index_add(0, batch.owner, values)
+    return Likelihood(summed, batch.of_each, nll)
 
 
 def _label_log_probs(model: CausalLM, batch: Batch) -> Tensor:
@@ -214,7 +220,9 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
     if divergence is not None:
         assert batch.desirable is not None
         loss = kto(scores, batch.desirable, divergence, settings)
-        return Preference(loss, rewards[batch.desirable], rewards[~batch.desirable])
+        assert batch.by_kind is not None
+        good, bad = rewards.index_select(0, batch.by_kind).tensor_split([batch.liked])
+        return Preference(loss, good, bad)
     (chosen, rejected), (of_chosen, of_rejected) = scores.chunk(2), like.counts.chunk(2)
     loss = PAIRED[settings.loss](chosen, rejected, of_chosen, of_rejected, settings).mean()
     if weight := 1.0 if settings.loss == "orpo" else settings.rpo_alpha:
@@ -223,15 +231,18 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
 
 
 @torch.no_grad()
-def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> float:
-    """KTO's estimate of the divergence from the reference, of the batch on all ranks; one without `units` is idle."""
+def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> Tensor:
+    """KTO's estimate, (), of the divergence from the reference, of the batch on all ranks; one without `units` is
+    idle."""
     assert mismatched.reference is not None
     drift = likelihood(model, mismatched).summed - mismatched.reference
+    if not is_distributed():
+        return (drift.sum() / len(drift)).clamp(min=0)
     total, count = all_reduce_numbers(*((float(drift.sum()), len(drift)) if units else (0.0, 0)))
-    return max(total / count, 0.0)
+    return drift.new_tensor(max(total / count, 0.0))
 
 
-def kto(scores: Tensor, desirable: Tensor, divergence: float, settings: PreferenceSettings) -> Tensor:
+def kto(scores: Tensor, desirable: Tensor, divergence: Tensor, settings: PreferenceSettings) -> Tensor:
     """Ethayarajh et al. 2024, eq. 8, with both weights 1: 1 − σ(±β(score − divergence))."""
     sign = desirable.to(scores.dtype) * 2 - 1
     return (1 - torch.sigmoid(sign * settings.beta * (scores - divergence))).mean()
@@ -285,9 +296,8 @@ class PreferencePath:
 
     def __init__(self, model: CausalLM, settings: PreferenceSettings) -> None:
         self._model, self._settings = model, settings
-        self._seen: list[
-            Tensor
-        ] = []  # (5,) a batch: numbers of both kinds, their summed rewards, and how many are right
+        # a batch each: numbers of both kinds; their summed rewards, and how many are right, (3,)
+        self._seen: list[tuple[int, int, Tensor]] = []
 
     @property
     def supports_packing(self) -> bool:
@@ -311,8 +321,8 @@ class PreferencePath:
         if answers.units:
             paired = answers.mismatched is None
             right = (chosen > rejected).sum() if paired else (chosen > 0).sum() + (rejected < 0).sum()
-            counts = chosen.new_tensor([len(chosen), len(rejected)])
-            self._seen.append(torch.stack([*counts, chosen.sum(), rejected.sum(), right.to(chosen.dtype)]).cpu())
+            sums = torch.stack([chosen.sum(), rejected.sum(), right.to(chosen.dtype)])
+            self._seen.append((len(chosen), len(rejected), sums))
         return loss
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
@@ -323,9 +333,10 @@ class PreferencePath:
 
         Accuracy: the share of pairs whose chosen answer has the higher reward; for KTO of answers with the right sign.
         """
-        sums = torch.stack(self._seen).double().sum(0).tolist() if self._seen else [0.0] * 5
+        counts = sum(chosen for chosen, _, _ in self._seen), sum(rejected for _, rejected, _ in self._seen)
+        sums = torch.tensor(read_numbers([sums for _, _, sums in self._seen]) if self._seen else [0.0] * 3).double()
         self._seen.clear()
-        good, bad, chosen, rejected, right = all_reduce_numbers(*sums)
+        good, bad, chosen, rejected, right = all_reduce_numbers(*counts, *map(float, sums.view(-1, 3).sum(0)))
         if not good + bad:
             return {}
         means = chosen / max(good, 1), rejected / max(bad, 1)

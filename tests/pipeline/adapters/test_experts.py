@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapters import experts
 from pipeline.adapters.attach import AdapterScale, attach, disable_adapter, tensors
 from pipeline.adapters.config import WEIGHTS, AdapterSpec, read_config
 from pipeline.adapters.low_rank import load_update
@@ -382,3 +384,19 @@ def test_a_foreign_adapter_that_does_not_fit_is_refused(config: dict[str, Any], 
     damage(tmp_path, **config)
     with pytest.raises(UserError, match=why):
         load_adapter(base, Path("base"), tmp_path)
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_products_of_all_experts_at_once_are_those_of_each(
+    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an accelerator computes them: logits and the gradients of A and B, up to the order of sums."""
+    model, found = adapted(name, AdapterSpec(rank, 6.0, ("q_proj",), parameters=BOTH)), []
+    for grouped in (False, True):
+        monkeypatch.setattr(experts, "_runs_grouped_products", lambda _, grouped=grouped: grouped)
+        model.zero_grad()
+        out = logits(model)
+        torch.autograd.backward(out.logsumexp(-1).sum())
+        found.append((out, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

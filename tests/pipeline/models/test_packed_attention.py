@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.packed_attention import Rule, _varlen, attend, register
+from pipeline.models.kernels.packed_attention import Rule, _blockwise, _varlen, attend, register, seen_keys
 
 MODULE = nn.Module()
 SMALL: dict[str, Any] = {
@@ -280,3 +280,108 @@ def test_what_flash_attention_is_asked_for_on_a_gpu_is_the_mask_of_the_cpu(
     parts = zip(*(torch.split(x, sizes, 2) for x, sizes in ((q, lengths), (k, spans), (v, spans))), strict=True)
     wanted = torch.cat([by_hand(a, b, c, rule.scale, window, None, None) for a, b, c in parts], 1)
     assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+ROWS_AND_KEYS = {
+    "lengths": st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    "before": st.integers(0, 3),
+    "window": st.none() | st.integers(1, 10),
+    "block": st.integers(1, 12),
+}
+
+
+@given(
+    **ROWS_AND_KEYS,
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    softcap=st.none() | st.just(2.0),
+    sinks=st.booleans(),
+    rows=st.sampled_from([1, 2]),
+)
+def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mask_shows(
+    lengths: list[int],
+    before: int,
+    heads: tuple[int, int],
+    window: int | None,
+    block: int,
+    softcap: float | None,
+    sinks: bool,
+    rows: int,
+) -> None:
+    """Values and all gradients, those of sinks too: of a row of packed sequences, or of several rows of one."""
+    lengths = lengths if rows == 1 else lengths[:1]
+    spans = [before + length for length in lengths]
+    inputs = tensors(*heads, sum(lengths), sum(spans), rows=rows)
+    s_aux = torch.linspace(-1, 1, heads[0]).requires_grad_() if sinks else None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packed_attention, "ACCELERATOR_BLOCK", block)
+        found = _blockwise(*inputs, lengths, spans, Rule(0.4, window, softcap, s_aux))
+        leaves: Any = inputs if s_aux is None else (*inputs, s_aux)
+        ours = gradients(found, leaves)
+    parts = zip(
+        *(torch.split(x, sizes, 2) for x, sizes in zip(inputs, (lengths, spans, spans), strict=True)), strict=True
+    )
+    wanted = torch.cat([by_hand(a, b, c, 0.4, window, softcap, s_aux) for a, b, c in parts], 1)
+    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert_close(ours, gradients(wanted, leaves), atol=1e-5, rtol=1e-4)
+
+
+@given(**ROWS_AND_KEYS)
+def test_a_block_has_every_query_once_and_all_keys_that_it_sees(
+    lengths: list[int], before: int, window: int | None, block: int
+) -> None:
+    spans, queries = [before + length for length in lengths], list[int]()
+    bounds = packed_attention._seen((*lengths,), (*spans,), window, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packed_attention, "ACCELERATOR_BLOCK", block)
+        for part in seen_keys(lengths, spans, window):
+            first, last = bounds[:, part.start : part.stop]
+            assert (part.first, part.last) == (int(first.min()), int(last.max()) + 1)
+            assert part.stop - part.start <= block
+            queries += range(part.start, part.stop)
+    assert queries == list(range(sum(lengths)))
+
+
+def flash_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp (H, T) of one sequence, as `varlen_attn` gives them."""
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("thk,shk->hts", q, keys) * options["scale"]
+    left, (T, S) = options["window_size"][0], scores.shape[1:]
+    hidden = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    hidden = ~(hidden if left < 0 else hidden.triu(S - T - left))
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.einsum("hts,shk->thk", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+def flash_backward_by_hand(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """What flash attention's backward computes of its saved output and logsumexp (Dao 2023, algorithm 2)."""
+    scale, window = rest[-2:]
+    shared = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(shared, 1) for x in (k, v))
+    _, own = flash_with_logsumexp(q, k, v, scale=scale, window_size=window)
+    scores = torch.einsum("thk,shk->hts", q, keys) * scale
+    T, S = scores.shape[1:]
+    visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    visible = visible if window[0] < 0 else visible.triu(S - T - window[0])
+    weights = (scores - lse[..., None]).exp() * visible  # (H, T, S)
+    drift = (d_out * out).sum(-1).T[..., None]  # (H, T, 1)
+    d_scores = weights * (torch.einsum("thk,shk->hts", d_out, values) - drift) * scale
+    d_keys, d_values = torch.einsum("hts,thk->shk", d_scores, q), torch.einsum("hts,thk->shk", weights, d_out)
+    grouped = [x.view(len(x), -1, shared, x.shape[2]).sum(2) for x in (d_keys, d_values)]
+    assert own.shape == lse.shape
+    return torch.einsum("hts,shk->thk", d_scores, keys), grouped[0], grouped[1]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_sinks_are_a_factor_on_flash_attentions_output(heads: tuple[int, int], window: int | None) -> None:
+    inputs, s_aux = tensors(*heads, 9, 12), torch.linspace(-1, 1, heads[0]).requires_grad_()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(varlen, "varlen_attn", flash_with_logsumexp)
+        patched.setattr(packed_attention, "_flash_backward", flash_backward_by_hand)
+        found = _varlen(*inputs, [9], [12], Rule(0.4, window, None, s_aux)).contiguous()
+        ours = gradients(found, (*inputs, s_aux))  # type: ignore[arg-type]
+    wanted = by_hand(*inputs, 0.4, window, None, s_aux)
+    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert_close(ours, gradients(wanted, (*inputs, s_aux)), atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
