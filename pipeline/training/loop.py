@@ -3,6 +3,7 @@
 One learner is the case N = 1: the same loop trains a model's own weights, one adapter, or the adapters of a sweep.
 """
 
+import gc
 import math
 import shutil
 import signal
@@ -42,7 +43,8 @@ from pipeline.project.logs.run_log import (
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.meter import MemoryMeter, memory_meter
+from pipeline.training.memory.prediction import predict_peak_memory, suggest_less_memory
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
@@ -237,7 +239,7 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
     except (RuntimeError, MemoryError) as error:  # before the first step: the model alone did not fit
         if not is_out_of_memory(error):
             raise
-        raise _out_of_memory(job, task, error) from None
+        raise _out_of_memory(job, task, release(error)) from None
 
 
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
@@ -259,12 +261,12 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
-    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter(device)
+    predicted, live = 0 if sharded else predicted_peak(task, largest_step), memory_meter(device)
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     model.train()
     records = steps(task, optimizer, done)
-    if not sharded:  # FSDP allocates and frees gathered weights unseen by the meter
+    if not sharded or device.type == "cuda":  # FSDP allocates and frees gathered weights unseen by a meter of tensors
         records = measure_memory(live, largest_step - done, model, optimizer, records)
     with ExitStack() as stack:
         _write_outcomes(job, task)
@@ -305,6 +307,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
+            reason = release(error)
             if optimizer.steps != before + done:  # failed during evaluation: a step was taken that is not logged
                 checkpoint_note = "The last periodic checkpoint is kept. "
             else:
@@ -312,7 +315,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 _save(job, task, logs, optimizer, done)
                 checkpoint_note = f"A checkpoint after step {done} of {task.total} is kept. "
             if is_out_of_memory(error):
-                raise _out_of_memory(job, task, error, done, checkpoint_note) from None
+                raise _out_of_memory(job, task, reason, done, checkpoint_note) from None
             raise ProcessLost.during(name, checkpoint_note) from None
         if signals:  # after the last record was handled
             raise Interrupted(signals[-1], f"{name}: stopped after the last step")
@@ -321,7 +324,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         evaluation.restore_best(optimizer)
     model.eval()
     if live.peak:
-        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
+        measured = f"{in_units(live.peak)} of tensors measured at the peak of the largest step{live.beside}"
+        yield Note(f"{name}: {measured}", routine=True)
     return optimizer
 
 
@@ -484,7 +488,7 @@ def predicted_peak(task: TrainingTask, number: int) -> int:
 
 
 def measure_memory(
-    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
+    live: MemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
 ) -> Iterator[T]:
     """The same records; `live` measures the step of record `number`, counted from 0.
 
@@ -498,14 +502,28 @@ def measure_memory(
     yield from records
 
 
+def release(error: BaseException) -> str:
+    """Free the tensors of the step that failed; returns the error's first line.
+
+    The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are gone.
+    """
+    reason, link = first_line(error), error
+    while link is not None:
+        link.__traceback__, link = None, link.__context__
+    gc.collect()  # frames and autograd's contexts refer to each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return reason
+
+
 def _out_of_memory(
-    job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
+    job: Job, task: TrainingTask, reason: str, done: int = 0, checkpoint_note: str = ""
 ) -> CollectiveError:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
     advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
     return CollectiveError(
-        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
+        f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} {checkpoint_note}".rstrip()
     )
 
 

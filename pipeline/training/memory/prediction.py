@@ -1,21 +1,13 @@
-"""Memory of a training step: the calculator's prediction, settings that would lower it, and a meter of live tensors."""
+"""Memory of a training step: the calculator's prediction, and settings that would lower it."""
 
 import dataclasses
-import weakref
-from collections.abc import Iterable
-from typing import Any
 
-import torch
 from msgspec.structs import replace
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import TrainingConfig
-from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
@@ -109,42 +101,3 @@ def predict_peak_memory(
         return predict(architecture(model.describe(), "the model"), method, run).peak
     except UserError:
         return None
-
-
-class TensorMemoryMeter(TorchDispatchMode):
-    """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does; `peak` is the maximum.
-
-    With `device` only of tensors there: a paged optimizer's state is elsewhere. Results are bit for bit the same; each
-    operation takes some microseconds longer.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device
-        self._sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def watch(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if self._device is not None and tensor.device.type != self._device.type:
-                continue
-            storage = tensor.untyped_storage()  # a view adds nothing: it has its base's storage
-            key = storage._cdata
-            if key not in self._sizes:
-                self._sizes[key] = -(-storage.nbytes() // ROUNDING) * ROUNDING
-                self.now += self._sizes[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key)  # no reference, which would keep it alive
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Otherwise torch imports its compiler, which takes 1.4 seconds; nothing here is compiled."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.watch([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
-        return out

@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.registry import COUNTED
-from pipeline.training.memory.prediction import TensorMemoryMeter
+from pipeline.training.memory.meter import TensorMemoryMeter
 
 
 @dataclass(frozen=True)
