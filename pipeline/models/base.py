@@ -38,6 +38,7 @@ class CausalLM(nn.Module):
     embedding_name: str  # full module names
     head_name: str
     virtual: "VirtualTokens | None"  # read before every sequence
+    logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +139,9 @@ class CausalLM(nn.Module):
 
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
+
+    def prepare_accelerator_training(self, device: torch.device) -> None:
+        """The same for training on `device`, any other than a CPU; the model may not be there yet."""
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
         """Attention weights per head that a training step keeps for one row of sequences; None if it keeps none."""

@@ -67,7 +67,7 @@ class TransformersModel(CausalLM):
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
         # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides them
-        self._cap = getattr(config, "final_logit_softcapping", None)
+        self.logit_cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
     @property
@@ -114,7 +114,7 @@ class TransformersModel(CausalLM):
         logits: Tensor = self.head(hidden)
         if self._scale != 1:
             logits = logits * self._scale
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -168,6 +168,11 @@ class TransformersModel(CausalLM):
     def prepare_cpu_training(self) -> None:
         fuse_rms_norms(self)
         keep_freed_memory()
+
+    def prepare_accelerator_training(self, device: torch.device) -> None:
+        from pipeline.models.kernels.accelerator import fuse  # a run on a CPU does not load it
+
+        fuse(self, device)
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
         if not uses_cpu_kernels(self.device) or max(lengths) > packed_attention.LONGEST:

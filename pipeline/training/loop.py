@@ -337,11 +337,13 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
 
 
 def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
-    """Apply checkpointing and, on the CPU, faster kernels; returns the device to train on. Does not move the model."""
+    """Apply checkpointing and faster kernels; returns the device to train on. Does not move the model."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
     if uses_cpu_kernels(device):
         model.prepare_cpu_training()
+    else:
+        model.prepare_accelerator_training(device)
     return device
 
 

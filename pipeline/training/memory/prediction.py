@@ -13,7 +13,7 @@ from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
-from pipeline.training.losses import CHUNK
+from pipeline.training.losses import chunk_of, fuses_head
 
 
 def suggest_less_memory(
@@ -70,7 +70,10 @@ def predict_peak_memory(
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
-    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= CHUNK
+    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= chunk_of(model)
+    loss = "divergence" if retained else "full" if all_logits else "chunked"
+    if not (retained or batch.in_chunks) and fuses_head(model):
+        loss = "fused"
     precision = str(settings.precision)
     adapter = getattr(settings, "adapter_precision", precision)
     if (quantization := getattr(settings, "quantization", "none")) != "none":
@@ -91,9 +94,9 @@ def predict_peak_memory(
         cpu=model.device.type == "cpu",
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,
-        loss="divergence" if retained else "full" if all_logits else "chunked",
+        loss=loss,
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
-        chunk=CHUNK,
+        chunk=chunk_of(model),
     )
     if retained and hasattr(method, "lora_dropout"):  # without noise
         method = dataclasses.replace(method, lora_dropout=0.0)  # type: ignore[call-arg]
