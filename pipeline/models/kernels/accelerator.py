@@ -64,9 +64,7 @@ def fuse(model: CausalLM, device: torch.device) -> list[str]:
     return names
 
 
-def fuse_gates(
-    model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True
-) -> list[str]:
+def fuse_gates(model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True) -> list[str]:
     """Replace, in place, act(gate)·up by the first of `products` that computes the same on `device`.
 
     Not `checked`, by the first of them wherever the parts are there.
@@ -166,6 +164,12 @@ def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
         return False
 
 
+def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
+    """Liger's activation is part of its kernel."""
+    out: Tensor = kind.apply(gate, up)
+    return out
+
+
 @cache
 def liger(device: torch.device) -> Any:
     """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`, or None where it cannot run."""
@@ -186,15 +190,7 @@ def liger(device: torch.device) -> Any:
 
     return SimpleNamespace(
         norm=Norm,
-        products=[
-            lambda gate, up, _, kind=kind: kind.apply(gate, up) for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)
-        ],
+        products=[partial(_without_activation, kind) for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)],
         rotate=LigerRopeFunction.apply,
         loss=partial(LigerFusedLinearCrossEntropyLoss, reduction="sum"),
     )
-
-
-def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
-    """Liger's activation is part of its kernel."""
-    out: Tensor = kind.apply(gate, up)
-    return out
