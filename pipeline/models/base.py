@@ -38,6 +38,8 @@ class CausalLM(nn.Module):
     embedding_name: str  # full module names
     head_name: str
     virtual: "VirtualTokens | None"  # read before every sequence
+    compiles = False  # whether `torch.compile` of its blocks may pay
+    wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple  # of packed sequences, as its blocks get them
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
     def __init__(self) -> None:

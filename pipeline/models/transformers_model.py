@@ -39,6 +39,8 @@ class TransformersModel(CausalLM):
     Dropout is off, in training too: a run gives the same numbers whenever it is repeated or resumed.
     """
 
+    compiles = True
+
     def __init__(self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
         """`stored` and `generation`: config settings and the text of generation_config.json that `save` writes."""
         super().__init__()
@@ -105,7 +107,8 @@ class TransformersModel(CausalLM):
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
             options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
-        ours = {"segments": segments, "prefix": prefix, "past": past}
+        lengths = None if segments is None else self.wrap_lengths(segments)
+        ours = {"segments": lengths, "prefix": prefix, "past": past}
         options |= {key: value for key, value in ours.items() if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out

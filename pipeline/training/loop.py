@@ -244,7 +244,11 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
 
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     name, model, evaluation = job.stage.name, task.model, task.evaluation
-    device = prepare_model(model, task.settings.gradient_checkpointing)
+    if task.settings.compile and (task.learners[0].name or not model.compiles):
+        raise UserError(
+            f"{name}: compile is true, but only an imported model with one adapter is compiled. Set compile to false."
+        )
+    device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     sharded = False
     if is_distributed():
         from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
@@ -326,6 +330,10 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     if live.peak:
         measured = f"{in_units(live.peak)} of tensors measured at the peak of the largest step{live.beside}"
         yield Note(f"{name}: {measured}", routine=True)
+    if task.settings.compile:
+        from pipeline.models.kernels.compiled import seconds_compiling
+
+        yield Note(f"{name}: compiling took {seconds_compiling():.0f} s of the run")
     return optimizer
 
 
@@ -336,14 +344,18 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
     return FlatOptimizer(model, settings[0].precision == "fp16", ratios, rule, decays)
 
 
-def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
+def prepare_model(model: CausalLM, checkpointing: Checkpointing, compiles: bool = False) -> torch.device:
     """Apply checkpointing and faster kernels; returns the device to train on. Does not move the model."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
     if uses_cpu_kernels(device):
         model.prepare_cpu_training()
-    else:
+    elif not compiles:  # the compiler fuses the same parts
         model.prepare_accelerator_training(device)
+    if compiles:
+        from pipeline.models.kernels.compiled import compile_blocks  # torch's compiler takes 1.4 seconds to import
+
+        compile_blocks(model)
     return device
 
 

@@ -49,7 +49,7 @@ def probe(task: TrainingTask) -> Probe:
         sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
         for number in range(len(batches))
     ]
-    model.to(prepare_model(model, task.settings.gradient_checkpointing))
+    model.to(prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile))
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
     predicted = predicted_peak(task, batches.largest_step(range(min(len(batches), total))))
     model.train()

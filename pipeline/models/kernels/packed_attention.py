@@ -8,7 +8,7 @@ spends its time outside the products there. A LoRA step of SmolLM2-135M in bf16,
 1/1.2 of the time (measured on two cores, in turns with torch's flash attention).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,11 +42,14 @@ class Rule:
         return self.softcap is not None or self.sinks is not None
 
 
-def register() -> str:
-    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks."""
+def register(function: Callable[..., Any] | None = None) -> str:
+    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks.
+
+    `function`: what stands in for `attend`.
+    """
     from transformers import AttentionInterface  # takes two seconds, which MiniGPT does not need
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, function or attend)
     return NAME
 
 
