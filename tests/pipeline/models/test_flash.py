@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.kernels import flash
-from pipeline.models.kernels.packed_attention import Rule, _weights
+from pipeline.models.kernels.packed_attention import attend
 
 
 def documented(
@@ -49,13 +49,14 @@ def test_it_computes_each_sequence_as_this_projects_attention_does(
 ) -> None:
     """`before`: keys of each sequence that come before its queries, as with a cache."""
     torch.manual_seed(0)
-    lengths, rule = [5, 9, 1], Rule(0.3, window, softcap)
+    lengths, options = [5, 9, 1], {"sliding_window": window, "softcap": softcap}
     spans = [length + before for length in lengths]
     q, k, v = torch.randn(1, 4, sum(lengths), 8), *(torch.randn(1, 2, sum(spans), 8) for _ in range(2))
-    found = flash.flash_attention(q, k, v, lengths, spans, rule.scale, rule.window, rule.softcap)
+    found = flash.flash_attention(q, k, v, lengths, spans, 0.3, window, softcap)
     parts = zip(q.split(lengths, 2), k.split(spans, 2), v.split(spans, 2), strict=True)
-    expected = [_weights(a, b, rule) @ c.repeat_interleave(2, 1) for a, b, c in parts]
-    torch.testing.assert_close(found, torch.cat(expected, 2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    module: Any = SimpleNamespace(training=False, layer_idx=0)
+    expected = [attend(module, *part, None, scaling=0.3, **options)[0] for part in parts]
+    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_are_sequences_of_their_own() -> None:
