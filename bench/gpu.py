@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
 from time import perf_counter
@@ -89,9 +90,11 @@ def gpu() -> Iterator[Row]:
 def known_gpu(name: str, gib: float) -> Gpu | None:
     """The card of that name, as the driver has it, whose memory is the nearest; None if its peak is not published."""
     words = set(re.split(r"[ -]", name))
-    same = [
-        gpu for gpu in gpus().values() if gpu.tflops and set(re.split(r" / | \d+ GB", gpu.label)[0].split()) <= words
-    ]
+
+    def named(gpu: Gpu) -> bool:
+        return any(set(one.split()) <= words for one in re.sub(r" \d+ GB", "", gpu.label).split(" / "))
+
+    same = [gpu for gpu in gpus().values() if gpu.tflops and named(gpu)]
     return min(same, key=lambda gpu: abs(gpu.bytes / 2**30 - gib), default=None)
 
 
@@ -207,10 +210,8 @@ class Ours:
     def utilization(self, seconds: float, card: Gpu | None) -> str:
         if card is None or card.tflops is None:
             return "card without a published peak"
-        run = TrainingConfig(sequence=self.tokens // (self.case.steps * self.case.batch), checkpointing="none")
-        run = TrainingConfig(
-            sequence=run.sequence, checkpointing="none", loss="chunked", label_share=self.labels / self.tokens
-        )
+        length, share = self.tokens // (self.case.steps * self.case.batch), self.labels / self.tokens
+        run = TrainingConfig(sequence=length, checkpointing="none", loss="chunked", label_share=share)
         flops = flops_per_token(architecture(self.case.config, self.case.name), self.task.method or Lora(), run).total
         return f"{flops * self.tokens / seconds / (card.tflops * 1e12):.0%} of {card.label}'s peak"
 
@@ -272,14 +273,14 @@ class Theirs:
 
 def _quantize_by_bitsandbytes(model: Any, device: torch.device) -> None:
     """Its own layers in place of the blocks' linears, as from_pretrained makes them from files."""
-    import bitsandbytes
+    library: Any = import_module("bitsandbytes")
 
-    options = {"quant_type": "nf4", "compress_statistics": True}
     for name, linear in list(model.model.named_modules()):
         if isinstance(linear, nn.Linear):
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            layer = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, device="meta", **options)
-            layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, **options)
+            shape = linear.in_features, linear.out_features, linear.bias is not None
+            layer: Any = library.nn.Linear4bit(*shape, torch.bfloat16, quant_type="nf4", device="meta")
+            weight = linear.weight.data.cpu()
+            layer.weight = library.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True)
             layer.bias = linear.bias
             model.model.set_submodule(name, layer.to(device))
     model.is_loaded_in_4bit = True  # PEFT asks for it

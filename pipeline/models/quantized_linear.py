@@ -4,6 +4,7 @@
 import logging
 import math
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -54,9 +55,8 @@ class QuantizedLinear(LowBitLinear):
     def product_4bit(self, x: Tensor) -> Tensor:
         """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its backward, like ours, keeps
         only the codes and dequantizes them again."""
-        import bitsandbytes
-
-        functional, tensors = bitsandbytes.functional, dict(self.named_buffers())
+        library: Any = import_module("bitsandbytes")
+        functional, tensors = library.functional, dict(self.named_buffers())
         scales, offset, scales_of_scales = tensors["scales"], None, None
         if self.kind == DOUBLE:
             # without `code` it would copy its table to the device in every product
@@ -72,7 +72,7 @@ class QuantizedLinear(LowBitLinear):
             offset=offset,
             state2=scales_of_scales,
         )
-        out: Tensor = bitsandbytes.matmul_4bit(x, tensors["codes"], state, bias=self.bias)
+        out: Tensor = library.matmul_4bit(x, tensors["codes"], state, bias=self.bias)
         return out
 
 

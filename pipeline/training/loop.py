@@ -23,7 +23,7 @@ from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
-from pipeline.models.device import device_for
+from pipeline.models.device import device_for, multiplies_bf16
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
@@ -249,6 +249,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             f"{name}: compile is true, but only an imported model with one adapter is compiled. Set compile to false."
         )
     device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
+    if device.type == "cuda" and task.settings.precision == "bf16" and not multiplies_bf16(device):
+        yield Note(f"{name}: this GPU has no bf16 instructions and is slow with it. Set {name}.precision=fp16.")
     sharded = False
     if is_distributed():
         from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
@@ -521,7 +523,8 @@ def release(error: BaseException) -> str:
 
     The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are gone.
     """
-    reason, link = first_line(error), error
+    reason, link = first_line(error), error.__context__
+    error.__traceback__ = None
     while link is not None:
         link.__traceback__, link = None, link.__context__
     gc.collect()  # frames and autograd's contexts refer to each other

@@ -75,7 +75,7 @@ def fuse_gates(model: nn.Module, products: Sequence[Product], device: torch.devi
             continue
         fused = next((one for one in products if not checked or _same_gate(module, one, device)), None)
         if fused is not None:
-            module.product = fused  # type: ignore[assignment]
+            module.product = fused
             module.forward = MethodType(_gated_forward, module)
             names.append(name)
     return names

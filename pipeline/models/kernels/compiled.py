@@ -31,7 +31,7 @@ class Lengths(Sequence[int]):
 def compile_blocks(model: CausalLM) -> None:
     """From now on the model's blocks compile where they are called, in place."""
     torch._dynamo.config.recompile_limit = VARIANTS
-    packed_attention.register(torch.compiler.disable(packed_attention.attend))
+    packed_attention.register(torch.compiler.disable(packed_attention.attend))  # type: ignore[no-untyped-call]
     for block in model.blocks:
         block.compile(dynamic=True)
     model.wrap_lengths = Lengths

@@ -49,13 +49,14 @@ def test_it_computes_each_sequence_as_this_projects_attention_does(
 ) -> None:
     """`before`: keys of each sequence that come before its queries, as with a cache."""
     torch.manual_seed(0)
-    lengths, options = [5, 9, 1], {"sliding_window": window, "softcap": softcap}
+    lengths = [5, 9, 1]
     spans = [length + before for length in lengths]
     q, k, v = torch.randn(1, 4, sum(lengths), 8), *(torch.randn(1, 2, sum(spans), 8) for _ in range(2))
     found = flash.flash_attention(q, k, v, lengths, spans, 0.3, window, softcap)
-    parts = zip(q.split(lengths, 2), k.split(spans, 2), v.split(spans, 2), strict=True)
+    each = ((q, lengths), (k, spans), (v, spans))
+    parts = zip(*(x.split_with_sizes(sizes, 2) for x, sizes in each), strict=True)
     module: Any = SimpleNamespace(training=False, layer_idx=0)
-    expected = [attend(module, *part, None, scaling=0.3, **options)[0] for part in parts]
+    expected = [attend(module, *p, None, scaling=0.3, sliding_window=window, softcap=softcap)[0] for p in parts]
     torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
 
 

@@ -82,7 +82,7 @@ def test_the_product_of_bitsandbytes_which_gpus_use_is_ours(kind: Quantization, 
         torch.testing.assert_close(theirs / ours.abs().max(), ours / ours.abs().max(), rtol=0, atol=tolerance)
 
 
-class Copies(TorchDispatchMode):
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the copies from one device to another."""
 
     count = 0
@@ -100,7 +100,7 @@ def test_without_bitsandbytes_its_tables_stay_on_the_device(kind: Quantization) 
     layer = QuantizedLinear(nn.Linear(96, 160), kind, CPU).to("meta")
     x = torch.randn(5, 96, device="meta", requires_grad=True)
     layer(x)
-    with Copies() as copies:
+    with Copies() as copies:  # type: ignore[no-untyped-call]
         torch.autograd.backward(layer(x).sum())
     assert copies.count == 0 and x.grad is not None
 

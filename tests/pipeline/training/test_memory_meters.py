@@ -62,7 +62,8 @@ def test_a_context_that_the_driver_does_not_tell_is_called_an_estimate(monkeypat
     def missing(_: str) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    for reply in ({"handle": []}.__getitem__, missing):
+    replies: list[Any] = [{"handle": []}.__getitem__, missing]
+    for reply in replies:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", reply)
         meter = CudaMemoryMeter(CUDA)
         with meter:
