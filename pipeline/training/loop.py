@@ -528,7 +528,7 @@ def release(error: BaseException) -> str:
     while link is not None:
         link.__traceback__, link = None, link.__context__
     gc.collect()  # frames and autograd's contexts refer to each other
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return reason
 

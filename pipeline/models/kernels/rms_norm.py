@@ -80,7 +80,7 @@ def fuse_rms_norms(
 def _same_on_random_input(ours: RMSNorm, theirs: nn.Module, device: torch.device) -> bool:
     """Whether a norm of that name computes what ours does: only its numbers tell."""
     if device != ours.weight.device:
-        ours, theirs = (copy.deepcopy(norm).to(device) for norm in (ours, theirs))
+        ours, theirs = copy.deepcopy(ours).to(device), copy.deepcopy(theirs).to(device)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)  # (PROBES, D)
     try:

@@ -56,7 +56,9 @@ def test_it_computes_each_sequence_as_this_projects_attention_does(
     each = ((q, lengths), (k, spans), (v, spans))
     parts = zip(*(x.split_with_sizes(sizes, 2) for x, sizes in each), strict=True)
     module: Any = SimpleNamespace(training=False, layer_idx=0)
-    expected = [attend(module, *p, None, scaling=0.3, sliding_window=window, softcap=softcap)[0] for p in parts]
+    expected = [
+        attend(module, a, b, c, None, scaling=0.3, sliding_window=window, softcap=softcap)[0] for a, b, c in parts
+    ]
     torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
 
 
