@@ -38,7 +38,7 @@ from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining
 from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.loop import TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
-from pipeline.training.memory.meter import memory_meter
+from pipeline.training.memory.prediction import memory_meter
 
 RANK, LEARNING_RATE, ROUNDS = 16, 1e-4, 3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

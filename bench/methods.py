@@ -29,7 +29,7 @@ from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.stages.methods.prefix import FinetunePrefix
 from pipeline.stages.methods.prompt import FinetunePrompt
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.memory.meter import TensorMemoryMeter
+from pipeline.training.memory.prediction import TensorMemoryMeter
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
 LORA = FinetuneLora(epochs=10**9, learning_rate=1e-3)

@@ -43,8 +43,7 @@ from pipeline.project.logs.run_log import (
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.memory.meter import MemoryMeter, memory_meter
-from pipeline.training.memory.prediction import predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import MemoryMeter, memory_meter, predict_peak_memory, suggest_less_memory
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (

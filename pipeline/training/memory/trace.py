@@ -32,7 +32,7 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import chunked_mean, cross_entropy
-from pipeline.training.memory.meter import TensorMemoryMeter
+from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of

@@ -27,7 +27,7 @@ from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.registry import COUNTED
-from pipeline.training.memory.meter import TensorMemoryMeter
+from pipeline.training.memory.prediction import TensorMemoryMeter
 
 
 @dataclass(frozen=True)

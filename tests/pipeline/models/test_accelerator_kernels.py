@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
 from pipeline.models.kernels import accelerator
 from pipeline.models.kernels.accelerator import GatedProduct, fuse, fuse_gates
-from pipeline.training.memory.meter import TensorMemoryMeter
+from pipeline.training.memory.prediction import TensorMemoryMeter
 from tests.helpers.real import toy
 
 CPU = torch.device("cpu")

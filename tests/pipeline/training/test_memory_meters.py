@@ -19,7 +19,7 @@ from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
 from pipeline.training import loop, step
 from pipeline.training.batches import Batch
-from pipeline.training.memory.meter import CudaMemoryMeter, TensorMemoryMeter, memory_meter
+from pipeline.training.memory.prediction import CudaMemoryMeter, TensorMemoryMeter, memory_meter
 from pipeline.training.step import loss_of
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import make

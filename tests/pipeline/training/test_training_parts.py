@@ -22,7 +22,7 @@ from pipeline.inference.score import score
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
-from pipeline.training.memory.meter import TensorMemoryMeter
+from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.optimizer import FlatOptimizer, rate
 from tests.helpers.families import FAMILIES, TEXTS, new_project, tokenizer
 from tests.helpers.projects import make
