@@ -430,7 +430,9 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
         method = Lora(4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
-        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none")
+        assert screen.result.run == TrainingConfig(
+            4, 4, "fp32", checkpointing="none", chunk=chunk_rows(screen.result.model.vocabulary)
+        )
         assert screen.result.model is built_in("minigpt").shapes
         assert screen.form.values["model"] == "minigpt"
 
