@@ -13,6 +13,7 @@ from bench.commands import commands
 from bench.curves import curves
 from bench.data import data
 from bench.engine import engine
+from bench.gpu import gpu
 from bench.keyboard import keyboard
 from bench.memory import memory
 from bench.merge import merge
@@ -30,7 +31,7 @@ from bench.training import training
 
 BENCHMARKS = (
     *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
-    *(real, methods_real, preferences, quantized, merge, several, serve),
+    *(real, methods_real, preferences, quantized, merge, several, serve, gpu),
 )
 
 

@@ -124,8 +124,8 @@ ARGUMENTS = {  # of transformers' Trainer, for an epoch in the order of the data
 }
 
 
-def seconds_of(trainer: Any) -> float:
-    """Seconds of the steps of an epoch of transformers' Trainer, without its setup."""
+def seconds_of(trainer: Any, finish: Callable[[], None] = lambda: None) -> float:
+    """Seconds of the steps of an epoch of transformers' Trainer, without its setup. `finish` waits for the device."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -138,6 +138,7 @@ def seconds_of(trainer: Any) -> float:
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    finish()
     trainer.remove_callback(clock)
     return perf_counter() - clock.started
 
@@ -164,7 +165,7 @@ class Theirs(Side):
 
         data = [{"input_ids": ids, "labels": labels} for ids, labels in self.train]
         arguments = TrainingArguments(per_device_train_batch_size=BATCH, **ARGUMENTS)
-        trainer = Trainer(self.model, arguments, _pad_batch, data, optimizers=(self.optimizer, None))
+        trainer = Trainer(self.model, arguments, pad_batch, data, optimizers=(self.optimizer, None))
         seconds = seconds_of(trainer)
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         return seconds
@@ -235,7 +236,7 @@ def encoded(example: Example) -> Encoded:
     return Encoded(tuple(ids), tuple(label != -100 for label in labels))
 
 
-def _pad_batch(batch: Iterable[dict[str, list[int]]]) -> dict[str, Tensor]:
+def pad_batch(batch: Iterable[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Pads as DataCollatorForSeq2Seq(tokenizer) does, without a tokenizer."""
     pad = nn.utils.rnn.pad_sequence
     ids = [torch.tensor(row["input_ids"]) for row in batch]

@@ -1,5 +1,6 @@
 """`lora`: the commands, each in a module of its own, and the conversion of errors to messages and exit codes."""
 
+import os
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -96,6 +97,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
+    # before torch is loaded. Batches differ in length: CUDA's allocator otherwise keeps gaps that no tensor fits into
+    if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if world().world_size > 1 or UNDER_DVC:
         from pipeline.training.parallel.launch import end_with_launcher
 

@@ -24,6 +24,7 @@ SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 EXTRAS = {  # what each is for
     **dict.fromkeys(("gguf", "sentencepiece", "protobuf", "accelerate"), ".gguf files need it, `lora-workbench[gguf]`"),
+    "liger-kernel": "training on a CUDA GPU is faster with it, `lora-workbench[gpu]`",
     "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
     **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
     "optuna": "`search: optuna` of a sweep needs it, `lora-workbench[optuna]`",

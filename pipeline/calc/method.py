@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from msgspec import Struct
 
-from pipeline.calc.settings import CONTEXT, TrainingConfig, check_options, options_of
+from pipeline.calc.settings import CONTEXT, TrainingConfig, check_options, chunk_rows, options_of
 from pipeline.calc.target_modules import ALL_LINEAR, select_linears
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
@@ -278,8 +278,8 @@ def configure(model: Architecture, methods: Mapping[str, FinetuningMethod], name
     """The method called `name` or by its alias, and the step, from options as the command line has them.
 
     `values`: options of any method and of TrainingConfig by name; None is the default. Defaults that depend on the
-    model: the longest sequence up to 2,048 that leaves room for virtual tokens; for MiniGPT fp32, no checkpointing and
-    no CUDA context. Raises UserError for an unknown option or an invalid value.
+    model: the longest sequence up to 2,048 that leaves room for virtual tokens; the labels of a chunk; for MiniGPT
+    fp32, no checkpointing and no CUDA context. Raises UserError for an unknown option or an invalid value.
     """
     given = {key: value for key, value in values.items() if value is not None}
     step = {key: given.pop(key) for key in TrainingConfig.__dataclass_fields__ if key in given}
@@ -293,6 +293,7 @@ def configure(model: Architecture, methods: Mapping[str, FinetuningMethod], name
             "checkpointing": "none" if ours else "full",
             "context": 0 if ours else CONTEXT,
             "answers": method.answers,
+            "chunk": chunk_rows(model.vocabulary),
             **method.step,
             **implied,
             **step,

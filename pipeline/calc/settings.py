@@ -75,6 +75,14 @@ def precision(name: str) -> Precision:
 
 
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
+LOGITS = 256 * 2**20  # bytes of logits in fp32 that a GPU computes at once: fewer rows do not fill it
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Labels whose logits a GPU computes at once, in whole 64s."""
+    return max(64, LOGITS // (4 * vocabulary) // 64 * 64)
+
+
 QLORA = "nf4-dq"  # precision of its base: NF4 with double quantization (Dettmers et al. 2023)
 LARGEST_INT = 2**31 - 1
 
@@ -164,12 +172,14 @@ class TrainingConfig:
     attention: str = option("sdpa", "Attention: sdpa (flash and similar) or eager.", choices=("sdpa", "eager", "short"))
     loss: str = option(
         "full",
-        "Logits in memory at once: full, labels or chunked; default: full, for pairs of answers chunked.",
-        choices=("full", "labels", "chunked", "divergence"),
+        "Logits in memory at once: full, labels, chunked, fused (by Liger); default: full, for pairs chunked.",
+        choices=("full", "labels", "chunked", "fused", "divergence"),
         automatic=True,
     )
     label_share: float = option(1.0, "Fraction of tokens with a label (labels, chunked).")
-    chunk: int = option(1024, "Labels per chunk (chunked).", least=1)
+    chunk: int = option(
+        1024, "Labels per chunk (chunked); default: those of 256 MiB of logits.", least=1, automatic=True
+    )
     casts: str = option(
         "weights",
         "What an fp32 adapter on a 16-bit base casts: weights (ours) or inputs (PEFT).",
@@ -179,7 +189,7 @@ class TrainingConfig:
     context: int = option(
         0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
     )
-    cpu: bool = False  # our kernels for CPUs run: norms that save their input and a number per row
+    cpu: bool = False  # our kernels for CPUs run, not those for GPUs: gated feed-forwards that save their inputs alone
     native: bool = False  # and those of native.c: no copies in fp32, SwiGLU and a rotation are one operation each
     answers: int = 1  # sequences of an example: 2 for a pair of answers, each of up to `sequence` tokens
     sequences: int = 0  # packed into the rows; 0: one per row

@@ -437,12 +437,15 @@ class Step(Ops):
         return t.op(y, always, alias=True)
 
     def _gated(self, x: Value, linears: Sequence[Linear]) -> Value:
-        gate = self.linear(x, linears[0])
-        if self.run.native and self.style.activation == "silu":
-            up = self.linear(x, linears[1])
-            return self.linear(self.tape.op(gate, up, saves=[gate, up]), linears[2])
-        a = self.activation(gate)
-        del gate
+        native = self.run.native and self.style.activation == "silu"
+        if native or (self.run.ours and not self.run.cpu):
+            gate, up = self.linear(x, linears[0]), self.linear(x, linears[1])
+            # in plain torch, for a GPU, the activation is a tensor of its own, and computed again in backward
+            size = 0 if native else gate.elements * gate.width
+            y = self.tape.op(gate, up, saves=[gate, up], temp=size, back=2 * size)
+            del gate, up
+            return self.linear(y, linears[2])
+        a = self.activation(self.linear(x, linears[0]))
         up = self.linear(x, linears[1])
         return self.linear(self.tape.op(a, up, saves=[a, up]), linears[2])
 
@@ -495,6 +498,11 @@ class Step(Ops):
         t.phase, t.kind = "forward, loss", "logits"
         if run.loss not in ("full", "divergence"):
             x = t.op(x, elements=run.labels * width)
+        if run.loss == "fused":  # Liger's: a chunk's logits at a time, in 16 bits, overwritten with their gradient
+            rows = -(-run.labels // -(-self.model.vocabulary // width))
+            rows = min(run.labels, 1 << (rows - 1).bit_length())
+            gradient = t.leaf(run.labels * width, self.w)
+            return t.op(x, elements=1, width=4, saves=[gradient], temp=rows * self.model.vocabulary * self.w)
         if run.loss not in ("chunked", "divergence"):
             return self._cross_entropy(x)
         before = t.leaf(run.tokens * width, self.w) if run.loss == "divergence" else None  # the base's hidden states

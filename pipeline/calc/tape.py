@@ -298,7 +298,7 @@ class Ops:
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":  # saves mean and 1/σ of each row
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))
-        if self.run.ours and self.run.cpu:
+        if self.run.ours and weight:
             # our kernel saves the input and one number per row, and computes in fp32 beside it
             fp32 = 0 if self.run.native else 4 * x.elements
             saved = [x, t.leaf(rows, 4)]

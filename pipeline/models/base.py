@@ -41,6 +41,9 @@ class CausalLM(nn.Module):
     embedding_name: str  # full module names
     head_name: str
     virtual: "VirtualTokens | None"  # read before every sequence
+    compiles = False  # whether `torch.compile` of its blocks may pay
+    wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple  # of packed sequences, as its blocks get them
+    logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +146,9 @@ class CausalLM(nn.Module):
 
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
+
+    def prepare_accelerator_training(self, device: torch.device) -> None:
+        """The same for training on `device`, any other than a CPU; the model may not be there yet."""
 
     @property
     def trains_natively(self) -> bool:

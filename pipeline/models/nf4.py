@@ -5,6 +5,7 @@ distribution. Codes, scales and weights equal those of bitsandbytes 0.50 on an x
 where that needs an odd step. W (O, I) has N = O·I numbers in M = ceil(N / block) blocks; the last may be short.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,20 @@ def levels() -> Tensor:
     return both / both.max()
 
 
+_tables: dict[tuple[Callable[[], Tensor], torch.device], Tensor] = {}
+
+
+def on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A table of this file on `device`: copied there once, for a copy waits for all that a GPU has still to do."""
+    key = (table, device)
+    if key not in _tables:
+        there = table().to(device)
+        if type(there) is not Tensor:  # a fake one is none outside its mode
+            return there
+        _tables[key] = there
+    return _tables[key]
+
+
 def _quantiles(count: int) -> Tensor:
     """(count,) fp32: at probabilities from OFFSET down to one step above 1/2."""
     quantiles: Tensor = torch.special.ndtri(torch.linspace(OFFSET, 0.5, count + 1)[:-1].double())
@@ -87,9 +102,7 @@ def quantize(weight: Tensor, block: int = NF4_BLOCK, double: bool = False) -> Qu
 def dequantize(weight: Quantized) -> Tensor:
     """The weight in its shape and dtype: products in fp32, rounded once."""
     scales = weight.scales if isinstance(weight.scales, Tensor) else dequantize_scales(weight.scales)
-    return (
-        _multiply_blocks(_look_up(levels(), weight.codes), scales, weight.block).reshape(weight.shape).to(weight.dtype)
-    )
+    return _multiply_blocks(_look_up(levels, weight.codes), scales, weight.block).reshape(weight.shape).to(weight.dtype)
 
 
 def quantize_scales(scales: Tensor) -> Scales:
@@ -115,7 +128,7 @@ def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_scales(scales: Scales) -> Tensor:
     """(M,) fp32."""
-    return _multiply_blocks(_look_up(dynamic_levels(), scales.codes), scales.scales, NF4_BLOCK_2) + scales.offset
+    return _multiply_blocks(_look_up(dynamic_levels, scales.codes), scales.scales, NF4_BLOCK_2) + scales.offset
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -139,9 +152,9 @@ def _in_blocks(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
 
 
-def _look_up(levels: Tensor, codes: Tensor) -> Tensor:
+def _look_up(levels: Callable[[], Tensor], codes: Tensor) -> Tensor:
     """The codes' levels; `index_select` takes a fifth of the time of `levels[codes]`."""
-    return levels.to(codes.device).index_select(0, codes.int())
+    return on_device(levels, codes.device).index_select(0, codes.int())
 
 
 def _multiply_blocks(numbers: Tensor, scales: Tensor, block: int) -> Tensor:

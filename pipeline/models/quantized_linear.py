@@ -4,6 +4,7 @@
 import logging
 import math
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,32 @@ class QuantizedLinear(LowBitLinear):
         return dequantize_weight(tensors, self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.kind != "int8" and _bitsandbytes() is not None:
+            return self.product_4bit(x)
         out: Tensor = _QuantizedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def product_4bit(self, x: Tensor) -> Tensor:
+        """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its backward, like ours, keeps
+        only the codes and dequantizes them again."""
+        library: Any = import_module("bitsandbytes")
+        functional, tensors = library.functional, dict(self.named_buffers())
+        scales, offset, scales_of_scales = tensors["scales"], None, None
+        if self.kind == DOUBLE:
+            # without `code` it would copy its table to the device in every product
+            code = nf4.on_device(functional.create_dynamic_map, x.device)
+            largest, offset = tensors["scales_of_scales"], tensors["offset"]
+            scales_of_scales = functional.QuantState(largest, code=code, blocksize=NF4_BLOCK_2, dtype=torch.float32)
+        state = functional.QuantState(
+            scales,
+            torch.Size((self.out_features, self.in_features)),
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=x.dtype,
+            offset=offset,
+            state2=scales_of_scales,
+        )
+        out: Tensor = library.matmul_4bit(x, tensors["codes"], state, bias=self.bias)
         return out
 
 
@@ -101,8 +127,9 @@ def dequantize_weight(
         double = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"]) if kind == DOUBLE else scales
         return nf4.dequantize(nf4.Quantized(unpacked, double, NF4_BLOCK, torch.Size(shape), dtype))
     if kind == DOUBLE:
-        absmax = quantized["scales_of_scales"]
-        scales = functional.dequantize_blockwise(scales, absmax=absmax, blocksize=NF4_BLOCK_2) + quantized["offset"]
+        absmax, code = quantized["scales_of_scales"], nf4.on_device(functional.create_dynamic_map, scales.device)
+        scales = functional.dequantize_blockwise(scales, absmax=absmax, code=code, blocksize=NF4_BLOCK_2)
+        scales = scales + quantized["offset"]
     # Dequantized in a shape in which no block crosses the end of a row: otherwise bitsandbytes 0.50 uses wrong blocks'
     # scales on CPUs with AVX-512, as it counts I // block blocks per row.
     rows = (count,) if count % NF4_BLOCK else (count // NF4_BLOCK, NF4_BLOCK)

@@ -40,6 +40,8 @@ class TransformersModel(CausalLM):
     Dropout is off, in training too: a run gives the same numbers whenever it is repeated or resumed.
     """
 
+    compiles = True
+
     def __init__(self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
         """`stored` and `generation`: config settings and the text of generation_config.json that `save` writes."""
         super().__init__()
@@ -68,7 +70,7 @@ class TransformersModel(CausalLM):
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
         # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides them
-        self._cap = getattr(config, "final_logit_softcapping", None)
+        self.logit_cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
     @property
@@ -106,7 +108,8 @@ class TransformersModel(CausalLM):
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
             options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
-        ours = {"segments": segments, "prefix": prefix, "past": past}
+        lengths = None if segments is None else self.wrap_lengths(segments)
+        ours = {"segments": lengths, "prefix": prefix, "past": past}
         options |= {key: value for key, value in ours.items() if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out
@@ -115,7 +118,7 @@ class TransformersModel(CausalLM):
         logits: Tensor = self.head(hidden)
         if self._scale != 1:
             logits = logits * self._scale
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -170,6 +173,11 @@ class TransformersModel(CausalLM):
         fuse_rms_norms(self)
         fuse_llama_blocks(self)
         keep_freed_memory()
+
+    def prepare_accelerator_training(self, device: torch.device) -> None:
+        from pipeline.models.kernels.accelerator import fuse  # a run on a CPU does not load it
+
+        fuse(self, device)
 
     @property
     def trains_natively(self) -> bool:

@@ -13,12 +13,12 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.losses import CHUNK, Head, chunked_mean, cross_entropy
+from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import StepBatch
 
-# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it per adapter, CHUNK
-# rows at a time.
+# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it per adapter,
+# in chunks.
 LOGITS = 2**22
 
 
@@ -93,7 +93,8 @@ class ManyAdapters:
             return F.cross_entropy(logits, inputs.labels, reduction="none").view(len(counts), -1).mean(1)
         trained = [p for p in model.head.parameters() if p.requires_grad]
         parts = zip(batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True)
-        return torch.stack([chunked_mean(cross_entropy(self._head(n)), x, y, CHUNK, trained) for n, x, y in parts])
+        size = chunk_of(model)
+        return torch.stack([chunked_mean(cross_entropy(self._head(n)), x, y, size, trained) for n, x, y in parts])
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
         heads = {n: self._head(n) for n in batch.labels}

@@ -3,6 +3,7 @@
 One learner is the case N = 1: the same loop trains a model's own weights, one adapter, or the adapters of a sweep.
 """
 
+import gc
 import math
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
-from pipeline.models.device import device_for
+from pipeline.models.device import device_for, multiplies_bf16
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
@@ -43,7 +44,7 @@ from pipeline.project.params.sections import Training
 from pipeline.project.process_rank import hangs_up
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import MemoryMeter, memory_meter, predict_peak_memory, suggest_less_memory
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
     SLOWEST_STEP,
@@ -246,12 +247,18 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
     except (RuntimeError, MemoryError) as error:  # before the first step: the model alone did not fit
         if not is_out_of_memory(error):
             raise
-        raise _out_of_memory(job, task, error) from None
+        raise _out_of_memory(job, task, release(error)) from None
 
 
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     name, model, evaluation = job.stage.name, task.model, task.evaluation
-    device = prepare_model(model, task.settings.gradient_checkpointing)
+    if task.settings.compile and (task.learners[0].name or not model.compiles):
+        raise UserError(
+            f"{name}: compile is true, but only an imported model with one adapter is compiled. Set compile to false."
+        )
+    device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
+    if device.type == "cuda" and task.settings.precision == "bf16" and not multiplies_bf16(device):
+        yield Note(f"{name}: this GPU has no bf16 instructions and is slow with it. Set {name}.precision=fp16.")
     sharded = False
     if is_distributed():
         from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
@@ -268,12 +275,12 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
-    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter(device)
+    predicted, live = 0 if sharded else predicted_peak(task, largest_step), memory_meter(device)
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     model.train()
     records = steps(task, optimizer, done)
-    if not sharded:  # FSDP allocates and frees gathered weights unseen by the meter
+    if not sharded or device.type == "cuda":  # FSDP allocates and frees gathered weights unseen by a meter of tensors
         records = measure_memory(live, largest_step - done, model, optimizer, records)
     with ExitStack() as stack:
         _write_outcomes(job, task)
@@ -314,6 +321,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
+            reason = release(error)
             if optimizer.steps != before + done:  # failed during evaluation: a step was taken that is not logged
                 checkpoint_note = "The last periodic checkpoint is kept. "
             else:
@@ -321,7 +329,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 _save(job, task, logs, optimizer, done)
                 checkpoint_note = f"A checkpoint after step {done} of {task.total} is kept. "
             if is_out_of_memory(error):
-                raise _out_of_memory(job, task, error, done, checkpoint_note) from None
+                raise _out_of_memory(job, task, reason, done, checkpoint_note) from None
             raise ProcessLost.during(name, checkpoint_note) from None
         if signals:  # after the last record was handled
             raise Interrupted(signals[-1], f"{name}: stopped after the last step")
@@ -330,7 +338,12 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         evaluation.restore_best(optimizer)
     model.eval()
     if live.peak:
-        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
+        measured = f"{in_units(live.peak)} of tensors measured at the peak of the largest step{live.beside}"
+        yield Note(f"{name}: {measured}", routine=True)
+    if task.settings.compile:
+        from pipeline.models.kernels.compiled import seconds_compiling
+
+        yield Note(f"{name}: compiling took {seconds_compiling():.0f} s of the run")
     return optimizer
 
 
@@ -341,12 +354,18 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
     return FlatOptimizer(model, settings[0].precision == "fp16", ratios, rule, decays)
 
 
-def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
-    """Apply checkpointing and, on the CPU, faster kernels; returns the device to train on. Does not move the model."""
+def prepare_model(model: CausalLM, checkpointing: Checkpointing, compiles: bool = False) -> torch.device:
+    """Apply checkpointing and faster kernels; returns the device to train on. Does not move the model."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
     if uses_cpu_kernels(device):
         model.prepare_cpu_training()
+    elif not compiles:  # the compiler fuses the same parts
+        model.prepare_accelerator_training(device)
+    if compiles:
+        from pipeline.models.kernels.compiled import compile_blocks  # torch's compiler takes 1.4 seconds to import
+
+        compile_blocks(model)
     return device
 
 
@@ -493,7 +512,7 @@ def predicted_peak(task: TrainingTask, number: int) -> int:
 
 
 def measure_memory(
-    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
+    live: MemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
 ) -> Iterator[T]:
     """The same records; `live` measures the step of record `number`, counted from 0.
 
@@ -507,14 +526,29 @@ def measure_memory(
     yield from records
 
 
+def release(error: BaseException) -> str:
+    """Free the tensors of the step that failed; returns the error's first line.
+
+    The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are gone.
+    """
+    reason, link = first_line(error), error.__context__
+    error.__traceback__ = None
+    while link is not None:
+        link.__traceback__, link = None, link.__context__
+    gc.collect()  # frames and autograd's contexts refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return reason
+
+
 def _out_of_memory(
-    job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
+    job: Job, task: TrainingTask, reason: str, done: int = 0, checkpoint_note: str = ""
 ) -> CollectiveError:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
     advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
     return CollectiveError(
-        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
+        f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} {checkpoint_note}".rstrip()
     )
 
 

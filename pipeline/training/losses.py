@@ -1,15 +1,48 @@
 """Losses that differ in how many logits are in memory at once: all N·V of them are often a step's peak."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.calc.settings import chunk_rows
+from pipeline.models.kernels import uses_cpu_kernels
+
+if TYPE_CHECKING:
+    from pipeline.models.base import CausalLM
+
 Head = Callable[[Tensor], Tensor]
 SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets (n, ...) → the sum of their losses
-CHUNK = 128  # rows whose logits are in memory at once
+CHUNK = 128  # rows whose logits a CPU computes at once
+
+
+def chunk_of(model: "CausalLM") -> int:
+    """Rows whose logits are in memory at once, on the model's device; the calculator has the same rule."""
+    return CHUNK if uses_cpu_kernels(model.device) else chunk_rows(model.shape.rows)
+
+
+def fuses_head(model: "CausalLM") -> bool:
+    """Whether Liger's kernel computes the head and its loss in one."""
+    if uses_cpu_kernels(model.device):
+        return False
+    from pipeline.models.kernels.accelerator import fuses_head  # a run on a CPU does not load it
+
+    return fuses_head(model)
+
+
+def mean_cross_entropy(model: "CausalLM", rows: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """The mean cross-entropy of hidden states (N, D) with labels (N,), in nats per token.
+
+    `chunk`: rows whose logits are computed at once; None: as many as suit the device, or Liger's kernel for both.
+    """
+    if chunk is None and fuses_head(model):
+        from pipeline.models.kernels.accelerator import fused_cross_entropy
+
+        return fused_cross_entropy(model, rows, labels)
+    trained = [p for p in model.head.parameters() if p.requires_grad]
+    return chunked_mean(cross_entropy(model.logits), rows, labels, chunk or chunk_of(model), trained)
 
 
 def cross_entropy(head: Head) -> SummedLoss:
@@ -57,7 +90,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def chunked_mean(
-    summed_loss: SummedLoss, rows: Tensor, targets: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
+    summed_loss: SummedLoss, rows: Tensor, targets: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
     """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a chunk.
 
@@ -106,9 +139,7 @@ class _Chunked(torch.autograd.Function):
         return hidden_grad, None, None, None, *trained_grads
 
 
-def log_probs(
-    head: Head, rows: Tensor, labels: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
-) -> Tensor:
+def log_probs(head: Head, rows: Tensor, labels: Tensor, size: int, trained: Sequence[nn.Parameter] = ()) -> Tensor:
     """The log-probability of each label (N,) after its row (N, D): (N,) in fp32, `size` rows' logits at a time.
 
     `trained`: the head's parameters that require a gradient.

@@ -20,7 +20,7 @@ from pipeline.models.generate import generate
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import Head, chunked_mean, divergence
+from pipeline.training.losses import Head, chunk_of, chunked_mean, divergence
 
 
 class RetentionSettings(Protocol):
@@ -87,7 +87,8 @@ class RetentionLoss:
                 return model.logits(hidden)
 
         parts = zip(heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True)
-        return torch.stack([chunked_mean(divergence(head, base_logits), x, y, trained=trained) for head, x, y in parts])
+        size = chunk_of(model)
+        return torch.stack([chunked_mean(divergence(head, base_logits), x, y, size, trained) for head, x, y in parts])
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from pipeline.models.device import read_numbers, to_device
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
+from pipeline.training.losses import mean_cross_entropy
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed
 
@@ -132,15 +132,14 @@ class OneLearner:
         return {}
 
 
-def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
+def loss_of(model: CausalLM, batch: Batch, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy over the labels, in nats per token.
 
-    Logits are computed only for tokens with a label, `chunk` of them at a time.
+    Logits are computed only for tokens with a label, `chunk` of them at a time (None: as many as suit the device).
     """
     rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
     rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
-    head = [p for p in model.head.parameters() if p.requires_grad]
-    return chunked_mean(cross_entropy(model.logits), rows, batch.labels, chunk, head)
+    return mean_cross_entropy(model, rows, batch.labels, chunk)
 
 
 def to_model_device(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch]:

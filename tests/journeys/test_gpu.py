@@ -19,6 +19,8 @@ from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batch, collate
+from pipeline.training.loop import prepare_model
+from pipeline.training.losses import chunk_of, fuses_head
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
 from tests.helpers.bases import FAMILIES, toy_checkpoint
@@ -62,12 +64,12 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     if torch.cuda.mem_get_info()[1] < 40 * 2**30:
         pytest.skip("a GPU of 40 GB is needed")
     config = entry("qwen3-8b")["config"]
-    run = TrainingConfig(loss="chunked", chunk=256, label_share=0.4, checkpointing=checkpointing)
+    run = TrainingConfig(loss="chunked", label_share=0.4, checkpointing=checkpointing)
     with torch.device("cuda"):
         model: TransformersModel = from_config(config, torch.bfloat16)
     model.requires_grad_(False)
     add_lora(model, resolve(model, ("attention",)), AdapterSpec(8, 8, ()), torch.float32)
-    model.train().checkpoint_blocks("full" if checkpointing == "full" else "none")
+    prepare_model(model.train(), "full" if checkpointing == "full" else "none")
     optimizer = FlatOptimizer(model)
     ids = torch.randint(0, 1000, (1, 2049)).tolist()[0]
     labels = tuple(t if i % 5 < 2 else -100 for i, t in enumerate(ids[1:]))
@@ -79,5 +81,6 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
         optimizer.step(1e-4)
         assert number or torch.cuda.max_memory_allocated() > 0
     sequence = step.ids.shape[1]
+    run = replace(run, chunk=chunk_of(model), loss="fused" if fuses_head(model) else "chunked")
     formula = predict(architecture(config, "qwen3-8b"), Lora(), replace(run, sequence=sequence)).peak
     assert torch.cuda.max_memory_allocated() == pytest.approx(formula, rel=0.05)

@@ -10,7 +10,7 @@ spends its time outside the products there. A LoRA step of SmolLM2-135M in bf16,
 On an accelerator no tensor is T × T: a fused kernel reads the row, or blocks of queries read the keys that they see.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import addressof
 from dataclasses import dataclass, replace
@@ -56,11 +56,14 @@ class Rule:
         return self.window is None and not self.explicit
 
 
-def register() -> str:
-    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks."""
+def register(function: Callable[..., Any] | None = None) -> str:
+    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks.
+
+    `function`: what stands in for `attend`.
+    """
     from transformers import AttentionInterface  # takes two seconds, which MiniGPT does not need
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, function or attend)
     return NAME
 
 

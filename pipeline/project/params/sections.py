@@ -245,6 +245,11 @@ class Training(Section, frozen=True, kw_only=True):
     gradient_checkpointing: Annotated[
         Literal["none", "selective", "full"], "recompute blocks in backward to save memory: none, every second, all"
     ] = "none"
+    compile: Annotated[
+        bool,
+        "torch.compile the blocks of an imported model, which takes a minute before the first step; worth it on a GPU, "
+        "for runs of hours",
+    ] = False
     eval_share: Annotated[Share, "share of the examples held out for evaluation, selected by hash"] = 0.0
     eval_data: Annotated[File, "examples to evaluate on, in a file of their own, instead of eval_share"] = ""
     eval_steps: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0

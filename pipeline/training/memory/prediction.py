@@ -1,9 +1,12 @@
-"""Memory of a training step: the calculator's prediction, settings that would lower it, and a meter of live tensors."""
+"""Memory of a training step: the calculator's prediction, settings that would lower it, and meters of its peak: the
+tensors alive, or on a GPU what CUDA's allocator counts anyway."""
 
 import dataclasses
+import os
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from msgspec.structs import replace
@@ -14,14 +17,14 @@ from torch.utils._pytree import tree_leaves
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
-from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.settings import CONTEXT, TrainingConfig
 from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
-from pipeline.training.losses import CHUNK
+from pipeline.training.losses import chunk_of, fuses_head
 
 
 def suggest_less_memory(
@@ -78,7 +81,10 @@ def predict_peak_memory(
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
-    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= CHUNK
+    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= chunk_of(model)
+    loss = "divergence" if retained else "full" if all_logits else "chunked"
+    if not (retained or batch.in_chunks) and fuses_head(model):
+        loss = "fused"
     precision = str(settings.precision)
     adapter = getattr(settings, "adapter_precision", precision)
     if (quantization := getattr(settings, "quantization", "none")) != "none":
@@ -100,9 +106,9 @@ def predict_peak_memory(
         native=model.trains_natively,
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,
-        loss="divergence" if retained else "full" if all_logits else "chunked",
+        loss=loss,
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
-        chunk=CHUNK,
+        chunk=chunk_of(model),
     )
     if retained and hasattr(method, "lora_dropout"):  # without noise
         method = dataclasses.replace(method, lora_dropout=0.0)  # type: ignore[call-arg]
@@ -112,12 +118,80 @@ def predict_peak_memory(
         return None
 
 
+class MemoryMeter(Protocol):
+    """Measures what runs inside its context. `peak`: bytes of tensors on one device; 0: nothing ran yet."""
+
+    peak: int
+
+    @property
+    def beside(self) -> str:
+        """What the device holds beside these tensors, to append to a sentence; empty if it is not measured."""
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Count these too, which were there before."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None, /
+    ) -> Any: ...
+
+
+def memory_meter(device: torch.device) -> MemoryMeter:
+    return CudaMemoryMeter(device) if device.type == "cuda" else TensorMemoryMeter(device)
+
+
+class CudaMemoryMeter:
+    """The allocator's own numbers, which cost nothing: also of what FSDP or a library allocates by itself.
+
+    `reserved`: bytes that it has taken from the device, gaps between tensors included. `context`: bytes of the process
+    there beside them, its CUDA context and kernels; 0: not known.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak = self.reserved = self.context = 0
+
+    @property
+    def beside(self) -> str:
+        context = f"{in_units(self.context)} of CUDA context" if self.context else ""
+        estimate = f"CUDA's context was not measured: {in_units(CONTEXT)} is an estimate"
+        return f"; {in_units(self.reserved)} reserved by the allocator, {context or estimate}"
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing to do: it counts every tensor of the process."""
+
+    def __enter__(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self._device)
+        self.reserved = torch.cuda.max_memory_reserved(self._device)
+        used = process_bytes(self._device)
+        self.context = max(0, used - torch.cuda.memory_reserved(self._device)) if used else 0
+
+
+def process_bytes(device: torch.device) -> int:
+    """Bytes that this process uses on a GPU, its CUDA context included, as the driver counts them; 0 if it does not
+    say, as in a container, where the process has another number."""
+    import pynvml  # a run on a CPU does not load it
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((one.usedGpuMemory for one in processes if one.pid == os.getpid()), 0) or 0
+    except (pynvml.NVMLError, AttributeError):
+        return 0
+
+
 class TensorMemoryMeter(TorchDispatchMode):
     """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does; `peak` is the maximum.
 
     With `device` only of tensors there: a paged optimizer's state is elsewhere. Results are bit for bit the same; each
     operation takes some microseconds longer.
     """
+
+    beside = ""
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from pipeline.calc.settings import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels.accelerator import GatedProduct, fuse_gates
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -92,6 +93,8 @@ def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
         raise UserError(
             "--trace has no kernel for gated delta nets, whose fallback needs far more. Run without --trace."
         )
+    if run.loss == "fused":
+        raise UserError("--trace cannot run Liger's kernels. Use --loss chunked.")
     sizes = {(heads.size, heads.value_size) for heads in map(model.heads_of, model.blocks)}
     if run.attention == "sdpa" and any(size != value for size, value in sizes):
         raise UserError("--trace needs values as wide as keys for fused attention on a CPU. Add --attention eager.")
@@ -104,9 +107,11 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
     """
     ours = isinstance(model, MiniGPT) or run.ours
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    # as `prepare_cpu_training` does with real tensors
-    if run.ours and run.cpu and isinstance(model, TransformersModel):
+    # as `prepare_cpu_training` and `prepare_accelerator_training` do with real tensors
+    if run.ours and isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
+        if not run.cpu:
+            fuse_gates(model, [GatedProduct.apply], torch.device("cpu"), checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
         flat = FlatOptimizer(model, rule=rule_of(run.optimizer))

@@ -20,7 +20,7 @@ from pipeline.models.base import CausalLM
 from pipeline.models.device import read_numbers
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.losses import log_probs
+from pipeline.training.losses import chunk_of, log_probs
 from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed, shard_for_rank
 from pipeline.training.step import StepBatch, to_model_device
 
@@ -199,7 +199,7 @@ def _label_log_probs(model: CausalLM, batch: Batch) -> Tensor:
     rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
     rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
     trained = [p for p in model.head.parameters() if p.requires_grad]
-    return log_probs(model.logits, rows, batch.labels, trained=trained)
+    return log_probs(model.logits, rows, batch.labels, chunk_of(model), trained)
 
 
 class Preference(NamedTuple):

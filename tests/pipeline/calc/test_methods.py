@@ -22,6 +22,8 @@ from pipeline.calc.settings import TrainingConfig, option, options_of
 from pipeline.calc.sources.open_model import built_in
 from pipeline.calc.tape import Ops, Value
 from pipeline.errors import UserError
+from pipeline.models.kernels.accelerator import GatedProduct, fuse_gates
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.registry import COUNTED
@@ -87,6 +89,9 @@ def traced(config: Mapping[str, Any], method: Scaling, run: TrainingConfig) -> i
         for name in matching_linears(architecture(config, "three"), method.targets):
             linear: Any = model.get_submodule(name)
             model.set_submodule(name, ScaledLinear(linear, linear.out_features, method.copies))
+        if run.ours:  # as in training on a GPU
+            fuse_rms_norms(model, checked=False)
+            fuse_gates(model, [GatedProduct.apply], torch.device("cpu"), checked=False)
         model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import save_adapter
@@ -60,6 +63,46 @@ def test_nf4_is_the_weight_of_bitsandbytes_own_layer(double: bool) -> None:
     torch.testing.assert_close(ours(x), there, atol=2e-2, rtol=2e-2)
     weight = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
     assert torch.equal(weight.reshape(64, 192).to(torch.bfloat16), ours.weight)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_of_bitsandbytes_which_gpus_use_is_ours(kind: Quantization, dtype: torch.dtype) -> None:
+    """Inputs in whole blocks: its kernel for CPUs is wrong for others."""
+    torch.manual_seed(0)
+    layer = QuantizedLinear(nn.Linear(192, 160, dtype=dtype), kind, CPU)
+    results = []
+    for product in (layer, layer.product_4bit):
+        x = torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = product(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.dtype == dtype
+        torch.testing.assert_close(theirs / ours.abs().max(), ours / ours.abs().max(), rtol=0, atol=tolerance)
+
+
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
+        self.count += len(devices) > 1
+        return out
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+def test_without_bitsandbytes_its_tables_stay_on_the_device(kind: Quantization) -> None:
+    layer = QuantizedLinear(nn.Linear(96, 160), kind, CPU).to("meta")
+    x = torch.randn(5, 96, device="meta", requires_grad=True)
+    layer(x)
+    with Copies() as copies:  # type: ignore[no-untyped-call]
+        torch.autograd.backward(layer(x).sum())
+    assert copies.count == 0 and x.grad is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

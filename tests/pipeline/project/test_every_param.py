@@ -23,6 +23,7 @@ OTHER = {
     "target_modules": "[v_proj]",
     "feedforward_modules": "[fc1]",
     "seed": "1",
+    "compile": "true",
     "epochs": "3",
     "batch_size": "3",
     "window": "3",
@@ -178,6 +179,7 @@ REFUSED = {  # alone, or always: it would count for nothing
     "import.dtype": "import.dtype applies only to an imported base",
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
     "pretrain.precision": "pretrain.precision applies only to an imported base",
+    "compile": "only an imported model with one adapter is compiled",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "finetune_dpo.window": "window must be 0: preferences are of whole answers",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
@@ -204,7 +206,7 @@ CHANGING = [
     for key in KEYS
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
-    and not key.endswith((".gradient_checkpointing", ".save_steps"))
+    and not key.endswith((".gradient_checkpointing", ".save_steps", ".compile"))
     and key not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
 ]  # the others have tests of their own
 

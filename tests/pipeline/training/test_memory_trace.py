@@ -21,8 +21,9 @@ SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="n
 @pytest.mark.parametrize("blocks", [6, pytest.param(36, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapter", ["fp32", "bf16"])
 @pytest.mark.parametrize("run", [
-    replace(STEP, checkpointing="none"), replace(STEP, checkpointing="selective"), STEP, SHORT
-], ids=["none", "selective", "full", "short"])  # fmt: skip
+    replace(STEP, checkpointing="none"), replace(STEP, checkpointing="selective"), STEP, SHORT,
+    replace(STEP, checkpointing="none", cpu=False), replace(STEP, checkpointing="selective", cpu=False),
+], ids=["none", "selective", "full", "short", "gpu-none", "gpu-selective"])  # fmt: skip
 def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConfig, adapter: str, blocks: int) -> None:
     """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o; the model has 36 blocks."""
     config, run = shortened("qwen3-8b", blocks), replace(run, adapter_precision=adapter)

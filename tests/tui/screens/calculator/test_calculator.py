@@ -20,7 +20,7 @@ from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.memory import predict
 from pipeline.calc.method import configure
 from pipeline.calc.report import answer
-from pipeline.calc.settings import CONTEXT, TrainingConfig
+from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
@@ -430,7 +430,9 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
         method = Lora(4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
-        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none")
+        assert screen.result.run == TrainingConfig(
+            4, 4, "fp32", checkpointing="none", chunk=chunk_rows(screen.result.model.vocabulary)
+        )
         assert screen.result.model is built_in("minigpt").shapes
         assert screen.form.values["model"] == "minigpt"
 
@@ -559,8 +561,9 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         await pilot.press("ctrl+o")
         await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
         assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
+        chunk = chunk_rows(screen.result.model.vocabulary)
         assert screen.result.run == TrainingConfig(
-            *(4, 48, "bf16", "bf16"), checkpointing="selective", loss="chunked", context=CONTEXT
+            *(4, 48, "bf16", "bf16"), checkpointing="selective", loss="chunked", chunk=chunk, context=CONTEXT
         )
         assert screen.result.method.rank == 4 and not screen.problems
         await pilot.press("ctrl+s")

@@ -1,0 +1,286 @@
+"""On a CUDA GPU: LoRA and QLoRA at Qwen3's shapes with random weights, beside PEFT and transformers' Trainer.
+
+`python -m bench gpu` needs no downloads; with `liger-kernel` installed both sides use it. Lengths are ragged, as in
+instruction data, and the first 60% of an example are its prompt. Model FLOPs utilization: 4N per token for frozen
+weights, plus attention's scores (Kaplan et al. 2020, §2; `pipeline/calc/time.py`), per second, over the card's dense
+16-bit peak (`pipeline/calc/presets/gpus.json`). What checkpointing recomputes does not count as useful.
+"""
+
+import gc
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bench.measure import Row
+from bench.real_sides import ARGUMENTS, Example, InOrder, encoded, pad_batch, seconds_of
+from pipeline.adapters.attach import adapter_layers, attach
+from pipeline.adapters.config import AdapterSpec
+from pipeline.calc.families import architecture
+from pipeline.calc.fit import Gpu, gpus
+from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import entry
+from pipeline.calc.time import flops_per_token
+from pipeline.data.windows import InMemoryDataset, as_window
+from pipeline.models.generate import generate
+from pipeline.models.quantized_linear import quantize
+from pipeline.models.transformers_model import TransformersModel, from_config
+from pipeline.project.logs.run_log import in_units
+from pipeline.project.params.sections import AdapterTraining
+from pipeline.stages.methods.lora import FinetuneLora, Lora
+from pipeline.training.loop import TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
+from pipeline.training.memory.prediction import memory_meter
+
+RANK, LEARNING_RATE, ROUNDS = 16, 1e-4, 3
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's config and how it trains: `steps` steps of `batch` examples with a median of `length` tokens."""
+
+    name: str
+    config: Mapping[str, Any]
+    quantized: bool = False
+    checkpointing: bool = False
+    compiled: bool = False
+    steps: int = 6
+    batch: int = 16
+    length: int = 400
+    new_tokens: int = 128
+
+    def examples(self) -> list[Example]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = []
+        for _ in range(self.steps * self.batch):
+            size = torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator).item()
+            length = min(4 * self.length, max(8, int(size)))
+            ids = torch.randint(5, self.config["vocab_size"], (length,), generator=generator).tolist()
+            prompt = int(0.6 * length)
+            drawn.append((ids, [-100] * prompt + ids[prompt:]))
+        return drawn
+
+
+def gpu() -> Iterator[Row]:
+    """Skipped where there is no GPU."""
+    if not torch.cuda.is_available():
+        print("gpu: no CUDA GPU here, so nothing is measured")
+        return
+    device, small, large = torch.device("cuda"), entry("qwen3-0.6b")["config"], entry("qwen3-8b")["config"]
+    memory = torch.cuda.mem_get_info()[1] / 2**30
+    cases = [Case("Qwen3-0.6B, LoRA", small), Case("Qwen3-0.6B, QLoRA", small, quantized=True)]
+    cases += [Case("Qwen3-0.6B, LoRA, compiled", small, compiled=True)]
+    if memory > 45:
+        cases.append(Case("Qwen3-8B, LoRA", large, checkpointing=True))
+    if memory > 20:
+        cases.append(Case("Qwen3-8B, QLoRA", large, quantized=True, checkpointing=True))
+    for case in cases:
+        yield from measure(case, device, known_gpu(torch.cuda.get_device_name(), memory))
+
+
+def known_gpu(name: str, gib: float) -> Gpu | None:
+    """The card of that name, as the driver has it, whose memory is the nearest; None if its peak is not published."""
+    words = set(re.split(r"[ -]", name))
+
+    def named(gpu: Gpu) -> bool:
+        return any(set(one.split()) <= words for one in re.sub(r" \d+ GB", "", gpu.label).split(" / "))
+
+    same = [gpu for gpu in gpus().values() if gpu.tflops and named(gpu)]
+    return min(same, key=lambda gpu: abs(gpu.bytes / 2**30 - gib), default=None)
+
+
+def measure(case: Case, device: torch.device, card: Gpu | None) -> Iterator[Row]:
+    """All rows of a case. Ours is measured alone first, then in turns with the other side."""
+    ours = Ours(case, device)
+    first = timed(ours.step, device)
+    warm = [timed(ours.step, device) for _ in range(case.steps - 1)]
+    if case.compiled:
+        what = f"{case.name}: first step, with what is compiled"
+        yield Row(what, first, f"later ones, {median(warm) * 1e3:.0f} ms", None, "", True)
+    meter, predicted = memory_meter(device), ours.predicted()
+    meter.watch(ours.tensors())
+    with meter:
+        ours.epoch()
+    error = meter.peak / predicted - 1 if predicted else math.inf
+    what = f"{case.name}: peak of an epoch, {in_units(meter.peak)}{meter.beside}"
+    yield Row(what, 0, f"predicted, {in_units(predicted)}", 1 + error, "within 5%", abs(error) <= 0.05)
+
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    theirs = Theirs(case, device)
+    turns = [(theirs.epoch(), timed(ours.epoch, device)) for _ in range(ROUNDS + 1)][1:]
+    other, mine = (median(times) for times in zip(*turns, strict=True))
+    speed, share = ours.tokens / mine, ours.utilization(mine, card)
+    what = f"{case.name}: epoch, {speed:,.0f} tokens/s, {share}"
+    reference = f"PEFT + Trainer{' + Liger' * theirs.liger}, {ours.tokens / other:,.0f} tokens/s"
+    yield Row(what, mine, reference, other / mine, "at least 1 ×", other >= mine)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        theirs.epoch()
+        other_peak = torch.cuda.max_memory_allocated(device) - held
+        ratio, reference = meter.peak / other_peak, f"PEFT + Trainer, {in_units(other_peak)}"
+        yield Row(f"{case.name}: the same peak", 0, reference, ratio, "at most 1 ×", ratio <= 1)
+    swap = median(timed(ours.swap, device) for _ in range(5))
+    yield Row(f"{case.name}: another adapter's weights from the host", swap, "", None, "", True)
+    if not case.compiled:
+        pairs = [(timed(theirs.generate, device), timed(ours.generate, device)) for _ in range(ROUNDS)]
+        other, mine = (median(times) for times in zip(*pairs, strict=True))
+        what = f"{case.name}: {case.new_tokens} new tokens, {case.new_tokens / mine:,.0f} a second"
+        reference = f"model.generate, {case.new_tokens / other:,.0f} a second"
+        yield Row(what, mine, reference, other / mine, "at least 1 ×", other >= mine)
+    del ours, theirs
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    synchronize(device)
+    start = perf_counter()
+    run()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Ours:
+    """This project's model, adapter and loop, as in `lora finetune lora`."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, examples = case, case.examples()
+        with torch.device(device):
+            self.model: TransformersModel = from_config(case.config, torch.bfloat16)
+        if case.quantized:
+            quantize(self.model, "nf4-dq", None, device)
+        attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.float32)
+        windows = InMemoryDataset([as_window(encoded(example)) for example in examples], [""] * len(examples))
+        settings: AdapterTraining = FinetuneLora(
+            epochs=10**6,
+            batch_size=case.batch,
+            window=0,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=1.0,
+            precision="bf16",
+            gradient_checkpointing="full" if case.checkpointing else "none",
+            quantization="nf4-dq" if case.quantized else "none",
+        )
+        self.task = TrainingTask.of_one(
+            self.model, InOrder(windows, case.batch, 0), settings, Lora(RANK, 2.0 * RANK, TARGETS)
+        )
+        prepare_model(self.model, settings.gradient_checkpointing, case.compiled)
+        self.optimizer = build_optimizer(self.model, settings)
+        self.steps = steps(self.task, self.optimizer)
+        self.tokens = sum(len(ids) - 1 for ids, _ in examples)
+        self.labels = sum(sum(label != -100 for label in labels[1:]) for _, labels in examples)
+        self.model.train()
+        self.other = [torch.zeros_like(p, device="cpu") for p in self.adapter()]
+        if device.type == "cuda":
+            self.other = [tensor.pin_memory() for tensor in self.other]
+
+    def adapter(self) -> list[nn.Parameter]:
+        return [p for _, layer in adapter_layers(self.model) for p in layer.adapter_parameters().values()]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors()]
+
+    def step(self) -> None:
+        next(self.steps)
+
+    def epoch(self) -> None:
+        for _ in range(self.case.steps):
+            self.step()
+
+    def predicted(self) -> int:
+        """Of the largest step of an epoch."""
+        return predicted_peak(self.task, self.task.batches.largest_step(range(self.case.steps)))
+
+    def utilization(self, seconds: float, card: Gpu | None) -> str:
+        if card is None or card.tflops is None:
+            return "card without a published peak"
+        length, share = self.tokens // (self.case.steps * self.case.batch), self.labels / self.tokens
+        run = TrainingConfig(sequence=length, checkpointing="none", loss="chunked", label_share=share)
+        flops = flops_per_token(architecture(self.case.config, self.case.name), self.task.method or Lora(), run).total
+        return f"{flops * self.tokens / seconds / (card.tflops * 1e12):.0%} of {card.label}'s peak"
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Both ways, so that training goes on with its own."""
+        for mine, other in zip(self.adapter(), self.other, strict=True):
+            mine.copy_(other, non_blocking=True)
+
+    def generate(self) -> None:
+        self.model.eval()
+        list(generate(self.model, list(range(5, 17)), (), self.case.new_tokens))
+        self.model.train()
+
+
+class Theirs:
+    """PEFT and Trainer as in their documentation: bf16, SDPA, a collator that pads; Liger where it is installed."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        self.case, self.device = case, device
+        self.liger = device.type == "cuda" and find_spec("liger_kernel") is not None
+        with torch.device(device):
+            config = AutoConfig.for_model(**case.config)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        if case.quantized:
+            _quantize_by_bitsandbytes(model, device)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
+        self.model = get_peft_model(model, lora)
+        self.data = [{"input_ids": ids, "labels": labels} for ids, labels in case.examples()]
+        self.optimizer: Any = None
+
+    def epoch(self) -> float:
+        from transformers import Trainer, TrainingArguments
+
+        arguments = TrainingArguments(
+            **ARGUMENTS
+            | {
+                "per_device_train_batch_size": self.case.batch,
+                "use_cpu": self.device.type == "cpu",
+                "use_liger_kernel": self.liger,
+                "gradient_checkpointing": self.case.checkpointing,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            }
+        )
+        trainer = Trainer(self.model, arguments, pad_batch, self.data, optimizers=(self.optimizer, None))
+        synchronize(self.device)
+        seconds = seconds_of(trainer, lambda: synchronize(self.device))
+        self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        return seconds
+
+    def generate(self) -> None:
+        prompt = torch.arange(5, 17, device=self.device)[None]
+        options = {"max_new_tokens": self.case.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        self.model.eval().generate(input_ids=prompt, **options)
+        self.model.train()
+
+
+def _quantize_by_bitsandbytes(model: Any, device: torch.device) -> None:
+    """Its own layers in place of the blocks' linears, as from_pretrained makes them from files."""
+    library: Any = import_module("bitsandbytes")
+
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            shape = linear.in_features, linear.out_features, linear.bias is not None
+            layer: Any = library.nn.Linear4bit(*shape, torch.bfloat16, quant_type="nf4", device="meta")
+            weight = linear.weight.data.cpu()
+            layer.weight = library.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True)
+            layer.bias = linear.bias
+            model.model.set_submodule(name, layer.to(device))
+    model.is_loaded_in_4bit = True  # PEFT asks for it

@@ -1,0 +1,196 @@
+"""Fused parts of transformers' models on a GPU: norms, gated feed-forwards, rotary positions, head and cross-entropy.
+
+Where `liger-kernel` is installed and the device is CUDA its Triton kernels compute them (Hsu et al. 2024, arXiv
+2410.10989), otherwise functions in plain torch, which keep as little for backward: without checkpointing a block of
+Qwen3-8B keeps 2 instead of 3 tensors as wide as its feed-forward. A part is replaced only if what stands in for it
+computes the same of random input on that device.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import MethodType, SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
+
+PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+AGREEMENT = 1e-3  # in fp32, of outputs of order 1: SiLU and GELU differ by a tenth
+LOSS_AGREEMENT = 0.02  # of a loss: logits in 16 bits are rounded in another order
+Product = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]  # gate, up, activation → act(gate)·up
+
+
+class GatedProduct(torch.autograd.Function):
+    """act(gate)·up of equal shapes; keeps gate and up alone, and computes the activation again for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_(True)
+            activated = ctx.act(gate)
+        d_up = outputs[0] * activated.detach()
+        (d_gate,) = torch.autograd.grad(activated, gate, outputs[0] * up)
+        return d_gate, d_up, None
+
+
+def fuse(model: CausalLM, device: torch.device) -> list[str]:
+    """Replace the parts of a model that trains on `device`, in place; returns the modules' names. Does not move it.
+
+    A rotation is a function of a module of transformers: it is replaced for tensors on CUDA in all its models.
+    """
+    found = liger(device)
+    checked = not model.embeddings.weight.is_meta  # without numbers there is nothing to compare
+    names = fuse_rms_norms(model, checked, found.norm, device) if found else []
+    names += fuse_rms_norms(model, checked)  # which Liger does not compute in the same way
+    products: list[Product] = [*(found.products if found else ()), GatedProduct.apply]
+    names += fuse_gates(model, products, device if found else torch.device("cpu"), checked)
+    if found:
+        _fuse_rotations(model, found.rotate, device)
+    return names
+
+
+def fuse_gates(model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True) -> list[str]:
+    """Replace, in place, act(gate)·up by the first of `products` that computes the same on `device`.
+
+    Not `checked`, by the first of them wherever the parts are there.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if {child for child, _ in module.named_children()} != PARTS or "forward" in vars(module):
+            continue
+        fused = next((one for one in products if not checked or _same_gate(module, one, device)), None)
+        if fused is not None:
+            module.product = fused
+            module.forward = MethodType(_gated_forward, module)
+            names.append(name)
+    return names
+
+
+def _gated_forward(mlp: Any, x: Tensor) -> Tensor:
+    out: Tensor = mlp.down_proj(mlp.product(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
+    return out
+
+
+@torch.no_grad()
+def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
+    """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears instead of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (torch.randn(32, 32, generator=generator).to(device) for _ in range(3))
+    gate, up = (nn.Linear(32, 32, bias=False, device="meta") for _ in weights)
+    for linear, weight in zip((gate, up), weights, strict=True):
+        linear.weight = nn.Parameter(weight / 32**0.5)
+    small, act = copy.copy(mlp), mlp.get_submodule("act_fn")
+    parts = {"gate_proj": gate, "up_proj": up, "down_proj": nn.Identity(), "act_fn": act}
+    small._modules = {name: parts[name] for name in mlp._modules}
+    try:
+        expected = type(mlp).forward(small, x)
+        return torch.allclose(product(gate(x), up(x), act), expected, rtol=0, atol=AGREEMENT)
+    except Exception:  # whatever a forward raises that needs other parts, or a kernel that does not run here
+        return False
+
+
+def _fuse_rotations(model: nn.Module, rotate: Callable[..., Any], device: torch.device) -> None:
+    name = "apply_rotary_pos_emb"
+    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+        original = vars(module).get(name)
+        if inspect.isfunction(original) and _same_rotation(original, rotate, device):
+            setattr(module, name, partial(_rotate, original, rotate))
+
+
+def _rotate(original: Callable[..., Any], rotate: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
+    """The rotations of q (B, H, T, K) and k (B, G, T, K), given with cos and sin (B, T, K)."""
+    if len(inputs) == 4 and inputs[0].is_cuda and not options:
+        return rotate(*inputs)
+    return original(*inputs, **options)
+
+
+@torch.no_grad()
+def _same_rotation(original: Callable[..., Any], rotate: Callable[..., Any], device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, half = (torch.randn(1, heads, 5, 16, generator=generator).to(device) for heads in (4, 2, 1))
+    angles = half[0, :, :, :8].repeat(1, 1, 2)  # (1, T, K), each of them for two numbers of a head
+    try:
+        expected = original(q.clone(), k.clone(), angles.cos(), angles.sin())
+        pairs = zip(rotate(q.clone(), k.clone(), angles.cos(), angles.sin()), expected, strict=True)
+        return all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in pairs)
+    except Exception:  # of other signatures
+        return False
+
+
+_fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # results of _same_loss
+
+
+def fuses_head(model: CausalLM) -> bool:
+    """Whether Liger computes head and loss in one: not for a head that trains, has an adapter or a bias, or does more
+    to its logits than to cap them."""
+    head, found = model.head, liger(model.device)
+    if found is None or type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return False
+    if model not in _fused_losses:  # once a model
+        _fused_losses[model] = _same_loss(model, found.loss(softcap=model.logit_cap))
+    return _fused_losses[model]
+
+
+def fused_cross_entropy(model: CausalLM, rows: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of rows (N, D) with labels (N,), where `fuses_head`."""
+    loss: Tensor = liger(rows.device).loss(softcap=model.logit_cap)(model.head.weight, rows, labels)
+    return loss / len(rows)  # Liger sums: in fp16 the gradients of a mean can underflow
+
+
+@torch.no_grad()
+def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
+    weight, generator = model.head.get_parameter("weight"), torch.Generator().manual_seed(0)
+    rows = torch.randn(4, weight.shape[1], generator=generator).to(weight)
+    labels = torch.arange(4, device=weight.device)
+    expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
+    try:
+        return torch.allclose(loss(weight, rows, labels), expected, LOSS_AGREEMENT)
+    except Exception:  # of a kernel that does not run here
+        return False
+
+
+def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
+    """Liger's activation is part of its kernel."""
+    out: Tensor = kind.apply(gate, up)
+    return out
+
+
+@cache
+def liger(device: torch.device) -> Any:
+    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`, or None where it cannot run."""
+    if device.type != "cuda":
+        return None
+    try:
+        from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except (ImportError, RuntimeError):  # not installed, or a Triton that does not fit this torch or driver
+        return None
+
+    class Norm(RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            # not in place: another branch may hold the gradient that would be overwritten
+            casts = "gemma" if self.offset else "llama"
+            out: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.eps, self.offset, casts, False)
+            return out
+
+    return SimpleNamespace(
+        norm=Norm,
+        products=[partial(_without_activation, kind) for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)],
+        rotate=LigerRopeFunction.apply,
+        loss=partial(LigerFusedLinearCrossEntropyLoss, reduction="sum"),
+    )

@@ -1,0 +1,44 @@
+"""`torch.compile` of a model's blocks, one by one: equal blocks share their code, so that 2 of them compile, not all.
+
+Attention is left out, where the lengths of packed sequences decide what is computed: it would be compiled again for
+each batch. Sizes are symbols from the first step on, so that a batch of other lengths, and a run that is resumed, use
+the same code. Modules and their names stay as they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels import packed_attention
+
+VARIANTS = 64  # of a block's code: with or without gradients, one row or several, packed or not
+
+
+class Lengths(Sequence[int]):
+    """Lengths of packed sequences that the compiler does not look at: it has no code for each of them."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self._values = tuple(values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._values[index]
+
+
+def compile_blocks(model: CausalLM) -> None:
+    """From now on the model's blocks compile where they are called, in place."""
+    torch._dynamo.config.recompile_limit = VARIANTS
+    packed_attention.register(torch.compiler.disable(packed_attention.attend))  # type: ignore[no-untyped-call]
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    model.wrap_lengths = Lengths
+
+
+def seconds_compiling() -> float:
+    """Those of this process so far."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))

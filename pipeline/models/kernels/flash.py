@@ -1,0 +1,67 @@
+"""Attention of packed sequences by `flash-attn` where it is installed (Dao 2023, arXiv 2307.08691).
+
+It has what torch's own kernel for sequences of different lengths lacks: capped scores (Gemma 2), and windows in every
+version of torch. It needs a CUDA build of its own, which no extra of this project installs.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def supports_flash(q: Tensor) -> bool:
+    """Whether it is installed and computes q (B, H, T, K): in 16 bits, on an Ampere GPU or later. It has no sinks."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] > 256 or q.shape[3] % 8:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0) and _flash_attention() is not None
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    spans: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), causal.
+
+    Each row holds sequences of `lengths` queries and `spans` keys; of those, query t of T sees key S - T + t and the
+    `window` - 1 before it. Scores become softcap·tanh(score / softcap). Repeated, it gives the same gradients.
+    """
+    B, H, T, K = q.shape
+    q_starts, k_starts = (_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
+    function = _flash_attention()
+    assert function is not None
+    out: Tensor = function(
+        *(q, k, v, q_starts, k_starts, max(lengths), max(spans)),
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        softcap=softcap or 0.0,
+        deterministic=True,  # its backward otherwise adds in the order in which blocks end
+    )
+    return out.view(B, T, H, K)
+
+
+@cache
+def _flash_attention() -> Callable[..., Any] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError):  # not installed, or built for another torch
+        return None
+    function: Callable[..., Any] = flash_attn_varlen_func
+    return function
+
+
+@lru_cache(maxsize=4)  # all layers of a step have the same lengths
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N + 1,): where each sequence starts, and where the last ends."""
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32).to(device, non_blocking=True)

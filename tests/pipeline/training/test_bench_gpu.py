@@ -1,0 +1,62 @@
+"""`python -m bench gpu`, whose numbers need a GPU: all that it runs, at a toy's shapes on the CPU."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.gpu import Case, known_gpu, measure
+from pipeline.calc.fit import gpus
+
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+TOY = Case("toy", CONFIG, steps=2, batch=3, length=12, new_tokens=4)
+
+
+@pytest.mark.parametrize("case", [TOY, replace(TOY, quantized=True, checkpointing=True)], ids=["lora", "qlora"])
+def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    rows = list(measure(case, torch.device("cpu"), gpus()["h100"]))
+    assert len(rows) == 4 and all(row.cells() for row in rows)
+    peak, epoch, *_ = rows
+    assert peak.ratio is not None and 0.8 < peak.ratio < 1.2, "of a toy: scratch memory counts there"
+    assert "tokens/s" in epoch.what and "of H100 80 GB's peak" in epoch.what and epoch.ratio and epoch.ratio > 0
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(gpu.gpu()) == [] and capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("driver", "gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79, "h100"),
+        ("NVIDIA A100-SXM4-40GB", 39, "a100-40"),
+        ("NVIDIA A100 80GB PCIe", 79, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("Tesla T4", 15, "t4"),
+        ("NVIDIA L4", 22, "l4"),
+        ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA A10G", 22, "a10g"),
+        ("Quadro P400", 2, None),
+    ],
+)
+def test_a_card_is_known_by_its_drivers_name(driver: str, gib: float, name: str | None) -> None:
+    card = known_gpu(driver, gib)
+    assert (card and card.name) == name
