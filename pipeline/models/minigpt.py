@@ -146,7 +146,8 @@ class Attention(nn.Module):
         if prefix is not None:
             k, v = prefix(self.layer, k, v, segments or [T])  # (B, H, S, K), the prefix's before each sequence
         if not uses_cpu_kernels(x.device):
-            from pipeline.models.kernels.packed_attention import Rule, attend_on_accelerator  # few runs are on one
+            from pipeline.models.kernels.accelerator_attention import attend_on_accelerator  # few runs are on one
+            from pipeline.models.kernels.plain_attention import Rule
 
             lengths = [*(segments or [T])]
             cached = cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None

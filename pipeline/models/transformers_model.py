@@ -21,7 +21,7 @@ from pipeline.models.base import (
     next_positions,
 )
 from pipeline.models.device import keep_freed_memory
-from pipeline.models.kernels import packed_attention, uses_cpu_kernels
+from pipeline.models.kernels import packed_attention, short_attention, uses_cpu_kernels
 from pipeline.models.kernels.llama_block import TrainingBlock, fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
@@ -184,9 +184,9 @@ class TransformersModel(CausalLM):
         return any(isinstance(block, TrainingBlock) for block in self.blocks)
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if self.trains_natively or not uses_cpu_kernels(self.device) or max(lengths) > packed_attention.LONGEST:
+        if self.trains_natively or not uses_cpu_kernels(self.device) or max(lengths) > short_attention.LONGEST:
             return None
-        return sum(block.weights for block in packed_attention.blocks(lengths))
+        return sum(block.weights for block in short_attention.blocks(lengths))
 
     def save(self, folder: Path) -> None:
         model = self._model[0]

@@ -5,19 +5,18 @@ version of torch. It needs a CUDA build of its own, which no extra of this proje
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
-from itertools import accumulate
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from pipeline.models.kernels import suits_flash_attention
+from pipeline.models.kernels.plain_attention import sequence_starts
 
 
 def supports_flash(q: Tensor) -> bool:
     """Whether it is installed and computes q (B, H, T, K): in 16 bits, on an Ampere GPU or later. It has no sinks."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] > 256 or q.shape[3] % 8:
-        return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0) and _flash_attention() is not None
+    return q.is_cuda and suits_flash_attention(q) and _flash_attention() is not None
 
 
 def flash_attention(
@@ -36,7 +35,7 @@ def flash_attention(
     `window` - 1 before it. Scores become softcap·tanh(score / softcap). Repeated, it gives the same gradients.
     """
     B, H, T, K = q.shape
-    q_starts, k_starts = (_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))
+    q_starts, k_starts = (sequence_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     function = _flash_attention()
     assert function is not None
@@ -59,9 +58,3 @@ def _flash_attention() -> Callable[..., Any] | None:
         return None
     function: Callable[..., Any] = flash_attn_varlen_func
     return function
-
-
-@lru_cache(maxsize=4)  # all layers of a step have the same lengths
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N + 1,): where each sequence starts, and where the last ends."""
-    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32).to(device, non_blocking=True)

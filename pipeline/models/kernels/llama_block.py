@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pipeline.models.base import CausalLM, LowRankLinear
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
 from pipeline.models.kernels.native import native, supports
-from pipeline.models.kernels.packed_attention import NATIVE_LANES, attend
+from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
+from pipeline.models.kernels.short_attention import NATIVE_LANES
 
 ALONE = ("cache", "past_key_values", "past", "attention_mask")  # options of the block's own forward only
 

@@ -21,8 +21,9 @@ from pipeline.models.kernels.cross_entropy import summed_cross_entropy
 from pipeline.models.kernels.decode import fast_decoding
 from pipeline.models.kernels.llama_block import TrainingBlock, _Rotary, _SwiGLU
 from pipeline.models.kernels.native import SWITCH, native, supports
-from pipeline.models.kernels.packed_attention import FusedAttention, _ShortAttention, blocks, register
+from pipeline.models.kernels.packed_attention import register
 from pipeline.models.kernels.rms_norm import RMSNorm
+from pipeline.models.kernels.short_attention import FusedAttention, _ShortAttention, blocks
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.batches import collate

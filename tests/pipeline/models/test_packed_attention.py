@@ -15,8 +15,10 @@ from torch.nn.attention import varlen
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.packed_attention import Rule, _blockwise, _varlen, attend, register, seen_keys
+from pipeline.models.kernels import accelerator_attention, packed_attention, short_attention
+from pipeline.models.kernels.accelerator_attention import _blockwise, _varlen, seen_keys
+from pipeline.models.kernels.packed_attention import attend, register
+from pipeline.models.kernels.plain_attention import Rule
 
 MODULE = nn.Module()
 SMALL: dict[str, Any] = {
@@ -122,8 +124,8 @@ def test_queries_behind_a_cache_stand_at_its_end(
 def test_every_token_is_a_query_once_and_has_its_whole_past_in_its_block(lengths: list[int]) -> None:
     begins = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True) for _ in range(length)]
     queries = list[int]()
-    for block in packed_attention.blocks(lengths):
-        assert block.stop - block.start <= packed_attention.BLOCK and sum(block.lengths) == block.stop - block.first
+    for block in short_attention.blocks(lengths):
+        assert block.stop - block.start <= short_attention.BLOCK and sum(block.lengths) == block.stop - block.first
         queries += range(block.start, block.stop)
         assert block.first == begins[block.start], "and no more than that of its first token"
     assert queries == list(range(sum(lengths)))
@@ -134,7 +136,7 @@ def test_blocks_of_queries_and_fused_attention_agree(longest: int, monkeypatch: 
     """On either side of what counts as short, with several blocks a sequence and several sequences a block."""
     lengths = [2, longest, 3, 2, longest // 2, 1, 1, 1]
     inputs = tensors(4, 2, sum(lengths), sum(lengths))
-    monkeypatch.setattr(packed_attention, "BLOCK", 5)
+    monkeypatch.setattr(short_attention, "BLOCK", 5)
     monkeypatch.setattr(packed_attention, "LONGEST", 600)
     short, _ = attend(MODULE, *inputs, None, segments=lengths)
     monkeypatch.setattr(packed_attention, "LONGEST", 0)
@@ -313,7 +315,7 @@ def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mas
     inputs = tensors(*heads, sum(lengths), sum(spans), rows=rows)
     s_aux = torch.linspace(-1, 1, heads[0]).requires_grad_() if sinks else None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(packed_attention, "ACCELERATOR_BLOCK", block)
+        patched.setattr(accelerator_attention, "BLOCK", block)
         found = _blockwise(*inputs, lengths, spans, Rule(0.4, window, softcap, s_aux))
         leaves: Any = inputs if s_aux is None else (*inputs, s_aux)
         ours = gradients(found, leaves)
@@ -330,9 +332,9 @@ def test_a_block_has_every_query_once_and_all_keys_that_it_sees(
     lengths: list[int], before: int, window: int | None, block: int
 ) -> None:
     spans, queries = [before + length for length in lengths], list[int]()
-    bounds = packed_attention._seen((*lengths,), (*spans,), window, torch.device("cpu"))
+    bounds = accelerator_attention._seen((*lengths,), (*spans,), window, torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(packed_attention, "ACCELERATOR_BLOCK", block)
+        patched.setattr(accelerator_attention, "BLOCK", block)
         for part in seen_keys(lengths, spans, window):
             first, last = bounds[:, part.start : part.stop]
             assert (part.first, part.last) == (int(first.min()), int(last.max()) + 1)
@@ -379,7 +381,7 @@ def test_sinks_are_a_factor_on_flash_attentions_output(heads: tuple[int, int], w
     inputs, s_aux = tensors(*heads, 9, 12), torch.linspace(-1, 1, heads[0]).requires_grad_()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(varlen, "varlen_attn", flash_with_logsumexp)
-        patched.setattr(packed_attention, "_flash_backward", flash_backward_by_hand)
+        patched.setattr(accelerator_attention, "_flash_backward", flash_backward_by_hand)
         found = _varlen(*inputs, [9], [12], Rule(0.4, window, None, s_aux)).contiguous()
         ours = gradients(found, (*inputs, s_aux))  # type: ignore[arg-type]
     wanted = by_hand(*inputs, 0.4, window, None, s_aux)

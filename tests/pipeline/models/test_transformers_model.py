@@ -13,7 +13,7 @@ from pipeline.adapters.attach import attach, resolve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.models.base import compute_in_fp32
-from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels import packed_attention, plain_attention
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from tests.helpers.families import FAMILIES
 from tests.helpers.real import toy
@@ -74,7 +74,7 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_attention_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = rough("qwen3", dtype)
-    seen = packed_attention._row
-    monkeypatch.setattr(packed_attention, "_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
+    seen = plain_attention.attend_row
+    monkeypatch.setattr(packed_attention, "attend_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
     with pytest.raises(UserError, match="its logits are not its head applied"):
         refuse_unlike(model, "toy")
