@@ -221,7 +221,7 @@ class Block(nn.Module):
         linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
         norms = (self.self_attn_layer_norm, self.final_layer_norm)
         if segments is not None:
-            mask = _segment_mask(tuple(segments), x.dtype, x.device)
+            mask = _segment_mask(tuple(segments), x.dtype)
         return low_rank_block(x, norms, linears, (self.fc1, self.fc2), own.n_heads, mask)
 
 

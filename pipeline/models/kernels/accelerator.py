@@ -56,9 +56,9 @@ def fuse(model: CausalLM, device: torch.device) -> list[str]:
     found = liger(device)
     checked = not model.embeddings.weight.is_meta  # without numbers there is nothing to compare
     names = fuse_rms_norms(model, checked, found.norm, device) if found else []
-    names += fuse_rms_norms(model, checked)  # which Liger does not compute in the same way
+    names += fuse_rms_norms(model, checked, device=device)  # which Liger does not compute in the same way
     products: list[Product] = [*(found.products if found else ()), GatedProduct.apply]
-    names += fuse_gates(model, products, device if found else torch.device("cpu"), checked)
+    names += fuse_gates(model, products, device, checked)
     if found:
         _fuse_rotations(model, found.rotate, device)
     return names

@@ -200,6 +200,7 @@ def test_many_adapters_are_read_at_once(family: str, lengths: Sequence[int], ran
     names = ("q_proj", "v_proj")
     routing = attach_many(model, [partial(attach, model, AdapterSpec(rank, 6.0, names)) for rank in ranks])
     path = ManyAdapters(model, routing)
+    assert path.supports_packing  # without the adapters: before `on_meta` asks the model
     on_meta(model)
     learners = [Learner(FinetuneLora(epochs=9, seed=n), Batches(data(lengths), 2, n), name=f"{n}") for n in range(3)]
     refuse(seen_in_steps(model, TrainingTask(model, learners, path)), ONE_READ)
@@ -210,6 +211,7 @@ def test_a_sweep_goes_on_without_those_that_were_stopped() -> None:
     names = ("q_proj", "v_proj")
     routing = attach_many(model, [partial(attach, model, AdapterSpec(3, 6.0, names)) for _ in range(3)])
     path = ManyAdapters(model, routing)
+    assert path.supports_packing  # without the adapters: before `on_meta` asks the model
     on_meta(model)
     learners = [Learner(FinetuneLora(epochs=9), Batches(data((601,) * 6), 2, 0), name=f"{n}") for n in range(3)]
     learners[1].stop(0, "it was stopped")
