@@ -222,7 +222,7 @@ class Block(nn.Module):
         norms = (self.self_attn_layer_norm, self.final_layer_norm)
         if segments is not None:
             mask = _segment_mask(tuple(segments), x.dtype)
-        return low_rank_block(x, norms, linears, (self.fc1, self.fc2), own.n_heads, mask)
+        return low_rank_block(x, norms, linears, (self.fc1, self.fc2), own.n_heads, mask, segments)
 
 
 class SinusoidalPositions(nn.Module):

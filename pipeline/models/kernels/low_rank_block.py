@@ -5,13 +5,17 @@ take longer than it does. Here forward and backward are the calls that compute s
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from ctypes import addressof, c_float, c_long, c_void_p
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import LinearUpdate, LowRankLinear
+
+if TYPE_CHECKING:
+    from pipeline.models.kernels.native import BlockShape
 
 # Rows of a product from which oneDNN is faster than MKL: 128 × 64 by 64 × 256 takes 25 µs in place of 40 on a Zen 5,
 # where MKL uses half the width of a vector; 16 rows take 11 µs in place of 8.
@@ -50,8 +54,9 @@ def low_rank_block(
     feed_forward: Sequence[nn.Module],
     heads: int,
     mask: Tensor | None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D).
+    """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D). `mask`: of a row of `segments`.
 
     None unless q, k, v and out (`attention`) have updates alike, nothing else of the block trains and all is in fp32.
     """
@@ -71,7 +76,13 @@ def low_rank_block(
         return None
     eps = [(*layer, norm.eps) for layer, norm in zip(frozen, norms, strict=False)]
     block = _Frozen(eps, frozen[2:6], frozen[6], frozen[7], heads, mask, updates[0].scale)
-    out: Tensor = _Block.apply(x, block, *(u.A for u in updates), *(u.B for u in updates))  # type: ignore[no-untyped-call]
+    factors = *(u.A for u in updates), *(u.B for u in updates)
+    out: Tensor
+    if factors[0].dim() == 3 and _runs_natively(x, block, factors):
+        lengths = tuple(segments or x.shape[1:2]) * len(x)
+        out = _NativeBlock.apply(x, block, lengths, *factors)  # type: ignore[no-untyped-call]
+    else:
+        out = _Block.apply(x, block, *factors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -137,6 +148,94 @@ class _Block(torch.autograd.Function):
         d_As = d_A.view(L, 3, -1, D).unbind(1)  # (L, R, D) each
         d_Bs = d_B.view(L, 3, D, 3, -1).diagonal(dim1=1, dim2=3).unbind(-1)  # (L, D, R) each
         return d_x, None, *d_As, of_out[0], *d_Bs, of_out[1]
+
+
+def _runs_natively(x: Tensor, block: _Frozen, factors: Sequence[Tensor]) -> bool:
+    from pipeline.models.kernels.native import COLUMNS, LANES, supports  # one adapter does not need it
+
+    D, F_ = block.fc2[0].shape
+    return (
+        not (D % COLUMNS or F_ % COLUMNS or D // block.heads % LANES)
+        and supports(x, *(weight for weight, _ in (*block.attention, block.fc1, block.fc2)), dtype=x.dtype)
+        and all(tensor.is_contiguous() for pair in (*block.attention, block.fc1, block.fc2) for tensor in pair)
+        and all(factor[0].is_contiguous() for factor in factors)
+    )
+
+
+class _NativeBlock(torch.autograd.Function):
+    """The same of L adapters by native.c, with whose sequences of a few tokens torch's attention takes longest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: _Frozen, lengths: tuple[int, ...], *factors: Tensor) -> Tensor:
+        from pipeline.models.kernels.native import native
+
+        x = x.contiguous()
+        ctx.block, ctx.lengths = block, lengths
+        shape, kept, room = _shape(x, block, lengths, factors)
+        kept, room, out = x.new_empty(kept), x.new_empty(room), torch.empty_like(x)
+        native().low_rank_forward(addressof(shape), *(each.data_ptr() for each in (x, out, kept, room)))
+        ctx.save_for_backward(x, kept, *factors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from pipeline.models.kernels.native import native
+
+        x, kept, *factors = ctx.saved_tensors
+        shape, _, size = _shape(x, ctx.block, ctx.lengths, factors)
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        room, grads = x.new_empty(size), [factor.new_empty(factor.shape) for factor in factors]
+        pointers = [(c_void_p * 4)(*(grad.data_ptr() for grad in of)) for of in (grads[:4], grads[4:])]
+        native().low_rank_backward(
+            addressof(shape),
+            *(each.data_ptr() for each in (outputs[0].contiguous(), x, kept)),
+            None if d_x is None else d_x.data_ptr(),
+            *map(addressof, pointers),
+            room.data_ptr(),
+        )
+        return d_x, None, None, *grads
+
+
+def _shape(
+    x: Tensor, block: _Frozen, lengths: tuple[int, ...], factors: Sequence[Tensor]
+) -> tuple["BlockShape", int, int]:
+    """native.c's description of a block, the numbers that forward keeps, and those that it needs room for."""
+    from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape
+    from pipeline.models.kernels.short_attention import starts_of
+
+    (L, R, D), F_, n = factors[0].shape, len(block.fc1[0]), x.numel() // x.shape[-1]
+    starts = starts_of(lengths)
+
+    def pointers(*pairs: Sequence[Any]) -> Any:
+        return (c_void_p * (2 * len(pairs)))(*(tensor.data_ptr() for pair in pairs for tensor in pair[:2]))
+
+    shape = BlockShape(
+        *(
+            L,
+            n // L,
+            D,
+            F_,
+            block.heads,
+            R,
+            len(lengths),
+            block.scale,
+            (c_float * 2)(*(eps for *_, eps in block.norms)),
+        ),
+        *(pointers(*block.norms), pointers(*block.attention), pointers(block.fc1), pointers(block.fc2)),
+        *((c_void_p * 8)(*(f.data_ptr() for f in factors)), (c_long * 8)(*(f.stride(0) for f in factors))),
+        starts.data_ptr(),
+    )
+    low = [-(-columns // COLUMNS) * COLUMNS for columns in (3 * R, R)]  # whole panels
+    kept = n * (6 * D + F_ + 4 + sum(low))
+    rows = n // L
+    longest = -(-max(lengths) // LANES) * LANES
+    panels = max(
+        F_ * D,
+        3 * D * D,
+        low[0] * (3 * D + rows) + 3 * D * (rows + R) + D * max(R, low[0]),
+        2 * longest * (D // block.heads + 1),
+    )
+    return shape, kept, n * (2 * D + max(F_, 3 * D)) + panels
 
 
 def _join(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -170,23 +170,23 @@ void cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf1
 #define BLOCK 32   /* queries whose scores are in memory at once */
 #define UP(x, to) (((x) + (to) - 1) / (to) * (to))
 
-/* c (M, N) = a (M, depth) · b (depth, N), or added to it; element (m, d) of a is at m·a_m + d·a_d */
+/* c (rows, N) = a (rows, depth) · b (depth, N), or added to it; element (m, d) of a is at m·a_m + d·a_d; rows ≤ M */
 static inline __attribute__((always_inline)) void tile(const float *a, long a_m, long a_d, const float *b, long b_d,
-                                                       float *c, long c_m, long depth, int add) {
+                                                       float *c, long c_m, const int rows, long depth, int add) {
   vec left[M], right[M];
-  for (int m = 0; m < M; m++) {
+  for (int m = 0; m < rows; m++) {
     left[m] = add ? *(vec *)(c + m * c_m) : (vec){0};
     right[m] = add ? *(vec *)(c + m * c_m + W) : (vec){0};
   }
   for (long d = 0; d < depth; d++) {
     vec b0 = *(const vec *)(b + d * b_d), b1 = *(const vec *)(b + d * b_d + W);
-    for (int m = 0; m < M; m++) {
+    for (int m = 0; m < rows; m++) {
       float x = a[m * a_m + d * a_d];
       left[m] += x * b0;
       right[m] += x * b1;
     }
   }
-  for (int m = 0; m < M; m++) {
+  for (int m = 0; m < rows; m++) {
     *(vec *)(c + m * c_m) = left[m];
     *(vec *)(c + m * c_m + W) = right[m];
   }
@@ -197,7 +197,7 @@ static inline __attribute__((always_inline)) void product(const float *a, long a
                                                           float *c, long c_m, long rows, long columns, long depth,
                                                           int add) {
   for (long n = 0; n < columns; n += N)
-    for (long m = 0; m < rows; m += M) tile(a + m * a_m, a_m, a_d, b + n, b_d, c + m * c_m + n, c_m, depth, add);
+    for (long m = 0; m < rows; m += M) tile(a + m * a_m, a_m, a_d, b + n, b_d, c + m * c_m + n, c_m, M, depth, add);
 }
 
 /* rows of bf16 as floats times `scale`; those from `count` to `padded` are 0 */
@@ -343,4 +343,287 @@ int attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, const bf1
     free(keys);
   }
   return failed;
+}
+
+/* ---- MiniGPT's block with the low-rank updates of L adapters, in fp32 (low_rank_block.py). D and F are multiples of N,
+   D/H of W. What is multiplied lies in panels of N columns: (columns/N, depth, N). */
+
+typedef struct {
+  long L, rows, D, F, H, R, sequences; /* `rows` of each adapter */
+  float scale, eps[2];
+  const float *norms[2][2], *attention[4][2], *fc1[2], *fc2[2]; /* weight and bias each; attention: q, k, v, out */
+  const float *A[4], *B[4];                                    /* (R, D) and (D, R) of the first adapter */
+  long A_step[4], B_step[4];                                   /* to the next one's */
+  const int64_t *starts;
+} Block;
+
+static inline float fold(vec x) {
+  typedef float half __attribute__((vector_size(2 * W), aligned(4)));
+  half h = *(half *)&x + *((half *)&x + 1);
+  return ((h[0] + h[1]) + (h[2] + h[3])) + ((h[4] + h[5]) + (h[6] + h[7]));
+}
+
+/* `scale` times w (depth, columns) into panels of depth `total`, from column c and row d on */
+static void pack(const float *w, long depth, long columns, long c, long d, long total, float scale, float *out) {
+  for (long i = 0; i < depth; i++)
+    for (long j = 0; j < columns; j++) out[((c + j) / N * total + d + i) * N + (c + j) % N] = scale * w[i * columns + j];
+}
+
+/* the same of wᵀ, w (columns, depth) */
+static void pack_turned(const float *w, long columns, long depth, long c, float scale, float *out) {
+  for (long j = 0; j < columns; j++) {
+    float *to = out + (c + j) / N * depth * N + (c + j) % N;
+    for (long i = 0; i < depth; i++) to[i * N] = scale * w[j * depth + i];
+  }
+}
+
+/* as `product`, of panels and any number of rows */
+static void multiply(const float *a, long a_m, long a_d, const float *panels, float *c, long c_m, long rows, long columns,
+                     long depth, int add) {
+  for (long n = 0; n < columns; n += N) {
+    const float *b = panels + n * depth;
+    long m = 0;
+    for (; m + M <= rows; m += M) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, M, depth, add);
+    for (; m + 4 <= rows; m += 4) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, 4, depth, add);
+    for (; m < rows; m++) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, 1, depth, add);
+  }
+}
+
+/* every row is `bias`, plus its own of `more` (rows, width) unless that is 0 */
+static void fill(float *out, const float *bias, const float *more, long rows, long width, long step) {
+  for (long row = 0; row < rows; row++)
+    for (long i = 0; i < width; i += W) {
+      vec x = *(const vec *)(bias + i);
+      if (more) x += *(const vec *)(more + row * width + i);
+      *(vec *)(out + row * step + i) = x;
+    }
+}
+
+static void norm_forward(const float *x, const float *const *layer, float eps, float *out, float *stats, long rows, long D) {
+  for (long row = 0; row < rows; row++, x += D, out += D) {
+    vec total = {0}, squares = {0};
+    for (long i = 0; i < D; i += W) total += *(const vec *)(x + i);
+    float mean = fold(total) / D;
+    for (long i = 0; i < D; i += W) squares += (*(const vec *)(x + i) - mean) * (*(const vec *)(x + i) - mean);
+    float r = 1 / sqrtf(fold(squares) / D + eps);
+    stats[2 * row] = mean, stats[2 * row + 1] = r;
+    for (long i = 0; i < D; i += W)
+      *(vec *)(out + i) = (*(const vec *)(x + i) - mean) * r * *(const vec *)(layer[0] + i) + *(const vec *)(layer[1] + i);
+  }
+}
+
+/* With n = (x − mean)·r and h = g∘w: dx = r·(h − mean(h) − n·mean(h∘n)), plus `passed`. */
+static void norm_backward(const float *g, const float *passed, const float *x, const float *weight, const float *stats,
+                          float *d_x, long rows, long D) {
+  for (long row = 0; row < rows; row++, g += D, x += D, passed += D, d_x += D) {
+    float mean = stats[2 * row], r = stats[2 * row + 1];
+    vec total = {0}, products = {0};
+    for (long i = 0; i < D; i += W) {
+      vec h = *(const vec *)(g + i) * *(const vec *)(weight + i);
+      total += h;
+      products += h * (*(const vec *)(x + i) - mean);
+    }
+    float first = fold(total) / D, second = fold(products) * r * r / D;
+    for (long i = 0; i < D; i += W) {
+      vec h = *(const vec *)(g + i) * *(const vec *)(weight + i);
+      *(vec *)(d_x + i) = (h - first - (*(const vec *)(x + i) - mean) * second) * r + *(const vec *)(passed + i);
+    }
+  }
+}
+
+/* Φ(x), the normal distribution, within 1e-7 (Abramowitz & Stegun 7.1.26, as torch's), and e^(−x²/2) */
+static inline vec normal(vec x, vec *bell) {
+  vec z = choose(x < 0, -x, x) * 0.70710678f, t = 1 / (1 + z * 0.3275911f);
+  *bell = exponential(-z * z);
+  vec tail = ((((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  tail *= *bell * 0.5f;
+  return choose(x < 0, tail, 1 - tail);
+}
+
+/* The weights of the keys of the query at `q`, (T,), of which it sees `seen`; keys_t (K, S) */
+static inline void attend(const float *q, const float *keys_t, long S, long K, long seen, float scale, float *p) {
+  float top = -INFINITY, mass = 0;
+  for (long j = 0; j < seen; j += W) {
+    vec score = {0};
+    for (long i = 0; i < K; i++) score += q[i] * *(const vec *)(keys_t + i * S + j);
+    *(vec *)(p + j) = score * scale;
+  }
+  for (long j = 0; j < seen; j++) top = p[j] > top ? p[j] : top;
+  for (long j = 0; j < seen; j += W) *(vec *)(p + j) = exponential(*(vec *)(p + j) - top);
+  for (long j = 0; j < seen; j++) mass += p[j];
+  for (long j = 0; j < seen; j += W) *(vec *)(p + j) *= 1 / mass;
+}
+
+static void turn(const float *x, long step, float *out, long T, long S, long K) {
+  for (long t = 0; t < T; t++)
+    for (long i = 0; i < K; i++) out[i * S + t] = x[t * step + i];
+}
+
+/* `sums` has room for (2K + 2, S), S the longest sequence's length as a multiple of W */
+static void block_attention(const Block *s, const float *qkv, float *out, float *room) {
+  long D = s->D, K = D / s->H, step = 3 * D;
+  float scale = 1 / sqrtf(K);
+  for (long sequence = 0; sequence < s->sequences; sequence++) {
+    long first = s->starts[sequence], T = s->starts[sequence + 1] - first, S = UP(T, W);
+    float *p = room + K * S;
+    for (const float *q = qkv + first * step, *end = q + D; q < end; q += K) {
+      turn(q + D, step, room, T, S, K);
+      for (long t = 0; t < T; t++) {
+        attend(q + t * step, room, S, K, t + 1, scale, p);
+        float *y = out + (first + t) * D + (q - qkv - first * step);
+        for (long i = 0; i < K; i += W) {
+          vec total = {0};
+          for (long j = 0; j <= t; j++) total += p[j] * *(const vec *)(q + 2 * D + j * step + i);
+          *(vec *)(y + i) = total;
+        }
+      }
+    }
+  }
+}
+
+static void block_attention_backward(const Block *s, const float *grad, const float *qkv, float *d_qkv, float *room) {
+  long D = s->D, K = D / s->H, step = 3 * D;
+  float scale = 1 / sqrtf(K);
+  memset(d_qkv, 0, s->L * s->rows * step * sizeof(float));
+  for (long sequence = 0; sequence < s->sequences; sequence++) {
+    long first = s->starts[sequence], T = s->starts[sequence + 1] - first, S = UP(T, W);
+    float *values_t = room + K * S, *p = values_t + K * S, *d_p = p + S;
+    for (long head = 0; head < D; head += K) {
+      const float *q = qkv + first * step + head, *g = grad + first * D + head;
+      float *d_q = d_qkv + first * step + head;
+      turn(q + D, step, room, T, S, K);
+      turn(q + 2 * D, step, values_t, T, S, K);
+      for (long t = 0; t < T; t++) {
+        attend(q + t * step, room, S, K, t + 1, scale, p);
+        float mean = 0;
+        for (long j = 0; j <= t; j += W) {
+          vec d = {0};
+          for (long i = 0; i < K; i++) d += g[t * D + i] * *(const vec *)(values_t + i * S + j);
+          *(vec *)(d_p + j) = d;
+        }
+        for (long j = 0; j <= t; j++) mean += p[j] * d_p[j];
+        for (long j = 0; j <= t; j++) d_p[j] = p[j] * (d_p[j] - mean) * scale;
+        for (long i = 0; i < K; i += W) {
+          vec d = {0}, own = *(const vec *)(q + t * step + i), of_out = *(const vec *)(g + t * D + i);
+          for (long j = 0; j <= t; j++) {
+            d += d_p[j] * *(const vec *)(q + D + j * step + i);
+            *(vec *)(d_q + D + j * step + i) += d_p[j] * own;
+            *(vec *)(d_q + 2 * D + j * step + i) += p[j] * of_out;
+          }
+          *(vec *)(d_q + t * step + i) = d;
+        }
+      }
+    }
+  }
+}
+
+/* out (rows, count·D) of x (rows, D) by the linears of attention from `first` on, with bias and `more`; low = Ax */
+static void updated_forward(const Block *s, long first, long count, const float *x, const float *more, float *out,
+                            float *low, long low_step, float *room) {
+  long D = s->D, R = s->R, n = s->L * s->rows, wide = UP(count * R, N);
+  for (long i = 0; i < count; i++) {
+    pack_turned(s->attention[first + i][0], D, D, i * D, 1, room);
+    fill(out + i * D, s->attention[first + i][1], more, n, D, count * D);
+  }
+  multiply(x, D, 1, room, out, count * D, n, count * D, D, 1);
+  memset(room, 0, wide * D * sizeof(float));
+  float *up = room + wide * D;
+  for (long l = 0; l < s->L; l++) {
+    float *own = low + l * s->rows * low_step;
+    for (long i = 0; i < count; i++)
+      pack_turned(s->A[first + i] + l * s->A_step[first + i], R, D, i * R, 1, room);
+    multiply(x + l * s->rows * D, D, 1, room, own, low_step, s->rows, wide, D, 0);
+    for (long i = 0; i < count; i++) {
+      pack_turned(s->B[first + i] + l * s->B_step[first + i], D, R, 0, s->scale, up);
+      multiply(own + i * R, low_step, 1, up, out + l * s->rows * count * D + i * D, count * D, s->rows, D, R, 1);
+    }
+  }
+}
+
+/* With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's §4.3); d_x unless 0. */
+static void updated_backward(const Block *s, long first, long count, const float *g, const float *x, const float *low,
+                             long low_step, float *d_x, float *const *d_A, float *const *d_B, float *room) {
+  long D = s->D, R = s->R, wide = UP(count * R, N), deep = count * D;
+  if (d_x) {
+    for (long i = 0; i < count; i++) pack(s->attention[first + i][0], D, D, 0, i * D, deep, 1, room);
+    multiply(g, deep, 1, room, d_x, D, s->L * s->rows, D, deep, 0);
+  }
+  float *d_low = room + wide * deep, *panels = d_low + s->rows * wide, *turned = panels + (s->rows + R) * deep;
+  memset(room, 0, wide * deep * sizeof(float));
+  for (long l = 0; l < s->L; l++) {
+    const float *own_g = g + l * s->rows * deep, *own_x = x + l * s->rows * D, *own = low + l * s->rows * low_step;
+    for (long i = 0; i < count; i++)
+      pack(s->B[first + i] + l * s->B_step[first + i], D, R, i * R, i * D, deep, s->scale, room);
+    multiply(own_g, deep, 1, room, d_low, wide, s->rows, wide, deep, 0);
+    pack(own_x, s->rows, D, 0, 0, s->rows, 1, panels);
+    for (long i = 0; i < count; i++)
+      multiply(d_low + i * R, 1, wide, panels, d_A[first + i] + l * R * D, D, R, D, s->rows, 0);
+    pack(own_g, s->rows, deep, 0, 0, s->rows, s->scale, panels);
+    for (long i = 0; i < count; i++) {
+      multiply(own + i * R, 1, low_step, panels + i * D * s->rows, turned, D, R, D, s->rows, 0);
+      float *out = d_B[first + i] + l * R * D;
+      for (long r = 0; r < R; r++)
+        for (long o = 0; o < D; o++) out[o * R + r] = turned[r * D + o];
+    }
+    for (long i = 0; d_x && i < count; i++) {
+      pack(s->A[first + i] + l * s->A_step[first + i], R, D, 0, 0, R, 1, panels);
+      multiply(d_low + i * R, wide, 1, panels, d_x + l * s->rows * D, D, s->rows, D, R, 1);
+    }
+  }
+}
+
+/* What forward keeps for backward, one after the other: (rows, …) each */
+typedef struct {
+  float *stats[2], *n1, *qkv, *merged, *attended, *u, *low;
+  long low_step, of_out; /* from one row of `low` to the next, and to the part of `out` */
+} Kept;
+
+static Kept kept_in(const Block *s, float *at) {
+  long n = s->L * s->rows, D = s->D, of_out = UP(3 * s->R, N);
+  float *stats = at + n * (6 * D + s->F), *low = stats + 4 * n;
+  return (Kept){{stats, stats + 2 * n}, at,  at + n * D, at + 4 * n * D,         at + 5 * n * D,
+                at + 6 * n * D,         low, of_out + UP(s->R, N), of_out};
+}
+
+void low_rank_forward(const Block *s, const float *x, float *out, float *kept, float *room) {
+  long n = s->L * s->rows, D = s->D, F = s->F;
+  Kept k = kept_in(s, kept);
+  norm_forward(x, s->norms[0], s->eps[0], k.n1, k.stats[0], n, D);
+  updated_forward(s, 0, 3, k.n1, 0, k.qkv, k.low, k.low_step, room);
+  block_attention(s, k.qkv, k.merged, room);
+  updated_forward(s, 3, 1, k.merged, x, k.attended, k.low + k.of_out, k.low_step, room);
+  float *n2 = room, *hidden = n2 + n * D, *panels = hidden + n * F;
+  norm_forward(k.attended, s->norms[1], s->eps[1], n2, k.stats[1], n, D);
+  pack_turned(s->fc1[0], F, D, 0, 1, panels);
+  fill(k.u, s->fc1[1], 0, n, F, F);
+  multiply(n2, D, 1, panels, k.u, F, n, F, D, 1);
+  for (long i = 0; i < n * F; i += W) {
+    vec u = *(vec *)(k.u + i), bell;
+    *(vec *)(hidden + i) = u * normal(u, &bell);
+  }
+  pack_turned(s->fc2[0], D, F, 0, 1, panels);
+  fill(out, s->fc2[1], k.attended, n, D, D);
+  multiply(hidden, F, 1, panels, out, D, n, D, F, 1);
+}
+
+/* d_x may be 0; d_A: those of q, k, v and out, (L, R, D) each; d_B: (L, D, R) */
+void low_rank_backward(const Block *s, const float *g, const float *x, float *kept, float *d_x, float *const *d_A,
+                       float *const *d_B, float *room) {
+  long n = s->L * s->rows, D = s->D, F = s->F;
+  Kept k = kept_in(s, kept);
+  float *d_attended = room, *d_rows = d_attended + n * D, *d_u = d_rows + n * D, *d_qkv = d_u;
+  float *panels = d_u + n * (F > 3 * D ? F : 3 * D);
+  pack(s->fc2[0], D, F, 0, 0, D, 1, panels);
+  multiply(g, D, 1, panels, d_u, F, n, F, D, 0);
+  for (long i = 0; i < n * F; i += W) {
+    vec u = *(vec *)(k.u + i), bell, share = normal(u, &bell);
+    *(vec *)(d_u + i) *= share + u * bell * 0.39894228f;
+  }
+  pack(s->fc1[0], F, D, 0, 0, F, 1, panels);
+  multiply(d_u, F, 1, panels, d_rows, D, n, D, F, 0);
+  norm_backward(d_rows, g, k.attended, s->norms[1][0], k.stats[1], d_attended, n, D);
+  updated_backward(s, 3, 1, d_attended, k.merged, k.low + k.of_out, k.low_step, d_rows, d_A, d_B, panels);
+  block_attention_backward(s, d_rows, k.qkv, d_qkv, panels);
+  updated_backward(s, 0, 3, d_qkv, k.n1, k.low, k.low_step, d_x ? d_rows : 0, d_A, d_B, panels);
+  if (d_x) norm_backward(d_rows, d_attended, x, s->norms[0][0], k.stats[0], d_x, n, D);
 }

@@ -29,6 +29,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # Not -ffast-math: it would flush denormal numbers in the whole process.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno"]
 LANES = 16  # sizes of rows must be multiples of it
+COLUMNS = 32  # of a panel of a product's right side
 PATIENCE = 60  # seconds for the compiler
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -43,6 +44,17 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
+class BlockShape(ctypes.Structure):
+    """`Block` of native.c; pointers are those of `data_ptr`."""
+
+    _fields_ = [
+        *((name, _L) for name in ("L", "rows", "D", "F", "H", "R", "sequences")),
+        *(("scale", _F), ("eps", _F * 2)),
+        *(("norms", _P * 4), ("attention", _P * 8), ("fc1", _P * 2), ("fc2", _P * 2)),
+        *(("factors", _P * 8), ("steps", _L * 8), ("starts", _P)),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm_forward": [_P] * 6 + [_L, _L, _F, _F],
     "rms_norm_backward": [_P] * 6 + [_L, _L, _F],
@@ -52,6 +64,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "cross_entropy": [_P] * 4 + [_L, _L],
     "attention_forward": [_P] * 7,
     "attention_backward": [_P] * 11,
+    "low_rank_forward": [_P] * 5,
+    "low_rank_backward": [_P] * 8,
 }
 
 
@@ -69,13 +83,13 @@ def native() -> Any:
     return library
 
 
-def supports(*tensors: Tensor, lanes: int = LANES) -> bool:
-    """Whether the library computes with these: bf16 on the CPU, rows of a multiple of `lanes` numbers."""
+def supports(*tensors: Tensor, lanes: int = LANES, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the library computes with these: of `dtype`, on the CPU, rows of a multiple of `lanes` numbers."""
     return (
         all(
             isinstance(x, Tensor)
             and type(x) in (Tensor, torch.nn.Parameter)  # a fake tensor has no numbers
-            and x.dtype == torch.bfloat16
+            and x.dtype == dtype
             and uses_cpu_kernels(x.device)
             and x.shape[-1] % lanes == 0
             for x in tensors

@@ -47,7 +47,7 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
         q, k, v = (_strided(x) for x in (q, k, v))
         B, T, H, K = q.shape
-        starts = _starts(lengths * B)
+        starts = starts_of(lengths * B)
         ctx.shape = AttentionShape(
             *(x.stride(n) for x in (q, k, v) for n in (1, 2)), len(starts) - 1, H, k.shape[2], K, scale
         )
@@ -72,7 +72,7 @@ def _strided(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _starts(lengths: tuple[int, ...]) -> Tensor:
+def starts_of(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
