@@ -363,13 +363,7 @@ static inline float fold(vec x) {
   return ((h[0] + h[1]) + (h[2] + h[3])) + ((h[4] + h[5]) + (h[6] + h[7]));
 }
 
-/* `scale` times w (depth, columns) into panels of depth `total`, from column c and row d on */
-static void pack(const float *w, long depth, long columns, long c, long d, long total, float scale, float *out) {
-  for (long i = 0; i < depth; i++)
-    for (long j = 0; j < columns; j++) out[((c + j) / N * total + d + i) * N + (c + j) % N] = scale * w[i * columns + j];
-}
-
-/* the same of wᵀ, w (columns, depth) */
+/* `scale` times wᵀ, w (columns, depth), into panels from column c on */
 static void pack_turned(const float *w, long columns, long depth, long c, float scale, float *out) {
   for (long j = 0; j < columns; j++) {
     float *to = out + (c + j) / N * depth * N + (c + j) % N;
@@ -377,16 +371,20 @@ static void pack_turned(const float *w, long columns, long depth, long c, float 
   }
 }
 
-/* as `product`, of panels and any number of rows */
-static void multiply(const float *a, long a_m, long a_d, const float *panels, float *c, long c_m, long rows, long columns,
-                     long depth, int add) {
-  for (long n = 0; n < columns; n += N) {
-    const float *b = panels + n * depth;
+/* as `product`, of any number of rows; b_n: from N columns of b to the next */
+static void multiply(const float *a, long a_m, long a_d, const float *b, long b_d, long b_n, float *c, long c_m, long rows,
+                     long columns, long depth, int add) {
+  for (long n = 0; n < columns; n += N, b += b_n, c += N) {
     long m = 0;
-    for (; m + M <= rows; m += M) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, M, depth, add);
-    for (; m + 4 <= rows; m += 4) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, 4, depth, add);
-    for (; m < rows; m++) tile(a + m * a_m, a_m, a_d, b, N, c + m * c_m + n, c_m, 1, depth, add);
+    for (; m + M <= rows; m += M) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, M, depth, add);
+    for (; m + 4 <= rows; m += 4) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, 4, depth, add);
+    for (; m < rows; m++) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, 1, depth, add);
   }
+}
+
+static void multiply_panels(const float *a, long a_m, const float *panels, float *c, long c_m, long rows, long columns,
+                            long depth, int add) {
+  multiply(a, a_m, 1, panels, N, N * depth, c, c_m, rows, columns, depth, add);
 }
 
 /* every row is `bias`, plus its own of `more` (rows, width) unless that is 0 */
@@ -525,17 +523,17 @@ static void updated_forward(const Block *s, long first, long count, const float 
     pack_turned(s->attention[first + i][0], D, D, i * D, 1, room);
     fill(out + i * D, s->attention[first + i][1], more, n, D, count * D);
   }
-  multiply(x, D, 1, room, out, count * D, n, count * D, D, 1);
+  multiply_panels(x, D, room, out, count * D, n, count * D, D, 1);
   memset(room, 0, wide * D * sizeof(float));
   float *up = room + wide * D;
   for (long l = 0; l < s->L; l++) {
     float *own = low + l * s->rows * low_step;
     for (long i = 0; i < count; i++)
       pack_turned(s->A[first + i] + l * s->A_step[first + i], R, D, i * R, 1, room);
-    multiply(x + l * s->rows * D, D, 1, room, own, low_step, s->rows, wide, D, 0);
+    multiply_panels(x + l * s->rows * D, D, room, own, low_step, s->rows, wide, D, 0);
     for (long i = 0; i < count; i++) {
       pack_turned(s->B[first + i] + l * s->B_step[first + i], D, R, 0, s->scale, up);
-      multiply(own + i * R, low_step, 1, up, out + l * s->rows * count * D + i * D, count * D, s->rows, D, R, 1);
+      multiply_panels(own + i * R, low_step, up, out + l * s->rows * count * D + i * D, count * D, s->rows, D, R, 1);
     }
   }
 }
@@ -544,30 +542,26 @@ static void updated_forward(const Block *s, long first, long count, const float 
 static void updated_backward(const Block *s, long first, long count, const float *g, const float *x, const float *low,
                              long low_step, float *d_x, float *const *d_A, float *const *d_B, float *room) {
   long D = s->D, R = s->R, wide = UP(count * R, N), deep = count * D;
-  if (d_x) {
-    for (long i = 0; i < count; i++) pack(s->attention[first + i][0], D, D, 0, i * D, deep, 1, room);
-    multiply(g, deep, 1, room, d_x, D, s->L * s->rows, D, deep, 0);
-  }
-  float *d_low = room + wide * deep, *panels = d_low + s->rows * wide, *turned = panels + (s->rows + R) * deep;
-  memset(room, 0, wide * deep * sizeof(float));
+  for (long i = 0; d_x && i < count; i++)
+    multiply(g + i * D, deep, 1, s->attention[first + i][0], D, N, d_x, D, s->L * s->rows, D, D, i > 0);
+  float *d_low = room + wide * deep, *turned = d_low + s->rows * wide;
+  memset(room, 0, wide * deep * sizeof(float)); /* the factors B, one after the other in depth and in columns */
   for (long l = 0; l < s->L; l++) {
     const float *own_g = g + l * s->rows * deep, *own_x = x + l * s->rows * D, *own = low + l * s->rows * low_step;
-    for (long i = 0; i < count; i++)
-      pack(s->B[first + i] + l * s->B_step[first + i], D, R, i * R, i * D, deep, s->scale, room);
-    multiply(own_g, deep, 1, room, d_low, wide, s->rows, wide, deep, 0);
-    pack(own_x, s->rows, D, 0, 0, s->rows, 1, panels);
-    for (long i = 0; i < count; i++)
-      multiply(d_low + i * R, 1, wide, panels, d_A[first + i] + l * R * D, D, R, D, s->rows, 0);
-    pack(own_g, s->rows, deep, 0, 0, s->rows, s->scale, panels);
     for (long i = 0; i < count; i++) {
-      multiply(own + i * R, 1, low_step, panels + i * D * s->rows, turned, D, R, D, s->rows, 0);
+      const float *B = s->B[first + i] + l * s->B_step[first + i];
+      for (long o = 0; o < D; o++)
+        for (long r = 0; r < R; r++) room[(i * D + o) * wide + i * R + r] = s->scale * B[o * R + r];
+    }
+    multiply(own_g, deep, 1, room, wide, N, d_low, wide, s->rows, wide, deep, 0);
+    for (long i = 0; i < count; i++) {
+      const float *A = s->A[first + i] + l * s->A_step[first + i];
+      multiply(d_low + i * R, 1, wide, own_x, D, N, d_A[first + i] + l * R * D, D, R, D, s->rows, 0);
+      if (d_x) multiply(d_low + i * R, wide, 1, A, D, N, d_x + l * s->rows * D, D, s->rows, D, R, 1);
+      multiply(own + i * R, 1, low_step, own_g + i * D, deep, N, turned, D, R, D, s->rows, 0);
       float *out = d_B[first + i] + l * R * D;
       for (long r = 0; r < R; r++)
-        for (long o = 0; o < D; o++) out[o * R + r] = turned[r * D + o];
-    }
-    for (long i = 0; d_x && i < count; i++) {
-      pack(s->A[first + i] + l * s->A_step[first + i], R, D, 0, 0, R, 1, panels);
-      multiply(d_low + i * R, wide, 1, panels, d_x + l * s->rows * D, D, s->rows, D, R, 1);
+        for (long o = 0; o < D; o++) out[o * R + r] = s->scale * turned[r * D + o];
     }
   }
 }
@@ -596,14 +590,14 @@ void low_rank_forward(const Block *s, const float *x, float *out, float *kept, f
   norm_forward(k.attended, s->norms[1], s->eps[1], n2, k.stats[1], n, D);
   pack_turned(s->fc1[0], F, D, 0, 1, panels);
   fill(k.u, s->fc1[1], 0, n, F, F);
-  multiply(n2, D, 1, panels, k.u, F, n, F, D, 1);
+  multiply_panels(n2, D, panels, k.u, F, n, F, D, 1);
   for (long i = 0; i < n * F; i += W) {
     vec u = *(vec *)(k.u + i), bell;
     *(vec *)(hidden + i) = u * normal(u, &bell);
   }
   pack_turned(s->fc2[0], D, F, 0, 1, panels);
   fill(out, s->fc2[1], k.attended, n, D, D);
-  multiply(hidden, F, 1, panels, out, D, n, D, F, 1);
+  multiply_panels(hidden, F, panels, out, D, n, D, F, 1);
 }
 
 /* d_x may be 0; d_A: those of q, k, v and out, (L, R, D) each; d_B: (L, D, R) */
@@ -613,14 +607,12 @@ void low_rank_backward(const Block *s, const float *g, const float *x, float *ke
   Kept k = kept_in(s, kept);
   float *d_attended = room, *d_rows = d_attended + n * D, *d_u = d_rows + n * D, *d_qkv = d_u;
   float *panels = d_u + n * (F > 3 * D ? F : 3 * D);
-  pack(s->fc2[0], D, F, 0, 0, D, 1, panels);
-  multiply(g, D, 1, panels, d_u, F, n, F, D, 0);
+  multiply(g, D, 1, s->fc2[0], F, N, d_u, F, n, F, D, 0);
   for (long i = 0; i < n * F; i += W) {
     vec u = *(vec *)(k.u + i), bell, share = normal(u, &bell);
     *(vec *)(d_u + i) *= share + u * bell * 0.39894228f;
   }
-  pack(s->fc1[0], F, D, 0, 0, F, 1, panels);
-  multiply(d_u, F, 1, panels, d_rows, D, n, D, F, 0);
+  multiply(d_u, F, 1, s->fc1[0], D, N, d_rows, D, n, D, F, 0);
   norm_backward(d_rows, g, k.attended, s->norms[1][0], k.stats[1], d_attended, n, D);
   updated_backward(s, 3, 1, d_attended, k.merged, k.low + k.of_out, k.low_step, d_rows, d_A, d_B, panels);
   block_attention_backward(s, d_rows, k.qkv, d_qkv, panels);
