@@ -540,7 +540,7 @@ static void updated_forward(const Block *s, long first, long count, const float 
 
 /* With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's §4.3); d_x unless 0. */
 static void updated_backward(const Block *s, long first, long count, const float *g, const float *x, const float *low,
-                             long low_step, float *d_x, float *const *d_A, float *const *d_B, float *room) {
+                             long low_step, float *d_x, float *const *d_factors, float *room) {
   long D = s->D, R = s->R, wide = UP(count * R, N), deep = count * D;
   for (long i = 0; d_x && i < count; i++)
     multiply(g + i * D, deep, 1, s->attention[first + i][0], D, N, d_x, D, s->L * s->rows, D, D, i > 0);
@@ -556,10 +556,10 @@ static void updated_backward(const Block *s, long first, long count, const float
     multiply(own_g, deep, 1, room, wide, N, d_low, wide, s->rows, wide, deep, 0);
     for (long i = 0; i < count; i++) {
       const float *A = s->A[first + i] + l * s->A_step[first + i];
-      multiply(d_low + i * R, 1, wide, own_x, D, N, d_A[first + i] + l * R * D, D, R, D, s->rows, 0);
+      multiply(d_low + i * R, 1, wide, own_x, D, N, d_factors[first + i] + l * R * D, D, R, D, s->rows, 0);
       if (d_x) multiply(d_low + i * R, wide, 1, A, D, N, d_x + l * s->rows * D, D, s->rows, D, R, 1);
       multiply(own + i * R, 1, low_step, own_g + i * D, deep, N, turned, D, R, D, s->rows, 0);
-      float *out = d_B[first + i] + l * R * D;
+      float *out = d_factors[4 + first + i] + l * R * D;
       for (long r = 0; r < R; r++)
         for (long o = 0; o < D; o++) out[o * R + r] = s->scale * turned[r * D + o];
     }
@@ -600,9 +600,9 @@ void low_rank_forward(const Block *s, const float *x, float *out, float *kept, f
   multiply_panels(hidden, F, panels, out, D, n, D, F, 1);
 }
 
-/* d_x may be 0; d_A: those of q, k, v and out, (L, R, D) each; d_B: (L, D, R) */
-void low_rank_backward(const Block *s, const float *g, const float *x, float *kept, float *d_x, float *const *d_A,
-                       float *const *d_B, float *room) {
+/* d_x may be 0; gradients of the factors: A of q, k, v and out, (L, R, D) each, then B, (L, D, R) */
+void low_rank_backward(const Block *s, const float *g, const float *x, float *kept, float *d_x, float *const *d_factors,
+                       float *room) {
   long n = s->L * s->rows, D = s->D, F = s->F;
   Kept k = kept_in(s, kept);
   float *d_attended = room, *d_rows = d_attended + n * D, *d_u = d_rows + n * D, *d_qkv = d_u;
@@ -614,8 +614,8 @@ void low_rank_backward(const Block *s, const float *g, const float *x, float *ke
   }
   multiply(d_u, F, 1, s->fc1[0], D, N, d_rows, D, n, D, F, 0);
   norm_backward(d_rows, g, k.attended, s->norms[1][0], k.stats[1], d_attended, n, D);
-  updated_backward(s, 3, 1, d_attended, k.merged, k.low + k.of_out, k.low_step, d_rows, d_A, d_B, panels);
+  updated_backward(s, 3, 1, d_attended, k.merged, k.low + k.of_out, k.low_step, d_rows, d_factors, panels);
   block_attention_backward(s, d_rows, k.qkv, d_qkv, panels);
-  updated_backward(s, 0, 3, d_qkv, k.n1, k.low, k.low_step, d_x ? d_rows : 0, d_A, d_B, panels);
+  updated_backward(s, 0, 3, d_qkv, k.n1, k.low, k.low_step, d_x ? d_rows : 0, d_factors, panels);
   if (d_x) norm_backward(d_rows, d_attended, x, s->norms[0][0], k.stats[0], d_x, n, D);
 }

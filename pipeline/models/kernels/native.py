@@ -50,8 +50,7 @@ class BlockShape(ctypes.Structure):
     _fields_ = [
         *((name, _L) for name in ("L", "rows", "D", "F", "H", "R", "sequences")),
         *(("scale", _F), ("eps", _F * 2)),
-        *(("norms", _P * 4), ("attention", _P * 8), ("fc1", _P * 2), ("fc2", _P * 2)),
-        *(("factors", _P * 8), ("steps", _L * 8), ("starts", _P)),
+        *(("frozen", _P * 16), ("factors", _P * 8), ("steps", _L * 8), ("starts", _P)),
     ]
 
 
@@ -65,7 +64,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attention_forward": [_P] * 7,
     "attention_backward": [_P] * 11,
     "low_rank_forward": [_P] * 5,
-    "low_rank_backward": [_P] * 8,
+    "low_rank_backward": [_P] * 7,
 }
 
 
