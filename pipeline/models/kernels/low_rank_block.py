@@ -173,8 +173,9 @@ class _NativeBlock(torch.autograd.Function):
 
         x, starts = x.contiguous(), starts_of(lengths)
         (L, R, D), F_, n = factors[0].shape, len(block.fc1[0]), x.numel() // x.shape[-1]
-        layers = (*block.norms, *block.attention, block.fc1, block.fc2)
-        frozen = [tensor.data_ptr() for layer in layers for tensor in layer[:2]]
+        norms = [(weight, bias) for weight, bias, _ in block.norms]
+        pairs = (*norms, *block.attention, block.fc1, block.fc2)
+        frozen = [tensor.data_ptr() for pair in pairs for tensor in pair]
         eps = [eps for *_, eps in block.norms]
         shape = BlockShape(L, n // L, D, F_, block.heads, R, len(lengths), block.scale, (c_float * 2)(*eps))
         shape.frozen, shape.starts = (c_void_p * len(frozen))(*frozen), starts.data_ptr()

@@ -14,16 +14,18 @@ from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models import minigpt
 from pipeline.models.kernels import low_rank_block as kernel
+from pipeline.models.kernels.native import native
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+needs_native = pytest.mark.skipif(native() is None, reason="needs a C compiler")
 IDS = torch.arange(36).remainder(20).view(3, 12)  # (B, T)
 
 
-def model_with(*specs: AdapterSpec) -> tuple[MiniGPT, Any]:
+def model_with(*specs: AdapterSpec, config: MiniGPTConfig | None = None) -> tuple[MiniGPT, Any]:
     """A MiniGPT with an adapter for each spec, no factor of which is zero, and the routing of several."""
     torch.manual_seed(0)
-    model, routing = MiniGPT(MiniGPTConfig(20, 0, 1)), None
+    model, routing = MiniGPT(config or MiniGPTConfig(20, 0, 1)), None
     if len(specs) == 1:
         attach(model, specs[0])
     else:
@@ -34,9 +36,12 @@ def model_with(*specs: AdapterSpec) -> tuple[MiniGPT, Any]:
     return model.train(), routing
 
 
-def gradients(model: MiniGPT, routing: Any, segments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    model: MiniGPT, routing: Any, segments: Any, ids: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states, and every parameter's gradient of a loss of them."""
-    ids = IDS if segments is None else IDS.view(len(segments[1]), -1)
+    if ids is None:
+        ids = IDS if segments is None else IDS.view(len(segments[1]), -1)
     positions = None if segments is None else torch.cat([torch.arange(n) for n in segments[0]]).expand(ids.shape)
     counts = () if routing is None else (ids.numel() // len(routing.counts),) * len(routing.counts)
     model.zero_grad()
@@ -68,7 +73,9 @@ def lora(rank: int = 4, alpha: float = 8, **options: Any) -> AdapterSpec:
 @pytest.mark.parametrize("saved", [(), ("embed_tokens",)], ids=["factors", "embeddings too"])
 @pytest.mark.parametrize("alphas", [(8,), (8, 2, 32), (8, 8, 8)], ids=["one", "scales", "three"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("natively", [True, False], ids=["native", "torch"])
 def test_outputs_and_gradients_are_those_of_the_modules(
+    natively: bool,
     alphas: tuple[int, ...],
     saved: tuple[str, ...],
     rows: str,
@@ -78,6 +85,8 @@ def test_outputs_and_gradients_are_those_of_the_modules(
 ) -> None:
     count = len(alphas)
     monkeypatch.setattr(kernel, "ONEDNN_FROM", 20 if count == 1 else 1000)  # both products are tried
+    if not natively:
+        monkeypatch.setattr(kernel, "_runs_natively", lambda *_: False)
     model, routing = model_with(*(lora(4, alpha, saved=saved) for alpha in alphas))
     model.checkpoint_blocks(checkpointing)
     segments = None if rows == "as they are" else ((3, 4, 5), range(count if count > 1 else 3))
@@ -89,6 +98,68 @@ def test_outputs_and_gradients_are_those_of_the_modules(
     assert found.keys() == wanted.keys() and len(found) >= 16
     for name, grad in wanted.items():
         assert_close(found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How each block of several adapters ran."""
+    ran = list[str]()
+
+    def spy(*given: Any) -> bool:
+        natively = runs_natively(*given)
+        ran.append("native" if natively else "torch")
+        return natively
+
+    runs_natively = kernel._runs_natively
+    monkeypatch.setattr(kernel, "_runs_natively", spy)
+    return ran
+
+
+def of_sizes(rank: int, width: int, adapters: int = 3) -> tuple[MiniGPT, Any]:
+    return model_with(*[lora(rank)] * adapters, config=MiniGPTConfig(20, 0, 1, width, 2, 2, 3 * width))
+
+
+@needs_native
+@pytest.mark.parametrize("width", [32, 96])
+@pytest.mark.parametrize("rank", [1, 5, 40])
+@pytest.mark.parametrize("segments", [(1,), (3, 1, 7), (20, 13), (2, 2)], ids=["one token", "odd", "long", "even"])
+def test_the_native_block_takes_any_rank_width_and_lengths(
+    segments: tuple[int, ...], rank: int, width: int, blocks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, routing = of_sizes(rank, width)
+    ids = torch.arange(3 * sum(segments)).remainder(20).view(3, -1)  # a row per adapter
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        return gradients(model, routing, (segments, range(3)), ids)
+
+    out, found = run()
+    again, twice = run()
+    assert set(blocks) == {"native"}
+    assert torch.equal(out, again) and all(torch.equal(found[name], grad) for name, grad in twice.items())
+    monkeypatch.setattr(minigpt, "low_rank_block", lambda *_: None)
+    expected, wanted = run()
+    assert_close(out, expected, rtol=1e-4, atol=2e-5)
+    for name, grad in wanted.items():
+        assert_close(found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()) + 1e-6, msg=name)
+
+
+@needs_native
+def test_in_the_native_block_what_is_not_finite_stays_with_its_adapter(blocks: list[str]) -> None:
+    model, routing = of_sizes(4, 32)
+    finite, wanted = gradients(model, routing, ((2, 2), range(3)), IDS.view(3, -1)[:, :4])
+    with torch.no_grad():
+        model.get_parameter("model.decoder.layers.0.self_attn.v_proj.lora_A")[1, 0, 0] = torch.nan
+    out, found = gradients(model, routing, ((2, 2), range(3)), IDS.view(3, -1)[:, :4])
+    assert set(blocks) == {"native"} and out[1].isnan().all()
+    for n in (0, 2):
+        assert torch.equal(out[n], finite[n]) and all(torch.equal(found[key][n], wanted[key][n]) for key in wanted)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(48, 3), (64, 8)], ids=["width", "heads"])
+def test_sizes_that_fill_no_vector_are_computed_by_torch(width: int, heads: int, blocks: list[str]) -> None:
+    model, routing = model_with(*[lora()] * 2, config=MiniGPTConfig(20, 0, 1, width, 2, heads))
+    gradients(model, routing, ((2, 2), range(2)), IDS[:2, :4])
+    assert set(blocks) == {"torch"}
 
 
 def changed(change: Callable[[MiniGPT], object]) -> MiniGPT:
