@@ -67,6 +67,7 @@ def _rows(model: str, count: int, mine: float, one: float, other: float) -> Iter
 
 def _sweep_steps(folder: Path, count: int) -> Callable[[], None]:
     model, _ = load_base(folder)
+    model.prepare_cpu_training()
     settings = [replace(FinetuneLora(epochs=10**9), seed=seed, learning_rate=1e-3) for seed in range(count)]
     task = task_of(model, [lora_spec(model, s, ()) for s in settings], settings, [batches(s.seed) for s in settings])
     return _run_steps(task, STEPS)
