@@ -357,10 +357,20 @@ typedef struct {
   const int64_t *starts;
 } Block;
 
+#define ROWS 128 /* of a product's left side, which stay in a core's cache while the panels pass */
+
 static inline float fold(vec x) {
   typedef float half __attribute__((vector_size(2 * W), aligned(4)));
   half h = *(half *)&x + *((half *)&x + 1);
   return ((h[0] + h[1]) + (h[2] + h[3])) + ((h[4] + h[5]) + (h[6] + h[7]));
+}
+
+static inline float highest(vec x) {
+  float lanes[W];
+  *(vec *)lanes = x;
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
 }
 
 /* `scale` times wᵀ, w (columns, depth), into panels from column c on */
@@ -374,12 +384,14 @@ static void pack_turned(const float *w, long columns, long depth, long c, float 
 /* as `product`, of any number of rows; b_n: from N columns of b to the next */
 static void multiply(const float *a, long a_m, long a_d, const float *b, long b_d, long b_n, float *c, long c_m, long rows,
                      long columns, long depth, int add) {
-  for (long n = 0; n < columns; n += N, b += b_n, c += N) {
-    long m = 0;
-    for (; m + M <= rows; m += M) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, M, depth, add);
-    for (; m + 4 <= rows; m += 4) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, 4, depth, add);
-    for (; m < rows; m++) tile(a + m * a_m, a_m, a_d, b, b_d, c + m * c_m, c_m, 1, depth, add);
-  }
+  for (long first = 0; first < rows; first += ROWS)
+    for (long n = 0; n < columns; n += N) {
+      const float *panel = b + n / N * b_n;
+      long m = first, stop = first + ROWS < rows ? first + ROWS : rows;
+#define TILES(size) \
+  for (; m + size <= stop; m += size) tile(a + m * a_m, a_m, a_d, panel, b_d, c + m * c_m + n, c_m, size, depth, add);
+      TILES(M) TILES(4) TILES(1)
+    }
 }
 
 static void multiply_panels(const float *a, long a_m, const float *panels, float *c, long c_m, long rows, long columns,
@@ -438,17 +450,39 @@ static inline vec normal(vec x, vec *bell) {
   return choose(x < 0, tail, 1 - tail);
 }
 
-/* The weights of the keys of the query at `q`, (T,), of which it sees `seen`; keys_t (K, S) */
-static inline void attend(const float *q, const float *keys_t, long S, long K, long seen, float scale, float *p) {
-  float top = -INFINITY, mass = 0;
+/* out (T,) = scale · q·keys for the first `seen` keys; keys_t (K, S) */
+static inline void scores(const float *q, const float *keys_t, long S, long K, long seen, float scale, float *out) {
   for (long j = 0; j < seen; j += W) {
-    vec score = {0};
-    for (long i = 0; i < K; i++) score += q[i] * *(const vec *)(keys_t + i * S + j);
-    *(vec *)(p + j) = score * scale;
+    vec even = {0}, odd = {0};
+    for (long i = 0; i < K; i += 2) {
+      even += q[i] * *(const vec *)(keys_t + i * S + j);
+      odd += q[i + 1] * *(const vec *)(keys_t + (i + 1) * S + j);
+    }
+    *(vec *)(out + j) = (even + odd) * scale;
   }
-  for (long j = 0; j < seen; j++) top = p[j] > top ? p[j] : top;
-  for (long j = 0; j < seen; j += W) *(vec *)(p + j) = exponential(*(vec *)(p + j) - top);
-  for (long j = 0; j < seen; j++) mass += p[j];
+}
+
+/* The weights (T,) of the keys that the query at `q` sees, in the last vector 0 for the others */
+static inline void attend(const float *q, const float *keys_t, long S, long K, long seen, float scale, float *p) {
+  scores(q, keys_t, S, K, seen, scale, p);
+  long last = (seen - 1) / W * W;
+  ints hidden = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >= (int)(seen - last);
+  vec most = all(-INFINITY), total = {0};
+  *(vec *)(p + last) = choose(hidden, most, *(vec *)(p + last));
+  float top = p[0];
+  if (seen <= 8) /* the usual few */
+    for (long j = 1; j < seen; j++) top = p[j] > top ? p[j] : top;
+  else {
+    for (long j = 0; j < seen; j += W) most = larger(*(vec *)(p + j), most);
+    top = highest(most);
+  }
+  for (long j = 0; j < seen; j += W) {
+    vec share = exponential(*(vec *)(p + j) - top);
+    if (j == last) share = choose(hidden, (vec){0}, share);
+    *(vec *)(p + j) = share;
+    total += share;
+  }
+  float mass = fold(total);
   for (long j = 0; j < seen; j += W) *(vec *)(p + j) *= 1 / mass;
 }
 
@@ -493,14 +527,11 @@ static void block_attention_backward(const Block *s, const float *grad, const fl
       turn(q + 2 * D, step, values_t, T, S, K);
       for (long t = 0; t < T; t++) {
         attend(q + t * step, room, S, K, t + 1, scale, p);
-        float mean = 0;
-        for (long j = 0; j <= t; j += W) {
-          vec d = {0};
-          for (long i = 0; i < K; i++) d += g[t * D + i] * *(const vec *)(values_t + i * S + j);
-          *(vec *)(d_p + j) = d;
-        }
-        for (long j = 0; j <= t; j++) mean += p[j] * d_p[j];
-        for (long j = 0; j <= t; j++) d_p[j] = p[j] * (d_p[j] - mean) * scale;
+        scores(g + t * D, values_t, S, K, t + 1, 1, d_p);
+        vec products = {0};
+        for (long j = 0; j <= t; j += W) products += *(vec *)(p + j) * *(vec *)(d_p + j);
+        float mean = fold(products);
+        for (long j = 0; j <= t; j += W) *(vec *)(d_p + j) = *(vec *)(p + j) * (*(vec *)(d_p + j) - mean) * scale;
         for (long i = 0; i < K; i += W) {
           vec d = {0}, own = *(const vec *)(q + t * step + i), of_out = *(const vec *)(g + t * D + i);
           for (long j = 0; j <= t; j++) {
