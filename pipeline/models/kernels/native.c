@@ -1,6 +1,7 @@
-/* What a training step in bf16 computes beside its matrix products, each in one pass over memory. native.py compiles it.
+/* What a training step in bf16 computes beside its matrix products, each in one pass over memory; and MiniGPT's block
+   with many adapters, whole. native.py compiles it.
 
-   bf16 in and out, fp32 inside. A row, or a sequence's head group, is computed by one thread in a fixed order, so that
+   bf16 in and out, fp32 inside, but for the block, which is fp32. A row, or a sequence's head group, is computed by one thread in a fixed order, so that
    the numbers depend neither on the number of threads nor on the run. Vectors are GCC's and Clang's own: the compiler
    makes of them what the CPU has. */
 
@@ -346,7 +347,8 @@ int attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, const bf1
 }
 
 /* ---- MiniGPT's block with the low-rank updates of L adapters, in fp32 (low_rank_block.py). D and F are multiples of N,
-   D/H of W. What is multiplied lies in panels of N columns: (columns/N, depth, N). */
+   D/H of W; the rank, the rows of an adapter and the lengths of its sequences are any. An adapter's numbers depend on
+   its own rows only, and not on how many others there are. Panels: (columns/N, depth, N). One thread. */
 
 typedef struct {
   long L, rows, D, F, H, R, sequences; /* `rows` of each adapter */
@@ -491,7 +493,7 @@ static void turn(const float *x, long step, float *out, long T, long S, long K) 
     for (long i = 0; i < K; i++) out[i * S + t] = x[t * step + i];
 }
 
-/* `sums` has room for (2K + 2, S), S the longest sequence's length as a multiple of W */
+/* `room` is for (2K + 2, S), S the longest sequence's length as a multiple of W */
 static void block_attention(const Block *s, const float *qkv, float *out, float *room) {
   long D = s->D, K = D / s->H, step = 3 * D;
   float scale = 1 / sqrtf(K);
