@@ -474,7 +474,8 @@ def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
     code, out, _ = cli("doctor", "--json", cwd=tmp_path)
     facts = json.loads(out)
     assert (code, facts["torch"], facts["lora-workbench"]) == (0, torch.__version__, "0.1.0")
-    assert ("accelerator" in facts) != (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert (facts["device"] == "cpu: there is no accelerator") != accelerated
 
 
 def test_doctor_says_what_each_extra_is_for(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

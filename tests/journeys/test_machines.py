@@ -24,7 +24,7 @@ NAMES = [f"lora-{os.getpid()}-{number}" for number in range(2)]  # of the namesp
 ADDRESSES = ["198.18.0.1", "198.18.0.2"]  # reserved for such tests, and in the namespaces alone
 ENDPOINT = f"{ADDRESSES[0]}:29400"
 STAGE = "finetune_lora"
-LOST = "another process of this run ended or is out of reach."
+LOST = "another process of this run ended, or cannot be reached."
 
 
 def ip(*arguments: str) -> None:

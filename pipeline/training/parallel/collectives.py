@@ -43,7 +43,7 @@ class ProcessLost(CollectiveError):
         if not is_main_process():
             checkpoint_note = "Checkpoints are with rank 0. "
         return cls(
-            f"{stage}: another process of this run ended or is out of reach. {checkpoint_note}"
+            f"{stage}: another process of this run ended, or cannot be reached. {checkpoint_note}"
             "Run the same command to resume."
         )
 

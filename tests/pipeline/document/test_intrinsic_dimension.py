@@ -36,6 +36,10 @@ class Dense(OneHot):
         drawn = torch.randn(large, small, generator=torch.Generator().manual_seed(seed))
         self.small, self._matrix = small, torch.linalg.qr(drawn).Q
 
+    def to(self, device: torch.device) -> "Dense":
+        self._matrix = self._matrix.to(device)
+        return self
+
     def up(self, inner: Tensor) -> Tensor:
         return torch.mv(self._matrix, inner)
 

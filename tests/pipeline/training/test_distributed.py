@@ -219,7 +219,7 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: P
     step = len(read_steps(log))
     assert running.returncode == 1
     (error,) = [line for line in said.splitlines() if line.startswith("error")]
-    by_rank_0 = f"another process of this run ended or is out of reach. A checkpoint after step {step} of" in error
+    by_rank_0 = f"another process of this run ended, or cannot be reached. A checkpoint after step {step} of" in error
     by_launcher = "rank 1 of 2 was killed (SIGKILL). Run the same command to resume" in error  # it stopped rank 0 first
     assert by_rank_0 or by_launcher, error
     assert "Traceback" not in said
@@ -345,7 +345,7 @@ def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> No
     finally:
         second.kill()
         second.communicate()
-    lost = f"another process of this run ended or is out of reach. A checkpoint after step {len(read_steps(log))} of"
+    lost = f"another process of this run ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
     assert first.returncode == 1 and lost in said and "Traceback" not in said
 
 

@@ -4,6 +4,7 @@ from pipeline.document.claims import Chapter, Result, about
 from pipeline.document.claims.sources import Sources, calc, n
 
 chapter = Chapter()
+ROUNDING = 2**-22  # of a loss in fp32: with an adapter a block is computed in one call, which adds in another order
 
 
 with chapter.section("4") as claim:
@@ -12,7 +13,7 @@ with chapter.section("4") as claim:
     def starts_identical(m: Sources) -> Result:
         lora, full = m.steps("lora_adapter/loss.csv")[0].loss, m.steps("full_finetuned/loss.csv")[0].loss
         why = f"loss of the same first batch before any step, {n(lora)} nats with the adapter and {n(full)} without"
-        return lora == full, why
+        return abs(lora - full) <= ROUNDING * full, why
 
     @claim("only A and B receive gradient updates", 4096)
     def only_a_and_b(m: Sources) -> Result:
