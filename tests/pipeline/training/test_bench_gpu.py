@@ -36,6 +36,16 @@ def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pyte
     assert "tokens/s" in epoch.what and "of H100 80 GB's peak" in epoch.what and epoch.ratio and epoch.ratio > 0
 
 
+def test_utilization_is_the_flops_of_frozen_weights_over_the_cards_peak() -> None:
+    case, card = replace(TOY, length=8), gpus()["h100"]
+    ours = gpu.Ours(case, torch.device("cpu"))
+    weights = sum(p.numel() for name, p in ours.model.named_parameters() if p.dim() == 2 and "lora" not in name)
+    shortest = 4 * weights * ours.tokens / 989e12  # seconds at the card's peak
+    share = float(ours.utilization(shortest, card).partition("%")[0])
+    assert 100 <= share < 150, "attention's scores and the adapter come on top"
+    assert float(ours.utilization(2 * shortest, card).partition("%")[0]) == pytest.approx(share / 2, abs=1)
+
+
 def test_the_benchmark_says_that_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +63,7 @@ def test_the_benchmark_says_that_there_is_no_gpu(
         ("Tesla T4", 15, "t4"),
         ("NVIDIA L4", 22, "l4"),
         ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA L40", 45, None),
         ("NVIDIA A10G", 22, "a10g"),
         ("Quadro P400", 2, None),
     ],
