@@ -83,12 +83,13 @@ def test_a_fused_model_is_the_same_model(name: str) -> None:
 
 def test_without_cuda_there_is_no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("GELUMulFunction", "RMSNormFunction", "RopeFunction", "SiLUMulFunction")
-    installed = {
+    installed: dict[str, dict[str, Any]] = {
+        "liger_kernel": {},
         "liger_kernel.ops": {f"Liger{name}": SimpleNamespace(apply=None) for name in names},
         "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": nn.Identity},
     }
     for name, contents in installed.items():
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
-    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+        module: Any = SimpleNamespace(**contents)
+        monkeypatch.setitem(sys.modules, name, module)
     accelerator.liger.cache_clear()
     assert accelerator.liger(CPU) is None and not accelerator.fuses_head(toy("llama"))

@@ -56,7 +56,12 @@ def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(monkeypatch: 
     ours.swap()
     assert ours.other and all(bool((p == 2).all()) for p in ours.adapter())
     generate = gpu.generate
-    monkeypatch.setattr(gpu, "generate", lambda *arguments: made.extend(generate(*arguments)) or made)
+
+    def counted(*arguments: Any) -> list[object]:
+        made.extend(generate(*arguments))
+        return made
+
+    monkeypatch.setattr(gpu, "generate", counted)
     ours.generate()
     assert len(made) == TOY.new_tokens
 
