@@ -9,6 +9,7 @@ import torch
 from bench import gpu
 from bench.gpu import Case, known_gpu, measure
 from pipeline.calc.fit import gpus
+from pipeline.models.generate import generate
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -55,7 +56,6 @@ def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(monkeypatch: 
     ours.other = [torch.full_like(tensor, 2.0) for tensor in ours.other]
     ours.swap()
     assert ours.other and all(bool((p == 2).all()) for p in ours.adapter())
-    generate = gpu.generate
 
     def counted(*arguments: Any) -> list[object]:
         made.extend(generate(*arguments))
