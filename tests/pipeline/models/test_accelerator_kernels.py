@@ -1,5 +1,7 @@
 """Parts of transformers' models that are fused on a GPU, in plain torch here: Liger's kernels need one."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,5 +81,15 @@ def test_a_fused_model_is_the_same_model(name: str) -> None:
     assert fused.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_without_cuda_there_is_no_liger() -> None:
+def test_without_cuda_there_is_no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("GELUMulFunction", "RMSNormFunction", "RopeFunction", "SiLUMulFunction")
+    installed: dict[str, dict[str, Any]] = {
+        "liger_kernel": {},
+        "liger_kernel.ops": {f"Liger{name}": SimpleNamespace(apply=None) for name in names},
+        "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": nn.Identity},
+    }
+    for name, contents in installed.items():
+        module: Any = SimpleNamespace(**contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    accelerator.liger.cache_clear()
     assert accelerator.liger(CPU) is None and not accelerator.fuses_head(toy("llama"))

@@ -70,5 +70,17 @@ def test_rows_are_sequences_of_their_own() -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_a_cpu_has_no_use_for_it() -> None:
-    assert not flash.supports_flash(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_cpu_has_no_use_for_it(device: str) -> None:
+    assert not flash.supports_flash(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "supported"),
+    [(torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 12, False)],
+    ids=str,
+)
+def test_a_gpu_has_it_for_16_bits_and_some_head_sizes(dtype: torch.dtype, size: int, supported: bool) -> None:
+    """`meta` counts as an Ampere GPU."""
+    q: Any = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 2, 3, size), device=torch.device("meta"))
+    assert flash.supports_flash(q) == supported

@@ -9,6 +9,7 @@ import torch
 from bench import gpu
 from bench.gpu import Case, known_gpu, measure
 from pipeline.calc.fit import gpus
+from pipeline.models.generate import generate
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -33,7 +34,36 @@ def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pyte
     assert len(rows) == 4 and all(row.cells() for row in rows)
     peak, epoch, *_ = rows
     assert peak.ratio is not None and 0.8 < peak.ratio < 1.2, "of a toy: scratch memory counts there"
-    assert "tokens/s" in epoch.what and "of H100 80 GB's peak" in epoch.what and epoch.ratio and epoch.ratio > 0
+    assert "tokens/s" in epoch.what and "of H100 80 GB's peak" in epoch.what and epoch.ratio
+    ours, theirs = (
+        float(text.partition(" tokens/s")[0].split()[-1].replace(",", "")) for text in (epoch.what, epoch.reference)
+    )
+    assert epoch.ratio == pytest.approx(ours / theirs, rel=0.02)
+
+
+def test_utilization_is_the_flops_of_frozen_weights_over_the_cards_peak() -> None:
+    case, card = replace(TOY, length=8), gpus()["h100"]
+    ours = gpu.Ours(case, torch.device("cpu"))
+    weights = sum(p.numel() for name, p in ours.model.named_parameters() if p.dim() == 2 and "lora" not in name)
+    shortest = 4 * weights * ours.tokens / 989e12  # seconds at the card's peak
+    share = float(ours.utilization(shortest, card).partition("%")[0])
+    assert 100 <= share < 150, "attention's scores and the adapter come on top"
+    assert float(ours.utilization(2 * shortest, card).partition("%")[0]) == pytest.approx(share / 2, abs=1)
+
+
+def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, made = gpu.Ours(TOY, torch.device("cpu")), list[object]()
+    ours.other = [torch.full_like(tensor, 2.0) for tensor in ours.other]
+    ours.swap()
+    assert ours.other and all(bool((p == 2).all()) for p in ours.adapter())
+
+    def counted(*arguments: Any) -> list[object]:
+        made.extend(generate(*arguments))
+        return made
+
+    monkeypatch.setattr(gpu, "generate", counted)
+    ours.generate()
+    assert len(made) == TOY.new_tokens
 
 
 def test_the_benchmark_says_that_there_is_no_gpu(
@@ -53,6 +83,7 @@ def test_the_benchmark_says_that_there_is_no_gpu(
         ("Tesla T4", 15, "t4"),
         ("NVIDIA L4", 22, "l4"),
         ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA L40", 45, None),
         ("NVIDIA A10G", 22, "a10g"),
         ("Quadro P400", 2, None),
     ],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from pipeline.calc.settings import chunk_rows
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
@@ -135,6 +136,13 @@ def test_logits_are_made_at_labels_alone_and_a_chunk_at_a_time(name: str) -> Non
     assert max(rows) <= losses.CHUNK
     optimizer.clear()
     assert_same_gradient(model, [batch], lengths)
+
+
+def test_an_accelerator_computes_256_mib_of_logits_at_once() -> None:
+    assert [chunk_rows(vocabulary) for vocabulary in (49_152, 151_936, 10**9)] == [1344, 384, 64]
+    model = toy("llama")
+    assert losses.chunk_of(model) == losses.CHUNK
+    assert losses.chunk_of(model.to("meta")) == chunk_rows(model.shape.rows) > losses.CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
