@@ -27,7 +27,7 @@ from pipeline.models.kernels import uses_cpu_kernels
 SWITCH = "LORA_NATIVE_KERNELS"  # environment variable; 0: plain torch
 SOURCE = Path(__file__).with_name("native.c")
 # Not -ffast-math: it would flush denormal numbers in the whole process.
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno"]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing"]
 LANES = 16  # sizes of rows must be multiples of it
 PATIENCE = 60  # seconds for the compiler
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
