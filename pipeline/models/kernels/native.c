@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
 
@@ -19,16 +19,35 @@ typedef int32_t ints __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2)));
 
-static inline vec load(const bf16 *x) { return (vec)(__builtin_convertvector(*(const halves *)x, bits) << 16); }
+static inline vec all(float x) { return x - (vec){0}; }
+static inline vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* What GCC 12 makes of conversions and comparisons takes up to five instructions. Of two numbers with a NaN, `larger` and
+   `smaller` give the second. */
+#ifdef __AVX512BW__
+static inline bits widened(const bf16 *x) { return (bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)); }
+static inline void put(bf16 *x, bits u) { _mm256_storeu_si256((void *)x, _mm512_cvtepi32_epi16((__m512i)u)); }
+static inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+static inline bits widened(const bf16 *x) { return __builtin_convertvector(*(const halves *)x, bits); }
+static inline void put(bf16 *x, bits u) { *(halves *)x = __builtin_convertvector(u, halves); }
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+static inline vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+#endif
+
+static inline vec load(const bf16 *x) { return (vec)(widened(x) << 16); }
 
 /* to the nearest bf16, ties to even, in the upper half */
 static inline bits rounded(vec value) { return (bits)value + 0x7fff + (((bits)value >> 16) & 1); }
 
-static inline void store(bf16 *x, vec value) { *(halves *)x = __builtin_convertvector(rounded(value) >> 16, halves); }
-
-static inline vec all(float x) { return x - (vec){0}; }
-static inline vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
-static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+#ifdef __AVX512BF16__ /* the same in one instruction, but for numbers below 2^-126, which become 0 */
+static inline void store(bf16 *x, vec value) {
+  _mm256_storeu_si256((void *)x, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#else
+static inline void store(bf16 *x, vec value) { put(x, rounded(value) >> 16); }
+#endif
 
 static inline float sum(vec x) {
   float total = 0;
@@ -45,8 +64,7 @@ static inline float largest(vec x) {
 /* e^x for x from −87 to 88, within 2 units of the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor polynomial. NaN
    stays NaN, so that a diverged run is seen. */
 static inline vec exponential(vec x) {
-  vec least = all(-87), most = all(88);
-  x = choose(x < least, least, choose(x > most, most, x));
+  x = larger(all(-87), smaller(all(88), x));
   vec magic = all(12582912); /* 1.5 · 2^23: adding it rounds to an integer */
   vec shifted = x * 1.44269504f + magic, n = shifted - magic;
   vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -245,8 +263,7 @@ static void pair_rows(const bf16 *x, long step, word *out, long count, long T, l
     for (long i = 0; i < K; i += W) {
       const bf16 *even = t < count ? x + t * step + i : (const bf16 *)zeros;
       const bf16 *odd = t + 1 < count ? x + (t + 1) * step + i : (const bf16 *)zeros;
-      *(bits *)(out + t / 2 * K + i) = __builtin_convertvector(*(const halves *)even, bits) |
-                                       __builtin_convertvector(*(const halves *)odd, bits) << 16;
+      *(bits *)(out + t / 2 * K + i) = widened(even) | widened(odd) << 16;
     }
 }
 
@@ -401,8 +418,7 @@ int attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, const bf1
                 /* in the places of numbers that were read */
                 *(bits *)(rows + j) = p[0] >> 16 | (p[1] & 0xffff0000);
                 *(bits *)(rows + seen + j) = d[0] >> 16 | (d[1] & 0xffff0000);
-                for (int i = 0; i < 2; i++)
-                  *(halves *)((bf16 *)(d_rows + i * seen) + j) = __builtin_convertvector(d[i] >> 16, halves);
+                for (int i = 0; i < 2; i++) put((bf16 *)(d_rows + i * seen) + j, d[i] >> 16);
               }
             }
             sum_of_keys((word *)d_weights, keys, q_sums, padded, start, seen, K);
