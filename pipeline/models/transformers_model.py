@@ -109,7 +109,7 @@ class TransformersModel(CausalLM):
         prefix: Prefix | None = None,
         labelled: Tensor | None = None,
     ) -> Tensor:
-        """`labelled`: the only rows of the flattened result that are needed, of which the last block may give no others."""
+        """`labelled`: the rows of the flattened result that are needed. The result may have no others."""
         past = cache if isinstance(cache, PackedCache) else None  # goes to our attention; any other to transformers
         cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}

@@ -94,10 +94,7 @@ class ManyAdapters:
         trained = [p for p in model.head.parameters() if p.requires_grad]
         parts = zip(batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True)
         return torch.stack(
-            [
-                chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained)
-                for n, x, y in parts
-            ]
+            [chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained) for n, x, y in parts]
         )
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
