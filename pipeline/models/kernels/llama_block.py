@@ -2,7 +2,7 @@
 
 Queries, keys and values share one product with the stacked A of their adapters, the gradients of what shares an input
 are added inside the products, rotation, SwiGLU and the norm of a residual sum are one pass each (native.c).
-A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes 1/1.15 of the time together with native.c's
+A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes 1/1.24 of the time together with native.c's
 attention and cross-entropy (CPU seconds of one thread, in turns, on a busy machine). Copies of the weights in oneDNN's
 own layout would make the products 3 to 5% faster for twice the memory of the base: they are not made.
 """
