@@ -116,6 +116,13 @@ class CausalLM(nn.Module):
             return self.run_body(ids, positions, segments, cache)
         return self.virtual.read(self, ids, positions, segments, cache)
 
+    def labelled_states(
+        self, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, index: Tensor | None
+    ) -> Tensor:
+        """(n, D): rows `index` of the flattened `hidden_states`, all of them for None."""
+        rows = self.hidden_states(ids, positions, segments).flatten(0, 1)
+        return rows if index is None else rows.index_select(0, index)
+
     def run_body(
         self,
         inputs: Tensor,

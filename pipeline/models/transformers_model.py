@@ -92,6 +92,14 @@ class TransformersModel(CausalLM):
         lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]
         return next(m for m in lists if len(m) == self.config.num_hidden_layers)
 
+    def labelled_states(
+        self, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, index: Tensor | None
+    ) -> Tensor:
+        if index is None or self.virtual is not None or not isinstance(self.blocks[-1], TrainingBlock):
+            return super().labelled_states(ids, positions, segments, index)
+        rows = self.run_body(ids, positions, segments, labelled=index).flatten(0, 1)
+        return rows if len(rows) == len(index) else rows.index_select(0, index)
+
     def run_body(
         self,
         inputs: Tensor,
@@ -99,7 +107,9 @@ class TransformersModel(CausalLM):
         segments: Sequence[int] | None = None,
         cache: Any = None,
         prefix: Prefix | None = None,
+        labelled: Tensor | None = None,
     ) -> Tensor:
+        """`labelled`: the rows of the flattened result that are needed. The result may have no others."""
         past = cache if isinstance(cache, PackedCache) else None  # goes to our attention; any other to transformers
         cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}
@@ -109,7 +119,7 @@ class TransformersModel(CausalLM):
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
             options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
         lengths = None if segments is None else self.wrap_lengths(segments)
-        ours = {"segments": lengths, "prefix": prefix, "past": past}
+        ours = {"segments": lengths, "prefix": prefix, "past": past, "labelled": labelled}
         options |= {key: value for key, value in ours.items() if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out

@@ -93,8 +93,9 @@ class ManyAdapters:
             return F.cross_entropy(logits, inputs.labels, reduction="none").view(len(counts), -1).mean(1)
         trained = [p for p in model.head.parameters() if p.requires_grad]
         parts = zip(batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True)
-        size = chunk_of(model)
-        return torch.stack([chunked_mean(cross_entropy(self._head(n)), x, y, size, trained) for n, x, y in parts])
+        return torch.stack(
+            [chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained) for n, x, y in parts]
+        )
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
         heads = {n: self._head(n) for n in batch.labels}

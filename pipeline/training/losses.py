@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 Head = Callable[[Tensor], Tensor]
 SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets (n, ...) → the sum of their losses
-CHUNK = 128  # rows whose logits a CPU computes at once
+# Rows whose logits a CPU computes at once, at most. Head and loss of SmolLM2, of 236 to 323 labels, take 1.09 × as long
+# by 128 rows and what is left, 1.27 × by 64 rows.
+CHUNK = 192
 
 
-def chunk_of(model: "CausalLM") -> int:
-    """Rows whose logits are in memory at once, on the model's device; the calculator has the same rule."""
-    return CHUNK if uses_cpu_kernels(model.device) else chunk_rows(model.shape.rows)
+def chunk_of(model: "CausalLM", rows: int) -> int:
+    """How many of `rows` have their logits in memory at once, on the model's device; the calculator has the same rule.
+
+    A CPU gets equal parts: its products of few rows take long.
+    """
+    if not uses_cpu_kernels(model.device):
+        return chunk_rows(model.shape.rows)
+    return -(-rows // -(-rows // CHUNK)) if rows else CHUNK
 
 
 def fuses_head(model: "CausalLM") -> bool:
@@ -42,7 +49,7 @@ def mean_cross_entropy(model: "CausalLM", rows: Tensor, labels: Tensor, chunk: i
 
         return fused_cross_entropy(model, rows, labels)
     trained = [p for p in model.head.parameters() if p.requires_grad]
-    return chunked_mean(cross_entropy(model.logits), rows, labels, chunk or chunk_of(model), trained)
+    return chunked_mean(cross_entropy(model.logits), rows, labels, chunk or chunk_of(model, len(rows)), trained)
 
 
 def cross_entropy(head: Head) -> SummedLoss:

@@ -87,8 +87,12 @@ class RetentionLoss:
                 return model.logits(hidden)
 
         parts = zip(heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True)
-        size = chunk_of(model)
-        return torch.stack([chunked_mean(divergence(head, base_logits), x, y, size, trained) for head, x, y in parts])
+        return torch.stack(
+            [
+                chunked_mean(divergence(head, base_logits), x, y, chunk_of(model, len(x)), trained)
+                for head, x, y in parts
+            ]
+        )
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:

@@ -137,8 +137,7 @@ def loss_of(model: CausalLM, batch: Batch, chunk: int | None = None) -> Tensor:
 
     Logits are computed only for tokens with a label, `chunk` of them at a time (None: as many as suit the device).
     """
-    rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
-    rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
+    rows = model.labelled_states(batch.ids, batch.positions, batch.segments, batch.label_index)  # (N, D)
     return mean_cross_entropy(model, rows, batch.labels, chunk)
 
 

@@ -81,6 +81,6 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
         optimizer.step(1e-4)
         assert number or torch.cuda.max_memory_allocated() > 0
     sequence = step.ids.shape[1]
-    run = replace(run, chunk=chunk_of(model), loss="fused" if fuses_head(model) else "chunked")
+    run = replace(run, chunk=chunk_of(model, len(step.labels)), loss="fused" if fuses_head(model) else "chunked")
     formula = predict(architecture(config, "qwen3-8b"), Lora(), replace(run, sequence=sequence)).peak
     assert torch.cuda.max_memory_allocated() == pytest.approx(formula, rel=0.05)

@@ -1,7 +1,7 @@
 /* What a training step in bf16 computes beside its matrix products, each in one pass over memory; and MiniGPT's block
-   with many adapters, whole. native.py compiles it.
+   with many adapters, whole, in fp32. native.py compiles it.
 
-   bf16 in and out, fp32 inside, but for the block, which is fp32. A row, or a sequence's head group, is computed by one thread in a fixed order, so that
+   bf16 in and out, fp32 inside. A row, or a sequence's head group, is computed by one thread in a fixed order, so that
    the numbers depend neither on the number of threads nor on the run. Vectors are GCC's and Clang's own: the compiler
    makes of them what the CPU has. */
 
@@ -9,6 +9,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 #define W 16 /* numbers of a vector */
 typedef uint16_t bf16;
@@ -17,18 +20,35 @@ typedef int32_t ints __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * W), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2)));
 
-static inline vec load(const bf16 *x) { return (vec)(__builtin_convertvector(*(const halves *)x, bits) << 16); }
-
-/* to the nearest bf16, ties to even */
-static inline void store(bf16 *x, vec value) {
-  bits u = (bits)value;
-  u += 0x7fff + ((u >> 16) & 1);
-  *(halves *)x = __builtin_convertvector(u >> 16, halves);
-}
-
 static inline vec all(float x) { return x - (vec){0}; }
 static inline vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* What GCC 12 makes of conversions and comparisons takes up to five instructions. Of two numbers with a NaN, `larger` and
+   `smaller` give the second. */
+#ifdef __AVX512BW__
+static inline bits widened(const bf16 *x) { return (bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)); }
+static inline void put(bf16 *x, bits u) { _mm256_storeu_si256((void *)x, _mm512_cvtepi32_epi16((__m512i)u)); }
+static inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+static inline bits widened(const bf16 *x) { return __builtin_convertvector(*(const halves *)x, bits); }
+static inline void put(bf16 *x, bits u) { *(halves *)x = __builtin_convertvector(u, halves); }
 static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+static inline vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+#endif
+
+static inline vec load(const bf16 *x) { return (vec)(widened(x) << 16); }
+
+/* to the nearest bf16, ties to even, in the upper half */
+static inline bits rounded(vec value) { return (bits)value + 0x7fff + (((bits)value >> 16) & 1); }
+
+#ifdef __AVX512BF16__ /* the same in one instruction, but for numbers below 2^-126, which become 0 */
+static inline void store(bf16 *x, vec value) {
+  _mm256_storeu_si256((void *)x, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#else
+static inline void store(bf16 *x, vec value) { put(x, rounded(value) >> 16); }
+#endif
 
 static inline float sum(vec x) {
   float total = 0;
@@ -45,8 +65,7 @@ static inline float largest(vec x) {
 /* e^x for x from −87 to 88, within 2 units of the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor polynomial. NaN
    stays NaN, so that a diverged run is seen. */
 static inline vec exponential(vec x) {
-  vec least = all(-87), most = all(88);
-  x = choose(x < least, least, choose(x > most, most, x));
+  x = larger(all(-87), smaller(all(88), x));
   vec magic = all(12582912); /* 1.5 · 2^23: adding it rounds to an integer */
   vec shifted = x * 1.44269504f + magic, n = shifted - magic;
   vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -164,59 +183,118 @@ void cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf1
 }
 
 /* ---- Causal attention of packed sequences. Token n of q is at q + n·q_token, its head h at + h·q_head; likewise keys
-   and values. A thread has one head group of one sequence, as floats: its keys (T, K) and values, and both transposed. */
+   and values. A thread has one head group of one sequence.
+
+   Products read bf16 in pairs, a word each, which AVX512-BF16 multiplies at twice the rate of floats: the pair is two
+   neighbours of the sum. So rows of queries and keys are pairs as they are, and what is summed over tokens has pairs of
+   tokens. Sums are floats. */
 
 #define M 8        /* rows of a tile */
 #define N (2 * W)  /* its columns */
 #define BLOCK 32   /* queries whose scores are in memory at once */
 #define UP(x, to) (((x) + (to) - 1) / (to) * (to))
+typedef uint32_t word;
 
-/* c (rows, N) = a (rows, depth) · b (depth, N), or added to it; element (m, d) of a is at m·a_m + d·a_d; rows ≤ M */
-static inline __attribute__((always_inline)) void tile(const float *a, long a_m, long a_d, const float *b, long b_d,
-                                                       float *c, long c_m, const int rows, long depth, int add) {
+static inline vec add_products(vec total, bits a, bits b) {
+#ifdef __AVX512BF16__
+  return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+  total += (vec)(a << 16) * (vec)(b << 16);
+  return total + (vec)(a & 0xffff0000) * (vec)(b & 0xffff0000);
+#endif
+}
+
+/* c (M, N) = a (M, words) · b (words, N) over words `from` to `to`, or added to it; word d of row m is at m·a_m + d·a_d */
+static inline __attribute__((always_inline)) void tile(const word *a, long a_m, long a_d, const word *b, long b_d,
+                                                       float *c, long c_m, long from, long to, int add) {
   vec left[M], right[M];
-  for (int m = 0; m < rows; m++) {
+  for (int m = 0; m < M; m++) {
     left[m] = add ? *(vec *)(c + m * c_m) : (vec){0};
     right[m] = add ? *(vec *)(c + m * c_m + W) : (vec){0};
   }
-  for (long d = 0; d < depth; d++) {
-    vec b0 = *(const vec *)(b + d * b_d), b1 = *(const vec *)(b + d * b_d + W);
-    for (int m = 0; m < rows; m++) {
-      float x = a[m * a_m + d * a_d];
-      left[m] += x * b0;
-      right[m] += x * b1;
+  for (long d = from; d < to; d++) {
+    bits b0 = *(const bits *)(b + d * b_d), b1 = *(const bits *)(b + d * b_d + W);
+    for (int m = 0; m < M; m++) {
+      bits x = a[m * a_m + d * a_d] - (bits){0};
+      left[m] = add_products(left[m], x, b0);
+      right[m] = add_products(right[m], x, b1);
     }
   }
-  for (int m = 0; m < rows; m++) {
+  for (int m = 0; m < M; m++) {
     *(vec *)(c + m * c_m) = left[m];
     *(vec *)(c + m * c_m + W) = right[m];
   }
 }
 
-/* c (rows, columns) = a (rows, depth) · b (depth, columns), multiples of M and N */
-static inline __attribute__((always_inline)) void product(const float *a, long a_m, long a_d, const float *b, long b_d,
-                                                          float *c, long c_m, long rows, long columns, long depth,
-                                                          int add) {
-  for (long n = 0; n < columns; n += N)
-    for (long m = 0; m < rows; m += M) tile(a + m * a_m, a_m, a_d, b + n, b_d, c + m * c_m + n, c_m, M, depth, add);
+/* scores (rows, seen) = a (rows, K) · keys (K, seen), both bf16, of keys transposed as words with S a row */
+static void scores_of(const word *a, const word *keys, long S, float *scores, long rows, long seen, long K) {
+  for (long n = 0; n < seen; n += N)
+    for (long m = 0; m < rows; m += M)
+      tile(a + m * K / 2, K / 2, 1, keys + n, S, scores + m * seen + n, seen, 0, K / 2, 0);
 }
 
-/* rows of bf16 as floats times `scale`; those from `count` to `padded` are 0 */
-static void widen(const bf16 *x, long step, float *out, long count, long padded, long K, float scale) {
+/* sums (rows, K) = weights (rows, seen) · values (seen, K): bf16 at the start of rows of `seen` words, and pairs of
+   tokens. Row m sees no key after start + m. */
+static void sum_of_keys(const word *weights, const word *values, float *sums, long rows, long start, long seen, long K) {
+  for (long n = 0; n < K; n += N)
+    for (long m = 0; m < rows; m += M)
+      tile(weights + m * seen, seen, 1, values + n, K, sums + m * K + n, K, 0, (start + m + M) / 2, 0);
+}
+
+/* sums (start + count, K) += weightsᵀ · queries (count, K), both pairs of tokens, those of weights 2·seen apart */
+static void add_to_keys(const word *weights, const word *queries, float *sums, long start, long count, long seen,
+                        long K) {
+  for (long n = 0; n < K; n += N)
+    for (long m = 0; m < start + count; m += M)
+      tile(weights + m, 1, 2 * seen, queries + n, K, sums + m * K + n, K, m > start ? (m - start) / 2 : 0,
+           (count + 1) / 2, 1);
+}
+
+/* rows of bf16 end to end; those from `count` to `padded` are 0 */
+static void copy(const bf16 *x, long step, word *out, long count, long padded, long K) {
+  for (long t = 0; t < count; t++) memcpy(out + t * K / 2, x + t * step, K * sizeof(bf16));
+  memset(out + count * K / 2, 0, (padded - count) * K * sizeof(bf16));
+}
+
+static const halves zeros[2]; /* what stands for a row after the last */
+
+/* (T / 2, K) words: numbers of an even row in the lower halves, of the next row in the upper ones. Of `count` rows. */
+static void pair_rows(const bf16 *x, long step, word *out, long count, long T, long K) {
+  for (long t = 0; t < T; t += 2)
+    for (long i = 0; i < K; i += W) {
+      const bf16 *even = t < count ? x + t * step + i : (const bf16 *)zeros;
+      const bf16 *odd = t + 1 < count ? x + (t + 1) * step + i : (const bf16 *)zeros;
+      *(bits *)(out + t / 2 * K + i) = widened(even) | widened(odd) << 16;
+    }
+}
+
+/* (K / 2, T) words of `count` rows of bf16: W by W of them, by four shuffles of two halves into one */
+static void transpose(const bf16 *x, long step, word *out, long count, long T, long K) {
+  for (long t = 0; t < T; t += W)
+    for (long i = 0; i < K / 2; i += W) {
+      bits now[W], next[W];
+      for (int j = 0; j < W; j++) now[j] = *(const bits *)(t + j < count ? x + (t + j) * step + 2 * i : (const bf16 *)zeros);
+      for (int stage = 0; stage < 4; stage++) {
+        for (int j = 0; j < W / 2; j++) {
+          bits a = now[j], b = now[j + W / 2];
+          next[2 * j] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+          next[2 * j + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        memcpy(now, next, sizeof now);
+      }
+      for (int j = 0; j < W; j++) *(bits *)(out + (i + j) * T + t) = now[j];
+    }
+}
+
+static void narrow(const float *x, bf16 *out, long step, long count, long K, float scale) {
   for (long t = 0; t < count; t++)
-    for (long i = 0; i < K; i += W) *(vec *)(out + t * K + i) = load(x + t * step + i) * scale;
-  memset(out + count * K, 0, (padded - count) * K * sizeof(float));
+    for (long i = 0; i < K; i += W) store(out + t * step + i, *(const vec *)(x + t * K + i) * scale);
 }
 
-static void transpose(const float *x, float *out, long T, long K) {
-  for (long i = 0; i < K; i += W) /* a cache line of x at a time */
-    for (long t = 0; t < T; t++)
-      for (int j = 0; j < W; j++) out[(i + j) * T + t] = x[t * K + i + j];
-}
-
-static void narrow(const float *x, bf16 *out, long step, long count, long K) {
-  for (long t = 0; t < count; t++)
-    for (long i = 0; i < K; i += W) store(out + t * step + i, *(const vec *)(x + t * K + i));
+/* 0 in the places of a vector at j from `visible` on */
+static inline vec masked(vec x, long j, long visible) {
+  const ints places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return j + W <= visible ? x : choose(places < (int32_t)(visible - j), x, (vec){0});
 }
 
 typedef struct {
@@ -227,54 +305,57 @@ typedef struct {
 
 static inline long heads_of(const Shape *s) { return s->H / s->G; }
 
+/* tokens of the longest sequence, as multiple of N */
+static long longest_of(const int64_t *starts, const Shape *s) {
+  long longest = 0;
+  for (long i = 0; i < s->sequences; i++)
+    if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
+  return UP(longest, N);
+}
+
 /* out (tokens, H, K); log_sums (tokens, H): of each query, the logarithm of the sum of e^score */
 int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *log_sums, const int64_t *starts,
                       const Shape *s) {
-  long K = s->K, R = heads_of(s), longest = 0;
-  for (long i = 0; i < s->sequences; i++)
-    if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
-  long most = UP(longest, N);
+  long K = s->K, R = heads_of(s), most = longest_of(starts, s);
   int failed = 0;
 #pragma omp parallel reduction(| : failed)
   {
-    float *keys = aligned_alloc(64, (3 * most * K + BLOCK * most + 2 * BLOCK * K) * sizeof(float));
-    float *keys_t = keys + most * K, *values = keys_t + most * K, *scores = values + most * K;
-    float *queries = scores + BLOCK * most, *sums = queries + BLOCK * K;
+    word *keys = aligned_alloc(64, (most * K + BLOCK * K / 2 + BLOCK * most + BLOCK * K) * sizeof(word));
+    word *values = keys + most * K / 2, *queries = values + most * K / 2;
+    float *scores = (float *)(queries + BLOCK * K / 2), *sums = scores + BLOCK * most;
     failed = !keys;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long sequence = 0; sequence < s->sequences; sequence++)
       for (long group = 0; group < s->G; group++) {
         if (!keys) continue;
         long first = starts[sequence], T = starts[sequence + 1] - first, S = UP(T, N);
-        widen(k + first * s->k_token + group * s->k_head, s->k_token, keys, T, S, K, 1);
-        transpose(keys, keys_t, S, K);
-        widen(v + first * s->v_token + group * s->v_head, s->v_token, values, T, S, K, 1);
+        transpose(k + first * s->k_token + group * s->k_head, s->k_token, keys, T, S, K);
+        pair_rows(v + first * s->v_token + group * s->v_head, s->v_token, values, T, S, K);
         for (long head = group * R; head < (group + 1) * R; head++)
           for (long start = 0; start < T; start += BLOCK) {
             long count = T - start < BLOCK ? T - start : BLOCK, padded = UP(count, M), seen = UP(start + count, N);
-            widen(q + (first + start) * s->q_token + head * s->q_head, s->q_token, queries, count, padded, K, s->scale);
-            product(queries, K, 1, keys_t, S, scores, seen, padded, seen, K, 0);
-            for (long t = 0; t < padded; t++) {
+            float masses[BLOCK];
+            copy(q + (first + start) * s->q_token + head * s->q_head, s->q_token, queries, count, padded, K);
+            scores_of(queries, keys, S, scores, padded, seen, K);
+            for (long t = 0; t < count; t++) {
               float *row = scores + t * seen;
-              long visible = start + t + 1; /* keys, of at least one vector's */
-              for (long j = visible; j < seen; j++) row[j] = -INFINITY;
-              long vectors = UP(visible, W) < seen ? UP(visible, W) : seen;
+              bf16 *weights = (bf16 *)row; /* in the place of scores that were read */
+              long visible = start + t + 1, vectors = UP(visible, W);
+              for (long j = visible; j < vectors; j++) row[j] = -INFINITY;
               vec top = *(vec *)row, total = {0};
               for (long j = W; j < vectors; j += W) top = larger(*(vec *)(row + j), top);
-              float peak = largest(top);
+              float peak = largest(top) * s->scale;
               for (long j = 0; j < vectors; j += W) {
-                vec p = exponential(*(vec *)(row + j) - peak);
-                p = choose(*(vec *)(row + j) == -INFINITY - (vec){0}, (vec){0}, p);
-                *(vec *)(row + j) = p;
+                vec p = masked(exponential(*(vec *)(row + j) * s->scale - peak), j, visible);
+                store(weights + j, p);
                 total += p;
               }
-              float mass = sum(total);
-              for (long j = 0; j < vectors; j += W) *(vec *)(row + j) *= 1 / mass;
-              for (long j = vectors; j < seen; j++) row[j] = 0;
-              if (t < count) log_sums[(first + start + t) * s->H + head] = peak + logf(mass);
+              masses[t] = sum(total);
+              log_sums[(first + start + t) * s->H + head] = peak + logf(masses[t]);
             }
-            product(scores, seen, 1, values, K, sums, K, padded, K, seen, 0);
-            narrow(sums, out + ((first + start) * s->H + head) * K, s->H * K, count, K);
+            sum_of_keys((word *)scores, values, sums, padded, start, seen, K);
+            for (long t = 0; t < count; t++)
+              narrow(sums + t * K, out + ((first + start + t) * s->H + head) * K, 0, 1, K, 1 / masses[t]);
           }
       }
     free(keys);
@@ -286,60 +367,68 @@ int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, fl
    K). P is computed again from the log_sums. */
 int attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out,
                        const float *log_sums, bf16 *d_q, bf16 *d_k, bf16 *d_v, const int64_t *starts, const Shape *s) {
-  long K = s->K, R = heads_of(s), longest = 0;
-  for (long i = 0; i < s->sequences; i++)
-    if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
-  long most = UP(longest, N);
+  long K = s->K, R = heads_of(s), most = longest_of(starts, s);
   int failed = 0;
 #pragma omp parallel reduction(| : failed)
   {
-    float *keys = aligned_alloc(64, (5 * most * K + 2 * BLOCK * most + 3 * BLOCK * K) * sizeof(float));
-    float *keys_t = keys + most * K, *values_t = keys_t + most * K, *k_sums = values_t + most * K;
-    float *v_sums = k_sums + most * K, *weights = v_sums + most * K, *d_weights = weights + BLOCK * most;
-    float *queries = d_weights + BLOCK * most, *grads = queries + BLOCK * K, *q_sums = grads + BLOCK * K;
+    word *keys = aligned_alloc(64, (3 * most * K / 2 + 2 * BLOCK * K + 2 * most * K + 2 * BLOCK * most + BLOCK * K) * sizeof(word));
+    word *keys_t = keys + most * K / 2, *values_t = keys_t + most * K / 2, *queries = values_t + most * K / 2;
+    word *query_pairs = queries + BLOCK * K / 2, *grads = query_pairs + BLOCK * K / 2, *grad_pairs = grads + BLOCK * K / 2;
+    float *k_sums = (float *)(grad_pairs + BLOCK * K / 2), *v_sums = k_sums + most * K;
+    float *weights = v_sums + most * K, *d_weights = weights + BLOCK * most, *q_sums = d_weights + BLOCK * most;
     failed = !keys;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long sequence = 0; sequence < s->sequences; sequence++)
       for (long group = 0; group < s->G; group++) {
         if (!keys) continue;
         long first = starts[sequence], T = starts[sequence + 1] - first, S = UP(T, N);
-        widen(v + first * s->v_token + group * s->v_head, s->v_token, keys, T, S, K, 1);
-        transpose(keys, values_t, S, K);
-        widen(k + first * s->k_token + group * s->k_head, s->k_token, keys, T, S, K, 1);
-        transpose(keys, keys_t, S, K);
-        memset(k_sums, 0, 2 * most * K * sizeof(float)); /* v_sums too */
+        const bf16 *own_keys = k + first * s->k_token + group * s->k_head;
+        transpose(v + first * s->v_token + group * s->v_head, s->v_token, values_t, T, S, K);
+        transpose(own_keys, s->k_token, keys_t, T, S, K);
+        pair_rows(own_keys, s->k_token, keys, T, S, K);
+        memset(k_sums, 0, S * K * sizeof(float));
+        memset(v_sums, 0, S * K * sizeof(float));
         for (long head = group * R; head < (group + 1) * R; head++)
           for (long start = 0; start < T; start += BLOCK) {
             long count = T - start < BLOCK ? T - start : BLOCK, padded = UP(count, M), seen = UP(start + count, N);
             long at = ((first + start) * s->H + head) * K;
-            widen(q + (first + start) * s->q_token + head * s->q_head, s->q_token, queries, count, padded, K, s->scale);
-            widen(grad + at, s->H * K, grads, count, padded, K, 1);
-            product(queries, K, 1, keys_t, S, weights, seen, padded, seen, K, 0);
-            product(grads, K, 1, values_t, S, d_weights, seen, padded, seen, K, 0);
-            for (long t = 0; t < padded; t++) {
-              float *row = weights + t * seen, *d_row = d_weights + t * seen;
-              long visible = t < count ? start + t + 1 : 0, vectors = UP(visible, W);
-              float log_sum = t < count ? log_sums[(first + start + t) * s->H + head] : 0;
-              vec products = {0};
-              for (long i = 0; t < count && i < K; i += W)
-                products += load(out + at + t * s->H * K + i) * *(vec *)(grads + t * K + i);
-              float mean = sum(products);
-              for (long j = 0; j < vectors; j += W) {
-                vec p = exponential(*(vec *)(row + j) - log_sum);
-                *(vec *)(row + j) = p;
-                *(vec *)(d_row + j) = p * (*(vec *)(d_row + j) - mean);
+            const bf16 *own = q + (first + start) * s->q_token + head * s->q_head;
+            copy(own, s->q_token, queries, count, padded, K);
+            copy(grad + at, s->H * K, grads, count, padded, K);
+            pair_rows(own, s->q_token, query_pairs, count, padded, K);
+            pair_rows(grad + at, s->H * K, grad_pairs, count, padded, K);
+            scores_of(queries, keys_t, S, weights, padded, seen, K);
+            scores_of(grads, values_t, S, d_weights, padded, seen, K);
+            for (long t = 0; t < count; t += 2) { /* two rows at a time, which are pairs for the sums over queries */
+              float *rows = weights + t * seen, *d_rows = d_weights + t * seen, log_sum[2] = {0}, mean[2] = {0};
+              long visible[2] = {start + t + 1, t + 1 < count ? start + t + 2 : 0}, vectors = UP(start + t + 2, W);
+              for (int i = 0; i < 2 && t + i < count; i++) {
+                vec products = {0};
+                for (long d = at + (t + i) * s->H * K, end = d + K; d < end; d += W) products += load(out + d) * load(grad + d);
+                mean[i] = sum(products);
+                log_sum[i] = log_sums[(first + start + t + i) * s->H + head];
               }
-              for (long j = visible; j < seen; j++) row[j] = d_row[j] = 0;
+              for (long j = 0; j < vectors; j += W) {
+                bits p[2], d[2];
+                for (int i = 0; i < 2; i++) {
+                  vec x = masked(exponential(*(vec *)(rows + i * seen + j) * s->scale - log_sum[i]), j, visible[i]);
+                  vec dx = x * (*(vec *)(d_rows + i * seen + j) - mean[i]);
+                  p[i] = rounded(x);
+                  d[i] = rounded(masked(dx, j, visible[i]));
+                }
+                /* in the places of numbers that were read */
+                *(bits *)(rows + j) = p[0] >> 16 | (p[1] & 0xffff0000);
+                *(bits *)(rows + seen + j) = d[0] >> 16 | (d[1] & 0xffff0000);
+                for (int i = 0; i < 2; i++) put((bf16 *)(d_rows + i * seen) + j, d[i] >> 16);
+              }
             }
-            product(d_weights, seen, 1, keys, K, q_sums, K, padded, K, seen, 0);
-            for (long i = 0; i < count * K; i += W) *(vec *)(q_sums + i) *= s->scale;
-            narrow(q_sums, d_q + at, s->H * K, count, K);
-            /* the queries have the scale already */
-            product(d_weights, 1, seen, queries, K, k_sums, K, seen, K, padded, 1);
-            product(weights, 1, seen, grads, K, v_sums, K, seen, K, padded, 1);
+            sum_of_keys((word *)d_weights, keys, q_sums, padded, start, seen, K);
+            narrow(q_sums, d_q + at, s->H * K, count, K, s->scale);
+            add_to_keys((word *)weights, grad_pairs, v_sums, start, count, seen, K);
+            add_to_keys((word *)weights + seen, query_pairs, k_sums, start, count, seen, K);
           }
-        narrow(k_sums, d_k + (first * s->G + group) * K, s->G * K, T, K);
-        narrow(v_sums, d_v + (first * s->G + group) * K, s->G * K, T, K);
+        narrow(k_sums, d_k + (first * s->G + group) * K, s->G * K, T, K, s->scale);
+        narrow(v_sums, d_v + (first * s->G + group) * K, s->G * K, T, K, 1);
       }
     free(keys);
   }
@@ -360,6 +449,28 @@ typedef struct {
 } Block;
 
 #define ROWS 128 /* of a product's left side, which stay in a core's cache while the panels pass */
+
+/* c (rows, N) = a (rows, depth) · b (depth, N), or added to it; element (m, d) of a is at m·a_m + d·a_d; rows ≤ M */
+static inline __attribute__((always_inline)) void tile_floats(const float *a, long a_m, long a_d, const float *b, long b_d,
+                                                              float *c, long c_m, const int rows, long depth, int add) {
+  vec left[M], right[M];
+  for (int m = 0; m < rows; m++) {
+    left[m] = add ? *(vec *)(c + m * c_m) : (vec){0};
+    right[m] = add ? *(vec *)(c + m * c_m + W) : (vec){0};
+  }
+  for (long d = 0; d < depth; d++) {
+    vec b0 = *(const vec *)(b + d * b_d), b1 = *(const vec *)(b + d * b_d + W);
+    for (int m = 0; m < rows; m++) {
+      float x = a[m * a_m + d * a_d];
+      left[m] += x * b0;
+      right[m] += x * b1;
+    }
+  }
+  for (int m = 0; m < rows; m++) {
+    *(vec *)(c + m * c_m) = left[m];
+    *(vec *)(c + m * c_m + W) = right[m];
+  }
+}
 
 static inline float fold(vec x) {
   typedef float half __attribute__((vector_size(2 * W), aligned(4)));
@@ -383,7 +494,7 @@ static void pack_turned(const float *w, long columns, long depth, long c, float 
   }
 }
 
-/* as `product`, of any number of rows; b_n: from N columns of b to the next */
+/* c (rows, columns) = a (rows, depth) · b (depth, columns), or added to it, of any number of rows; b_n: from N columns of b to the next */
 static void multiply(const float *a, long a_m, long a_d, const float *b, long b_d, long b_n, float *c, long c_m, long rows,
                      long columns, long depth, int add) {
   for (long first = 0; first < rows; first += ROWS)
@@ -391,7 +502,7 @@ static void multiply(const float *a, long a_m, long a_d, const float *b, long b_
       const float *panel = b + n / N * b_n;
       long m = first, stop = first + ROWS < rows ? first + ROWS : rows;
 #define TILES(size) \
-  for (; m + size <= stop; m += size) tile(a + m * a_m, a_m, a_d, panel, b_d, c + m * c_m + n, c_m, size, depth, add);
+  for (; m + size <= stop; m += size) tile_floats(a + m * a_m, a_m, a_d, panel, b_d, c + m * c_m + n, c_m, size, depth, add);
       TILES(M) TILES(4) TILES(1)
     }
 }

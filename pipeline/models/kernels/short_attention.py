@@ -40,7 +40,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
 class FusedAttention(torch.autograd.Function):
     """The same by native.c, (B, T, H, K) of q (B, T, H, K), k and v (B, T, G, K), without weights kept for backward.
 
-    Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 2.7 instead of 5.0 ms.
+    Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 1.5 instead of 5.0 ms.
     """
 
     @staticmethod

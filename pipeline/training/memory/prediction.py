@@ -81,7 +81,9 @@ def predict_peak_memory(
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
-    all_logits = not batch.in_chunks and batch.label_index is None and len(batch.labels) <= chunk_of(model)
+    all_logits = (
+        not batch.in_chunks and batch.label_index is None and len(batch.labels) <= chunk_of(model, len(batch.labels))
+    )
     loss = "divergence" if retained else "full" if all_logits else "chunked"
     if not (retained or batch.in_chunks) and fuses_head(model):
         loss = "fused"
@@ -108,7 +110,7 @@ def predict_peak_memory(
         checkpointing=settings.gradient_checkpointing,
         loss=loss,
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
-        chunk=chunk_of(model),
+        chunk=chunk_of(model, batch.ids.numel() if retained else len(batch.labels)),
     )
     if retained and hasattr(method, "lora_dropout"):  # without noise
         method = dataclasses.replace(method, lora_dropout=0.0)  # type: ignore[call-arg]

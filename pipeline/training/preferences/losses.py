@@ -199,7 +199,7 @@ def _label_log_probs(model: CausalLM, batch: Batch) -> Tensor:
     rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
     rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
     trained = [p for p in model.head.parameters() if p.requires_grad]
-    return log_probs(model.logits, rows, batch.labels, chunk_of(model), trained)
+    return log_probs(model.logits, rows, batch.labels, chunk_of(model, len(rows)), trained)
 
 
 class Preference(NamedTuple):

@@ -188,6 +188,52 @@ def test_a_fused_block_has_the_outputs_and_gradients_of_the_original(
 
 
 @needs_native
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_last_block_computes_only_labelled_rows(
+    kind: str, checkpointing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.adapters.lora.FOLD_BELOW", 0)
+    model = adapted(kind, TARGETS["all"]).train()
+    prepare_model(model, checkpointing)
+    index, lengths = torch.tensor([2, 3, 8, 20, 39]), [7, 30, 3]
+    ids, positions = torch.arange(40)[None] % 97, torch.cat([torch.arange(length) for length in lengths])[None]
+    norm, rows = model.blocks[-1].get_submodule("post_attention_layernorm"), list[int]()
+    assert isinstance(norm, RMSNorm)
+    of_sum = norm.of_sum
+
+    def counted(x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(x.shape[1])
+        return of_sum(x, added)
+
+    monkeypatch.setattr(norm, "of_sum", counted)
+
+    def of_labels(states: Callable[[], Tensor]) -> list[Tensor]:
+        torch.manual_seed(2)
+        towards = torch.randn(len(index), SIZES["hidden_size"]).to(BF16)
+        out = states()
+        return [out, *torch.autograd.grad(out, [p for p in model.parameters() if p.requires_grad], towards)]
+
+    def labelled() -> list[Tensor]:
+        return of_labels(lambda: model.labelled_states(ids, positions, lengths, index))
+
+    plain = of_labels(lambda: model.hidden_states(ids, positions, lengths)[0].index_select(0, index))
+    assert set(rows) == {40}
+    rows.clear()
+    for mine, expected in zip(labelled(), plain, strict=True):
+        near(mine, expected, 0.02)
+    assert set(rows) == {5}
+    assert all(map(torch.equal, labelled(), labelled()))
+    # dropout draws its numbers for every row, as it does in a sweep
+    model.blocks[-1].get_submodule("self_attn.o_proj").keep = lambda x: torch.ones_like(x, dtype=torch.bool)  # type: ignore[assignment]
+    rows.clear()
+    near(labelled()[0], plain[0], 0.02)
+    assert set(rows) == {40}
+    model.eval()
+    assert labelled()[0].shape == plain[0].shape
+
+
+@needs_native
 @pytest.mark.usefixtures("restored_threads")
 def test_threads_do_not_change_a_number() -> None:
     q, k = normal(1, 90, 4, 32), normal(1, 90, 2, 32)
