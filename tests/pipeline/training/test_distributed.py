@@ -265,7 +265,10 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     mini: Path, number: signal.Signals, whole_group: bool, times: int
 ) -> None:
     slow, log = on_two_devices(epochs=1000), mini / f"runs/{STAGE}/loss.csv"
-    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True) as running:
+    # as from a terminal: these tests may themselves run under nohup, which children inherit
+    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heard, *slow]
+    with subprocess.Popen(command, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
