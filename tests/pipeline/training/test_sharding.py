@@ -124,5 +124,6 @@ def shard_and_measure(folder: Path) -> int:
 def test_each_of_two_ranks_needs_its_half_of_the_base_and_three_whole_blocks(tmp_path: Path) -> None:
     folder = new_base(tmp_path / "base", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16)
     size = (folder / "model.safetensors").stat().st_size
-    # a tenth of it: pages of the file around the rows that are compared, which the system may drop
-    assert max(run_ranks(2, shard_and_measure, folder)) < size * (1 / 2 + 3 / 16 + 1 / 10)
+    # a fifth of it: pages of the file around the rows that are compared, which the system may drop. 46 to 120 MB were
+    # seen, more where other programs run. Ranks that read all of the base first grow by 1.5 times its size.
+    assert max(run_ranks(2, shard_and_measure, folder)) < size * (1 / 2 + 3 / 16 + 1 / 5)
