@@ -34,8 +34,11 @@ class ManyAdapters:
     @cached_property
     def supports_packing(self) -> bool:
         """Tried without adapters, once the model is on its device."""
-        with self._routing.base():
+        with self.base():
             return self._model.supports_packing
+
+    def base(self) -> AbstractContextManager[None]:
+        return self._routing.base()
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
         """One batch per micro-batch of the step, or one per window if the model does not support packing."""

@@ -256,7 +256,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         raise UserError(
             f"{name}: compile is true, but only an imported model with one adapter is compiled. Set compile to false."
         )
-    device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
+    with task.path.base():
+        device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     if device.type == "cuda" and task.settings.precision == "bf16" and not multiplies_bf16(device):
         yield Note(f"{name}: this GPU has no bf16 instructions and is slow with it. Set {name}.precision=fp16.")
     sharded = False

@@ -53,7 +53,8 @@ def probe(task: TrainingTask) -> Probe:
         sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
         for number in range(len(batches))
     ]
-    device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
+    with task.path.base():
+        device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     model.to(device)
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
     predicted = predicted_peak(task, batches.largest_step(range(min(len(batches), total))))

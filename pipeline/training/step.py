@@ -90,6 +90,9 @@ class LossPath(Protocol):
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
         """The batches of step `number`, for this rank; `orders`: learner → its batches of the same windows."""
 
+    def base(self) -> AbstractContextManager[None]:
+        """The model may be tried inside this context, on input of no learner."""
+
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:
         """Losses of the batch, and their backward pass, must be computed inside this context."""
 
@@ -118,6 +121,9 @@ class OneLearner:
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
         (order,) = orders.values()
         return (StepBatch(batch, {0: batch.tokens}) for batch in to_model_device(self._model, order[number]))
+
+    def base(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()

@@ -311,6 +311,9 @@ class PreferencePath:
             else:  # of the retention loss
                 yield from (StepBatch(one, {0: one.tokens}) for one in to_model_device(self._model, [batch]))
 
+    def base(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()
 

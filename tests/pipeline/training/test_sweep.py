@@ -185,6 +185,12 @@ def test_on_a_real_architecture_it_is_the_one_that_trains_alone(llama: Path, nam
     assert_each_as_alone(llama, grid, [f"finetune_lora.{override}" for override in [*LLAMA, *overrides]])
 
 
+def test_on_a_real_architecture_in_16_bits_too_whose_blocks_are_tried_before(llama: Path) -> None:
+    """The kernels for bf16 are compared with the model's own blocks while no adapter has rows."""
+    overrides = [*LLAMA, "precision=bf16", "adapter_precision=bf16"]
+    assert_each_as_alone(llama, {"rank": [2, 4]}, [f"finetune_lora.{override}" for override in overrides], within=3e-2)
+
+
 def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
