@@ -28,7 +28,8 @@ class _CrossEntropy(torch.autograd.Function):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         pointers = (None if x is None else x.data_ptr() for x in (logits, labels, losses, grad))
-        native().cross_entropy(*pointers, *logits.shape)
+        if native().cross_entropy(*pointers, *logits.shape):  # as torch does: C would read and write beside the logits
+            raise IndexError(f"a label is not one of the {logits.shape[1]} logits")
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses.sum()

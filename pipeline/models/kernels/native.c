@@ -153,10 +153,13 @@ void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *out, long tok
   }
 }
 
-/* ---- Cross-entropy of rows of logits (rows, V) with a label each, and its gradient softmax − onehot, unless 0 */
+/* ---- Cross-entropy of rows of logits (rows, V) with a label each, and its gradient softmax − onehot, unless 0. Not 0 if
+   there is no logit for a label: nothing was computed then. */
 
-void cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf16 *grad, long rows, long V) {
+int cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf16 *grad, long rows, long V) {
   long whole = V / W * W;
+  for (long row = 0; row < rows; row++)
+    if (labels[row] < 0 || labels[row] >= V) return 1;
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < rows; row++) {
     const bf16 *z = logits + row * V;
@@ -180,6 +183,7 @@ void cross_entropy(const bf16 *logits, const int64_t *labels, float *losses, bf1
     store(tail, all(expf(label - top) / mass - 1)); /* p − 1 in fp32: of a rounded p it would lose its digits */
     out[labels[row]] = tail[0];
   }
+  return 0;
 }
 
 /* ---- Causal attention of packed sequences. Token n of q is at q + n·q_token, its head h at + h·q_head; likewise keys

@@ -21,6 +21,7 @@ from pipeline.calc.settings import CONTEXT, TrainingConfig
 from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
@@ -104,7 +105,7 @@ def predict_peak_memory(
         adapter_precision=adapter,
         # on a CPU paged state is where all else is
         optimizer=settings.optimizer.removeprefix("paged-") if model.device.type == "cpu" else settings.optimizer,
-        cpu=model.device.type == "cpu",
+        cpu=uses_cpu_kernels(model.device),
         native=model.trains_natively,
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,

@@ -140,6 +140,13 @@ def test_nan_stays_nan() -> None:
     assert summed_cross_entropy(x[0, 0], torch.zeros(2, dtype=torch.long)).isnan()
 
 
+@needs_native
+@pytest.mark.parametrize("label", [-100, -1, 40])
+def test_a_label_without_a_logit_is_an_error_and_no_access_beside_them(label: int) -> None:
+    with pytest.raises(IndexError, match="not one of the 40 logits"):
+        summed_cross_entropy(torch.zeros(2, 40, dtype=BF16), torch.tensor([3, label]))
+
+
 def made(kind: str) -> TransformersModel:
     torch.manual_seed(0)
     config = CONFIGS[kind](**SIZES, **HEADS, attention_dropout=0.0)
