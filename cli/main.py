@@ -12,7 +12,7 @@ from typer import Exit, Option
 from cli.options import UNDER_DVC, Group, Lazy, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
-from pipeline.project.process_rank import world
+from pipeline.project.process import world
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {

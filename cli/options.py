@@ -11,7 +11,7 @@ from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
 
 from pipeline.files.text import printable
-from pipeline.project import process_rank
+from pipeline.project import process
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
@@ -29,10 +29,10 @@ def base_folder(base: Path | None) -> Path | None:
 
 def use_device(name: str | None) -> None:
     """Callback for --device: what this process, and all that it starts, compute on."""
-    if name is not None and not process_rank.is_valid(name):
-        raise BadParameter(f"{name!r} must be {process_rank.RULE}.")
+    if name is not None and not process.is_valid(name):
+        raise BadParameter(f"{name!r} must be {process.RULE}.")
     if name is not None:
-        process_rank.ask(name)
+        process.ask(name)
 
 
 ParamsOption = Annotated[Path, Option("--params", help="Params file; paths in it are relative to its folder.")]

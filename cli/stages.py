@@ -121,7 +121,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         _device: DeviceOption = None,
     ) -> None:
         from pipeline.errors import UserError
-        from pipeline.project.process_rank import world
+        from pipeline.project.process import world
 
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
@@ -399,7 +399,7 @@ def run_stage(
     from cli.console import follow, print_line
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
-    from pipeline.project.process_rank import world
+    from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
     project = project_of(params, overrides)

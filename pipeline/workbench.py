@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project import process_rank
+from pipeline.project import process
 from pipeline.project.params.load import RUNNING, Params
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage, StageGraph
 from pipeline.stages.registry import STAGES
@@ -27,7 +27,7 @@ def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:
     What this process computes from then on, it computes on the project's device.
     """
     project = Project.load(params, GRAPH, overrides)
-    process_rank.prefer(project.params.running.device, project.params.source(RUNNING, "device"))
+    process.prefer(project.params.running.device, project.params.source(RUNNING, "device"))
     return project
 
 

@@ -18,7 +18,7 @@ from hypothesis import settings
 from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
-from pipeline.project import process_rank, provenance
+from pipeline.project import process, provenance
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
@@ -68,9 +68,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test inherits the device that another asked for, or the developer does."""
-    monkeypatch.setenv(process_rank.VARIABLE, "")
-    monkeypatch.setattr(process_rank, "_by_option", False)
-    monkeypatch.setattr(process_rank, "_of_params", None)
+    monkeypatch.setenv(process.VARIABLE, "")
+    monkeypatch.setattr(process, "_by_option", False)
+    monkeypatch.setattr(process, "_of_params", None)
 
 
 @pytest.fixture(autouse=True)

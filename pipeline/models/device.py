@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.project import process_rank
+from pipeline.project import process
 from pipeline.project.logs.run_log import in_units, peak_memory
-from pipeline.project.process_rank import world
+from pipeline.project.process import world
 
 
 def devices() -> list[str]:
@@ -27,17 +27,17 @@ def devices() -> list[str]:
 
 def asked_device() -> torch.device | None:
     """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is not there."""
-    name, source = process_rank.asked()
-    if name == process_rank.AUTO:
+    name, source = process.asked()
+    if name == process.AUTO:
         return None
-    if not process_rank.is_valid(name):
-        raise UserError(f"{source} must be {process_rank.RULE}, got {name!r}. Change it.")
-    process, is_one_device = world(), name == "mps" or ":" in name
-    if process.world_size > 1 and is_one_device:  # MPS has no collectives
+    if not process.is_valid(name):
+        raise UserError(f"{source} must be {process.RULE}, got {name!r}. Change it.")
+    rank, is_one_device = world(), name == "mps" or ":" in name
+    if rank.world_size > 1 and is_one_device:  # MPS has no collectives
         raise UserError(
             f"{source} must be cpu or cuda for several processes, got {name!r}. Each takes a GPU by its rank."
         )
-    device = torch.device("cuda", process.local_rank) if name == "cuda" else torch.device(name)
+    device = torch.device("cuda", rank.local_rank) if name == "cuda" else torch.device(name)
     if str(device) not in (there := devices()):
         raise UserError(f"{source} must name a device of this machine, got {name!r}. It has {', '.join(there)}.")
     return device
@@ -62,9 +62,9 @@ LARGE_MATRIX = 1024**2  # numbers; a smaller matrix is decomposed in less than a
 
 def explain_choice() -> str:
     """Which device computes, and why."""
-    name, source = process_rank.asked()
+    name, source = process.asked()
     device = best_device()
-    if name != process_rank.AUTO:
+    if name != process.AUTO:
         return f"{device}, by {source}"
     if device.type == "cpu":
         return "cpu: there is no accelerator"

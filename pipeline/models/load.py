@@ -20,7 +20,7 @@ from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
-from pipeline.project.process_rank import world
+from pipeline.project.process import world
 
 SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

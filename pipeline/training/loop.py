@@ -41,7 +41,7 @@ from pipeline.project.logs.run_log import (
     write_run_outcomes,
 )
 from pipeline.project.params.sections import Training
-from pipeline.project.process_rank import hangs_up
+from pipeline.project.process import hangs_up
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
 from pipeline.training.memory.prediction import MemoryMeter, memory_meter, predict_peak_memory, suggest_less_memory

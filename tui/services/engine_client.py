@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.project import process_rank
+from pipeline.project.process import environment
 
 Answer = dict[str, Any]
 
@@ -124,7 +124,7 @@ class _Process:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=cwd,
-                env=process_rank.environment(),
+                env=environment(),
                 stdin=pipe,
                 stdout=pipe,
                 stderr=pipe,

@@ -26,7 +26,7 @@ from pipeline.project.params.schema import (
     check_value,
     reject_unknown_keys,
 )
-from pipeline.project.process_rank import AUTO, RULE, is_valid
+from pipeline.project.process import AUTO, RULE, is_valid
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[

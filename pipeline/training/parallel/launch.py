@@ -59,7 +59,7 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipeline.models.device import best_device, cores
-    from pipeline.project.process_rank import hangs_up
+    from pipeline.project.process import hangs_up
 
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.errors import UserError, first_line
 from pipeline.models.device import best_device
-from pipeline.project.process_rank import world
+from pipeline.project.process import world
 from pipeline.project.runner import Event, Facts, Job, Note, Work, run
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.training.parallel.collectives import (

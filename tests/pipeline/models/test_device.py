@@ -30,7 +30,7 @@ from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
-from pipeline.project import process_rank
+from pipeline.project import process
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.new_project import render_dvc_yaml
 from pipeline.project.runner import checkpoints
@@ -441,7 +441,7 @@ def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def chosen(*option: str) -> str:
-        monkeypatch.setattr(process_rank, "_of_params", None)  # of the call before
+        monkeypatch.setattr(process, "_of_params", None)  # of the call before
         facts: dict[str, str] = json.loads(cli("doctor", "--json", *option, cwd=project)[1])
         return facts["device"]
 
@@ -456,7 +456,7 @@ def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     monkeypatch.setenv("LORA_DEVICE", "cpu")
     assert chosen() == "cpu, by LORA_DEVICE"
     assert chosen("--device", "cuda") == "cuda:0, by --device"
-    assert os.environ["LORA_DEVICE"] == process_rank.environment()["LORA_DEVICE"] == "cuda"  # what children get
+    assert os.environ["LORA_DEVICE"] == process.environment()["LORA_DEVICE"] == "cuda"  # what children get
 
 
 def test_a_device_that_is_not_there_is_one_message(project: Path, cli: Lora) -> None:

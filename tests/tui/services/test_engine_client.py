@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project import process_rank
+from pipeline.project import process
 from tests.helpers.projects import ROOT
 from tui.services import engine_client
 from tui.services.engine_client import EngineDied, Inference
@@ -219,7 +219,7 @@ async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(start_fa
 
 
 async def test_the_process_computes_on_the_projects_device(start_fake: StartFake) -> None:
-    process_rank.prefer("cuda:1", "params.yaml")
+    process.prefer("cuda:1", "params.yaml")
     program = """
 import os
 for line in sys.stdin:
