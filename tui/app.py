@@ -210,6 +210,8 @@ class Workbench(App[None]):
         return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _project_changed(self) -> None:
+        if not self.is_running:  # it is closing, and the screens have lost their widgets
+            return
         if self.screen_stack and hasattr(self.base_screen, "notice"):
             self.refresh_header()
             self.base_screen.notice()

@@ -1,5 +1,6 @@
 """The app: screens, keys, themes, messages, config, start and hang-up."""
 
+import inspect
 import json
 import os
 import pty
@@ -53,6 +54,28 @@ async def test_the_keys_that_are_the_same_everywhere_are_within_80_columns(empty
         await until(pilot, lambda: str(app.screen.query_one(KeyBar).render()).endswith("q quit"))
         line = str(app.screen.query_one(KeyBar).render())
         assert len(line) <= 80 and "? help" in line and "Ctrl+P palette" in line
+
+
+@pytest.mark.parametrize("name", SCREENS)
+async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
+    empty: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Workbench(empty / "params.yaml")
+    closed = []
+    async with app.run_test() as pilot:
+        app.switch_mode(name)
+        await until(pilot, lambda: name_of(app) == name)
+        screen = type(app.screen)
+        stop = getattr(screen, "on_unmount", lambda _: None)
+
+        async def change(closing: Any) -> None:  # a screen is told that it closes when its widgets are gone
+            closed.append(name)
+            app.project_watch._changed()
+            if inspect.isawaitable(stopped := stop(closing)):
+                await stopped
+
+        monkeypatch.setattr(screen, "on_unmount", change, raising=False)
+    assert closed == [name]
 
 
 @pytest.mark.parametrize("name", SCREENS)
