@@ -10,19 +10,28 @@ from textual.pilot import Pilot
 SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
 
 
-async def idle(*_: float, most: float = 1.0) -> None:
-    """Wait until the app has nothing to do: no callback is left, nor one of a timer that is due soon."""
+async def idle(*_: float, most: float = 2.0) -> None:
+    """Wait until the app has nothing to do: no callback is left, no thread works for it, no timer is due soon."""
     loop: Any = asyncio.get_running_loop()
     end = loop.time() + most
     while loop.time() < end:
         await asyncio.sleep(0)
         if loop._ready:
             continue
+        if _works_in_threads(loop):
+            await asyncio.sleep(0.001)
+            continue
         due = [timer.when() for timer in loop._scheduled if not timer.cancelled()]
         first = min(due, default=end) - loop.time()
         if first > SOON:
             return
         await asyncio.sleep(first)
+
+
+def _works_in_threads(loop: Any) -> bool:
+    """Whether `asyncio.to_thread` or a worker in a thread has something to do."""
+    pool = loop._default_executor
+    return pool is not None and (pool._work_queue.qsize() > 0 or pool._idle_semaphore._value < len(pool._threads))
 
 
 async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 12) -> None:

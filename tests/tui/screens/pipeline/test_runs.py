@@ -139,10 +139,15 @@ async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -
         await until(pilot, lambda: row(screen, "lora") == "✓ lora")
         save(project / "params.yaml", {"finetune_lora.epochs": 150})  # some seconds: a shorter run can end unseen
         process = subprocess.Popen([LORA, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
-        await until(pilot, lambda: "% " in row(screen, "lora") and "left" in row(screen, "lora"), 30)
-        assert screen.chosen == "finetune_lora"
-        assert "/900" in facts(screen)[0]
-        assert f"run in a terminal or by another program: process {process.pid}, since" in "\n".join(facts(screen))
+        seen = list[str]()
+
+        def runs() -> bool:  # looked at in one moment: the next may be the run's end
+            seen[:] = row(screen, "lora"), screen.chosen, *facts(screen)
+            return "% " in seen[0] and "left" in seen[0] and "/900" in seen[2]
+
+        await until(pilot, runs, 30)
+        assert seen[1] == "finetune_lora"
+        assert f"run in a terminal or by another program: process {process.pid}, since" in "\n".join(seen)
         await until(pilot, lambda: process.poll() is not None, 60)
         await until(pilot, lambda: row(screen, "lora") == "✓ lora")
         assert any("measured at the peak" in line for line in facts(screen))
@@ -299,7 +304,7 @@ async def test_a_full_disk_before_a_run_is_one_sentence(
 
         monkeypatch.setattr(Runner, "_spawn", full)
         await pilot.press("R")
-        assert messages(screen).startswith("No space left on device: ")
+        await until(pilot, lambda: messages(screen).startswith("No space left on device: "))
         assert "\n" not in messages(screen)
 
 
