@@ -42,7 +42,7 @@ async def pipeline(pilot: Pilot[None]) -> None:
 
 
 async def curves(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "0.256" in text(screen))
+    await until(pilot, lambda screen: "7 of 8 on" in text(screen) and "finished" in text(screen))
 
 
 async def results(pilot: Pilot[None]) -> None:
