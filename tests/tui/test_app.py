@@ -65,8 +65,8 @@ async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
     async with app.run_test() as pilot:
         app.switch_mode(name)
         await until(pilot, lambda: name_of(app) == name)
-        screen = type(app.screen)
-        stop = getattr(screen, "on_unmount", lambda _: None)
+        kind = type(app.screen)
+        stop = getattr(kind, "on_unmount", lambda _: None)
 
         async def change(closing: Any) -> None:  # a screen is told that it closes when its widgets are gone
             closed.append(name)
@@ -74,7 +74,7 @@ async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
             if inspect.isawaitable(stopped := stop(closing)):
                 await stopped
 
-        monkeypatch.setattr(screen, "on_unmount", change, raising=False)
+        monkeypatch.setattr(kind, "on_unmount", change, raising=False)
     assert closed == [name]
 
 

@@ -57,9 +57,11 @@ static inline float sum(vec x) {
 }
 
 static inline float largest(vec x) {
-  float most = x[0];
-  for (int i = 1; i < W; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  float lanes[W];
+  *(vec *)lanes = x;
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
 }
 
 /* e^x for x from −87 to 88, within 2 units of the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor polynomial. NaN
@@ -476,18 +478,11 @@ static inline __attribute__((always_inline)) void tile_floats(const float *a, lo
   }
 }
 
+/* `sum` four additions deep instead of sixteen, which counts where rows are a vector or two */
 static inline float fold(vec x) {
   typedef float half __attribute__((vector_size(2 * W), aligned(4)));
   half h = *(half *)&x + *((half *)&x + 1);
   return ((h[0] + h[1]) + (h[2] + h[3])) + ((h[4] + h[5]) + (h[6] + h[7]));
-}
-
-static inline float highest(vec x) {
-  float lanes[W];
-  *(vec *)lanes = x;
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
 }
 
 /* `scale` times wᵀ, w (columns, depth), into panels from column c on */
@@ -591,7 +586,7 @@ static inline void attend(const float *q, const float *keys_t, long S, long K, l
     for (long j = 1; j < seen; j++) top = p[j] > top ? p[j] : top;
   else {
     for (long j = 0; j < seen; j += W) most = larger(*(vec *)(p + j), most);
-    top = highest(most);
+    top = largest(most);
   }
   for (long j = 0; j < seen; j += W) {
     vec share = exponential(*(vec *)(p + j) - top);
