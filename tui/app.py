@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.segment import Segment
 from textual import work
-from textual.app import App
+from textual.app import App, ScreenStackError
 from textual.binding import Binding, BindingType
 from textual.color import Color
+from textual.css.query import NoMatches
 from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
 from textual.screen import ModalScreen
 from textual.theme import Theme
+from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
@@ -208,6 +210,12 @@ class Workbench(App[None]):
         running, engine = self.project_watch.running, self.inference and self.inference.pid
         stage = {running.stage.name: running.run.pid} if running and running.run else {}
         return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
+
+    def _handle_exception(self, error: Exception) -> None:
+        """While the workbench closes its screens have lost their widgets: what then looks for one is no error."""
+        cause = error.error if isinstance(error, WorkerFailed) else error
+        if self.is_running or not isinstance(cause, NoMatches | ScreenStackError):
+            super()._handle_exception(error)
 
     def _project_changed(self) -> None:
         if not self.is_running:  # it is closing, and the screens have lost their widgets

@@ -1,5 +1,6 @@
 """The app: screens, keys, themes, messages, config, start and hang-up."""
 
+import asyncio
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from textual.widgets import Static
+from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError
 from tests.helpers.pilot import until
@@ -76,6 +78,37 @@ async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
 
         monkeypatch.setattr(kind, "on_unmount", change, raising=False)
     assert closed == [name]
+
+
+@pytest.mark.parametrize("ends", ["while it runs", "while it closes"])
+async def test_what_looks_for_a_widget_while_the_workbench_closes_is_no_error(
+    empty: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Workbench(empty / "params.yaml")
+
+    async def look() -> None:
+        app.screen.query_one("#gone")
+
+    async def close(screen: Any, _: object) -> None:
+        screen.run_worker(look())
+        await asyncio.sleep(0)
+
+    async def run() -> None:
+        async with app.run_test() as pilot:
+            app.switch_mode("curves")
+            await until(pilot, lambda: name_of(app) == "curves")
+            if ends == "while it runs":
+                app.screen.run_worker(look())
+                await asyncio.sleep(0.05)
+            else:
+                monkeypatch.setattr(type(app.screen), "on_unmount", close, raising=False)
+
+    if ends == "while it runs":
+        with pytest.raises(WorkerFailed, match="#gone"):
+            await run()
+    else:
+        await run()
+    assert app.return_code == (1 if ends == "while it runs" else None)
 
 
 @pytest.mark.parametrize("name", SCREENS)

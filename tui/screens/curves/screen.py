@@ -10,7 +10,6 @@ from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
-from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
@@ -185,8 +184,6 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
                 self._update_list()
                 self._show_texts(self.drawn())
             self._find_wanted()
-        except NoMatches:  # the screen is closing
-            return
         finally:
             self._reading = False
 

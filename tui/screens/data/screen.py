@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import OptionList
 
@@ -194,14 +193,12 @@ from here, so that the next run (`R`) trains on them."""
                 (kind, number), self._goal = self._goal, None
                 if kind == "row":
                     self._go_to(number)
-                else:
-                    self._list.action_move(number)
-            elif self._row is None:
+                    return
+                self._list.action_move(number)
+            if self._row is None:  # the cursor may not have moved
                 self._read_row()
         except UserError as error:
             self.query_one(RowPane).show_text(flat(str(error)))
-        except NoMatches:  # the screen is closing
-            return
 
     @work(exclusive=True, group="page")
     async def _fetch(self, first: int) -> None:
@@ -214,8 +211,6 @@ from here, so that the next run (`R`) trains on them."""
                     self._put(answer)
         except UserError as error:
             self.warn(flat(str(error)))
-        except NoMatches:  # the screen is closing
-            return
 
     def _put(self, answer: Answer) -> None:
         if answer["event"] == "page":
@@ -262,6 +257,8 @@ from here, so that the next run (`R`) trains on them."""
             self._list.cursor = answer["position"]
         elif answer and not typing:
             self.warn(f"There is no row {number:,}.")
+        if answer and self._row is None:  # the cursor may not have moved
+            self._read_row()
 
     # Search
 

@@ -17,6 +17,7 @@ from tests.helpers.tokenizers import SMOLLM2, folder_with
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.data.editor import Editor
+from tui.screens.data.files import DataFile
 from tui.screens.data.report import LengthsPane, ProblemList, ProblemsPane
 from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import RowList, RowsPane
@@ -248,6 +249,27 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
         files = ("data/chat.jsonl", "data/corrections.jsonl")
         await until(pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files == files)
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
+
+
+@pytest.mark.parametrize("request_", [{}, {"row": 1}, {"row": 999}], ids=["file", "row", "no such row"])
+async def test_a_row_is_shown_though_the_page_came_before_the_count(
+    root: Path, request_: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_data(root) as (pilot, screen):
+        stream = screen.reader.stream
+
+        async def late(do: str, file: DataFile, **fields: Any) -> AsyncIterator[Any]:
+            if do == "index":
+                await until(pilot, lambda: rows_of(screen)._lines)
+            async for answer in stream(do, file, **fields):
+                yield answer
+
+        monkeypatch.setattr(screen.reader, "stream", late)
+        if request_:
+            screen.open_with(file="data/heldout.csv", **request_)
+        else:
+            screen.open_file(screen._files["data/heldout.csv"], ("position", 0))
+        await until(pilot, lambda: "⟦Here." in row_text(screen))
 
 
 async def test_a_model_without_a_chat_template_gets_prompt_and_completion(root: Path) -> None:
