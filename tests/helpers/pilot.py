@@ -34,7 +34,7 @@ def _works_in_threads(loop: Any) -> bool:
     return pool is not None and (pool._work_queue.qsize() > 0 or pool._idle_semaphore._value < len(pool._threads))
 
 
-async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 12) -> None:
+async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 30) -> None:
     """Wait until something holds, as a user would who looks at the screen."""
     end = time.monotonic() + seconds
     while not holds():

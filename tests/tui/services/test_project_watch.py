@@ -47,7 +47,7 @@ async def watching(root: Path) -> AsyncIterator[Watched]:
 
 async def test_states_are_told_one_by_one_and_then_only_changes(empty: Path) -> None:
     async with watching(empty) as watch:
-        await watch.comes(lambda: len(watch.states) == len(watch.stages))
+        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)  # the look has ended
         assert {*range(1, len(watch.stages) + 1)} <= {*watch.counts}  # each as soon as it was known
         told = watch.revision
         for _ in range(5):
