@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.segment import Segment
 from textual import work
-from textual.app import App, ScreenStackError
+from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.color import Color
 from textual.css.query import NoMatches
@@ -214,7 +214,7 @@ class Workbench(App[None]):
     def _handle_exception(self, error: Exception) -> None:
         """While the workbench closes its screens have lost their widgets: what then looks for one is no error."""
         cause = error.error if isinstance(error, WorkerFailed) else error
-        if self.is_running or not isinstance(cause, NoMatches | ScreenStackError):
+        if self.is_running or not isinstance(cause, NoMatches):
             super()._handle_exception(error)
 
     def _project_changed(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual.css.query import NoMatches
 from textual.widgets import Static
 from textual.worker import WorkerFailed
 
@@ -80,35 +81,34 @@ async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
     assert closed == [name]
 
 
-@pytest.mark.parametrize("ends", ["while it runs", "while it closes"])
-async def test_what_looks_for_a_widget_while_the_workbench_closes_is_no_error(
-    empty: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+async def look_for_a_widget_that_is_gone(screen: Any) -> None:
+    screen.query_one("#gone")
+
+
+async def test_a_worker_that_finds_no_widget_because_the_workbench_closes_is_no_error(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = Workbench(empty / "params.yaml")
-
-    async def look() -> None:
-        app.screen.query_one("#gone")
+    workers = []
 
     async def close(screen: Any, _: object) -> None:
-        screen.run_worker(look())
-        await asyncio.sleep(0)
+        workers.append(screen.run_worker(look_for_a_widget_that_is_gone(screen)))
+        await asyncio.sleep(0)  # it begins
 
-    async def run() -> None:
+    async with app.run_test() as pilot:
+        app.switch_mode("curves")
+        await until(pilot, lambda: name_of(app) == "curves")
+        monkeypatch.setattr(type(app.screen), "on_unmount", close, raising=False)
+    assert isinstance(workers[0].error, NoMatches) and app.return_code is None
+
+
+async def test_a_worker_that_finds_no_widget_otherwise_is_one(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    with pytest.raises(WorkerFailed, match="#gone"):
         async with app.run_test() as pilot:
-            app.switch_mode("curves")
-            await until(pilot, lambda: name_of(app) == "curves")
-            if ends == "while it runs":
-                app.screen.run_worker(look())
-                await asyncio.sleep(0.05)
-            else:
-                monkeypatch.setattr(type(app.screen), "on_unmount", close, raising=False)
-
-    if ends == "while it runs":
-        with pytest.raises(WorkerFailed, match="#gone"):
-            await run()
-    else:
-        await run()
-    assert app.return_code == (1 if ends == "while it runs" else None)
+            app.screen.run_worker(look_for_a_widget_that_is_gone(app.screen))
+            await until(pilot, lambda: app.return_code)
+    assert app.return_code == 1
 
 
 @pytest.mark.parametrize("name", SCREENS)

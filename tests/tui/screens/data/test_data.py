@@ -251,9 +251,9 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
 
 
-@pytest.mark.parametrize("request_", [{}, {"row": 1}, {"row": 999}], ids=["file", "row", "no such row"])
+@pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
-    root: Path, request_: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    root: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_data(root) as (pilot, screen):
         stream = screen.reader.stream
@@ -265,10 +265,7 @@ async def test_a_row_is_shown_though_the_page_came_before_the_count(
                 yield answer
 
         monkeypatch.setattr(screen.reader, "stream", late)
-        if request_:
-            screen.open_with(file="data/heldout.csv", **request_)
-        else:
-            screen.open_file(screen._files["data/heldout.csv"], ("position", 0))
+        screen.open_file(screen._files["data/heldout.csv"], goal)
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
 
