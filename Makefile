@@ -42,7 +42,7 @@ check: install-dev      ## lint, format, types, import contracts
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench
 
-pictures: install-dev   ## the pictures of README.md and docs/tui.md, from the real program
+pictures: install-dev   ## the pictures of README.md and docs/how-to/tui.md, from the real program
 	@dvc repro --quiet
 	@python -m docs.pictures
 

@@ -1,4 +1,4 @@
-"""LoRA+ with A or B faster: `python -m bench.loraplus FOLDER` prints a table of docs/loraplus.md from a sweep."""
+"""LoRA+ with A or B faster: `python -m bench.loraplus FOLDER` prints a table of explanation/loraplus.md."""
 
 import json
 import sys

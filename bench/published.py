@@ -1,6 +1,6 @@
 """Predictions against published measurements of peak memory, with the settings of each publication.
 
-`python -m bench.published` prints the table of docs/memory.md.
+`python -m bench.published` prints the table of docs/explanation/memory.md.
 """
 
 from dataclasses import dataclass, replace
@@ -151,7 +151,7 @@ def _qwen() -> list[Published]:
 
 
 def table() -> str:
-    """The rows of docs/memory.md."""
+    """The rows of docs/explanation/memory.md."""
     lines = ["| case | predicted | published | error |", "|---|---|---|---|"]
     notes: dict[str, int] = {}
     for row in published():

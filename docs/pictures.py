@@ -1,4 +1,4 @@
-"""`make pictures`: those of README.md and docs/screens.md, from the real program on the demo project."""
+"""`make pictures`: those of README.md and docs/reference/screens.md, from the real program on the demo project."""
 
 import asyncio
 import os
@@ -102,13 +102,13 @@ async def draw(params: Path, name: str, size: tuple[int, int], theme: str) -> No
 
 
 def page() -> str:
-    """docs/screens.md: every screen in every size, dark and light."""
+    """docs/reference/screens.md: every screen in every size, dark and light."""
     parts = ["# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` renews them.\n"]
     for name, entry in SCREENS.items():
         parts.append(f"## {entry.label}\n")
         for columns, rows in SIZES:
             parts += [
-                f"![{entry.label}, {columns}×{rows}, {theme}](pictures/{name}-{columns}x{rows}-{theme}.svg)\n"
+                f"![{entry.label}, {columns}×{rows}, {theme}](../pictures/{name}-{columns}x{rows}-{theme}.svg)\n"
                 for theme in THEMES
             ]
     return "\n".join(parts)
@@ -125,7 +125,7 @@ async def main() -> None:
             for size in SIZES:
                 for theme in THEMES:
                     await draw(params, name, size, theme)
-    (HERE / "screens.md").write_text(page(), encoding="utf-8")
+    (HERE / "reference/screens.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

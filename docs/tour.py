@@ -1,4 +1,4 @@
-"""`python -m docs.tour`: the outputs in docs/tour.md, renewed by running its commands in the document's project.
+"""`python -m docs.tour`: the outputs in docs/tutorials/document.md, renewed by running its commands.
 
 A test runs them too, and compares what they print with what the page shows.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PAGE = Path(__file__).with_name("tour.md")
+PAGE = Path(__file__).with_name("tutorials") / "document.md"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -56,4 +56,4 @@ def renewed(page: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), PAGE.parents[1] / "document"), encoding="utf-8")
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), PAGE.parents[2] / "document"), encoding="utf-8")

@@ -167,10 +167,10 @@ def _read(app: Workbench, page: Path) -> None:
 
 def _pages() -> list[Path]:
     """The Markdown files of the docs: of the clone, else of the installed package."""
-    if (DOCS / "tui.md").is_file():  # and not the folder docs of another package
-        return [*DOCS.glob("*.md")]
+    if (DOCS / "how-to/tui.md").is_file():  # and not the folder docs of another package
+        return [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
     try:
         paths = [path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)]
     except PackageNotFoundError:
         return []
-    return [Path(str(path.locate())) for path in paths if path.suffix == ".md" and path.parent.name == "docs"]
+    return [Path(str(path.locate())) for path in paths if path.suffix == ".md"]

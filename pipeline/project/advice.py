@@ -162,7 +162,7 @@ def max_length(_: Any, facts: Facts) -> Answer:
     return "more, or shorter examples", f"{facts.cut:.0%} of the examples are truncated, and lose the end token"
 
 
-@rule("quantization", source="docs/quantization.md: SmolLM2-135M", imported_only=True)
+@rule("quantization", source="docs/how-to/quantization.md: SmolLM2-135M", imported_only=True)
 def quantization(settings: Any, facts: Facts) -> Answer:
     """NF4 alone changed 15 of 53 first choices of a model with 135 million parameters."""
     if not settings.quantization.startswith("nf4") or facts.base is None or facts.base >= SMALL_BASE:

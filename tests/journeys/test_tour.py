@@ -1,4 +1,4 @@
-"""docs/tour.md: the commands are typed, and print what the page shows."""
+"""docs/tutorials/document.md: the commands are typed, and print what the page shows."""
 
 import math
 import re

@@ -1,7 +1,7 @@
 """Other names for what params.yaml and `lora` call by one: our own former names, and those of other tools.
 
 An unknown key, command or option is answered with the name here; `lora new --from` reads other tools' configs by the
-same names, and `python -m docs.coming_from` writes the page of them. A key may be written with its section where only
+same names, and `python -m docs` writes the page of them. A key may be written with its section where only
 that says what is meant.
 """
 

@@ -195,12 +195,12 @@ class Running(Section, frozen=True, kw_only=True):
     """Where runs are shown and computed. It stands above the sections, as it changes nothing that is made."""
 
     report_to: Annotated[
-        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb; docs/trackers.md"
+        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb (how-to/trackers.md)"
     ] = ()
     device: Annotated[
         str,
         ReadBy(_read_device, RULE),
-        "where models live and numbers are computed; --device and LORA_DEVICE win; docs/training.md",
+        "where models live and numbers are computed; --device and LORA_DEVICE win (how-to/training.md)",
     ] = AUTO
 
 

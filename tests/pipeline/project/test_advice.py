@@ -99,6 +99,6 @@ def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
     broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["q_proj"], "batch_size": 64, "alpha": 1}
     for one in advised(facts=facts, **broken, epochs=90, quantization="nf4"):
         assert all((one.advised, one.why, one.source)) and not one.why.endswith(".")
-    page = " ".join((Path(__file__).parents[3] / "docs/advice.md").read_text(encoding="utf-8").split())
+    page = " ".join((Path(__file__).parents[3] / "docs/how-to/advice.md").read_text(encoding="utf-8").split())
     for keys_, _, source, function in RULES:
         assert f"`{keys_[0]}`" in page and source in page and " ".join((function.__doc__ or "-").split()) in page

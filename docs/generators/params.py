@@ -1,9 +1,4 @@
-"""`python -m docs.params`: docs/params.md, every key of params.yaml as its section declares it.
-
-A test compares the page with the declarations.
-"""
-
-from pathlib import Path
+"""docs/reference/params.md: every key of params.yaml as its section declares it."""
 
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.load import RUNNING, TRAINING
@@ -11,10 +6,9 @@ from pipeline.project.params.schema import Section, hints, meaning, rule
 from pipeline.project.params.sections import Running, Training
 from pipeline.workbench import GRAPH
 
-PAGE = Path(__file__).with_suffix(".md")
 HEAD = f"""# The keys of params.yaml
 
-Written by `python -m docs.params` from the declarations in the code. `lora params explain KEY` prints the same in a
+Written by `python -m docs` from the declarations in the code. `lora params explain KEY` prints the same in a
 terminal, `lora params show` a project's values with where each comes from: a section's own value wins over the
 `{TRAINING}` block, and that over the default. A section below lists its own keys; those that train also have all keys
 of `{TRAINING}`.
@@ -33,10 +27,7 @@ def described(section: str, kind: type[Section]) -> str:
     return "\n".join((f"## {section}\n", about, "", "| key | meaning | values | default |", "|---|---|---|---|", *rows))
 
 
-def page() -> str:
+def pages() -> dict[str, str]:
     sections: dict[str, type[Section]] = {RUNNING: Running, TRAINING: Training, **GRAPH.sections}
-    return "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items()))) + "\n"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    text = "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items()))) + "\n"
+    return {"reference/params.md": text}

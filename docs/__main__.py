@@ -1,0 +1,7 @@
+"""`python -m docs`: renews the pages that are generated from the code. A test compares them with what this writes."""
+
+from docs.generators import generated
+
+for path, text in generated().items():
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
