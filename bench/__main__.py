@@ -20,6 +20,7 @@ from bench.merge import merge
 from bench.methods import methods
 from bench.methods_real import methods_real
 from bench.models import models
+from bench.packing import packing
 from bench.preferences import preferences
 from bench.quantized import quantized
 from bench.real import real
@@ -31,7 +32,7 @@ from bench.training import training
 
 BENCHMARKS = (
     *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
-    *(real, methods_real, preferences, quantized, merge, several, serve, gpu),
+    *(real, packing, methods_real, preferences, quantized, merge, several, serve, gpu),
 )
 
 

@@ -1,5 +1,5 @@
 """What compressing, damping and combining adapters costs: `python -m bench.compress [FOLDER]` prints the tables of
-docs/how-to/shipping.md. In FOLDER its adapters are kept, and those that are there are not trained again.
+docs/how-to/compress-combine.md. In FOLDER its adapters are kept, and those that are there are not trained again.
 
 LoRA on every linear of the model of bench/real.py, in bf16, learns two tasks whose examples a rule makes. `learned` is
 the loss on examples of the task that were held out, `kept` the divergence from the base on data/heldout.en.txt.

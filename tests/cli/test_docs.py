@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import loraplus
+from bench.__main__ import BENCHMARKS
 from bench.published import published, table
 from cli import console
 from docs.generators import generated
@@ -91,8 +92,11 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
 
 
-def test_the_commands_of_the_shipping_page_run_in_a_project_as_the_pipeline_leaves_it(cli: Lora, project: Path) -> None:
-    text = (ROOT / "docs/how-to/shipping.md").read_text(encoding="utf-8")
+def test_the_commands_of_the_pages_on_shipping_run_in_a_project_as_the_pipeline_leaves_it(
+    cli: Lora, project: Path
+) -> None:
+    pages = ("shipping", "merge", "hub", "vllm", "compress-combine", "import")
+    text = "".join((ROOT / f"docs/how-to/{page}.md").read_text(encoding="utf-8") for page in pages)
     lines = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", text, re.MULTILINE)]
     assert len(lines) > 8
     for _, *command in lines:
@@ -118,3 +122,13 @@ def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_see
     *_, fourth, four = loraplus.table(loraplus.losses(tmp_path)).splitlines()
     assert fourth == "| 1/4 | 3.00 ± 0.00 | 2.00 ± 0.00 | 0.002: 3.00 ± 0.00 | 0.002: 2.00 ± 0.00 |"
     assert four == "| 4 | 4.10 ± 0.14 | 3.10 ± 0.14 | 0.5: 2.20 ± 0.28 | 0.5: 1.20 ± 0.28 |"
+
+
+def test_every_benchmark_that_a_page_names_exists() -> None:
+    known = {benchmark.__name__ for benchmark in BENCHMARKS}
+    named = set[str]()
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        named |= {name for names in re.findall(r"python -m bench ([^`#\n]+)", text) for name in names.split()}
+        assert all((ROOT / f"bench/{name}.py").is_file() for name in re.findall(r"python -m bench\.(\w+)", text))
+    assert named <= known and len(named) > 10

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from bench import compress, methods, sweep, training
+from bench import compress, methods, packing, sweep, training
 from bench.measure import Row
+from bench.real_sides import encoded
+from pipeline.data.windows import as_window
+from pipeline.models.transformers_model import load_pretrained
+from pipeline.training.batches import collate
+from pipeline.training.step import loss_of
 from tests.helpers.bases import toy_checkpoint
 
 
@@ -56,3 +62,12 @@ def test_compressing_damping_and_combining_have_a_table_each(
     assert all(len({row.count("|") for row in rows}) == 1 for rows in tables)
     same, removed = tables[1][2].split("|")[2:], tables[1][-1].split("|")[2:]
     assert tables[0][4].split("|")[4:7] == same[:3] != removed[:3]  # at factor 1 it is the adapter as trained
+
+
+def test_a_padded_batch_has_the_loss_of_a_packed_one(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "toy", max_position_embeddings=128)
+    model = load_pretrained(tmp_path / "toy", torch.float32)
+    group = [as_window(encoded(([*range(1, length)], [-100] * 3 + [*range(4, length)]))) for length in (9, 30, 17)]
+    packed, padded = collate(group), packing.padded(group)
+    assert packed.ids.numel() == 7 + 28 + 15 and padded.ids.shape == (3, 28)
+    assert_close(loss_of(model, padded), loss_of(model, packed), rtol=1e-5, atol=1e-6)

@@ -200,7 +200,7 @@ class Running(Section, frozen=True, kw_only=True):
     device: Annotated[
         str,
         ReadBy(_read_device, RULE),
-        "where models live and numbers are computed; --device and LORA_DEVICE win (how-to/training.md)",
+        "where models live and numbers are computed; --device and LORA_DEVICE win (how-to/devices.md)",
     ] = AUTO
 
 

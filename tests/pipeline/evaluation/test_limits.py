@@ -37,7 +37,7 @@ FILES: dict[str, Any] = {"old_data": "old.txt", "prompts": "prompts.yaml", "task
 
 def test_every_limit_and_every_kind_is_tried_and_documented() -> None:
     assert {*AT, "variants"} == set(LIMITS)
-    page = (ROOT / "docs/how-to/evaluation.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / f"docs/how-to/{name}.md").read_text(encoding="utf-8") for name in ("gate", "evaluation"))
     assert [name for name in (*LIMITS, *KINDS) if f"\n| `{name}` |" not in page] == []
 
 
