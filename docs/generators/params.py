@@ -1,5 +1,6 @@
 """docs/reference/params.md: every key of params.yaml as its section declares it."""
 
+from docs.generators import cell
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.load import RUNNING, TRAINING
 from pipeline.project.params.schema import Section, hints, meaning, rule
@@ -19,7 +20,7 @@ def described(section: str, kind: type[Section]) -> str:
     """The section's heading, what it is, and a table of its keys; without those that are as in `Training`."""
     inherited = hints(Training) if issubclass(kind, Training) and kind is not Training else {}
     rows = [
-        f"| `{key}` | {meaning(kind, key)} | {rule(kind, key)} | `{dump_inline(getattr(kind(), key))}` |"
+        f"| `{key}` | {cell(meaning(kind, key))} | {cell(rule(kind, key))} | `{dump_inline(getattr(kind(), key))}` |"
         for key in hints(kind)
         if key not in inherited or getattr(kind(), key) != getattr(Training(), key)
     ]
