@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Hundreds of processes start in a run of the tests: without compiled files each compiles the program anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A real model of 134,515,008 parameters in GGUF (Apache-2.0, 93 MB), as a package of PyPI.
 SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

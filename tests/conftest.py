@@ -41,6 +41,16 @@ Lora = Callable[..., tuple[int, str, str]]
 Built = Callable[[str, Callable[[Path], object]], Path]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask for a fixture of their module run in one worker, which makes it once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+        of_module = any(fixture.scope == "module" for name in fixtures for fixture in fixtures[name])
+        if of_module and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays to the end: looking through it for garbage again and again took a fifth of a test."""
     gc.collect()

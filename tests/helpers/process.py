@@ -1,36 +1,28 @@
-"""`lora` in children of one process that has imported its libraries: a tenth of what a start takes else."""
+"""Programs in children of one process that has imported their libraries: a tenth of what a start takes else."""
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from itertools import count
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import mkstemp
+from tempfile import mkdtemp, mkstemp
 from typing import Any
 
+from tests.helpers import forked_command
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "cli.main",
-        "cli.console",
-        "rich.progress",
-        "pipeline.stages.pretrain",
-        "pipeline.stages.finetune",
-        "pipeline.stages.methods.sweep",
-        # What a child would else import when it opens a base of transformers: three seconds each time.
-        "accelerate",
-        "torch.distributed.fsdp",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+SERVER.set_forkserver_preload(["tests.helpers.preloaded"])
 
 # A start looks at all children: of two threads that read one exit code, the second would find 255.
 _READING = threading.Lock()
@@ -68,14 +60,10 @@ class Forked:
 
 
 def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None, variables: Mapping[str, str]) -> None:
-    os.environ |= variables
-    import huggingface_hub.constants
-
     from cli.main import main
 
-    # It reads the variable when it is imported, which the server did.
-    huggingface_hub.constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
-
+    os.environ |= variables
+    _follow_environment()
     if dies:
         _die_at(*dies)
     for stream, path in ((1, os.devnull), (2, errors)):
@@ -83,6 +71,87 @@ def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None
     os.chdir(cwd)
     sys.argv = command
     main()
+
+
+def _follow_environment() -> None:
+    """What libraries read from it when they were imported, which the server did."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def forked(module: str, *arguments: str) -> list[str]:
+    """The command line of a process as `python -m module` starts one: its `main` runs in a child of the server.
+
+    With "-c" for a module, the code that follows runs there.
+    The process passes on signals and its end, but is not the one that computes.
+    """
+    return [sys.executable, "-I", "-S", forked_command.__file__, listening(), module, *arguments]
+
+
+@cache
+def listening() -> str:
+    """The socket on which this process waits for commands, once the server has imported everything."""
+    address = f"{mkdtemp()}/commands"
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen()
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=_serve, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    first = SERVER.Process(target=os.getpid)  # so that no test's patience ends while it imports
+    with _READING:
+        first.start()
+    first.join()
+    return address
+
+
+def _serve(client: socket.socket) -> None:
+    """One command: start its child, pass on signals, tell its exit code. The child ends with its command."""
+    with client:
+        length, streams, _, _ = socket.recv_fds(client, 4, 3)
+        given = json.loads(client.makefile("rb").read(int.from_bytes(length, "big")))
+        pipes = [Connection(stream) for stream in streams]  # they can be sent to the server
+        child = SERVER.Process(target=_run_module, args=(pipes, given), daemon=True)
+        with _READING:
+            child.start()
+        for pipe in pipes:
+            pipe.close()
+        while client in wait([child.sentinel, client]):
+            number = client.recv(1)
+            if not number:
+                child.kill()
+                break
+            assert child.pid is not None
+            os.kill(child.pid, number[0])
+        child.join()
+        with _READING:
+            code = child.exitcode
+        with suppress(BrokenPipeError):  # it was killed
+            client.sendall(str(code).encode())
+
+
+def _run_module(streams: list[Connection], given: dict[str, Any]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+    # Python's own know of the files that they were opened on; a child of multiprocessing reads nothing.
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
+    os.chdir(given["cwd"])
+    os.environ.clear()
+    os.environ.update(given["environment"])
+    _follow_environment()
+    module, *arguments = given["command"]
+    if module == "-c":
+        code, *arguments = arguments
+        sys.argv = [module, *arguments]
+        exec(code, {"__name__": "__main__"})
+    else:
+        sys.argv = [module, *arguments]
+        import_module(module).main()
 
 
 def _die_at(function: str, call: int) -> None:

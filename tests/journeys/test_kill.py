@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.project.runner import Note
 from tests.conftest import Lora
-from tests.helpers.process import Forked
+from tests.helpers.process import Forked, forked
 from tests.helpers.projects import BRIEF, COMMAND, LORA, folder_bytes, make_one
 
 TRAINING = {
@@ -103,7 +103,9 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     expected = folder_bytes(project / "artifacts/lora_adapter")
     shutil.rmtree(project / "runs/finetune_lora")
     there = passed(project, "finetune_lora", 30)
-    stage = subprocess.Popen(command("finetune_lora"), cwd=project, stderr=subprocess.PIPE, text=True)
+    stage = subprocess.Popen(
+        forked("cli.main", *command("finetune_lora")[1:]), cwd=project, stderr=subprocess.PIPE, text=True
+    )
     while stage.poll() is None and not there():
         time.sleep(0.0005)
     stage.send_signal(number)

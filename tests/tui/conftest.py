@@ -1,6 +1,7 @@
 """Fixtures: the app on a project, with the user's config and state in a temporary home."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
 from tests.helpers.pilot import idle
+from tests.helpers.process import forked, listening
 from tests.helpers.projects import new_project
 
 
@@ -53,6 +55,20 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
     monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
     monkeypatch.setattr("tui.screens.models.prompt_pane.STATUS_EVERY", 0.1)
+
+
+@pytest.fixture
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m MODULE` runs in a child of a process that has imported torch and the tokenizers already."""
+    start, _ = asyncio.create_subprocess_exec, listening()  # now: Textual's stderr is none that a process can have
+
+    async def started(*command: str, **how: Any) -> asyncio.subprocess.Process:
+        python, *words = (word for word in command if word != "-P")
+        if python == sys.executable and words[0] == "-m":
+            command = tuple(forked(*words[1:]))
+        return await start(*command, **how)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch
 from pipeline.inference import engine
 from pipeline.inference.engine import layer_attention
 from pipeline.inference.server import FAILED_DEVICE, MAX_WAITING, device_failure
+from tests.helpers.process import forked
 from tests.helpers.projects import ROOT
 
 Answer = dict[str, Any]
@@ -25,12 +26,13 @@ PATIENCE = 60
 
 
 class Talk:
-    """A server process and its answers."""
+    """A server process and its answers. `own`: it imports everything itself, as the terminal UI's does."""
 
-    def __init__(self, patch: str = "") -> None:
+    def __init__(self, patch: str = "", own: bool = False) -> None:
         code = f"{patch}\nfrom pipeline.inference.server import main\nmain()"
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
+        command = [sys.executable, "-c", code] if own else forked("-c", code)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -75,8 +77,8 @@ class Talk:
 
 
 @pytest.fixture
-def talk() -> Iterator[Talk]:
-    talk = Talk()
+def talk(request: pytest.FixtureRequest) -> Iterator[Talk]:
+    talk = Talk(own=getattr(request, "param", "") == "own")
     yield talk
     talk.close()
 
@@ -88,6 +90,7 @@ def start_long(talk: Talk, endless: Path, id_: int) -> None:
     assert talk.hear()["event"] == "token"
 
 
+@pytest.mark.parametrize("talk", ["own"], indirect=True)
 def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished: Path) -> None:
     base, changes = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
     plain, lora = engine.load(base), engine.load(base, changes)
@@ -235,7 +238,8 @@ def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(talk: Tal
 def test_what_libraries_print_never_reaches_the_protocol() -> None:
     talk = Talk(
         "import pipeline.models.device as d\nf = d.device_info\n"
-        "d.device_info = lambda on: print('hello from C') or f(on)"
+        "d.device_info = lambda on: print('hello from C') or f(on)",
+        own=True,
     )
     assert talk.ask(1, "status")["event"] == "done"
     talk.process.send_signal(signal.SIGINT)

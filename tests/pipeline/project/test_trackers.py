@@ -21,8 +21,8 @@ from pipeline.project.logs.follower import Followed
 from pipeline.project.logs.run_log import SAMPLES, parse_sample, read_steps
 from pipeline.workbench import open_project
 from tests.conftest import Built, Lora
-from tests.helpers.process import Forked
-from tests.helpers.projects import BRIEF, LORA, ROOT, folder_bytes, lora, make, refusal
+from tests.helpers.process import Forked, forked
+from tests.helpers.projects import BRIEF, LORA, ROOT, folder_bytes, make, refusal
 
 STAGE, PLACE = "finetune_lora", "artifacts/lora_adapter"
 EVERY = "finetune_lora.samples={prompts: [der hund, die katze], every: 4}"
@@ -32,6 +32,12 @@ Values = dict[str, list[tuple[int, float]]]  # metric → (step, value)
 
 def told(value: str) -> list[str]:
     return [f"--set={one}" for one in (*BRIEF, value)]
+
+
+def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lora …` in a child of the fork server; its trackers are processes of their own."""
+    command, variables = forked("cli.main", *arguments), {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
 def train(root: Path, *settings: str, **environment: str) -> str:

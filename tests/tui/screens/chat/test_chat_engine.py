@@ -17,6 +17,7 @@ from tests.tui.screens.chat.test_chat import Session
 from tui.app import Workbench
 from tui.screens.chat.talk import Answer
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
 PROMPT = "die katze sitzt auf dem"
 WINDOW = 64  # tokens of the toy Llama
 

@@ -56,6 +56,7 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Pat
     assert {(r["eval_loss"], r["divergence"]) for r in rows if r["run"] != "finetune_lora"} == {("", "")}
 
 
+@pytest.mark.usefixtures("forked_processes")
 async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(root: Path) -> None:
     write_measured(root)
     async with open_curves(root) as (_, screen):
@@ -66,6 +67,7 @@ async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(r
         assert (await export.render_chart(picture(screen))).count(b"<use") > 10
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")], ids=["svg", "png"])
 async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None:
     async with open_curves(root) as (pilot, _):
@@ -88,6 +90,7 @@ async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
         assert all("flat from epoch" in curve["label"] for curve in loss["curves"])
 
 
+@pytest.mark.usefixtures("forked_processes")
 async def test_a_free_name_is_proposed_and_what_exists_is_replaced_after_a_question(root: Path) -> None:
     (root / "curves.svg").write_text("before", encoding="utf-8")
     async with open_curves(root) as (pilot, _):

@@ -23,6 +23,7 @@ from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import RowList, RowsPane
 from tui.screens.data.screen import DataScreen
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
 PARAMS = """\
 base: base
 training:

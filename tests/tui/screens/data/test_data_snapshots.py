@@ -14,6 +14,7 @@ from tui.app import Workbench
 from tui.screens.data.editor import Editor
 from tui.screens.data.screen import DataScreen
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
 SIZES = [(80, 24), (120, 40)]
 NAMES = ["80x24", "120x40"]
 PARAMS = """\

@@ -31,6 +31,7 @@ async def answers(s: Session, prompt: str) -> list[Answer]:
     return s.conversation.newest.answers
 
 
+@pytest.mark.usefixtures("forked_processes")
 async def test_answers_are_those_of_the_library(brief: Path) -> None:
     async with real_models(brief) as s:
         await s.press("p")
@@ -147,6 +148,7 @@ async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
         assert (await answers(s, PROMPT))[0].text
 
 
+@pytest.mark.usefixtures("forked_processes")
 async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
