@@ -153,7 +153,7 @@ def _names(methods: str | None) -> list[str]:
 def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
     """section.key → value of each `--set`; a key alone is the training block's, or a method's own. Raises UserError."""
     from pipeline.errors import UserError
-    from pipeline.project.params import strict_yaml
+    from pipeline.files import strict_yaml
     from pipeline.project.params.load import TRAINING
     from pipeline.project.params.schema import hints
     from pipeline.project.params.sections import Training

@@ -5,8 +5,32 @@ import errno
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # lack of space, as opposed to faulty input
 
 
+LONGEST_MESSAGE = 2_000  # characters of a line
+# Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and bidirectional controls;
+# and those that end a line. C0 characters have a Unicode control picture.
+CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "␡"}
+CONTROL |= dict.fromkeys((*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+
+
 class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong and what to do next. Exit code 1."""
+    """An error that the user can fix: the message says what is wrong and what to do next. Exit code 1.
+
+    Each argument is a line. Messages quote names and values of files from elsewhere, which may have control characters,
+    line breaks that would fake a second message, or megabytes: signs replace the former, an ellipsis the middle of a
+    long line.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(_one_line, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def _one_line(text: str) -> str:
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE - 501]}…{text[-500:]}"  # the next step is at the end
+    return text if text.isprintable() else text.translate(CONTROL)
 
 
 class Interrupted(Exception):

@@ -1,6 +1,7 @@
 """An adapter folder and the base it belongs to, read from their files: no model is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -8,6 +9,7 @@ from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint, license_of
+from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.sections import Quantization
 
 PICKLE = "adapter_model.bin"
@@ -50,10 +52,12 @@ def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (here, *adapter.resolve().parents, *last):  # a project that was moved, or is read from elsewhere
-        if isinstance(name, str) and (folder / name).is_dir():
-            return folder / name
-    raise UserError(f"{adapter} names {name!r} as its base, but there is no such folder. Pass the base with --base.")
+    with suppress(OSError):  # too long for a name
+        for folder in (here, *adapter.resolve().parents, *last):  # a project that was moved, or is read from elsewhere
+            if isinstance(name, str) and (folder / name).is_dir():
+                return folder / name
+    shown = abbreviate_repr(name, 200)
+    raise UserError(f"{adapter} names {shown} as its base, but there is no such folder. Pass the base with --base.")
 
 
 class Origin(NamedTuple):

@@ -68,10 +68,13 @@ def stored_spec(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
+    """The adapter's tensors. Raises UserError if they cannot be read, or are not finite floating point numbers."""
     refuse_pickle(folder)
     tensors = load_tensors(folder / WEIGHTS)
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{folder / WEIGHTS}: {key} must hold floating point numbers, got {kind}. Copy it again.")
         if not tensor.float().isfinite().all():  # 8 bits have no isfinite
             raise UserError(
                 f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 2**20  # a tokenizer needs up to about 350 bytes of memory per byte of text
 MAX_JSON_BYTES = 2**30  # a list cannot be split between processes or read from its middle: larger data has other forms
 CHUNK = 2**16
+# Bytes that a compressed file may become: a GiB, or 200 times its own. Text becomes 3 to 20 times as long.
+MAX_UNPACKED, MAX_RATIO = 2**30, 200
+# Bytes that a Parquet column may become in a row group: 64 MiB, or 1000 times its own; and those of its dictionary.
+MAX_COLUMN, MAX_COLUMN_RATIO, MAX_DICTIONARY = 2**26, 1000, 2**23
 TABLE_ROWS = 64  # converted to Python at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SAVED = "dataset_info.json"
@@ -130,10 +134,33 @@ def _opened(path: Path, name: str, compression: str) -> Iterator[BinaryIO]:
     with path.open("rb"):  # for its error, which is shorter than pyarrow's
         pass
     try:
-        with io.BufferedReader(pa.input_stream(str(path), compression=compression), CHUNK) as file:
+        most = max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size)
+        with io.BufferedReader(
+            _Unpacked(pa.input_stream(str(path), compression=compression), most, name), CHUNK
+        ) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{name}: broken {compression} data: {first_line(error)}. Compress the file again.") from None
+
+
+class _Unpacked(io.RawIOBase):
+    """A stream of decompressed bytes. Raises UserError when there are more than `most`."""
+
+    def __init__(self, stream: Any, most: int, name: str) -> None:
+        self._stream, self._left, self._name = stream, most, name
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._stream.readinto(buffer))
+        self._left -= count
+        if self._left < 0:
+            raise UserError(
+                f"{self._name}: it unpacks to more than {MAX_RATIO} times its size, and more than "
+                f"{MAX_UNPACKED // 2**30} GiB. Unpack it yourself if you trust it."
+            )
+        return count
 
 
 def read_piece(file: BinaryIO) -> bytes:
@@ -471,12 +498,48 @@ def _parquet_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
 
     # Without pre-buffering, which reads a whole row group.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
+        _refuse_parquet_bombs(path, file.metadata)
         groups = [*range(file.num_row_groups)]
         while groups and start >= (rows := file.metadata.row_group(groups[0]).num_rows):
             start -= rows
             del groups[0]
         if groups:
             yield from _behind(file.iter_batches(TABLE_ROWS, row_groups=groups, use_threads=False), start)
+
+
+def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
+    """Raises UserError for a column that unpacks to far more than its size, and for a large dictionary of texts.
+
+    A row refers to an entry of the dictionary, which writers keep at 1 MiB: 64 rows of a large one are 64 copies.
+    """
+    advice = "Write it again with pyarrow or pandas if you trust it."
+    with path.open("rb") as file:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+                where = f"{path.name}: the column {column.path_in_schema}"
+                if unpacked > max(MAX_COLUMN, MAX_COLUMN_RATIO * packed):
+                    raise UserError(f"{where} unpacks {packed:,} bytes to {unpacked:,}. {advice}")
+                if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                    file.seek(column.dictionary_page_offset)
+                    if (size := _page_size(file.read(24))) > MAX_DICTIONARY:
+                        limit = f"{MAX_DICTIONARY:,} bytes, got {size:,}"
+                        raise UserError(f"{where} must have a dictionary of at most {limit}. {advice}")
+
+
+def _page_size(header: bytes) -> int:
+    """The bytes that a Parquet page unpacks to, by the begin of its header: Thrift's fields 1, type, and 2, size."""
+    position = 0
+    for _ in ("type", "size"):
+        if header[position : position + 1] != b"\x15":  # the next field, of 32 bits
+            return 0  # damaged, which pyarrow reports
+        value, shift, position = 0, 0, position + 1
+        while position < len(header):
+            value |= (header[position] & 127) << shift
+            shift, position = shift + 7, position + 1
+            if header[position - 1] < 128:
+                break
+    return value >> 1  # zigzag, of a number that is not negative
 
 
 def _arrow_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:

@@ -13,8 +13,8 @@ from pipeline.data.formats import Record, read_list, read_string, refuse_unknown
 from pipeline.data.formats.messages import read_turns
 from pipeline.errors import UserError
 from pipeline.evaluation.kinds import KINDS, Kind, Score, TaskExample, TaskOptions
+from pipeline.files import strict_yaml
 from pipeline.files.text import abbreviate_repr
-from pipeline.project.params import strict_yaml
 from pipeline.project.params.schema import Names, ValueSource, check_value
 
 NAME = re.compile(r"[\w .-]{1,60}")

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 MANIFEST = "manifest.json"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
 LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
+LARGEST_JSON = 50_000_000  # bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
@@ -189,9 +190,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing or not an object."""
+    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing, not an object or has
+    more than `LARGEST_JSON` bytes."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_JSON + 1)
+        if len(raw) > LARGEST_JSON:
+            raise UserError(f"{path} must have at most {LARGEST_JSON:,} bytes. {hint}.")
+        value = json.loads(raw.decode())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. {hint}.") from None
     except (ValueError, RecursionError):

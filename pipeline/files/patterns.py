@@ -19,12 +19,14 @@ LONGEST = 20_000  # characters; no budget limits the memory and time of compilin
 
 
 @contextmanager
-def one_budget() -> Iterator[None]:
-    """All matches inside the context share `BUDGET` seconds; a nested context shares those of the outer one."""
+def one_budget(left: list[float] | None = None) -> Iterator[None]:
+    """All matches inside the context share `BUDGET` seconds, or those that several contexts have `left`; a nested
+    context shares those of the outer one.
+    """
     if _left.get() is not None:
         yield
         return
-    token = _left.set([BUDGET])
+    token = _left.set([BUDGET] if left is None else left)
     try:
         yield
     finally:

@@ -105,7 +105,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
             raw += file.read(length)
-            header = json.loads(raw[8:])
+            header = json.loads(raw[8:].decode())  # of bytes, `json` also takes half of a surrogate pair
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError):
@@ -115,12 +115,14 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
     metadata = header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     expected = base = 8 + length  # offsets in the header count from its end
+    described = 0  # bytes
     for name, entry in sorted(header.items()):
         try:
             dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, stop = (base + int(offset) for offset in entry["data_offsets"])
+            name.encode()  # an escaped surrogate without its pair is no character
         except (KeyError, OverflowError, TypeError, ValueError):
-            raise _damaged(path, f"{name} has no valid dtype, shape and offsets") from None
+            raise _damaged(path, f"{name[:200]!r} has no valid name, dtype, shape and offsets") from None
         if min(shape, default=0) < 0:
             raise _damaged(path, f"{name} has shape {shape}")
         if dtype not in BYTES:
@@ -128,10 +130,12 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
         if stop - start != prod(shape) * BYTES[dtype] or start < base:
             raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
         infos[name] = TensorInfo(dtype, shape, start, stop)
-        expected = max(expected, stop)
+        expected, described = max(expected, stop), described + stop - start
     # A truncated download still has its whole header: only the file's size tells.
     if expected != size:
         raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
+    if described > size:  # else a small file could stand for any amount of work
+        raise _damaged(path, "its tensors overlap")
     return infos, metadata, raw
 
 

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterable
 
+from pipeline.errors import CONTROL
+
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-# Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and bidirectional controls.
-# C0 characters have a Unicode control picture; newline and tab are kept.
-PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-OBEYED = PICTURES | dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+OBEYED = {code: sign for code, sign in CONTROL.items() if chr(code) not in "\n\t\u2028\u2029"}
 
 
 def printable(text: str) -> str:

@@ -179,7 +179,7 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
         _refuse_sizes(part, len(infos), most, source)
     try:
         total = architecture(config, str(source)).total
-    except (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (UserError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return  # an architecture that the calculator does not support, or values that transformers will reject
     if total > most:
         raise _implausible(source, f"it describes {total:,} parameters, the weights have {stored:,}")

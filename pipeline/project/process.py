@@ -97,10 +97,10 @@ def environment() -> dict[str, str]:
 
 def _of_current_folder() -> DeviceSetting:
     """For commands that open no project: they say nothing of a params file that they do not need."""
-    import yaml
+    from pipeline.files import strict_yaml
 
-    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        tree = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        tree = strict_yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
         if isinstance(tree, dict) and "device" in tree:
             return DeviceSetting(str(tree["device"]), "device in params.yaml")
     return DeviceSetting(AUTO, "the default")

@@ -119,7 +119,7 @@ def measure(job: Job, adapters: Sequence[Path], base: Path | None = None) -> Gen
                 artifact.seal(out, {**facts, "variants": {name: name for name in inputs}, "inputs": inputs})
         yield Progress(done, len(adapters), name)
     if len(problems) == len(adapters):
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return problems
 
 

@@ -217,6 +217,7 @@ def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> b
 
     try:
         revision = config.get("revision")
+        revision = revision if isinstance(revision, str) else None
         snapshot = Path(snapshot_download(base_name, revision=revision, local_files_only=True))
         weights = base_model.weight_files(snapshot)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UserError, OSError):

@@ -8,6 +8,7 @@ machine below interprets those that a dictionary of tensors needs. It calls noth
 
 import io
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from math import prod
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 
 # Bytes, and instructions, which take seconds. The largest adapters have 40,000 tensors, of 200 bytes and 40 of these.
 MAX_PICKLE, MAX_OPCODES = 10_000_000, 3_000_000
+MAX_DIRECTORY = 20_000_000  # bytes of the archive's list of files; `zipfile` makes ten times that of it
 MAX_DIMENSIONS = 8
 SHARED = 2  # times the file's size that its tensors may have in all: two may be the same, as embedding and head
 DTYPES = {
@@ -59,6 +61,7 @@ class _Refused(Exception):
 def load(path: Path) -> dict[str, Tensor]:
     """Name → tensor, in a dictionary or in one inside it, as {"model": …}. Raises UserError."""
     try:
+        _refuse_large_directory(path)
         with zipfile.ZipFile(path) as archive:
             return dict(_tensors(archive, path.stat().st_size))
     except OSError as error:
@@ -74,6 +77,21 @@ def load(path: Path) -> dict[str, Tensor]:
         f"{path} cannot be read without running code from it: {reason}. If you trust it, load it with torch and save "
         "the tensors with safetensors."
     ) from None
+
+
+def _refuse_large_directory(path: Path) -> None:
+    """Raises _Refused for a list of files, at the archive's end, that `zipfile` should not read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 98))
+        tail = file.read()
+    end, locator, end64 = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if not end.startswith(b"PK\5\6"):
+        raise zipfile.BadZipFile  # or it has a comment, which torch writes none of
+    (size,) = struct.unpack("<I", end[12:16])
+    if locator.startswith(b"PK\6\7") and len(end64) == 56:  # the sizes of large archives, which count then
+        size = max(size if size < 2**32 - 1 else 0, *struct.unpack("<Q", end64[40:48]))
+    if size > MAX_DIRECTORY:
+        raise _Refused(f"its list of files has {size:,} bytes")
 
 
 def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]]:

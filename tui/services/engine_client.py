@@ -171,14 +171,14 @@ class _Process:
         """The next answer. Raises UserError for an "error" event, EngineDied if the process has ended."""
         while not request.answers:
             if self._exit_message:
-                raise EngineDied(self._exit_message)
+                raise EngineDied(*self._exit_message.splitlines())
             request.arrived.clear()
             await request.arrived.wait()
         answer = request.answers.popleft()
         self._progress.set()
         request.finished = answer["event"] in (*FINAL_EVENTS, "error")
         if answer["event"] == "error":
-            raise UserError(str(answer.get("message")))
+            raise UserError(*str(answer.get("message")).splitlines())
         return answer
 
     def forget(self, request: _Request) -> None:

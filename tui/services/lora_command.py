@@ -43,7 +43,7 @@ class LoraCommand:
         if code < 0:
             raise UserError(f"lora {words[0]} was killed by {signal.Signals(-code).name}.")
         if code:
-            raise UserError(_reason(errors))
+            raise UserError(*_reason(errors).splitlines())
         return output.strip(), errors.strip()
 
     def stop(self) -> None:

@@ -130,6 +130,7 @@ _STRING, _ARRAY = 8, 9
 MAX_COUNT = 2**17  # tensors or entries of a header
 MAX_STRINGS = 2**21  # strings in an array
 MAX_STRING_BYTES = 2**26  # of all strings outside arrays
+MAX_HEADER = 2**28  # bytes before the tensors; a vocabulary of 260,000 tokens takes 16 MB
 
 
 class _Reader:
@@ -138,12 +139,20 @@ class _Reader:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
         self._string_bytes_left = MAX_STRING_BYTES
+        self._left = MAX_HEADER
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)
+        self._left -= size
+        if self._left < 0:
+            raise UserError(f"{self._path} must have a header of at most {MAX_HEADER:,} bytes. Download it again.")
         if len(data) < size:
             raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
         return data
+
+    def _skip(self, size: int) -> None:
+        self._file.seek(size, 1)
+        self._left -= size  # the next read finds out
 
     def unpack(self, form: str) -> Any:
         return struct.unpack(form, self._read(struct.calcsize(form)))[0]
@@ -172,13 +181,13 @@ class _Reader:
         length = self.count("entries in an array", MAX_STRINGS if kind == _STRING else 2**26)
         if kind == _STRING:  # a vocabulary, whose length is known from the embedding
             for _ in range(length):
-                self._file.seek(self.count("bytes in a string", MAX_STRING_BYTES), 1)
+                self._skip(self.count("bytes in a string", MAX_STRING_BYTES))
             return []
         form = self._form(kind, "array")
         if length <= MOST_LAYERS:
             numbers = {self.unpack(form) for _ in range(length)}
             return numbers.pop() if len(numbers) == 1 else sorted(numbers)
-        self._file.seek(length * struct.calcsize(form), 1)
+        self._skip(length * struct.calcsize(form))
         return []
 
     def _form(self, kind: int, what: str) -> str:

@@ -27,7 +27,7 @@ def has_template(folder: Path) -> bool:
         return True
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and bool(config.get("chat_template"))
 
@@ -173,6 +173,6 @@ def no_template(name: str) -> UserError:
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's message, which may have many lines, for one of ours."""
     return " ".join(str(error).split())[:200]

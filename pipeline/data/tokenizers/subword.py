@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from pipeline.data.tokenizers.chat_template import Answers, Messages, Tools
 from pipeline.data.tokenizers.template_process import Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
+from pipeline.files.patterns import full_match, problem
 from pipeline.files.safetensors_file import as_os_error
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -34,6 +38,60 @@ _MACHINE_KEYS = (
 )
 
 
+_ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")  # of ASCII, which no library escapes
+MOST_GROWTH = 1_000  # times that a tokenizer may lengthen a text; those published make at most 3 characters of one
+
+
+@contextmanager
+def _panics_reported(name: str) -> Iterator[None]:
+    """Raises UserError where the library panics, as on a pattern of tokenizer.json that takes too many steps.
+
+    Its PanicException is no Exception, so that no handler of a library's errors would see it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = chat_template.one_line(error)
+        raise UserError(f"{name}: its tokenizer fails: {reason}. Copy it again, or choose another model.") from None
+
+
+def _refuse_growth(folder: Path) -> None:
+    """Raises UserError for a tokenizer.json whose replacements lengthen texts too much: 40 times "a" → "aa" would take
+    a terabyte. Before the library reads the file, as it normalizes added tokens then."""
+    path = folder / "tokenizer.json"
+    raw = path.read_bytes() if path.is_file() else b""
+    if b'"Replace"' not in raw and not _ESCAPED_LETTER.search(raw):  # most have none, and parsing takes a second
+        return
+    tree = read_json(path, "Copy the tokenizer again")
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(tree.get(part))) > MOST_GROWTH:
+            raise UserError(
+                f"{path}: its {part} must lengthen a text at most {MOST_GROWTH:,} times, but may do so {growth:.3g} "
+                "times. Copy the tokenizer again, or choose another model."
+            )
+
+
+def _growth(part: Any) -> float:
+    """The most that a part of tokenizer.json lengthens a text, as a factor."""
+    if not isinstance(part, dict):
+        return 1.0
+    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    if isinstance(steps, list):
+        return math.prod(map(_growth, steps))
+    content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") != "Replace" or not isinstance(content, str):
+        return 1.0
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(text, str) and text:
+        return max(1.0, len(content) / len(text))
+    # Of a regular expression, one character may match; if it matches nothing too, the content comes between all.
+    expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+    fills = not isinstance(expression, str) or problem(expression) is not None or full_match(expression, "", "pattern")
+    return max(1.0, len(content) + fills)
+
+
 class SubwordTokenizer:
     """A fast transformers tokenizer, with this project's rules for beginning and end tokens.
 
@@ -50,7 +108,8 @@ class SubwordTokenizer:
             raise UserError(f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}.")
         self.end_id: int = self._extra_end_ids[0] if eos_id is None else eos_id
         # What the tokenizer's post-processor puts before a text, such as BOS: no attribute of a tokenizer tells.
-        full, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
+        with _panics_reported(name):
+            full, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
         start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
         self._prefix = tuple(full[:start])
         self.bos_id = self._prefix[0] if self._prefix else None
@@ -63,8 +122,12 @@ class SubwordTokenizer:
 
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. A model folder needs its tokenizer.")
+        _refuse_growth(folder)
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            with _panics_reported(str(folder)):
+                hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except UserError:
+            raise
         except Exception as error:  # whatever the library raises
             reason = chat_template.one_line(error)
             raise UserError(
@@ -114,7 +177,8 @@ class SubwordTokenizer:
 
     def words(self) -> list[str]:
         ids = range(len(self))
-        texts = self._inner.decode_batch([[*self._anchor, id_] for id_ in ids], skip_special_tokens=False)
+        with _panics_reported(self._name):
+            texts = self._inner.decode_batch([[*self._anchor, id_] for id_ in ids], skip_special_tokens=False)
         return [self._display_text(id_, text) for id_, text in zip(ids, texts, strict=True)]
 
     def word(self, id_: int) -> str:
@@ -148,7 +212,8 @@ class SubwordTokenizer:
         return ids if has_prefix else self._prefix + ids
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        with _panics_reported(self._name):
+            encoding = self._inner.encode(text, add_special_tokens=False)
         return tuple(encoding.ids), encoding.offsets
 
     def _ids(self, text: str) -> tuple[int, ...]:
@@ -166,7 +231,8 @@ class SubwordTokenizer:
         return self.encode_following(answer if spaced else f" {answer}")
 
     def decode(self, ids: Iterable[int]) -> str:
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        with _panics_reported(self._name):
+            return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> Callable[[int], str]:
         from tokenizers.decoders import DecodeStream

@@ -3,7 +3,7 @@
 from pipeline.data.formats import Record, read_string
 from pipeline.errors import UserError
 from pipeline.evaluation.kinds import Kind, Score, Scores, TaskExample, TaskOptions
-from pipeline.files.patterns import one_budget, problem, search
+from pipeline.files.patterns import BUDGET, one_budget, problem, search
 from pipeline.files.text import abbreviate_repr
 
 
@@ -14,8 +14,10 @@ def check(row: Record, location: str) -> None:
 
 
 def scorer(_: TaskOptions) -> Score:
+    left = [BUDGET]  # seconds for all answers of the task
+
     def score(answer: str, example: TaskExample) -> Scores:
-        with one_budget():
+        with one_budget(left):
             return {"score": float(search(example.row["pattern"], answer, example.location))}
 
     return score

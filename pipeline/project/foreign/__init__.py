@@ -166,7 +166,7 @@ def read_config(path: Path, kinds: Kinds) -> Foreign:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    from pipeline.project.params import strict_yaml
+    from pipeline.files import strict_yaml
 
     try:
         with path.open("rb") as file:

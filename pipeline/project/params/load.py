@@ -19,6 +19,7 @@ from pipeline.project.params.sections import Import, Running, Training, change_p
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
+LARGEST = 1_000_000  # bytes of a params file
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
 RUNNING = "running"
@@ -97,7 +98,11 @@ class Params:
 def read_text(path: Path) -> str:
     """The text of a params file. Raises UserError."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise UserError(f"{path} must have at most {LARGEST:,} bytes. Name a params file with --params.")
+        return raw.decode()
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist. Run this in the project's folder, or name the file with --params."
@@ -205,7 +210,7 @@ def _prefix_path(path: str, prefix: str) -> str:
 
 
 def _read_tree(text: str, path: Path) -> dict[str, Any]:
-    from pipeline.project.params import strict_yaml
+    from pipeline.files import strict_yaml
 
     try:
         tree = strict_yaml.load(text)
@@ -218,7 +223,7 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
 
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     """Set the override's value in the tree. Returns its section.key."""
-    from pipeline.project.params import strict_yaml
+    from pipeline.files import strict_yaml
 
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")

@@ -58,12 +58,12 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    from pipeline.project.params import strict_yaml
+    from pipeline.files import strict_yaml
 
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST + 1).decode()
-        settings = strict_yaml.load(text) if len(text) <= LARGEST and not strict_yaml.has_alias(text) else None
+        settings = strict_yaml.load(text) if len(text) <= LARGEST else None
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}. litgpt writes it beside the adapter, with rank and alpha."

@@ -4,15 +4,23 @@ A file of its own, imported when there is a text to read: the calculator reads n
 import than the calculator takes to count.
 """
 
+import math
 from typing import Any
 
 import yaml
 
+MOST_VALUES = 1_000_000  # that a text may stand for through its aliases; a few lines of `*name` can mean billions
+
+LONGEST_NUMBER = 1_000  # characters
+
 
 def load(text: str) -> Any:
-    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date and for too deep nesting."""
+    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date, for too deep nesting and
+    for aliases that stand for more than `MOST_VALUES`."""
     try:
         try:
+            if "&" in text and _written_out(yaml.compose(text, _UniqueKeysInC), {}) > MOST_VALUES:
+                raise ValueError(f"its aliases (*name) stand for more than {MOST_VALUES:,} values")
             return yaml.load(text, _UniqueKeysInC)
         except yaml.YAMLError:  # read again in Python, whose message quotes the line
             return yaml.load(text, _UniqueKeys)
@@ -25,6 +33,16 @@ def load(text: str) -> Any:
 def has_alias(text: str) -> bool:
     """Whether a valid text refers to a value by `*name`: a few lines of these can stand for billions of values."""
     return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _UniqueKeysInC))
+
+
+def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """The number of values below a node, each alias counted as what it stands for; infinite if that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is counted
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+        below = (part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in below)
+    return known[id(node)]
 
 
 class _Unique(yaml.constructor.SafeConstructor):
@@ -40,6 +58,17 @@ class _Unique(yaml.constructor.SafeConstructor):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_short_int(self, node: yaml.ScalarNode) -> int:
+        """An integer that Python can also write: of 0x…, it reads any length, and `repr` fails."""
+        if len(node.value) > LONGEST_NUMBER:
+            why = f"a number must have at most {LONGEST_NUMBER} digits"
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+        value: int = self.construct_yaml_int(node)
+        return value
+
+
+_Unique.add_constructor("tag:yaml.org,2002:int", _Unique.construct_short_int)  # type: ignore[type-var]  # for loaders
 
 
 class _UniqueKeys(_Unique, yaml.SafeLoader):
