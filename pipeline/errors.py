@@ -1,6 +1,10 @@
-"""The two exceptions that end a command early on purpose, and messages for a lack of memory or disk space."""
+"""The exceptions that end a command early on purpose, and messages for a lack of libraries, memory or disk space."""
 
 import errno
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # lack of space, as opposed to faulty input
 
@@ -64,3 +68,68 @@ def explain(error: OSError) -> str:
     """Such as `No space left on device: PATH. Free some space.` The reason comes first: tables may cut the rest."""
     path = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{path}.{' Free some space.' if error.errno in FULL else ''}"
+
+
+class Needs(NamedTuple):
+    """What needs libraries of an extra: a command or a setting, such as `lora serve`."""
+
+    extra: str
+    libraries: tuple[str, ...]  # names of distributions, as in pyproject.toml
+    without: str = ""  # what it does without them; empty: it ends with a UserError
+
+
+_LLAMA_CPP = "llama-cpp-py-sync"
+OPTIONAL = {  # the only list of it: `lora doctor`, docs/reference/extras.md and error messages read this
+    "base: MODEL.gguf": Needs("gguf", ("gguf", "sentencepiece", "protobuf", "accelerate")),
+    "lora export --format gguf": Needs("gguf", ("gguf",)),
+    "lora export --format gguf, compared": Needs("llama-cpp", (_LLAMA_CPP,), "exports, and compares nothing"),
+    "lora export --quantize q4_k_m": Needs("llama-cpp", (_LLAMA_CPP,)),
+    "lora export --format mlx, compared": Needs("mlx", ("mlx-lm", "mlx"), "exports, and compares nothing"),
+    "quantization: int8": Needs("qlora", ("bitsandbytes",)),
+    "quantization: nf4, nf4-dq": Needs("qlora", ("bitsandbytes",), "quantizes more slowly"),
+    "training on a CUDA GPU": Needs("gpu", ("liger-kernel",), "trains more slowly"),
+    "data: ORG/NAME": Needs("datasets", ("datasets",)),
+    "search: optuna": Needs("optuna", ("optuna",)),
+    "sampler: gp, qmc": Needs("optuna", ("scipy",)),
+    "lora serve": Needs("serve", ("starlette", "uvicorn")),
+    "lora evaluate --harness": Needs("harness", ("lm-eval",)),
+    "lora-tui --web": Needs("web", ("textual-serve",)),
+    **{
+        f"report_to: {library}": Needs("trackers", (library,), "a note, and the run goes on")
+        for library in ("tensorboard", "trackio", "wandb", "mlflow", "dvclive")
+    },
+}
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra into the environment that runs: of pipx, of uv, or any other."""
+    name, prefix = f"'lora-workbench[{extra}]'", Path(sys.prefix)
+    if (prefix / "pipx_metadata.json").exists():
+        return f"pipx runpip lora-workbench install {name}"
+    if (prefix / "uv-receipt.toml").exists():
+        return f"uv pip install --python {prefix} {name}"
+    return f"pip install {name}"
+
+
+def missing_libraries(user: str) -> list[str]:
+    """The libraries that a key of OPTIONAL needs and that are not installed."""
+    missing = []
+    for library in OPTIONAL[user].libraries:
+        module = {"protobuf": "google.protobuf"}.get(library, library.replace("-", "_"))
+        try:
+            spec = find_spec(module)
+        except ModuleNotFoundError:  # its parent package is missing
+            spec = None
+        if spec is None:
+            missing.append(library)
+    return missing
+
+
+def require(user: str, subject: str = "", otherwise: str = "") -> None:
+    """Raises UserError if a library is missing that a key of OPTIONAL needs.
+
+    `subject` is the message's subject if not `user`; `otherwise`, how to do without, such as `or set …`.
+    """
+    if missing := missing_libraries(user):
+        install = install_command(OPTIONAL[user].extra)
+        raise UserError(f"{subject or user} needs {' and '.join(missing)}. Run `{install}`{otherwise}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
     gc.disable()  # until the first paint, which takes a tenth longer with it
-    from pipeline.errors import UserError
+    from pipeline.errors import UserError, require
     from tui.app import PARAMS, Workbench
     from tui.config import config_path, load_config
 
@@ -22,10 +22,9 @@ def main() -> None:
         if not params.parent.is_dir():
             raise UserError(f"{params.parent} is not a folder. Name a params file with --params.")
         if arguments.web:
-            try:
-                from tui.services.web.server import serve
-            except ImportError:
-                sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
+            require("lora-tui --web")
+            from tui.services.web.server import serve
+
             serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
             return
         if arguments.demo:

@@ -134,7 +134,7 @@ def compare(
             answers[loaded.name] = _answer(loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens))
     if not answers:
         raise UserError(
-            "There is no model yet. Run `make repro` for all of them, or `lora pretrain` or `lora import` to begin."
+            "There is no model yet. Run `dvc repro` for all of them, or `lora pretrain` or `lora import` to begin."
         )
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])

@@ -1,6 +1,5 @@
 """`lora serve`: OpenAI's HTTP API for the models of a project, or for a base and adapters."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -45,12 +44,11 @@ def serve(
     """
     from cli.console import print_line, print_note
     from pipeline.adapters.folder import common_base
-    from pipeline.errors import UserError
+    from pipeline.errors import UserError, require
     from pipeline.project.stage_graph import ARTIFACTS
     from pipeline.workbench import current_project
 
-    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
-        raise UserError(f"lora serve needs {' and '.join(missing)}. Run pip install 'lora-workbench[serve]'.")
+    require("lora serve")
 
     from pipeline.inference.http import models, server
 

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, install_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -601,8 +601,8 @@ def _hub_rows(name: str) -> Iterator[Row]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{name}: no such file, and data sets of the hub need the datasets library. Run `pip install "
-            "'lora-workbench[datasets]'`, or name a file that exists."
+            f"{name}: no such file, and data sets of the hub need the datasets library. Run "
+            f"`{install_command('datasets')}`, or name a file that exists."
         ) from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

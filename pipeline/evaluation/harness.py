@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.adapters.folder import base_of, quantization_of
-from pipeline.errors import UserError, first_line, is_out_of_memory
+from pipeline.errors import UserError, first_line, is_out_of_memory, require
 from pipeline.inference.model_pool import ModelPool
 from pipeline.project.params.aliases import suggest
 
@@ -53,8 +52,7 @@ def run(
     Each base is loaded once for itself and the adapters behind it. Raises UserError for everything that goes wrong
     inside lm-eval, a task's own code included.
     """
-    if find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed. Run `pip install 'lora-workbench[harness]'`.")
+    require("lora evaluate --harness")
     from pipeline.evaluation.harness_model import HarnessModel, UnknownWords
 
     for name in ("lm_eval", "datasets", "huggingface_hub"):  # what stops a task is raised; the rest is for its author

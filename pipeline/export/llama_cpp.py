@@ -13,11 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, install_command, missing_libraries
 from pipeline.project.runner import Event, Progress
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.export.certificate import Candidate
     from pipeline.inference.engine import LoadedModel
 
-INSTALL = "pip install 'lora-workbench[llama-cpp]'"
+INSTALL = install_command("llama-cpp")
 NOT_COMPARED = f"There is no llama.cpp here, so nothing was compared. Install one: {INSTALL}."
 SILENCE_SECONDS = 600.0  # for one answer, such as the logits of 512 tokens; a large model takes a minute to load
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_process.py")))
@@ -47,7 +46,7 @@ class Found(NamedTuple):
 
 
 def is_installed() -> bool:
-    return find_spec("llama_cpp_py_sync") is not None
+    return not missing_libraries("lora export --quantize q4_k_m")
 
 
 def find() -> Found | None:
@@ -191,7 +190,7 @@ class _Process:
 
     def __init__(self, file: Path | None = None) -> None:
         if not is_installed():
-            raise UserError(f"There is no llama.cpp here. Run {INSTALL}.")
+            raise UserError(f"There is no llama.cpp here. Run `{INSTALL}`.")
         self._file, self._rest = file, bytearray()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         pipe = subprocess.PIPE

@@ -7,13 +7,12 @@ imports of one base write the same bytes, whatever its path.
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, require
 from pipeline.files import artifact, base_model, digest_cache
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
@@ -26,7 +25,6 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 GGUF_IMPORT = 2  # raised when a file gives another base than before, so that those in the user's cache are not used
 WIDE_GGUF = ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16")  # file types whose weights are not quantized
 GGUF_LICENSE = {"license": "general.license"} | {f"license_{key}": f"general.license.{key}" for key in ("name", "link")}
-GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
 # How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's names). transformers
 # knows others, and splits as GPT-2 does for a name that it does not know.
 SPLIT_AS_GPT2 = {
@@ -148,17 +146,8 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
 
 def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> tuple[Any, dict[str, Any]]:
     """Dequantize a GGUF file into a checkpoint; returns the model, and the manifest's entries that are GGUF's alone."""
-    missing = []
-    for library in GGUF_NEEDS:
-        try:
-            spec = find_spec(library)
-        except ModuleNotFoundError:  # its parent package is missing
-            spec = None
-        if spec is None:
-            missing.append(library.removeprefix("google."))
     name, hint = f"base: {source.text}", "Name a checkpoint folder of the same model instead"
-    if missing:
-        raise UserError(f"{name} needs {', '.join(missing)} to be read: pip install 'lora-workbench[gguf]'.")
+    require("base: MODEL.gguf", name)
     metadata = refuse_implausible_gguf(source.path)
     from gguf import LlamaFileType
     from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install_command
 from pipeline.models import nf4
 from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear
 
@@ -180,7 +180,7 @@ def _require_bitsandbytes() -> Any:
     functional = _bitsandbytes()
     if functional is None:
         raise UserError(
-            "quantization int8 needs bitsandbytes. Install it with `pip install 'lora-workbench[qlora]'`, or set "
+            f"quantization int8 needs bitsandbytes. Run `{install_command('qlora')}`, or set "
             "quantization to nf4-dq, which does not need it, or to none."
         )
     return functional

@@ -1,5 +1,6 @@
 """The command line as a user types it: results, JSON, exit codes, and one clear message for bad input."""
 
+import importlib.metadata as metadata
 import json
 import os
 import pty
@@ -19,13 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import console
 from cli.main import app
-from cli.project import EXTRAS
 from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.errors import OPTIONAL, install_command
 from pipeline.files.text import escape_whitespace
+from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
 
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib")
 VARIANTS = [STAGES[name].variant for name in PIPELINE if STAGES[name].variant]
 
@@ -116,7 +119,7 @@ def test_every_command_shows_help(cli: Lora, tmp_path: Path) -> None:
     for command in ("adapters", "cache", "doctor"):
         assert command in out
     code, out, _ = cli("--version", cwd=tmp_path)
-    assert (code, out) == (0, "lora 0.1.0\n")
+    assert (code, out) == (0, f"lora {VERSION}\n")
 
 
 def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, tmp_path: Path) -> None:
@@ -318,8 +321,8 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p")
     assert "Make one with `lora finetune lora`" in cli("adapters", cwd=root)[1]
     for arguments, message in (
-        (["report"], "metrics.json: No such file or directory. Run `make repro`"),
-        (["compare", "der"], "There is no model yet. Run `make repro`"),
+        (["report"], "metrics.json: No such file or directory. Run `dvc repro`"),
+        (["compare", "der"], "There is no model yet. Run `dvc repro`"),
         (["merge"], "expanded does not exist. Run the stage that makes it, or `dvc repro`"),
         (["prompt", "der"], "has no config.json. Make the models with `dvc repro`"),
         (["evaluate"], "base does not exist. Run the stage that makes it, or `dvc repro`"),
@@ -473,32 +476,69 @@ def test_a_rank_above_the_width_is_noted(cli: Lora, project: Path) -> None:
 def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
     code, out, _ = cli("doctor", "--json", cwd=tmp_path)
     facts = json.loads(out)
-    assert (code, facts["torch"], facts["lora-workbench"]) == (0, torch.__version__, "0.1.0")
+    assert (code, facts["torch"], facts["lora-workbench"]) == (0, torch.__version__, VERSION)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     assert (facts["device"] == "cpu: there is no accelerator") != accelerated
 
 
-def test_doctor_says_what_each_extra_is_for(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata as metadata
+def test_doctor_says_which_command_lacks_which_library(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = {"google.protobuf", "wandb"}
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name in absent else name)
+    monkeypatch.setattr(metadata, "version", lambda _: "1.0")  # so that it does not matter what is installed
+    rows = {row["for"]: row for row in json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["optional"]}
+    assert rows.keys() == OPTIONAL.keys()
+    assert {user: row["missing"] for user, row in rows.items() if row["missing"]} == {
+        "base: MODEL.gguf": ["protobuf"],
+        "report_to: wandb": ["wandb"],
+    }
+    assert rows["base: MODEL.gguf"] == {
+        "for": "base: MODEL.gguf",
+        "extra": "gguf",
+        "libraries": {"gguf": "1.0", "sentencepiece": "1.0", "protobuf": None, "accelerate": "1.0"},
+        "missing": ["protobuf"],
+        "without": "an error",
+        "install": "pip install 'lora-workbench[gguf]'",
+    }
+    shown = cli("doctor", cwd=tmp_path)[1]
+    assert re.search(r"^report_to: wandb +trackers +missing: wandb +", shown, re.MULTILINE)
+    assert re.search(r"^lora serve +serve +installed", shown, re.MULTILINE)
+    assert "pip install 'lora-workbench[EXTRA]'" in shown
 
-    real = metadata.version
 
-    def version(name: str) -> str:
-        if name == "gguf":
-            raise metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    facts = json.loads(cli("doctor", "--json", cwd=tmp_path)[1])
-    assert facts["gguf"] == "not installed: .gguf files need it, `lora-workbench[gguf]`"
-    assert {"sentencepiece", "protobuf", "accelerate", "uvicorn", "mlx-lm"} <= facts.keys() and "peft" not in facts
-
-
-def test_each_extra_that_doctor_names_installs_the_library() -> None:
+def test_every_extra_of_the_package_is_in_the_doctors_table_with_its_libraries() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for library, purpose in EXTRAS.items():
-        (extra,) = re.findall(r"`lora-workbench\[(.+)\]`", purpose)
-        assert library in {re.split(r"[^\w.-]", requirement)[0] for requirement in extras[extra]}, (library, extra)
+    declared = {
+        extra: {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
+        for extra, requirements in extras.items()
+        if extra not in ("all", "dev")
+    }
+    needed: dict[str, set[str]] = {extra: set() for extra in declared}
+    for needs in OPTIONAL.values():
+        needed[needs.extra] |= set(needs.libraries)
+    assert needed == declared
+
+
+def test_every_tracker_is_in_the_doctors_table() -> None:
+    assert {f"report_to: {name}" for name in trackers.names()} <= OPTIONAL.keys()
+
+
+@pytest.mark.parametrize(
+    ("marker", "command"),
+    [
+        ("", "pip install 'lora-workbench[web]'"),
+        ("pipx_metadata.json", "pipx runpip lora-workbench install 'lora-workbench[web]'"),
+        ("uv-receipt.toml", "uv pip install --python {prefix} 'lora-workbench[web]'"),
+    ],
+)
+def test_the_command_that_installs_an_extra_is_that_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, command: str
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    if marker:
+        (tmp_path / marker).touch()
+    assert install_command("web") == command.format(prefix=tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from cli.inference import serve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.inference import engine
 from tests.conftest import Lora
@@ -47,9 +46,9 @@ def test_without_a_model_or_the_libraries_it_says_what_to_do(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "There is no model yet. Run `lora import` or `lora pretrain`" in refusal(cli("serve", cwd=tmp_path))
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name == "uvicorn" else name)
     message = refusal(cli("serve", cwd=tmp_path))
-    assert message == "error: lora serve needs uvicorn. Run pip install 'lora-workbench[serve]'.\n"
+    assert message == "error: lora serve needs uvicorn. Run `pip install 'lora-workbench[serve]'`.\n"
 
 
 def test_a_busy_port_is_one_message(cli: Lora, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.export import llama_cpp
 from pipeline.export.formats import Export, Format
 from pipeline.files import artifact
@@ -19,7 +19,7 @@ DEFAULT = "f16"
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write a file of each kind, and what Ollama needs. Raises UserError."""
     from pipeline.adapters.folder import base_of
-    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf, tokenizer_of
+    from pipeline.export.gguf.folder import general, is_earlier_export, tokenizer_of
     from pipeline.export.gguf.modelfile import modelfile
     from pipeline.export.gguf.vocabulary import read_vocabulary
     from pipeline.export.model_card import card
@@ -28,7 +28,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
 
     kinds = kinds_of(export.quantize)
-    require_gguf()
+    require("lora export --format gguf")
     from pipeline.export.gguf.writer import describe_model, write_files, written_matrices
 
     base, name = export.base or base_of(export.adapter), export.adapter.resolve().name

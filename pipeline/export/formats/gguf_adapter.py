@@ -4,7 +4,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.export import llama_cpp
 from pipeline.export.formats import Export, Format, note_on_quantization
 from pipeline.files import artifact
@@ -19,7 +19,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
     from pipeline.adapters.folder import base_of
     from pipeline.export.gguf.families import family_of
-    from pipeline.export.gguf.folder import general, is_earlier_export, require_gguf
+    from pipeline.export.gguf.folder import general, is_earlier_export
     from pipeline.export.model_card import card
     from pipeline.files.base_model import CARD, tensor_locations
     from pipeline.models.load import skeleton
@@ -27,7 +27,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.weights.merge import CERTIFICATE, describe
     from pipeline.weights.streaming import Merge
 
-    require_gguf()
+    require("lora export --format gguf")
     from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
     from pipeline.export.gguf.writer import describe_model
 

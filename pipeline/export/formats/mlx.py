@@ -6,11 +6,10 @@ mlx-lm has A (I, R) and B (R, O), y = Wx + s·xAB, and one rank and one scale fo
 import re
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install_command, missing_libraries
 from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
 from pipeline.project.runner import Event, Note
 
@@ -165,8 +164,8 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
             f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where mlx-lm does not look for "
             f"most models. Import the base again, or add to a copy: {settings}"
         ]
-    if find_spec("mlx_lm") is None or find_spec("mlx") is None:
-        return [*lines, "Nothing was compared with mlx-lm, which is not installed: pip install 'lora-workbench[mlx]'"]
+    if missing_libraries("lora export --format mlx, compared"):
+        return [*lines, f"Nothing was compared with mlx-lm, which is not installed: {install_command('mlx')}"]
     from torch import device
 
     from pipeline.data.prompts import prompt_texts

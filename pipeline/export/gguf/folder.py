@@ -1,6 +1,5 @@
 """What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what it replaces."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,6 @@ from pipeline.errors import UserError
 from pipeline.export.model_card import has_card
 from pipeline.files import artifact
 from pipeline.weights.merge import CERTIFICATE
-
-
-def require_gguf() -> None:
-    """Raises UserError without the gguf package."""
-    if find_spec("gguf") is None:
-        raise UserError("GGUF export needs the gguf package: pip install 'lora-workbench[gguf]'.")
 
 
 def is_earlier_export(out: Path) -> bool:

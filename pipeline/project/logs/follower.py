@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install_command
 from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import FileTail, file_stamp
 from pipeline.files.text import printable
@@ -119,7 +119,7 @@ def check(names: Iterator[str] | list[str] | tuple[str, ...], key: str = "report
 def missing(name: str) -> str:
     """What to install for a tracker; empty if it is there."""
     library = trackers.load(name).LIBRARY
-    return "" if find_spec(library) else f"{library} is not installed. Install lora-workbench[trackers]"
+    return "" if find_spec(library) else f"{library} is not installed. Run `{install_command('trackers')}`"
 
 
 def _states(name: str, followed: Followed) -> Path:

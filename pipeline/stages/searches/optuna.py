@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from math import ceil, inf
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import require
 from pipeline.stages.searches import Search, SearchSettings, Trial, Values, check_trials, one_grid, rounded
 
 
@@ -57,8 +56,9 @@ def _suggest(trial: Any, key: str, options: Any) -> Any:
 
 def _check(settings: SearchSettings) -> None:
     check_trials(settings)
-    if find_spec("optuna") is None:
-        raise UserError("search optuna needs the package optuna: pip install 'lora-workbench[optuna]'")
+    require("search: optuna", "search optuna")
+    if settings.sampler in ("gp", "qmc"):
+        require("sampler: gp, qmc", f"sampler {settings.sampler}")
 
 
 SEARCH = Search(

@@ -12,7 +12,6 @@ import yaml
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
-from pipeline.evaluation import harness
 from pipeline.evaluation.harness import HarnessOptions, named, run
 from pipeline.evaluation.harness_model import HarnessModel
 from pipeline.inference.model_pool import ModelPool
@@ -277,7 +276,7 @@ def test_a_missing_folder_of_tasks_is_named(tmp_path: Path) -> None:
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'lora-workbench\[harness\]'"):
         run({}, HarnessOptions(["toy"]), False, lambda _: None)
 

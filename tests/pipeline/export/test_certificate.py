@@ -95,7 +95,7 @@ def test_what_is_exported_is_compared_on_the_users_prompts(
     entries, lines = result()
     assert (entries["gguf"]["prompts_checked"], len(lines)) == (2, 3)
     assert lines[2].split()[0] == "adapter"
-    monkeypatch.setattr("pipeline.export.llama_cpp.find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     entries, lines = result()
     assert (entries, len(lines)) == ({}, 1)
     assert "nothing was compared. Install one: pip install 'lora-workbench[llama-cpp]'." in lines[0]

@@ -374,7 +374,7 @@ def test_without_the_gguf_package_an_export_says_how_to_install_it(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = made(tmp_path)
-    monkeypatch.setattr("pipeline.export.gguf.folder.find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     for form in ("gguf", "gguf-adapter"):
         assert "pip install 'lora-workbench[gguf]'" in refusal(export(cli, form, source, tmp_path / "out"))
 

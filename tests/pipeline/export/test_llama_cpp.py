@@ -228,7 +228,7 @@ def test_without_llama_cpp_the_extra_is_named(
     found = llama_cpp.find()
     assert found is not None and found.name.startswith("llama.cpp b") and Path(found.path).is_file()
     assert json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["llama.cpp"].endswith(found.path)
-    monkeypatch.setattr(llama_cpp, "find_spec", find)
+    monkeypatch.setattr("pipeline.errors.find_spec", find)
     assert llama_cpp.find() is None
     assert "not installed" in json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["llama.cpp"]
     assert "pip install 'lora-workbench[llama-cpp]'" in refused(toy[0] / "model.gguf")

@@ -161,7 +161,7 @@ def test_without_mlx_lm_it_is_written_and_says_that_nothing_was_compared(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = made(tmp_path, *SPECS["plain"])
-    monkeypatch.setattr(form, "find_spec", lambda _: None)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     code, said, _ = export(cli, source)
     assert code == 0 and "Nothing was compared with mlx-lm, which is not installed" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapters.safetensors", "adapter_config.json"}

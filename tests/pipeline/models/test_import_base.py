@@ -595,10 +595,8 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(
-        "pipeline.models.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
-    )
-    assert "needs protobuf to be read: pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name == "google.protobuf" else object())
+    assert "needs protobuf. Run `pip install 'lora-workbench[gguf]'`." in refused("toy.gguf", tmp_path)
 
 
 SPACED = "a  b   c\n\n1  2 10  20\t\t3 ½ ² year 2024,  and\n\n 5\n"

@@ -346,7 +346,7 @@ def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(
     monkeypatch.setattr(trackers.load("wandb"), "LIBRARY", "no_such_library")
     code, out, err = cli("finetune", "lora", "--force", *told("report_to=wandb"), cwd=project)
     assert code == 0 and "lora_adapter" in out
-    assert "report_to: no_such_library is not installed. Install lora-workbench[trackers], and send" in err
+    assert "report_to: no_such_library is not installed. Run `pip install 'lora-workbench[trackers]'`, and send" in err
     assert "--to wandb: no_such_library is not" in refusal(cli("runs", "export", "--to", "wandb", cwd=project))
 
 

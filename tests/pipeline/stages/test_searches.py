@@ -225,10 +225,10 @@ def test_tpe_learns_from_the_losses_and_ends_after_its_trials() -> None:
 
 
 def test_without_optuna_it_is_said_how_to_get_it(mini: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
-    monkeypatch.setattr(optuna, "find_spec", lambda _name: None)
+    monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name == "optuna" else name)
     given = [f"--set={one}" for one in given_({"learning_rate": RATES}, "optuna", "trials=4")]
     err = refusal(cli("finetune", "sweep", *given, cwd=mini))
-    assert "finetune_sweep.search optuna needs the package optuna: pip install 'lora-workbench[optuna]'" in err
+    assert "finetune_sweep.search optuna needs optuna. Run `pip install 'lora-workbench[optuna]'`." in err
 
 
 # What is kept, and which is chosen
