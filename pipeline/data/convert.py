@@ -23,6 +23,7 @@ from pipeline.data.examples import Example, Message
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.formats.messages import text_of
 from pipeline.errors import UserError, first_line
+from pipeline.files import artifact
 
 Record = dict[str, Any]
 GROUP_ROWS = 1024  # of a table: what a reader must hold at once
@@ -73,21 +74,19 @@ def convert(
     if out.exists() and not force:
         raise UserError(f"{out} exists. Name another file, or replace it with --force.")
     rows = _Rows(source, format_, columns, suffix == ".txt", progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{os.getpid()}.{out.name}")  # beside it, as a rename is atomic only within one file system
     try:
-        with _opened(new, compression) as file:
-            WRITERS[suffix](file, rows)
-        _verify(new, out, rows)
-        with new.open("rb") as written:
-            os.fsync(written.fileno())
-        with suppress(OSError):  # there is none yet, or the file system knows no permissions
-            new.chmod(out.stat().st_mode)
-        new.replace(out)
+        with artifact.beside(out) as folder:
+            new = folder / out.name  # which says what it is to those that read it again
+            with _opened(new, compression) as file:
+                WRITERS[suffix](file, rows)
+            _verify(new, out, rows)
+            with new.open("rb") as written:
+                os.fsync(written.fileno())
+            with suppress(OSError):  # there is none yet, or the file system knows no permissions
+                new.chmod(out.stat().st_mode)
+            new.replace(out)
     except OSError as error:  # what is wrong with the input is a UserError
         raise OSError(error.errno, error.strerror or str(error), str(out)) from None
-    finally:
-        new.unlink(missing_ok=True)
     return Conversion(len(rows.numbers), rows.formats.pop() if len(rows.formats) == 1 else "mixed", tuple(rows.notes()))
 
 

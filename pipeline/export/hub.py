@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from logging import ERROR, getLogger
 from os.path import exists  # Path.exists raises for a text too long for a name
@@ -110,11 +110,28 @@ def _refuse_unwritable(publication: Publication) -> None:
 
 
 def prepare(form: str, export: Export, publication: Publication, folder: Path) -> Generator[Event, None, list[str]]:
-    """Write the export to `folder` and complete its card; returns what the format says of its use. Raises UserError."""
+    """Write the export to `folder` with a completed card; returns what the format says of its use. Raises UserError."""
+    from pipeline.adapters.folder import base_of
+    from pipeline.export.model_card import has_card
+
+    sources = [export.adapter]
+    with suppress(UserError):  # the format says so, if it needs one
+        sources.append(export.base or base_of(export.adapter))
+    artifact.refuse_other(folder, has_card(folder) and not (folder / artifact.MANIFEST).exists(), sources)
+    with artifact.writing(folder) as out:
+        inner = out / folder.name  # a card may name it
+        lines = yield from write(form, export, inner)
+        yield from _complete_card(inner / CARD, export, publication)
+        for path in list(inner.iterdir()):
+            path.rename(out / path.name)
+        inner.rmdir()
+    return [line.replace(str(inner), str(folder)) for line in lines]
+
+
+def _complete_card(path: Path, export: Export, publication: Publication) -> Iterator[Note]:
+    """Write into a card what the publication says; notes what it lacks."""
     from huggingface_hub import ModelCard
 
-    lines = yield from write(form, export, folder)
-    path = folder / CARD
     opened = f'from_pretrained("{publication.repository}"'  # in place of the folder
     text = re.sub(r'from_pretrained\("(?:[^"\\]|\\.)*"', opened, path.read_text(encoding="utf-8"))
     name = publication.repository.rpartition("/")[2]
@@ -130,7 +147,6 @@ def prepare(form: str, export: Export, publication: Publication, folder: Path) -
         yield Note("The card names no license: that of the base is unknown. Give one with --license.")
     if not data.base_model:
         yield Note("The card names no base: it was not imported from the hub. Give its hub id with --base-name.")
-    return lines
 
 
 def _refuse_paths(folder: Path) -> None:

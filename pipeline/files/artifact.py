@@ -19,6 +19,7 @@ MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder i
 LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
 LARGEST_JSON = 50_000_000  # bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)  # target, process id, start time, kind
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 
@@ -28,13 +29,9 @@ def writing(target: Path) -> Iterator[Path]:
 
     What was there before is replaced, and stays if the block fails or the process is killed.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
-    # Beside the target: a rename is atomic only within one file system.
-    folder, old = _sibling(target, "tmp"), _sibling(target, "old")
-    folder.mkdir()
-    try:
+    with beside(target) as folder:
         yield folder
+        old = _sibling(target, "old")
         # The contents reach the disk before the name does. Renamed first, the folder could have its name after a power
         # cut, and files without their bytes.
         sync_tree(folder)
@@ -50,6 +47,20 @@ def writing(target: Path) -> Iterator[Path]:
             raise
         _sync(target.parent)  # the names too, before the old folder is gone
         _remove(old)
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, as a rename is atomic only within one file system.
+
+    What killed processes left there is removed first, and what they were about to replace put back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    folder = _sibling(target, "tmp")
+    folder.mkdir()
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -61,8 +72,9 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
     """
     # Written in place, the file would be cut short by a full disk or a kill, and a reader would meet half of it. Beside
     # the target, as a rename is atomic only within one file system; with the process's id, as two may write at a time.
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = _sibling(path, "tmp")
     try:
+        _recover(path)
         with new.open("wb") as file:
             file.writelines([contents.encode()] if isinstance(contents, str) else contents)
             # As in `writing`, contents before name. It takes milliseconds, so what is written several times per second
@@ -92,6 +104,11 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
         raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder is one that is being written, or that a killed process left."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
 def _sibling(target: Path, kind: str) -> Path:
     """A path beside `target` with this process's id and, since ids are reused, its start time."""
     _, started = _process_state(os.getpid())
@@ -101,11 +118,14 @@ def _sibling(target: Path, kind: str) -> Path:
 def _recover(target: Path) -> None:
     """Clean up after a killed process: restore what it was about to replace, delete what it had started."""
     # The start time is missing where the system has no /proc, and in names that earlier versions wrote.
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(?:-(\d*))?\.(tmp|old)")
-    for leftover in sorted(target.parent.glob(f".{target.name}.*")):
-        match = pattern.fullmatch(leftover.name)
-        if match and not _is_running(int(match[1]), match[2] or ""):
-            if match[3] == "old" and not target.exists():
+    try:
+        siblings = sorted(target.parent.iterdir())
+    except OSError:  # there is no folder yet, or it cannot be listed
+        return
+    for leftover in siblings:
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match and match[1] == target.name and not _is_running(int(match[2]), match[3] or ""):
+            if match[4] == "old" and not target.exists():
                 leftover.rename(target)
             else:
                 _remove(leftover)

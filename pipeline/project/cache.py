@@ -64,7 +64,7 @@ class Cache:
             try:
                 artifact.verify(entry)  # a file of it may have been edited through one of its hard links
             except UserError as error:
-                shutil.rmtree(entry)
+                _remove(entry)
                 raise Damaged(str(error)) from None
             with artifact.writing(target) as folder:
                 _copy(entry, folder)
@@ -108,7 +108,7 @@ class Cache:
             for entry in self._entries():
                 seen[entry.stage] = seen.get(entry.stage, 0) + 1
                 if seen[entry.stage] > keep and entry.used <= limit:
-                    shutil.rmtree(entry.path)
+                    _remove(entry.path)
                     removed.append(entry)
         return removed
 
@@ -119,6 +119,13 @@ class Cache:
         with (self.root / ".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _remove(entry: Path) -> None:
+    """Remove an entry: whole, also if the process is killed, so that nobody finds a part of it."""
+    aside = entry.with_name(f".{entry.name}")  # as `prune` knows what is unfinished
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(entry.rename(aside))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import digest
+from pipeline.files.artifact import digest, is_temporary, write_file, writing
 from pipeline.files.base_model import parse_source, resolve
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
@@ -25,6 +25,7 @@ from pipeline.project.params.sections import Training
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 
 PARAMS = "params.yaml"
+BLOCK = 2**20  # bytes that are copied at a time
 HERE = provenance.ROOT  # a clone of the repository, or the folder of the installed packages
 DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_defaults"
 DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
@@ -124,7 +125,8 @@ def refuse_folder(folder: Path) -> None:
         raise UserError(f"{folder} is a file. Name another folder.")
     if folder.resolve() == HERE:
         raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    found = folder.iterdir() if folder.is_dir() else ()
+    files = {path.name for path in found if not is_temporary(path.name)}  # a killed `lora new` may have left one
     if files - UNFINISHED and not files & {PARAMS, ".dvc"}:
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
 
@@ -134,18 +136,24 @@ def copy_data(folder: Path, data: Mapping[str, Path]) -> list[str]:
     added = []
     for name, path in data.items():
         if not (folder / name).exists():
+            # Whole or not at all: half a file, left by a kill, would be taken for the user's own the next time.
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():  # a data set of save_to_disk
-                shutil.copytree(path, folder / name)
+                with writing(folder / name) as out:
+                    shutil.copytree(path, out, dirs_exist_ok=True)
             else:
-                shutil.copyfile(path, folder / name)
+                with path.open("rb") as file:
+                    write_file(folder / name, iter(lambda: file.read(BLOCK), b""))
             added.append(name)
     return added
 
 
 def write_project(project: Project, text: str) -> list[str]:
-    """Write what the project's folder lacks: `text`, the params file's, and DVC's files. Returns what was written."""
-    folder, added = project.root, list[str]()
+    """Write what the project's folder lacks: `text`, the params file's, and DVC's files. Returns what was written.
+
+    The params file comes last: where it is, a project is complete.
+    """
+    folder, added = project.root, dict[str, str]()
     folder.mkdir(parents=True, exist_ok=True)
     rendered = HEADER + render_dvc_yaml(project)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
@@ -153,12 +161,13 @@ def write_project(project: Project, text: str) -> list[str]:
         path = folder / name
         generated = name == CODE_FILE  # renewed where it differs
         if not path.exists() or (generated and path.read_text(encoding="utf-8") != content):
-            path.write_text(content, encoding="utf-8")
-            added.append(name)
-    if not (folder / ".dvc").is_dir():
+            added[name] = content
+    has_dvc = (folder / ".dvc").is_dir()
+    if not has_dvc:
         _init_dvc(folder)
-        added.append(".dvc")
-    return added
+    for name, content in reversed(added.items()):
+        write_file(folder / name, content)
+    return [*added, *([] if has_dvc else [".dvc"])]
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
@@ -257,16 +266,21 @@ def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
 
 
 def _init_dvc(folder: Path) -> None:
-    """Run `dvc init --no-scm` in the folder, even inside another repository. Raises UserError."""
+    """What `dvc init --no-scm` makes, with our config, even inside another repository. Raises UserError."""
     command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
-        )
-    (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
-    (folder / ".dvc/.gitignore").write_text(IGNORED_IN_DVC, encoding="utf-8")
+    with writing(folder / ".dvc") as out:
+        done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(
+                f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
+            )
+        (out / ".dvcignore").unlink(missing_ok=True)
+        for path in (out / ".dvc").iterdir():
+            path.rename(out / path.name)
+        (out / ".dvc").rmdir()
+        (out / "config").write_text(DVC_CONFIG, encoding="utf-8")
+        (out / ".gitignore").write_text(IGNORED_IN_DVC, encoding="utf-8")
 
 
 def render_dvc_yaml(project: Project, code: str | None = None) -> str:
@@ -284,7 +298,7 @@ def renew_code_yaml(project: Project) -> None:
     """Write `CODE_FILE` again if the project has one and the code has changed since: only then does DVC see that."""
     path = project.root / CODE_FILE
     if path.is_file() and path.read_text(encoding="utf-8") != (text := render_code_yaml(project)):
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text)
 
 
 def render_code_yaml(project: Project) -> str:

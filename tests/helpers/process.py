@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,8 @@ from typing import Any
 from tests.helpers import forked_command
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.helpers.preloaded"])
+PRELOADED = "tests.helpers.preloaded"
+SERVER.set_forkserver_preload([PRELOADED])
 
 # A start looks at all children: of two threads that read one exit code, the second would find 255.
 _READING = threading.Lock()
@@ -31,15 +32,21 @@ _READING = threading.Lock()
 class Forked:
     """A running `lora …`, its stderr in a file.
 
-    `dies`: at which call of which function it is killed, if at any; `variables` stand beside its environment.
+    `dies`: at which call of which function it is killed, if at any; `variables` stand beside its environment; `first`
+    is called in the child before the command.
     """
 
     def __init__(
-        self, command: list[str], cwd: Path, dies: tuple[str, int] | None = None, variables: Mapping[str, str] = {}
+        self,
+        command: list[str],
+        cwd: Path,
+        dies: tuple[str, int] | None = None,
+        variables: Mapping[str, str] = {},
+        first: Callable[[], object] | None = None,
     ) -> None:
         handle, self._errors = mkstemp()
         os.close(handle)
-        arguments = command, str(cwd), self._errors, dies, variables
+        arguments = command, str(cwd), self._errors, dies, variables, first
         self.process: BaseProcess = SERVER.Process(target=_run, args=arguments, daemon=True)
         with _READING:
             self.process.start()
@@ -59,7 +66,14 @@ class Forked:
         return self.process.exitcode, errors
 
 
-def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None, variables: Mapping[str, str]) -> None:
+def _run(
+    command: list[str],
+    cwd: str,
+    errors: str,
+    dies: tuple[str, int] | None,
+    variables: Mapping[str, str],
+    first: Callable[[], object] | None,
+) -> None:
     from cli.main import main
 
     os.environ |= variables
@@ -70,6 +84,8 @@ def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None
         os.dup2(os.open(path, os.O_WRONLY), stream)
     os.chdir(cwd)
     sys.argv = command
+    if first:
+        first()
     main()
 
 

@@ -3,6 +3,10 @@
 import csv
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import Encoder
 from pipeline.errors import UserError
+from tests.helpers.projects import ROOT
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 Record = dict[str, Any]
@@ -296,6 +301,23 @@ def test_a_file_is_not_written_over_another_or_itself(tmp_path: Path) -> None:
     convert(original, tmp_path / "old.jsonl", force=True)
     assert (tmp_path / "old.jsonl").read_bytes() == b'{"text": "a"}\n' == original.read_bytes()
     assert (tmp_path / "old.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    (source := tmp_path / "in.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    command = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from pipeline.data.convert import convert\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "convert(Path('in.jsonl'), Path('out.csv.gz'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2 and not (tmp_path / "out.csv.gz").exists()
+    convert(source, tmp_path / "out.csv.gz")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.csv.gz"}
 
 
 def test_other_libraries_read_what_is_written(tmp_path: Path) -> None:

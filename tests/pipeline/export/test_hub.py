@@ -143,6 +143,24 @@ def test_the_license_is_that_of_the_base_and_none_is_claimed_if_it_is_unknown(
     assert ("Give one with --license" in errors) is (not expected)
 
 
+def test_a_dry_run_that_is_stopped_before_its_card_is_complete_leaves_the_earlier_one(
+    cli: Lora, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (source, *BASE_NAME, "--dry-run", "--out", "out")
+    assert push(cli, *arguments)[0] == 0
+    before = folder_bytes(source.parent / "out")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelCard, "save", stopped)
+        push(cli, *arguments, "--license", "mit")
+    assert folder_bytes(source.parent / "out") == before
+    (source.parent / "out/README.md").write_text("mine", encoding="utf-8")
+    assert "out exists and holds other files" in refusal(push(cli, *arguments))
+
+
 def test_an_import_keeps_the_license_of_the_bases_card(cli: Lora, tmp_path: Path) -> None:
     root = new_project(tmp_path / "project", FAMILIES["llama"])
     (root / "base/README.md").write_text("---\nlicense: gemma\n---\n", encoding="utf-8")

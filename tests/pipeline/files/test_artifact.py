@@ -77,16 +77,22 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(kind: str, tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     living = subprocess.Popen(["sleep", "60"])
     for pid in (dead.pid, living.pid):
         (tmp_path / f".x.{pid}.tmp").mkdir()
-    fill(tmp_path / "x", "one")
+        (tmp_path / f".x.{pid}-9.tmp").write_text("half", encoding="utf-8")
+    (tmp_path / f".x.y.{dead.pid}.tmp").mkdir()  # of another target
+    if kind == "folder":
+        fill(tmp_path / "x", "one")
+    else:
+        artifact.write_file(tmp_path / "x", "one")
     living.kill()
     living.wait()
-    assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", "x"])
+    assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", f".x.y.{dead.pid}.tmp", "x"])
 
 
 KILLED_BETWEEN_TWO_RENAMES = """
@@ -236,6 +242,25 @@ def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
     assert not begun.exists()
     assert Cache(project / "nowhere").prune() == []
     assert not (project / "nowhere").exists()
+
+
+def test_an_entry_of_the_cache_is_removed_whole_though_its_removal_is_cut_short(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(project / ".lora-cache")
+
+    def killed(folder: Path, **_: bool) -> None:
+        if Path(folder).is_dir():
+            next(Path(folder).iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        cache.prune()
+    for each in cache.entries():
+        artifact.verify(each.path)
+    assert len(cache.prune()) == len(PIPELINE) - 1
+    assert not list((project / ".lora-cache").glob("*/*"))
 
 
 def test_a_link_where_a_folder_belongs_is_replaced(tmp_path: Path) -> None:

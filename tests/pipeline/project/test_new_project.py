@@ -1,6 +1,8 @@
 """`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
 
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from pipeline.project import new_project
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
-from tests.helpers.projects import GIVEN, ROOT, SHIPPED, STAGES, dvc, folder_bytes, git, load, save
+from tests.helpers.kill_points import count_changes, die_at_change
+from tests.helpers.process import Forked
+from tests.helpers.projects import GIVEN, LORA, ROOT, SHIPPED, STAGES, dvc, folder_bytes, git, load, save
 from tests.helpers.projects import new_project as new_folder
 
 CARD = (
@@ -190,6 +194,24 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
         assert code == 1 and reason in err, err
     assert folder_bytes(tmp_path) == before
     assert not (tmp_path / "p").exists()
+
+
+def test_killed_at_any_change_of_a_file_a_new_project_is_made_whole_by_the_same_command(tmp_path: Path) -> None:
+    """A file that exists is never overwritten, so half a data file or half of DVC's folder would stay."""
+    command, counter = [LORA, "new", "p"], tmp_path / "counter"
+    counter.touch()
+    assert Forked(command, tmp_path, first=partial(count_changes, str(counter))).end()[0] == 0
+    (tmp_path / "p").rename(tmp_path / "whole")
+    expected, changes = folder_bytes(tmp_path / "whole"), counter.stat().st_size
+    for number in (changes // 3, changes - 3):
+        code, errors = Forked(command, tmp_path, first=partial(die_at_change, number, after=True)).end()
+        assert code == -signal.SIGKILL, errors
+        left = folder_bytes(tmp_path / "p")
+        assert all(content == expected[name] for name, content in left.items() if name in expected)
+        assert "params.yaml" not in left or left.keys() >= expected.keys()
+        code, errors = Forked(command, tmp_path).end()
+        assert (code, folder_bytes(tmp_path / "p")) == (0, expected), errors
+        shutil.rmtree(tmp_path / "p")
 
 
 def test_an_installed_package_begins_with_the_params_that_came_with_it(
