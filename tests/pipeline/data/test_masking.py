@@ -1,7 +1,8 @@
 """Label masks: against transformers' masks, and decoded as text."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from pipeline.data import masking
 from pipeline.data.examples import Example, Message, Role
-from pipeline.data.masking import Encoded, encode
+from pipeline.data.masking import Encoded, Encoder, encode
+from pipeline.data.tokenizers.chat_template import Answers
 from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import (
@@ -180,17 +184,27 @@ def transformers_mask(
     return out["input_ids"], list(map(bool, out["assistant_masks"]))
 
 
+THOUGHTS = talk("And Japan?", "<think>\nI think.\n</think>\n\nThe Yen.", "Hello", "<think>\nHello?\n</think>\n\nHello!")
+
+
 def test_a_template_that_drops_thoughts_from_earlier_answers_is_understood(made: Maker) -> None:
     tokenizer = made(THINKS)
-    thought = talk(
-        "And Japan?", "<think>\nI think.\n</think>\n\nThe Yen.", "Hello", "<think>\nHello?\n</think>\n\nHello!"
-    )
-    assert learned(encode(thought, tokenizer), tokenizer) == [
+    assert learned(encode(THOUGHTS, tokenizer), tokenizer) == [
         "The Yen.<|im_end|>",
         "<think>\nHello?\n</think>\n\nHello!<|im_end|>",
     ]
     plain = encode(CONVERSATION, tokenizer)
     assert learned(plain, tokenizer) == ["The lev.<|im_end|>", "<think>\n\n</think>\n\nThe Yen, I think.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, THINKS])
+@pytest.mark.parametrize("example", [CONVERSATION, THOUGHTS, talk(*("The euro.", "The lev.") * 20)])
+def test_tools_stand_before_the_turns_and_change_no_answer(made: Maker, template: str, example: Example) -> None:
+    tokenizer = made("{{ tools | tojson if tools else '' }}" + template)
+    tools = ({"type": "function", "function": {"name": "convert", "parameters": {}}},)
+    told = encode(replace(example, tools=tools), tokenizer)
+    assert learned(told, tokenizer) == learned(encode(example, tokenizer), tokenizer)
+    assert '"convert"' in tokenizer.decode(told.ids)
 
 
 def test_a_template_that_writes_bos_itself_has_one(made: Maker) -> None:
@@ -276,3 +290,24 @@ def test_every_role_is_rendered(made: Maker) -> None:
         messages = (Message(role=role, content="Hello"), *talk("Hello", "Hello!").messages)
         if role != "assistant":
             assert learned(encode(Example("", "f", 1, messages=messages), made(SMOLLM2)), made(SMOLLM2))
+
+
+def test_conversations_are_rendered_in_groups_by_their_number_and_characters(
+    made: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, sizes = made(SMOLLM2), list[int]()
+    assert tokenizer.end_ids  # found once, by rendering
+    render = tokenizer.render_each
+
+    def counted(conversations: Sequence[Conversation]) -> Answers:
+        sizes.append(len(conversations))
+        return render(conversations)
+
+    monkeypatch.setattr(tokenizer, "render_each", counted)
+    monkeypatch.setattr(masking, "GROUP_EXAMPLES", 3)
+    monkeypatch.setattr(masking, "GROUP_CHARACTERS", 100)
+    full = talk("u" * 49, "a" * 50)  # 100 characters with the line's end: as many as a group may have
+    for examples, wanted in ([talk("a", "b")] * 7, [3, 3, 1]), ([full] * 4, [2, 2]), ([talk("a", "b"), full], [2]):
+        sizes.clear()
+        assert [example for example, _ in Encoder(tokenizer).each(examples)] == examples
+        assert sizes == wanted
