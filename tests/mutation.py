@@ -363,7 +363,9 @@ def judge(mutant: Mutant, tests: Sequence[str], seconds: float) -> Result:
     with contextlib.suppress(BlockingIOError):
         result.test = os.read(read, 4000).decode(errors="replace")
     os.close(read)
-    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED) and not result.test:
+    none_ran = code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED) and not result.test
+    # The mutant may break what is computed while tests are collected; without it they must be there.
+    if none_ran and _fork(lambda: int(pytest.main([*_options(), "--collect-only", *tests])), 600.0)[0]:
         sys.exit(f"pytest ran no test for {mutant.file}:{mutant.line} ({len(tests)} were asked for).")
     result.status = "timeout" if status == "timeout" else "survived" if code == 0 else "killed"
     result.seconds = round(time.perf_counter() - start, 1)
