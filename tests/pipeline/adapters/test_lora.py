@@ -177,6 +177,24 @@ def test_dropout_is_on_the_input_of_the_update_alone(kind: type[LoRALinear], bas
     assert torch.equal(layer(x), layer.base(x))
 
 
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+@torch.no_grad()
+def test_a_quantized_weight_is_dequantized_in_the_precision_of_the_input(kind: type[LoRALinear]) -> None:
+    """Where a merge is compared in fp32, x is wider than the base in 16 bits."""
+    base = QuantizedLinear(nn.Linear(8, 6, bias=False).bfloat16(), "int8", torch.device("cpu"))
+    layer, x = kind(base, 2, 0.5, torch.float32, dropout=0.25), torch.randn(2, 3, 8)
+    layer.folds = False
+    torch.testing.assert_close(layer(x), base(x))
+    layer.keep = lambda x: KEPT.expand(x.shape)
+    torch.testing.assert_close(layer(x), base(x))
+
+
+def test_with_dropout_too_a_new_layer_answers_exactly_like_its_base() -> None:
+    layer, x = LoRALinear(base_of("linear"), 2, 0.5, dropout=0.25), torch.randn(2, 3, 8)
+    layer.keep = lambda x: KEPT.expand(x.shape)
+    assert torch.equal(layer(x), layer.base(x))
+
+
 def test_kernels_get_an_update_only_where_the_layer_is_no_more_than_one() -> None:
     layer = LoRALinear(base_of("linear"), 2, 0.5)
     base, A, B, scale = layer.linear_update() or pytest.fail("a plain layer")

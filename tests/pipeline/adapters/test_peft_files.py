@@ -188,6 +188,13 @@ def test_what_does_not_fit_is_refused(
     assert message in str(error.value)
 
 
+def test_a_file_without_any_factor_is_refused_by_the_first_that_is_missing(tmp_path: Path) -> None:
+    adapter(tmp_path, SPECS["linears"])
+    save_file({"norm.weight": torch.ones(3)}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=f"{WEIGHTS} does not fit: missing {A0}"):
+        load_adapter(model_of(), BASE, tmp_path)
+
+
 @torch.no_grad()
 def test_a_copy_of_the_bases_embedding_is_taken_if_it_is_one(tmp_path: Path) -> None:
     trained = adapter(tmp_path, SPECS["an embedding"])
