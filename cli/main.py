@@ -43,7 +43,7 @@ COMMANDS = {
     "data": ("cli.data", "Check, show and convert data files."),
     "runs": ("cli.runs", "List training runs; send finished ones to a tracker."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
-    "doctor": ("cli.project", "Show versions, devices, memory and disk."),
+    "doctor": ("cli.project", "Show versions, devices, memory, missing libraries."),
 }
 
 

@@ -245,7 +245,7 @@ def doctor(
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
-    """Show versions, devices, memory, disk, and what optional libraries are missing for which command."""
+    """Show versions, devices, memory, missing libraries."""
     import os
     import platform
     import shutil

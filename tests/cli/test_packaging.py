@@ -59,7 +59,10 @@ def test_the_constraints_name_one_version_of_every_dependency_that_its_range_all
         assert pin.url is None and re.fullmatch(r"==[\w.]+", str(pin.specifier)), line  # no address, no local build
         pinned.setdefault(canonicalize_name(pin.name), []).append(pin)
     optional = [
-        one for name, given in PROJECT["optional-dependencies"].items() if name not in ("all", "dev") for one in given
+        one
+        for name, given in PROJECT["optional-dependencies"].items()
+        if name not in ("all", "dev", "docs")
+        for one in given
     ]
     for needed in map(Requirement, [*PROJECT["dependencies"], *optional]):
         pins = pinned[canonicalize_name(needed.name)]

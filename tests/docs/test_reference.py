@@ -57,7 +57,7 @@ def test_a_message_of_the_program_is_on_the_page_of_errors_with_names_for_its_va
 
 def test_messages_without_a_word_of_their_own_are_left_out_and_constants_are_written_out() -> None:
     page = error_pages()["reference/errors.md"]
-    assert "Install it again: pip install" in page and "- `ERROR` in" not in page
+    assert "Merge it with `litgpt merge_lora`" in page and "- `ERROR` in" not in page
 
 
 def test_each_key_with_a_name_is_on_the_page_of_keys_once_in_each_pane() -> None:
