@@ -474,9 +474,12 @@ def test_answers_are_part_of_what_a_checkpoint_needs(tmp_path: Path) -> None:
     weights_of(tmp_path / "run", asked(1))
     for file in ("samples.jsonl", "loss.csv"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    (tmp_path / "cut/samples.jsonl").write_bytes((tmp_path / "cut/samples.jsonl").read_bytes()[:-400])
-    said = until(train(new_job(tmp_path / "cut"), asked(1)), 1)
-    assert "samples.jsonl has fewer than 4 lines" in said[0].text
+    for file in ("loss.csv", "samples.jsonl"):
+        shutil.copytree(tmp_path / "cut", tmp_path / file)
+        log = tmp_path / file / file
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+        said = until(train(new_job(tmp_path / file), asked(1)), 1)
+        assert f"{file} has fewer than 4 lines" in said[0].text
 
 
 def test_only_a_model_that_compiles_is_compiled(tmp_path: Path) -> None:
@@ -621,6 +624,14 @@ def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resu
     assert [(each.stopped, each.diverged) for each in resumed.learners] == [(None, False), (1, True)]
     for file in ("a/loss.csv", "b/loss.csv", "sweep.json"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("rows", "told"), [(4, r"(f\.txt:\d, ){4}"), (6, r"(f\.txt:\d, ){3}f\.txt:\d and 2 more, ")])
+def test_of_one_that_diverges_at_most_four_lines_are_named(rows: int, told: str, tmp_path: Path) -> None:
+    task, batches = diverging(1), Batches(listed(windows_of((3,) * rows)), rows, 0)
+    learners = [replace(each, batches=batches) for each in task.learners]
+    _, said = played(train(new_job(tmp_path), replace(task, learners=learners)))
+    assert re.search(rf"at step 2, on {told}its loss is nan", notes(said))
 
 
 def test_where_all_diverge_the_run_ends_and_the_weights_before_are_kept(tmp_path: Path) -> None:
