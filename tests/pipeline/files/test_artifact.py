@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -338,6 +339,12 @@ def test_json_is_read_as_an_object_up_to_a_size(tmp_path: Path, monkeypatch: pyt
     path.write_text(f"{text} ", encoding="utf-8")
     with pytest.raises(UserError, match=rf"^{path} must have at most {len(text.encode())} bytes\. Do this\.$"):
         artifact.read_json(path, "Do this")
+    path.write_bytes(b" " * 10_000_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="must have at most"):
+        artifact.read_json(path, "Do this")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000, "of a larger one no more is read than shows it"
+    tracemalloc.stop()
     for wrong in (b"[]", b"{", b"\xff", b"[" * 40):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=rf"^{path} is not a JSON object\. Do this\.$"):

@@ -1,6 +1,7 @@
 """The loop around the steps, on a toy: what it says and keeps when a run ends early, and how the next one goes on."""
 
 import gc
+import json
 import math
 import os
 import re
@@ -46,7 +47,7 @@ from tests.helpers.projects import STAGES, folder_bytes, played
 from tests.helpers.real import listed, notes, toy, windows_of, with_lora
 
 TOTAL = 6  # two epochs of three steps; the second is the largest
-DATA = listed(windows_of((4, 9, 2, 7, 5, 3)))
+DATA = listed(windows_of((4, 9, 2, 7, 6, 3)))
 
 
 def settings(**changes: Any) -> Training:
@@ -190,20 +191,40 @@ def failing(error: Exception, at: int, **more: Any) -> TrainingTask:
     return replace(task, path=Fails(task.model, error, at), **more)
 
 
+def step_size(number: int) -> str:
+    """The predicted peak of a step."""
+    task = new_task()
+    return in_units(predict_peak_memory(task.model, FULL, task.settings, task.batches[number][0]) or 0)
+
+
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_where_memory_runs_out_the_steps_before_are_kept(at: int, tmp_path: Path) -> None:
     expected = weights_of(tmp_path / "whole")
+    assert step_size(5) not in (step_size(4), step_size(3))
     with pytest.raises(CollectiveError) as error:
         weights_of(tmp_path / "run", failing(RuntimeError("CUDA out of memory. Tried 9 GiB\nmore"), at))
     assert re.fullmatch(
         rf"finetune_full: out of memory in step {at + 1} \(CUDA out of memory\. Tried 9 GiB\)\. The calculator "
-        rf"predicts .* with finetune_full.gradient_checkpointing=full.*\. A checkpoint after step {at} of 6 is kept\.",
+        rf"predicts {step_size(at)}; .* with finetune_full.gradient_checkpointing=full.*\. "
+        rf"A checkpoint after step {at} of 6 is kept\.",
         str(error.value),
     )
     assert kept(tmp_path / "run") == [f"checkpoint-{at:09d}"]
     optimizer, said = played(train(new_job(tmp_path / "run"), new_task()))
     assert (f"resumed after step {at}" in notes(said)) == (at > 0)
     assert torch.equal(optimizer.weights, expected)
+
+
+def test_where_memory_runs_out_after_the_last_step_its_size_is_told_and_it_is_kept(tmp_path: Path) -> None:
+    class Greedy(Asked):
+        def answers(self, step: int) -> list[Sample]:  # noqa: ARG002
+            raise MemoryError
+
+    task = asked(TOTAL)
+    prompts = cast(Prompts, Greedy(task.model, TOTAL))
+    with pytest.raises(CollectiveError, match=r"A checkpoint after step 6 of 6 is kept\.$") as error:
+        weights_of(tmp_path, replace(task, prompts=prompts))
+    assert f"The calculator predicts {step_size(TOTAL - 1)}" in str(error.value)
 
 
 def test_before_the_first_step_there_is_only_advice(tmp_path: Path) -> None:
@@ -516,6 +537,15 @@ def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(tmp_path: Path, mon
     assert [first("bf16", "cuda", True), first("fp32", "cuda", False), first("bf16", "cpu", False)] == ["", "", ""]
 
 
+def test_settings_without_lora_plus_give_every_parameter_one_rate() -> None:
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    optimizer = loop.build_optimizer(with_lora(toy("llama")), settings())
+    before = optimizer.weights.clone()
+    optimizer.gradient.fill_(3.0)
+    optimizer.step(0.01)
+    torch.testing.assert_close(optimizer.weights, before - 0.01)
+
+
 # Divergence
 
 
@@ -614,7 +644,8 @@ def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resu
         r"Lower its learning_rate\.",
         told,
     )
-    assert read_run_outcomes(tmp_path / "whole") == {"b": "diverged"}
+    table = json.loads((tmp_path / "whole/sweep.json").read_text(encoding="utf-8"))
+    assert table == {"b": {"state": "diverged", "steps": 1}}
     assert [len(read_steps(tmp_path / "whole" / name / "loss.csv")) for name in "ab"] == [TOTAL, 1]
     abandon(tmp_path / "run", 5, 4, diverging(1))
     resumed = diverging(1)
