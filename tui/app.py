@@ -261,7 +261,8 @@ class Workbench(App[None]):
                         done = asyncio.Event()
                         if node.call_later(done.set):  # False for a widget that is being removed
                             with suppress(TimeoutError):
-                                await asyncio.wait_for(done.wait(), KEY_PATIENCE)
+                                async with asyncio.timeout(KEY_PATIENCE):
+                                    await done.wait()
         finally:
             self._delivering = False
 

@@ -172,7 +172,7 @@ class _LogProbs(torch.autograd.Function):
                 grads += torch.autograd.grad(value.sum(), [rows]) if needs_rows else ()
             values.append(value.detach())
         ctx.save_for_backward(torch.cat(grads) if needs_rows else hidden, labels)
-        return torch.cat(values) if values else hidden.new_zeros(0, dtype=torch.float32)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:

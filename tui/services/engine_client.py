@@ -200,7 +200,8 @@ class _Process:
             self._kill()
         # Wait for the exit; kill the process if it only closed stdout. Its children may keep stderr open longer.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), PATIENCE)
+            async with asyncio.timeout(PATIENCE):
+                await self._process.wait()
         self._kill()
         await self._process.wait()
         await asyncio.wait((self._stderr_task,), timeout=PATIENCE)

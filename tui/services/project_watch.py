@@ -97,8 +97,10 @@ class ProjectWatch:
             if ended:
                 self._on_end(ended)
             pause = IDLE if look is not before else min(max(IDLE, seconds / IDLE_SHARE), MAX_PAUSE)
+            # Not `wait_for`: before Python 3.12 it returns if it is cancelled in the moment in which the event comes.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), BUSY if self.running or pipeline else pause)
+                async with asyncio.timeout(BUSY if self.running or pipeline else pause):
+                    await self._wake.wait()
 
     def _show(self, look: Look) -> None:
         self._look = look

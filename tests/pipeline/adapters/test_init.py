@@ -16,6 +16,7 @@ from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
 from tests.helpers.real import ROWS, stock, toy
+from tests.pipeline.adapters.test_experts import Largest
 
 INITS: tuple[Init, ...] = get_args(Init)
 IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
@@ -89,6 +90,20 @@ def test_pissa_leaves_base_plus_adapter_equal_to_the_base(shape: tuple[int, int]
 def test_pissa_of_a_weight_with_fewer_singular_values_is_refused() -> None:
     with pytest.raises(UserError, match=r"takes 9 singular values of a weight that has 8. Set finetune_lora.rank to 8"):
         principal(torch.randn(8, 20), 9, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(300, 8), (8, 300)], ids=str)
+def test_pissa_makes_no_matrix_that_is_larger_than_the_weight(shape: tuple[int, int]) -> None:
+    with Largest() as made:
+        A, B = principal(torch.randn(shape), 2, 1.0)
+    assert made.elements == 8 * 300 and (A.shape, B.shape) == ((2, shape[1]), (shape[0], 2))
+
+
+def test_pissa_takes_as_many_singular_values_as_there_are() -> None:
+    weight = torch.randn(8, 20, dtype=torch.float64)
+    A, B = principal(weight, 8, 2.0)
+    torch.testing.assert_close(2 * B @ A, weight)
+    torch.testing.assert_close(A @ A.T, B.T @ B)  # the square root of each singular value on either side
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -3,6 +3,7 @@ the divergence, ORPO's likelihood of the prompt."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.stages.methods.dpo import FinetuneDpo
+from pipeline.training.batches import collate
 from pipeline.training.losses import log_probs
 from pipeline.training.preferences import losses
 from pipeline.training.preferences.losses import (
@@ -71,6 +73,8 @@ def test_log_probs_and_their_gradients_are_autograds_however_they_are_chunked(tr
         found = log_probs(head, plain, labels, size, [*head.parameters()] if trains_head else [])
         assert_close(found, values)
         assert_close(torch.autograd.grad((found * upstream).sum(), parameters), wanted)
+    none = log_probs(head, plain[:0], labels[:0], 4, [*head.parameters()] if trains_head else [])
+    assert (none.shape, none.dtype) == ((0,), torch.float32)
 
 
 # All labels, some of them, and some before tokens that carry none.
@@ -140,6 +144,51 @@ def test_a_rank_that_gets_no_unit_is_idle(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(first, losses.AnswerBatch) and isinstance(last, losses.AnswerBatch)
     assert (first.units, first.idle, first.counts) == (1, False, (2, 3))
     assert (last.units, last.idle, last.counts) == (0, True, (3, 2)), "it computes as the others do, and counts nothing"
+
+
+def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts_too() -> None:
+    answers = answers_of(sequences(24))
+    lengths = [len(window.ids) for window in answers.windows]
+    assert [answers.tokens(n) for n in range(3)] == [sum(lengths[2 * n : 2 * n + 2]) for n in range(3)]
+
+    def inputs(seed: int | None) -> list[list[int]]:
+        return [batch.ids.tolist() for step in range(3) for batch in AnswerBatches(answers, 4, seed)[step]]
+
+    assert inputs(0) == inputs(0) != inputs(1) != inputs(None) != inputs(0)
+    (part,), (whole,) = (AnswerBatches(answers, 4, None, whole=whole)[0] for whole in (False, True))
+    assert isinstance(part, losses.AnswerBatch) and isinstance(whole, losses.AnswerBatch)
+    assert part.answered is None and whole.answered is not None and whole.tokens > part.tokens
+
+
+def test_a_model_that_packs_nothing_reads_each_sequence_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, run_body = toy("llama"), list[int](), TransformersModel.run_body
+
+    def counted(self: TransformersModel, inputs: Tensor, *rest: Any, **options: Any) -> Any:
+        read.append(inputs.shape[1])
+        return run_body(self, inputs, *rest, **options)
+
+    monkeypatch.setattr(TransformersModel, "run_body", counted)
+    for model.supports_packing, lengths in ((False, [3, 4, 3]), (True, [10])):
+        read.clear()
+        likelihood(model, batch_of(answers_of([TRAILED, PARTLY, FULL]), range(3)))
+        assert read == lengths
+
+
+def test_batches_of_the_retention_loss_are_passed_on_and_a_rank_that_saw_nothing_adds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = PreferencePath(toy("llama"), FinetuneDpo())
+    batch, orders = collate([FULL, PARTLY]), cast(Any, {0: {7: [collate([FULL, PARTLY])]}})
+    (found,) = path.batches(orders, 7)
+    assert found.batch.ids.tolist() == batch.ids.tolist() and found.labels == {0: batch.tokens}
+    added = list[tuple[float, ...]]()
+
+    def reduced(*numbers: float) -> list[float]:
+        added.append(numbers)
+        return [*numbers]
+
+    monkeypatch.setattr(losses, "all_reduce_numbers", reduced)
+    assert path.measured() == {} and added == [(0, 0, 0.0, 0.0, 0.0)]
 
 
 @pytest.mark.parametrize("shift", [-1.0, 1.0])

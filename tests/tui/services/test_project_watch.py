@@ -70,6 +70,20 @@ async def test_broken_params_leave_the_last_valid_project(empty: Path) -> None:
         await watch.comes(lambda: not watch.problem)
 
 
+async def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_is_woken_ends(empty: Path) -> None:
+    watch = Watched(empty)
+    task = asyncio.create_task(watch.run())
+    await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
+    while watch._wake.is_set():  # `comes` woke it: it looks once more, and waits
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    watch.look_now()
+    task.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait((task,))
+    assert task.cancelled()
+
+
 async def test_a_project_that_is_deleted_is_a_problem_and_no_error(empty: Path) -> None:
     async with watching(empty) as watch:
         await watch.comes(lambda: len(watch.states) == len(watch.stages))
