@@ -416,7 +416,7 @@ def test_a_model_that_reads_one_sequence_at_a_time_is_noted(tmp_path: Path) -> N
 
 def overfitting() -> TrainingTask:
     evaluation = Evaluation(Batches(listed(windows_of((9, 8, 7, 6), seed=1)), 4, 0), 1, 2)
-    return new_task(settings(epochs=40, schedule="constant", learning_rate=3e-3), evaluation=evaluation)
+    return new_task(settings(epochs=40, schedule="constant", learning_rate=2e-2), evaluation=evaluation)
 
 
 def test_a_run_that_no_longer_improves_stops_with_its_best_weights_also_if_it_is_killed_then(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_run_that_no_longer_improves_stops_with_its_best_weights_also_if_it_is
     best = losses.index(min(losses)) + 1
     assert 1 < best == len(losses) - 2 < 100
     assert f"finetune_full: stopped at step {best + 2} of 120: the evaluation loss no longer improves" in notes(said)
-    cut = new_task(settings(epochs=40, schedule="constant", learning_rate=3e-3, max_steps=best))
+    cut = new_task(settings(epochs=40, schedule="constant", learning_rate=2e-2, max_steps=best))
     assert torch.equal(weights_of(tmp_path / "cut", cut), optimizer.weights)
     assert torch.equal(torch.cat([p.detach().view(-1) for p in task.model.parameters()]), optimizer.weights[0])
     again, said = played(train(new_job(tmp_path / "run"), overfitting()))
