@@ -59,8 +59,8 @@ def new_job(run: Path, every: int | None = None, key: str = "key") -> Job:
     return Job(cast(Project, None), STAGES["finetune_full"], run / "out", run, key, every)
 
 
-def new_task(given: Training | None = None, model: CausalLM | None = None, **more: Any) -> TrainingTask:
-    return TrainingTask.of_one(model or toy("llama"), Batches(DATA, 2, 0), given or settings(), FULL, **more)
+def new_task(given: Training | None = None, model: CausalLM | None = None, seed: int = 0, **more: Any) -> TrainingTask:
+    return TrainingTask.of_one(model or toy("llama"), Batches(DATA, 2, seed), given or settings(), FULL, **more)
 
 
 def weights_of(run: Path, task: TrainingTask | None = None, **job: Any) -> torch.Tensor:
@@ -349,8 +349,9 @@ def test_a_run_goes_on_from_the_state_of_another_or_says_that_it_cannot(tmp_path
 # What it tells and logs
 
 
-def test_what_it_says_and_logs_of_memory_and_losses(tmp_path: Path) -> None:
-    task = new_task()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_it_says_and_logs_of_memory_and_losses(seed: int, tmp_path: Path) -> None:
+    task = new_task(seed=seed)
     _, said = played(train(new_job(tmp_path), task))
     steps = read_steps(tmp_path / "loss.csv")
     assert [event for event in said if isinstance(event, Progress)] == [
@@ -358,7 +359,8 @@ def test_what_it_says_and_logs_of_memory_and_losses(tmp_path: Path) -> None:
     ]
     rows = [line.split(",") for line in (tmp_path / "telemetry.csv").read_text(encoding="utf-8").splitlines()[1:]]
     assert [row[4] for row in rows] == ["cpu"] * TOTAL
-    tokens = [sum(batch.ids.numel() for batch in task.batches[number]) for number in range(4)]
+    tokens = [sum(batch.ids.numel() for batch in task.batches[number]) for number in range(TOTAL)]
+    assert (tokens[4] > max(tokens[1:4])) == (seed == 1), "a larger one after an epoch's steps is not waited for"
     largest = max(range(1, 4), key=lambda number: tokens[number])  # the first step allocates what later ones keep
     (batch,) = task.batches[largest]
     predicted, measured = predict_peak_memory(task.model, FULL, task.settings, batch), int(rows[-1][6])
@@ -535,6 +537,17 @@ def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(tmp_path: Path, mon
 
     assert "no bf16 instructions and is slow with it. Set finetune_full.precision=fp16" in first("bf16", "cuda", False)
     assert [first("bf16", "cuda", True), first("fp32", "cuda", False), first("bf16", "cpu", False)] == ["", "", ""]
+
+
+def test_dropout_and_noise_each_change_what_is_learned_and_neither_of_zero_does(tmp_path: Path) -> None:
+    def learned(name: str, **noise: float) -> torch.Tensor:
+        own = FinetuneLora(epochs=1, learning_rate=1e-2, **noise)  # type: ignore[arg-type]
+        return weights_of(tmp_path / name, new_task(own, with_lora(toy("llama"), dropout=own.lora_dropout)))
+
+    plain = learned("plain")
+    assert torch.equal(learned("none", lora_dropout=0.0, neftune_alpha=0.0), plain)
+    assert not torch.equal(learned("dropout", lora_dropout=0.5), plain)
+    assert not torch.equal(learned("noise", neftune_alpha=5.0), plain)
 
 
 def test_settings_without_lora_plus_give_every_parameter_one_rate() -> None:

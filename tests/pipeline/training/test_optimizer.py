@@ -103,6 +103,8 @@ def test_a_learner_whose_layer_nobody_used_has_no_gradient_there() -> None:
 def test_16_bit_learners_step_as_their_fp32_weights_and_read_them_rounded() -> None:
     half, full = Stacked().to(torch.bfloat16), Stacked().to(torch.bfloat16).float()
     optimizers = [FlatOptimizer(model, ratios=(1.0, 1.0)) for model in (half, full)]
+    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in optimizers[0].tensors()}
+    assert sum(held.values()) == 46 * (4 + 4 + 2), "no 16-bit gradients: autograd has its own"
     for model, optimizer in zip((half, full), optimizers, strict=True):
         torch.autograd.backward((model.vectors * 0.5).sum() - model.matrices.sum())  # exact in 16 bits
         optimizer.collect_gradients()
