@@ -1,12 +1,16 @@
 """Artifact folders, written atomically, and the cache of them."""
 
 import errno
+import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +21,8 @@ from pipeline.files import artifact
 from pipeline.project.cache import Cache, Damaged
 from pipeline.project.runner import Note
 from tests.helpers.projects import BRIEF, PIPELINE, folder_bytes, make_one
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="tells processes apart by /proc")
 
 
 def names(folder: Path) -> list[str]:
@@ -153,6 +159,224 @@ def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None
         raise RuntimeError
     killed.wait()
     assert names(tmp_path) == ["x"]
+
+
+@needs_proc
+def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(tmp_path: Path) -> None:
+    """Ids are used again: another process with this one's leaves its files under another start time."""
+    with artifact.writing(tmp_path / "x") as folder:
+        assert artifact.is_temporary(folder.name)
+        told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)\.tmp", folder.name)
+    assert told
+    living = subprocess.Popen(["sleep", "60"])
+    left = [
+        f".x.{living.pid}-{told[1]}.tmp",
+        f".x.{living.pid}-.tmp",
+        f".x.{living.pid}.tmp",
+        f".x.{os.getpid()}-1.tmp",
+    ]
+    for name in left:
+        (tmp_path / name).mkdir()
+    fill(tmp_path / "x", "one")
+    living.kill()
+    living.wait()
+    assert names(tmp_path) == sorted(["x", *left[1:3]]), "without a start time, whose process lives is left alone"
+
+
+@needs_proc
+def test_a_process_whose_name_is_no_utf8_writes_like_any_other(tmp_path: Path) -> None:
+    own = Path("/proc/self/comm")
+    before = own.read_bytes()
+    own.write_bytes(b"\xff) R 1")
+    try:
+        fill(tmp_path / "x", "one")
+        with artifact.writing(tmp_path / "y") as folder:
+            strange = folder.name
+    finally:
+        own.write_bytes(before)
+    with artifact.writing(tmp_path / "y") as folder:
+        assert folder.name == strange
+    assert names(tmp_path) == ["x", "y"]
+
+
+@needs_proc
+def test_a_process_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_pid: int, _number: int) -> None:
+        raise PermissionError
+
+    (tmp_path / ".x.1.tmp").mkdir()
+    (tmp_path / ".x.1-3.tmp").mkdir()  # the first process started before the third tick
+    monkeypatch.setattr(os, "kill", refuse)
+    fill(tmp_path / "x", "one")
+    assert names(tmp_path) == [".x.1.tmp", "x"]
+
+
+def test_where_no_rename_is_possible_the_old_folder_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "x", "one")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        for name in ("x", "y"):
+            with pytest.raises(OSError, match="Permission denied"):
+                fill(tmp_path / name, "two")
+    assert (names(tmp_path), (tmp_path / "x/a.txt").read_text(encoding="utf-8")) == (["x"], "one")
+
+
+def test_folders_around_it_are_made_and_a_file_needs_them(tmp_path: Path) -> None:
+    fill(tmp_path / "new/deep/x", "one")
+    fill(tmp_path / "new/deep/y", "one")
+    assert names(tmp_path / "new/deep") == ["x", "y"]
+    with pytest.raises(OSError, match="No such file") as missing:
+        artifact.write_file(tmp_path / "none/x", "text")
+    assert (missing.value.errno, missing.value.filename) == (errno.ENOENT, str(tmp_path / "none/x"))
+
+
+def test_a_file_is_synced_before_it_has_its_name_only_if_it_must_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.fstat(file).st_size, (tmp_path / "x").exists())))
+    artifact.write_file(tmp_path / "y", [b"ab", b"\xffc"])
+    assert ((tmp_path / "y").read_bytes(), seen) == (b"ab\xffc", [])
+    artifact.write_file(tmp_path / "x", "é", durable=True)
+    assert seen == [(2, False)]
+
+
+def test_what_is_written_must_not_be_or_hold_or_lie_in_an_input(tmp_path: Path) -> None:
+    for name in ("in", "other", "full", "empty"):
+        (tmp_path / name / "below").mkdir(parents=True)
+    (tmp_path / "empty/below").rmdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    sources = [tmp_path / "other", tmp_path / "in"]
+    for name in ("in", "link", "other/../in"):
+        with pytest.raises(UserError, match=r"is also an input\. Name another folder with --out"):
+            artifact.refuse_other(tmp_path / name, True, sources)
+    for out in (tmp_path / "in/below", tmp_path / "in/new/deep", tmp_path, tmp_path / "link/below"):
+        with pytest.raises(UserError, match=rf"^{out} and the input {tmp_path}/\w+ contain one another"):
+            artifact.refuse_other(out, True, sources)
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match=rf"{name} exists and holds other files"):
+            artifact.refuse_other(tmp_path / name, False, sources)
+        artifact.refuse_other(tmp_path / name, True, sources)
+    for name in ("empty", "new", "in2"):
+        artifact.refuse_other(tmp_path / name, False, sources)
+
+
+def snapshot(root: Path, cache: str = "models--a--b", kind: str = "snapshots") -> Path:
+    """A model as the hub's cache holds it: links to blobs beside the snapshots."""
+    folder = root / cache / kind / "0123"
+    folder.mkdir(parents=True)
+    (root / cache / "blobs").mkdir()
+    (root / cache / "blobs/ab").write_text("{}", encoding="utf-8")
+    (folder / "config.json").symlink_to("../../blobs/ab")
+    return folder
+
+
+def test_a_link_of_the_hub_s_cache_may_lead_to_its_blobs(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path)
+    artifact.refuse_untrusted(folder)
+    for other in (snapshot(tmp_path / "x", "other"), snapshot(tmp_path / "y", kind="shots")):
+        with pytest.raises(UserError, match=rf"{other}/config.json is a link to a file outside its folder: .*blobs/ab"):
+            artifact.refuse_untrusted(other)
+    (folder / "secret").symlink_to("../../../secret")
+    with pytest.raises(UserError, match=rf"/secret is a link .*: {tmp_path}/secret\. Replace it with a copy"):
+        artifact.refuse_untrusted(folder)
+
+
+def test_a_link_may_lead_to_the_folder_itself_or_to_an_object_of_dvc(tmp_path: Path) -> None:
+    folder, store = tmp_path / "model", tmp_path / "cache/files/md5/ab"
+    (folder / "more").mkdir(parents=True)
+    store.mkdir(parents=True)
+    (folder / "a").write_text("", encoding="utf-8")
+    (folder / "more/inside").symlink_to("../a")
+    (folder / "object").symlink_to(store / ("0" * 30))
+    (folder / "folder").symlink_to(tmp_path)  # no model is read through it
+    (folder / ".git").mkdir()
+    (folder / ".git/link").symlink_to(tmp_path / "any")
+    artifact.refuse_untrusted(folder)
+    artifact.refuse_untrusted(tmp_path / "no folder")
+    for name, target in (
+        ("object", store / ("0" * 29)),
+        ("more/inside", tmp_path / "any"),
+        ("additional_chat_templates", tmp_path),
+    ):
+        with pytest.raises(UserError, match=f"{name} is a link to a file outside its folder"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+            artifact.refuse_untrusted(folder)
+        (folder / name).unlink()
+
+
+def test_texts_that_are_too_large_to_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "LARGEST_TEXT", 1000)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2000)
+    (tmp_path / "a.json").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "vocab.txt", "tokenizer.model", "o200k.tiktoken"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+        artifact.refuse_untrusted(tmp_path)
+        (tmp_path / name).write_bytes(b"x" * 1001)
+        with pytest.raises(UserError, match=rf"{name} must have at most 1,000 bytes, got 1,001\. Copy the model"):
+            artifact.refuse_untrusted(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_json_is_read_as_an_object_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    artifact.write_json(path, {"name": "Grün", "list": [1]})
+    text = '{\n  "name": "Grün",\n  "list": [\n    1\n  ]\n}\n'
+    assert path.read_bytes() == text.encode()
+    monkeypatch.setattr(artifact, "LARGEST_JSON", len(text.encode()))
+    assert artifact.read_json(path, "Do this") == {"name": "Grün", "list": [1]}
+    path.write_text(f"{text} ", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{path} must have at most {len(text.encode())} bytes\. Do this\.$"):
+        artifact.read_json(path, "Do this")
+    path.write_bytes(b" " * 10_000_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="must have at most"):
+        artifact.read_json(path, "Do this")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000, "of a larger one no more is read than shows it"
+    tracemalloc.stop()
+    for wrong in (b"[]", b"{", b"\xff", b"[" * 40):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=rf"^{path} is not a JSON object\. Do this\.$"):
+            artifact.read_json(path, "Do this")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/none: No such file or directory\. Do this\.$"):
+        artifact.read_json(tmp_path / "none", "Do this")
+
+
+def test_digests_are_sha256_of_files_and_of_their_list_and_stay_what_they_were(tmp_path: Path) -> None:
+    """Manifests and caches of earlier versions hold them."""
+    fill(tmp_path / "x", "one")
+    (tmp_path / "x/b").mkdir()
+    (tmp_path / "x/b/ä.txt").write_bytes(b"two")
+    (tmp_path / "x/b/manifest.json").write_text("{}", encoding="utf-8")
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    assert artifact.digest(tmp_path / "x/a.txt") == one
+    assert artifact.contents(tmp_path / "x") == {"a.txt": one, "b/ä.txt": two}
+    listed = f'{{"a.txt": "{one}", "b/\\u00e4.txt": "{two}"}}'
+    assert artifact.digest(tmp_path / "x") == hashlib.sha256(listed.encode()).hexdigest()
+    artifact.seal(tmp_path / "x", {"kind": "test"})
+    manifest = json.loads((tmp_path / "x/manifest.json").read_text(encoding="utf-8"))
+    assert manifest == {"kind": "test", "files": {"a.txt": one, "b/ä.txt": two}}
+    assert artifact.sealed_digest(manifest) == artifact.digest(tmp_path / "x")
+
+
+def test_the_first_file_that_differs_is_named(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    for name in ("0.txt", "b.txt"):
+        (tmp_path / "x" / name).write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x/0\.txt was added after the artifact was made\. Make it again or restore"):
+        artifact.verify(tmp_path / "x")
+    assert artifact.verify(tmp_path / "x", lambda _: {"a.txt": hashlib.sha256(b"one").hexdigest()})["kind"] == "test"
 
 
 @pytest.mark.parametrize(

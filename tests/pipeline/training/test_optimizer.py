@@ -89,3 +89,109 @@ def test_a_learner_without_a_rate_stands_still_and_norms_are_of_each() -> None:
     for parameter, weights in optimizer.trained():
         assert torch.equal(parameter, weights)
     assert [tuple(weights.shape) for _, weights in optimizer.trained()] == [(2, 3), (2, 4, 5)]
+
+
+def test_a_learner_whose_layer_nobody_used_has_no_gradient_there() -> None:
+    """Autograd leaves no gradient where no learner in the batch has that layer."""
+    model = Stacked()
+    optimizer = FlatOptimizer(model, ratios=(1.0, 1.0))
+    torch.autograd.backward(model.vectors.square().sum())
+    torch.testing.assert_close(optimizer.collect_gradients(), 2 * model.vectors.detach().norm(dim=1))
+    assert not optimizer.gradient[:, 3:].any()
+
+
+def test_16_bit_learners_step_as_their_fp32_weights_and_read_them_rounded() -> None:
+    half, full = Stacked().to(torch.bfloat16), Stacked().to(torch.bfloat16).float()
+    optimizers = [FlatOptimizer(model, ratios=(1.0, 1.0)) for model in (half, full)]
+    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in optimizers[0].tensors()}
+    assert sum(held.values()) == 46 * (4 + 4 + 2), "no 16-bit gradients: autograd has its own"
+    for model, optimizer in zip((half, full), optimizers, strict=True):
+        torch.autograd.backward((model.vectors * 0.5).sum() - model.matrices.sum())  # exact in 16 bits
+        optimizer.collect_gradients()
+        optimizer.step(1e-3, 2e-3)
+    torch.testing.assert_close(optimizers[0].weights, optimizers[1].weights)
+    for (parameter, weights), (other, _) in zip(optimizers[0].trained(), optimizers[1].trained(), strict=True):
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(weights, other.data)
+        assert torch.equal(parameter, weights.bfloat16())
+
+
+def named_layers(dtypes: tuple[torch.dtype, ...]) -> nn.Module:
+    """Layers with a lora_A and a lora_B each, filled with their number."""
+    model = nn.Module()
+    for n, dtype in enumerate(dtypes):
+        layer = nn.Module()
+        layer.lora_B, layer.lora_A = (nn.Parameter(torch.full((2,), value).to(dtype)) for value in (n + 0.5, float(n)))
+        model.add_module(f"layer{n}", layer)
+    return model
+
+
+def test_a_row_is_ordered_by_dtype_and_then_by_rate_so_that_each_is_one_block() -> None:
+    """A checkpoint holds a row as it is: in another order, those of earlier versions would train on scrambled."""
+    full, half = torch.float32, torch.bfloat16
+    mixed = FlatOptimizer(named_layers((full, half, full)), ratios=(4.0,))
+    assert mixed.weights[0, ::2].tolist() == [1.0, 1.5, 0.0, 2.0, 0.5, 2.5]
+    assert len(mixed.tensors()) == 4, "weights, gradient, and the copies of both of the 16-bit ones"
+    plain = FlatOptimizer(named_layers((full, half, full)))
+    assert plain.weights[0, ::2].tolist() == [1.5, 1.0, 0.5, 0.0, 2.5, 2.0]
+    assert [tensor.numel() for tensor in plain.tensors()] == [12, 12, 4, 4]
+
+
+def test_gradients_of_16_bit_parameters_are_collected_and_forgotten() -> None:
+    model = net(torch.bfloat16)
+    optimizer = FlatOptimizer(model)
+    inputs = torch.ones(1, 4, dtype=torch.bfloat16)
+    norms = []
+    for _ in range(2):
+        torch.autograd.backward(model(inputs).sum())
+        norms.append(float(optimizer.collect_gradients()))
+        optimizer.clear()
+        assert float(optimizer.collect_gradients()) == 0
+    plain = net(torch.bfloat16)
+    torch.autograd.backward(plain(inputs).sum())
+    wanted = torch.cat([p.grad.flatten().float() for p in plain.parameters() if p.grad is not None]).norm()
+    assert norms == pytest.approx([float(wanted)] * 2)
+
+
+def test_the_scale_doubles_after_so_many_steps_without_an_overflow_up_to_its_largest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.training.optimizer.GROWS_AFTER", 3)
+    model = net()
+    optimizer = FlatOptimizer(model, scaled=True)
+    stepped(optimizer, model, 4)
+    assert optimizer.scale == LARGEST_SCALE
+    scales = []
+    for skips in (True, False, False, False, False, False):
+        if skips:
+            optimizer.skip()  # the steps before it do not count
+        stepped(optimizer, model)
+        scales.append(optimizer.scale / LARGEST_SCALE)
+    assert scales == [0.5, 0.5, 1, 1, 1, 1]
+    again = FlatOptimizer(net(), scaled=True)
+    again.skip()
+    again.restore(optimizer.state())
+    assert torch.equal(again.state()["loss_scale"], optimizer.state()["loss_scale"])
+    assert "loss_scale" not in FlatOptimizer(net()).state()
+
+
+def test_a_state_of_before_the_first_step_can_be_restored_after_some() -> None:
+    model = net()
+    optimizer = FlatOptimizer(model)
+    start = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    stepped(optimizer, model, 2)
+    once = optimizer.weights.clone()
+    optimizer.restore(start)
+    assert optimizer.steps == 0 and torch.equal(optimizer.weights, start["weights"])
+    stepped(optimizer, model, 2)
+    assert torch.equal(optimizer.weights, once)
+
+
+def test_decay_without_a_gradient_shrinks_each_learner_by_its_own() -> None:
+    """AdamW, decoupled: w ← w − rate · decay · w."""
+    model = Stacked()
+    optimizer = FlatOptimizer(model, ratios=(1.0, 1.0), decays=(0.0, 0.5))
+    before = optimizer.weights.clone()
+    optimizer.step(0.1, 0.1)
+    torch.testing.assert_close(optimizer.weights, before * torch.tensor([[1.0], [0.95]]))
+    assert torch.equal(model.vectors, optimizer.weights[:, :3])
