@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -32,6 +31,7 @@ from pipeline.stages.methods.prompt import Prompt
 from pipeline.stages.registry import COUNTED
 from pipeline.training.memory import trace as memory_trace
 from pipeline.training.memory.trace import traced_peak
+from tests.helpers.delta_net import use_delta_net_kernels
 
 QWEN = built_in("qwen3-8b").shapes
 SMALL = ("qwen3-0.6b", "smollm2-135m", "gpt2", "opt-125m", "minigpt", "gemma-3-270m", "llama-3.2-1b")
@@ -159,15 +159,7 @@ def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gated delta nets run with stand-ins that allocate what the kernels of flash-linear-attention do."""
-    from transformers.models.qwen3_5 import modeling_qwen3_5
-    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
-
-    delta, convolution = kernel(GatedDeltaRule), kernel(Convolution)
-    for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
-        monkeypatch.setattr(
-            module, "torch_chunk_gated_delta_rule", lambda *qkv, g, beta, **_: (delta(*qkv, g, beta), None)
-        )
-        monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: convolution(x))
+    use_delta_net_kernels(monkeypatch)
     monkeypatch.setattr(memory_trace, "_refuse_other_kernels", lambda *_: None)
     config = shortened(name, NEW[name])
     attention = "eager" if name == "deepseek-v3" else "sdpa"  # no fused kernel on a CPU has values of another size
@@ -175,49 +167,6 @@ def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     run = run if kind == "lora" else replace(run, checkpointing="full")
     formula = predict(architecture(config, name), COUNTED[kind], run).peak
     assert formula == pytest.approx(traced_peak(config, COUNTED[kind], run), rel=0.03)
-
-
-def kernel(function: Any) -> Any:
-    return function.apply
-
-
-class GatedDeltaRule(torch.autograd.Function):
-    """fla-core 0.6.0's chunk_gated_delta_rule by size alone: what it saves, and what lives beside it."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
-        q, k, v = (torch.empty_like(x.contiguous()) for x in (q, k, v))
-        (batch, length, _, size), (heads, width) = k.shape, v.shape[2:]
-        chunks = v.new_empty(batch, length, heads, 64)
-        w, u, new = v.new_empty(batch, length, heads, size), torch.empty_like(v), torch.empty_like(v)
-        states = v.new_empty(batch, -(-length // 64), heads, size, width)
-        ctx.save_for_backward(q, k, v, torch.empty_like(g), beta, chunks)
-        out = torch.empty_like(v)
-        del w, u, new, states
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        q, _k, v, g, beta, _chunks = ctx.saved_tensors
-        (batch, length, keys, size), (heads, width) = q.shape, v.shape[2:]
-        alive = [v.new_empty(batch, -(-length // 64), heads, size, width) for _ in range(2)]
-        alive += [torch.empty_like(v) for _ in range(4)]
-        alive += [v.new_empty(batch, length, heads, size) for _ in range(5)]
-        dq, dk = (x[:, :, :keys].contiguous() for x in alive[-2:])
-        return dq, dk, torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
-
-
-class Convolution(torch.autograd.Function):
-    """causal-conv1d by size alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        ctx.save_for_backward(x)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        return torch.empty_like(ctx.saved_tensors[0])
 
 
 @pytest.mark.parametrize("name, kind, checkpointing, gib", [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -119,8 +120,8 @@ def counted(config: dict[str, Any], method: str, run: TrainingConfig) -> float:
     """FLOPs per token of a real step, by torch's counter, which knows products alone."""
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager")
     ids = torch.zeros(run.batch, run.sequence, dtype=torch.long)
-    if method == "lora":
-        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if method in ("lora", "head"):
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["lm_head"] if method == "head" else [])]
         model = get_peft_model(model, LoraConfig(r=8, target_modules=names))
     if method == "freeze":
         model.requires_grad_(False)
@@ -148,6 +149,37 @@ def test_flops_are_those_that_torch_counts(kind: str, checkpointing: str) -> Non
     left = sum(2 * (q.weights + 8 * q.inputs) for q in block.attention[:3]) if kind == "lora" else 0
     recomputed = {"full": 4, "lora": 4, "freeze": 1}[kind] * 2 * block.feed_forward[-1].weights
     assert theirs == ours.total - left - (recomputed if ours.recomputed else 0)
+
+
+ATTENTION = ("attention",)
+
+
+def test_flops_of_an_adapted_head_are_those_that_torch_counts() -> None:
+    """Two products of A and B forward, and two each for the gradients of their inputs and of their own."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 128, "head_dim": 16, "num_attention_heads": 4}
+    config = shortened("llama-3.2-1b", 2) | sizes | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+    shapes, run = architecture(config, "two blocks"), TrainingConfig(2, 64, checkpointing="none", attention="eager")
+    plain, adapted = (flops_per_token(shapes, Lora(targets=t), run) for t in (ATTENTION, (*ATTENTION, "lm_head")))
+    assert adapted.total - plain.total == counted(config, "head", run) - counted(config, "lora", run)
+    assert adapted.forward - plain.forward == 2 * 8 * (64 + 128)
+
+
+def test_flops_of_a_gated_delta_net_are_those_of_its_products() -> None:
+    """Per head and chunk of C tokens: kkᵀ, qkᵀ, the keys and values that solve for the chunk, and three products with
+    the state (K, V) (Yang et al. 2024, §3.3)."""
+    shapes, run = built_in("qwen3.5-4b").shapes, TrainingConfig(1, 64, checkpointing="none")
+    block = shapes.blocks[0]
+    heads = shapes.heads_of(block)
+    C, K, V = 64, heads.size, heads.value_size
+    q, k, v, state, square = (torch.ones(size) for size in ((C, K), (C, K), (C, V), (K, V), (C, C)))
+    with FlopCounterMode(display=False) as counter:
+        products = (k @ k.T, q @ k.T, square @ k, square @ v, square @ v, k @ state, q @ state, k.T @ v)
+    assert len(products) == 8
+    one = structs.replace(shapes, blocks=(block,))
+    flops = flops_per_token(one, FULL, run)
+    linears = 2 * sum(linear.weights for linear in block.linears) + 2 * shapes.embedding
+    assert flops.forward - linears == heads.queries * counter.get_total_flops() / C
+    assert flops.attention == 3 * (flops.forward - linears)
 
 
 def test_a_token_meets_the_experts_that_its_router_chooses() -> None:
