@@ -187,7 +187,7 @@ CALLED = "[{'name': 'convert'}]"
 SAYS_CALLS = SMOLLM2.replace(
     "message['content']", "(message['content'] or '') + (\"" + CALLED + "\" if message['tool_calls'] else '')"
 )
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "In euro?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
