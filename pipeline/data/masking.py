@@ -263,7 +263,7 @@ class _AssistantTurns:
 
     def _mask(self, spans: Sequence[tuple[int, int]]) -> Mask:
         """Whether each token overlaps one of the character `spans` [start, stop), which are in order."""
-        starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
+        starts, stops = np.array(spans).reshape(-1, 2).T
         first = np.searchsorted(stops, self._begins, "right")  # the first that stops behind the token's begin
         mask: Mask = np.append(starts, np.iinfo(np.int64).max)[first] < self._ends
         return mask

@@ -4,13 +4,15 @@ With a tokenizer it is the text that the model reads, as its chat template write
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from pipeline.data.examples import Example, Message
 from pipeline.data.masking import Encoder
 from pipeline.data.tokenizers.template_process import Conversation
-from pipeline.data.tokenizers.word import Spans, Tokenizer
+from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
 MOST_TURNS = 64  # found by rendering each prefix, which is quadratic
@@ -36,11 +38,11 @@ class View(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A text and its tokens: the characters of each, and whether it is trained on."""
+    """A text and its tokens: where each stops in it, and whether it is trained on."""
 
     role: str
     text: str
-    spans: Spans
+    stops: Sequence[int]
     trained: Sequence[bool]
     content: tuple[int, int]  # what is no markup of the template
 
@@ -86,71 +88,63 @@ def _text_of(message: Message) -> str:
 
 def _of_texts(example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[_Piece]:
     """A text, or a prompt and its completion; the tokens before and behind them are written as words."""
-    texts = [("prompt", example.prompt), ("completion", example.completion)]
-    if example.prompt is None:
-        texts = [("text", example.text)]
+    texts = [("text", example.text)]
+    if example.prompt is not None:
+        texts = [("prompt", example.prompt), ("completion", example.completion)]
     at = 0
     for number, (role, text) in enumerate(texts):
-        text = text or ""
-        spans = list(tokenizer.spans(text)[1])
+        stops = [stop for _, stop in tokenizer.spans(text)[1]]
         size = len(tokenizer.encode(text) if number == 0 else tokenizer.encode_following(text))
         before = after = ""
-        if number == 0 and size > len(spans) and ids[0] == tokenizer.bos_id:
+        if number == 0 and size > len(stops) and ids[0] == tokenizer.bos_id:
             before = tokenizer.word(ids[0])
         if number == len(texts) - 1 and len(trained) > at + size:
             size = len(trained) - at
             after = tokenizer.word(ids[-1])
         inner = size - bool(before) - bool(after)
-        if len(spans) != inner:  # a continuation is tokenized otherwise than a text: the places are about right
-            spans = [(len(text) * n // inner, len(text) * (n + 1) // inner) for n in range(inner)]
+        if len(stops) != inner:  # a continuation is tokenized otherwise than a text: the places are about right
+            stops = [len(text) * (n + 1) // inner for n in range(inner)]
         start, stop = len(before), len(before) + len(text)
-        all_spans = [(0, start)] * bool(before) + [(a + start, b + start) for a, b in spans]
-        all_spans += [(stop, stop + len(after))] * bool(after)
-        yield _Piece(role, before + text + after, all_spans, trained[at : at + size], (start, stop))
+        whole = before + text + after
+        all_stops = [start] * bool(before) + [start + each for each in stops] + [len(whole)] * bool(after)
+        yield _Piece(role, whole, all_stops, trained[at : at + size], (start, stop))
         at += size
 
 
 def _of_messages(
     example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer
 ) -> Iterator[_Piece]:
+    """A token that two turns share is of the one in which it ends."""
     text = str(tokenizer.render(example.messages, False, example.tools))
-    spans = list(tokenizer.spans(text)[1])
-    if len(ids) > len(spans):  # the end token that training appends
-        end = tokenizer.word(ids[-1])
-        spans.append((len(text), len(text) + len(end)))
-        text += end
+    stops = [stop for _, stop in tokenizer.spans(text)[1]]
+    if len(ids) > len(stops):  # the end token that training appends
+        text += tokenizer.word(ids[-1])
+        stops.append(len(text))
     at = start = 0
-    for message, stop in zip(example.messages, _ends(example, text, tokenizer), strict=False):
-        last = at
-        while last < len(spans) and (spans[last][1] <= stop or spans[last][0] < start):
-            last += 1
+    for message, end in zip(example.messages, _ends(example, text, tokenizer), strict=True):
+        turn, last = text[start:end], bisect_right(stops, end)
         content = (message["content"] or "").strip()
-        offset = text.find(content, start, stop) if content else -1
-        inner = (offset - start, offset - start + len(content)) if offset >= 0 else (0, stop - start)
-        moved = [(max(0, a - start), max(0, b - start)) for a, b in spans[at:last]]
-        yield _Piece(message["role"], text[start:stop], moved, trained[at:last], inner)
-        at, start = last, stop
+        first = turn.find(content)
+        inner = (first, first + len(content)) if content and first >= 0 else (0, len(turn))
+        yield _Piece(message["role"], turn, [stop - start for stop in stops[at:last]], trained[at:last], inner)
+        at, start = last, end
 
 
 def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
     """Where each turn ends in the rendered `text`: where a conversation up to it does, if the template wrote it so."""
     messages = example.messages
     prefixes = [(n, False) for n in range(1, min(len(messages), MOST_TURNS))]
-    try:
-        (rendered,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)]) if prefixes else ([],)
-    except UserError:
-        rendered = []
-    whole = [] if isinstance(rendered, UserError) else list(rendered)
+    (rendered,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)])
     end = 0
-    for number, message in enumerate(messages[:-1]):
-        prefix = whole[number] if number < len(whole) else ""
+    # None where there is no rendering: the process was stopped, or the turn is behind the most.
+    for message, prefix in zip_longest(messages[:-1], () if isinstance(rendered, UserError) else rendered):
         if isinstance(prefix, str) and len(prefix) > end and text.startswith(prefix):
             end = len(prefix)
         else:  # the template writes a turn otherwise once others follow it
             content = (message["content"] or "").split("</think>")[-1].strip()  # thoughts may be left out
-            offset = text.find(content, end) if content else -1
-            match = END_OF_TURN.match(text, offset + len(content)) if offset >= 0 else None
-            end = match.end() if match else end
+            offset = text.find(content, end)
+            if content and offset >= 0 and (match := END_OF_TURN.match(text, offset + len(content))):
+                end = match.end()
         yield end
     yield len(text)
 
@@ -160,19 +154,23 @@ def _cut(pieces: Iterable[_Piece], kept: int) -> Iterator[Turn]:
     for piece in pieces:
         first, last = piece.content
         parts: list[tuple[Kind, str]] = []
-        at = 0
-        tokens = list(zip(piece.spans, piece.trained, strict=True))
-        for number, ((_, stop), is_trained) in enumerate(tokens):
-            end = max(at, stop) if number < len(tokens) - 1 else len(piece.text)
-            kind: Kind = "trained" if is_trained else "read"
-            if number >= kept:
-                kind = "cut"
-            elif not is_trained and (end <= first or at >= last):
+        at, kind = 0, _kind(False, kept > 0)
+        for number, (stop, is_trained) in enumerate(zip(piece.stops, piece.trained, strict=True)):
+            end = max(at, stop)
+            kind = _kind(is_trained, number < kept)
+            if kind == "read" and (end <= first or at >= last):
                 kind = "template"
             _append(parts, kind, piece.text[at:end])
             at = end
-        kept -= len(tokens)
+        _append(parts, kind, piece.text[at:])  # what no token stands for
+        kept -= len(piece.stops)
         yield Turn(piece.role, tuple(parts))
+
+
+def _kind(is_trained: bool, is_kept: bool) -> Kind:
+    if not is_kept:
+        return "cut"
+    return "trained" if is_trained else "read"
 
 
 def _append(parts: list[tuple[Kind, str]], kind: Kind, text: str) -> None:

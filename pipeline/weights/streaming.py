@@ -180,7 +180,7 @@ class Replace:
 
 def same_edit(one: Edit | None, other: Edit | None) -> bool:
     """Whether two edits have the same effect."""
-    if one is None or other is None or type(one) is not type(other):
+    if one is None or type(one) is not type(other):
         return one is other
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
     return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -311,3 +312,51 @@ def test_conversations_are_rendered_in_groups_by_their_number_and_characters(
         sizes.clear()
         assert [example for example, _ in Encoder(tokenizer).each(examples)] == examples
         assert sizes == wanted
+
+
+def test_words_of_a_template_that_are_not_in_the_vocabulary_are_named(tmp_path: Path) -> None:
+    WordTokenizer.of_words(["hallo", "du", ">"]).save(tmp_path, 64)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role + ' > ' + message.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant > ' }}{% endif %}"
+    )
+    words, example = WordTokenizer.load(tmp_path), replace(talk("Hallo", "Du"), text="Hallo Du")
+    with pytest.raises(UserError, match=r"f.jsonl:1: the chat template writes words .*: user, assistant\.$"):
+        encode(example, words)
+    expanded, _ = words.expanded(["user assistant"])
+    expanded.save(tmp_path, 64)
+    known = WordTokenizer.load(tmp_path)
+    assert " ".join(map(known.word, encode(example, known).ids)) == "user > hallo assistant > du <eos>"
+    assert learned(encode(example, known), known) == ["du<eos>"]
+
+
+def test_what_looks_like_the_beginning_of_an_answer_is_no_answer(made: Maker) -> None:
+    tools = ({"type": "function", "function": {"name": "convert", "parameters": {}}},)
+    tokenizer = made("{{ tools | tojson if tools else '' }}" + PLAIN)
+    many = talk("### assistant: The euro.", "The lev.", *("The euro.", "The lev.") * 19)
+    for example in (many, replace(many, tools=tools)):
+        assert learned(encode(example, tokenizer), tokenizer)[:-1] == [" The lev.\n"] * 19
+
+
+def test_thoughts_between_calls_are_dropped_once_another_question_follows(made: Maker) -> None:
+    contents = ("In euro?", "<think>\nHm.\n</think>\n\nWait.", "0.51", "Half.", "And Japan?", "The Yen.")
+    roles: tuple[Role, ...] = ("user", "assistant", "tool", "assistant", "user", "assistant")
+
+    def conversation(*contents: str) -> Example:
+        messages = tuple(Message(role=role, content=text) for role, text in zip(roles, contents, strict=True))
+        return Example("\n".join(contents), "f.jsonl", 1, messages=messages)
+
+    tokenizer = made(THINKS.replace("<|im_start|>", "### "))
+    answers = ["Wait.<|im_end|>", "Half.<|im_end|>", "<think>\n\n</think>\n\nThe Yen.<|im_end|>"]
+    assert learned(encode(conversation(*contents), tokenizer), tokenizer) == answers
+    # What stands before each answer stands elsewhere too: where one begins cannot be told.
+    with pytest.raises(UserError, match=r"cannot mask messages\[3\]: the chat template changes earlier text"):
+        encode(conversation(*contents[:2], "### assistant\nHalf.", *contents[3:]), tokenizer)
+
+
+def test_an_answer_may_begin_with_a_word_that_ends_answers(made: Maker) -> None:
+    hello = made(SMOLLM2).encode("Hello")
+    assert len(hello) == 1
+    tokenizer = made(SMOLLM2, ends=[made(SMOLLM2).end_id, *hello])
+    assert set(hello) < tokenizer.end_ids
+    assert learned(encode(talk("Hi", "Hello, you"), tokenizer), tokenizer) == ["Hello, you<|im_end|>"]

@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from pipeline.adapters.config import AdapterSpec
+from pipeline.errors import UserError
+from pipeline.files.base_model import TensorLocation
+from pipeline.files.safetensors_file import read_header
 from pipeline.weights import streaming
 from pipeline.weights.merge import describe, plan_merge, stored_name
 from pipeline.weights.streaming import (
@@ -23,6 +26,8 @@ from pipeline.weights.streaming import (
     SetRows,
     Written,
     blocks,
+    read_blocks,
+    read_rows,
     same_edit,
     update_ratios,
     written_matrices,
@@ -166,3 +171,22 @@ def test_a_certificate_is_described_by_its_extremes() -> None:
         "largest logit difference 1.2e-06",
     ]
     assert [*describe({"delta_ratios": {"b": None}})] == [*describe({})] == []
+
+
+def test_a_stored_matrix_is_read_by_blocks_by_samples_of_them_and_by_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "BLOCK", 2 * IN)
+    stored, file = draw(20, IN), tmp_path / "m.safetensors"
+    save_file({"before": draw(3), "weight": stored}, file)
+    location = TensorLocation(file, read_header(file)["weight"])
+    for samples, starts in ((None, range(0, 20, 2)), (3, range(0, 20, 6))):
+        read = list(read_blocks(location, samples))
+        assert [rows for rows, _ in read] == [slice(start, start + 2) for start in starts]
+        assert all(torch.equal(block, stored[rows]) for rows, block in read)
+    assert torch.equal(read_rows(location, iter([19, 0, 7])), stored[[19, 0, 7]])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"m\.safetensors was truncated while it was read"):
+        read_rows(location, [19])
+    with pytest.raises(UserError, match=r"m\.safetensors was truncated while it was read"):
+        list(read_blocks(location))
