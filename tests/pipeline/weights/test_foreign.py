@@ -206,7 +206,8 @@ def without_settings(folder: Path) -> None:
 
 
 def of_aliases(folder: Path) -> None:
-    (folder / "hyperparameters.yaml").write_text("a: &a [1]\nb: *a\n", encoding="utf-8")
+    levels = [f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else '1'] * 10)}]" for n in range(8)]  # 10⁸ values
+    (folder / "hyperparameters.yaml").write_text("\n".join(levels), encoding="utf-8")
 
 
 def of_other_parts(folder: Path) -> None:
