@@ -76,6 +76,7 @@ def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family:
     @settings(max_examples=6, deadline=None)
     @given(options(NAMES[family], base))
     def there_and_back(chosen: dict[str, Any]) -> None:
+        torch.manual_seed(0)  # of PEFT's initialization: the same weights whatever test ran before
         with tempfile.TemporaryDirectory() as scratch:
             first, second = Path(scratch, "first"), Path(scratch, "second")
             theirs = randomized(get_peft_model(stock(base), LoraConfig(task_type="CAUSAL_LM", **chosen)))

@@ -5,6 +5,7 @@ as a GPU does.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -281,6 +282,8 @@ def test_the_terminal_ui_names_the_device_that_its_models_are_on(brief: Path, mo
 def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(
     brief: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)  # a library that another test loaded may have turned logging off, and its loggers
+    monkeypatch.setattr(logging.getLogger(device.__name__), "disabled", False)
     monkeypatch.setattr(device, "free_bytes", lambda _: 1)
     assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
     (record,) = caplog.records
