@@ -32,10 +32,10 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 	@$(MAKE) --no-print-directory check
 	@pytest -n 2 --dist loadgroup -m "not slow"
 
-test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; `make check-smollm2` types the tutorials
+test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; the tutorials are typed by check-smollm2
 	@pytest -n 2 --dist loadgroup -m slow --ignore tests/journeys/test_tutorials.py
 
-mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (an hour; docs/explanation/mutants.md)
+mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (docs/explanation/mutants.md)
 	@python -m tests.mutation
 
 check: install-dev      ## lint, format, types, import contracts, Dockerfile

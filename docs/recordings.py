@@ -74,11 +74,7 @@ class Recorder:
 
     def until(self, holds: Callable[[str], object], seconds: float = 900) -> None:
         """Record until something holds of the text on the screen. Raises TimeoutError with the screen."""
-        end = time.monotonic() + seconds
-        while not holds(self.terminal.text()):
-            if time.monotonic() > end or not self.terminal.read(0.05):
-                raise TimeoutError(self.terminal.text())
-            self.look()
+        self.terminal.see(holds, seconds, self.look)
 
     def rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -67,12 +67,18 @@ class Terminal:
         self._stream.feed(UNREAD.sub(b"", data.removesuffix(self._unfinished)))
         return bool(data)
 
-    def see(self, holds: Callable[[str], object], seconds: float = 120) -> None:
-        """Wait until something holds of the text on the screen. Raises TimeoutError with the screen."""
+    def see(
+        self, holds: Callable[[str], object], seconds: float = 120, drawn: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait until something holds of the text on the screen, and call `drawn` whenever it may have changed.
+
+        Raises TimeoutError with the screen.
+        """
         end = time.monotonic() + seconds
         while not holds(self.text()):
-            if time.monotonic() > end or not self.read(0.1):
+            if time.monotonic() > end or not self.read(0.05):
                 raise TimeoutError(self.text())
+            drawn()
 
     def press(self, keys: str) -> None:
         os.write(self._end, keys.encode())
