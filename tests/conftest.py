@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -41,10 +42,15 @@ Lora = Callable[..., tuple[int, str, str]]
 Built = Callable[[str, Callable[[Path], object]], Path]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for a fixture of their module run in one worker, which makes it once."""
+    """Tests that ask for a fixture of their module run in one worker, which makes it once. Cases are sampled."""
+    cases = Counter[object]()
     for item in items:
+        if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
+            if cases[item.function] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[item.function] += 1
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
         of_module = any(fixture.scope == "module" for name in fixtures for fixture in fixtures[name])
         if of_module and not item.get_closest_marker("xdist_group"):
@@ -55,6 +61,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays to the end: looking through it for garbage again and again took a fifth of a test."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # Python's own thresholds take a quarter of a screen's test
 
 
 def unchanged(root: Path) -> Iterator[Path]:

@@ -59,11 +59,18 @@ def cross_entropy(head: Head) -> SummedLoss:
         logits = head(rows)
         if logits.dtype != torch.bfloat16:
             return F.cross_entropy(logits.float(), labels, reduction="sum")
-        from pipeline.models.kernels.cross_entropy import summed_cross_entropy  # which MiniGPT does not need
-
-        return summed_cross_entropy(logits, labels)
+        return _of_labels(logits, labels).sum()
 
     return summed_loss
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each row of logits (n, V) with its label, (n,) in fp32."""
+    if logits.dtype != torch.bfloat16:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    from pipeline.models.kernels.cross_entropy import cross_entropy  # which MiniGPT does not need
+
+    return cross_entropy(logits, labels)
 
 
 def divergence(head: Head, reference: Head) -> SummedLoss:
@@ -165,22 +172,22 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, size: int, *trained: nn.Parameter) -> Tensor:
         ctx.head, ctx.size, ctx.trained = head, size, trained
         needs_rows = hidden.requires_grad and not trained
-        values, grads = list[Tensor](), list[Tensor]()
+        losses, grads = list[Tensor](), list[Tensor]()
         for rows, label in zip(hidden.detach().split(size), labels.split(size), strict=True):  # type: ignore[no-untyped-call]
             with torch.set_grad_enabled(needs_rows):
-                value = _of_labels(head(rows.requires_grad_(needs_rows)), label)
-                grads += torch.autograd.grad(value.sum(), [rows]) if needs_rows else ()
-            values.append(value.detach())
+                loss = _of_labels(head(rows.requires_grad_(needs_rows)), label)
+                grads += torch.autograd.grad(loss.sum(), [rows]) if needs_rows else ()
+            losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(grads) if needs_rows else hidden, labels)
-        return torch.cat(values)
+        return -torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        kept, labels = ctx.saved_tensors
+        (kept, labels), of_losses = ctx.saved_tensors, -outputs[0]
         if not ctx.trained:
-            return kept.mul_(outputs[0][:, None]), None, None, None
+            return kept.mul_(of_losses[:, None]), None, None, None
         row_grads, sums = [], list[Tensor]()
-        parts = zip(*(tensor.detach().split(ctx.size) for tensor in (kept, labels, outputs[0])), strict=True)
+        parts = zip(*(tensor.detach().split(ctx.size) for tensor in (kept, labels, of_losses)), strict=True)
         for rows, label, upstream in parts:
             with torch.enable_grad():
                 total = torch.dot(_of_labels(ctx.head(rows.requires_grad_(True)), label), upstream)
@@ -191,7 +198,3 @@ class _LogProbs(torch.autograd.Function):
             sums = sums or grads
             del total, grads
         return torch.cat(row_grads), None, None, None, *sums
-
-
-def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    return -F.cross_entropy(logits.float(), labels, reduction="none")

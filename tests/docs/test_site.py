@@ -43,6 +43,7 @@ def attributes(page: Path) -> Iterator[tuple[str, str]]:
         yield from ((name, unescape(value)) for name, value in ATTRIBUTE.findall(tag))
 
 
+@pytest.mark.slow
 def test_every_link_and_anchor_of_the_site_is_in_it_and_nothing_comes_from_a_network(site: Path) -> None:
     pages = {page: list(attributes(page)) for page in site.rglob("*.html")}
     anchors = {page: {value for name, value in own if name == "id"} for page, own in pages.items()}
@@ -65,6 +66,7 @@ def test_every_link_and_anchor_of_the_site_is_in_it_and_nothing_comes_from_a_net
         assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+@pytest.mark.slow
 def test_a_page_links_to_source_files_by_line_and_by_name_and_to_folders(site: Path) -> None:
     errors = (site / "reference/errors.html").read_text(encoding="utf-8")
     assert 'href="../project/pipeline/data/containers.py.html#read_rows"' in errors
@@ -77,6 +79,7 @@ def test_a_page_links_to_source_files_by_line_and_by_name_and_to_folders(site: P
     assert rewrite("docs/how-to/a.md", unchanged) == unchanged
 
 
+@pytest.mark.slow
 def test_the_strict_build_names_what_is_dead_and_what_the_navigation_lacks(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     dead = "[b](missing.md) [c](other.md#missing) [d](../nowhere.py) [e](/other.md)"

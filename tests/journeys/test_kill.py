@@ -66,6 +66,7 @@ def finish(project: Path, stage: str) -> str:
     ("stage", "times"),
     [*((stage, 2) for stage in TRAINING), pytest.param("finetune_lora", 20, marks=pytest.mark.slow)],
 )
+@pytest.mark.sampled(3)
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage: str, times: int) -> None:
     """One engine trains them all: a stage shows in a few kills what it adds to it."""
     folder = project / "artifacts" / TRAINING[stage][0]

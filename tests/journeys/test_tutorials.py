@@ -89,6 +89,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
 
     def page(name: str) -> Shell:
         if name not in ended:
+            if (top / name).exists():
+                pytest.fail(f"{name} has failed")
             (top / name).mkdir()
             shell = page(AFTER[name]) if AFTER[name] else Shell(top / name, fresh(top))
             for step in PAGES[name]:

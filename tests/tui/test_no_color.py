@@ -40,6 +40,7 @@ def colors(app: Workbench) -> set[str]:
 
 
 @pytest.mark.parametrize("name", SCREENS)
+@pytest.mark.sampled(3)
 async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) -> None:
     app = Workbench(watched / "params.yaml")
     app.first_screen, app.inference = name, FakeInference()

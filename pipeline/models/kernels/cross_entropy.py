@@ -13,12 +13,12 @@ from torch import Tensor
 from pipeline.models.kernels.native import native, supports
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross-entropy of logits (n, V) with labels (n,), () in fp32."""
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each of the logits (n, V) with its label (n,), (n,) in fp32."""
     if not supports(logits, lanes=1) or logits.dim() != 2:
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-    loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
-    return loss
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    losses: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -32,9 +32,9 @@ class _CrossEntropy(torch.autograd.Function):
             raise IndexError(f"a label is not one of the {logits.shape[1]} logits")
         if grad is not None:
             ctx.save_for_backward(grad)
-        return losses.sum()
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
-        return grad if outputs[0] == 1 else grad * outputs[0].to(grad.dtype), None
+        return grad if (outputs[0] == 1).all() else grad * outputs[0].to(grad.dtype)[:, None], None

@@ -155,6 +155,7 @@ NEW = {  # blocks: some of each kind
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NEW)
+@pytest.mark.sampled(3)
 def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +183,7 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["full", "freeze", "lora"])
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
+@pytest.mark.sampled(4)
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
     run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
@@ -198,6 +200,7 @@ def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, l
     Lora(rank=4, rank_pattern=(("v_proj", 16),)),
 ], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
+@pytest.mark.sampled(5)
 def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:

@@ -137,6 +137,7 @@ BACKWARD = {"glm4_moe": 0.08, "deepseek_v3": 0.04, "llama4_text": 0.12}
 
 
 @pytest.mark.parametrize(("family", "kind"), STEPS)
+@pytest.mark.sampled(3)
 def test_a_block_keeps_and_needs_what_a_traced_block_does(family: str, kind: str) -> None:
     """What a second block adds is a block's own, and not of the embeddings, the tables or the loss."""
     run = run_of(family)

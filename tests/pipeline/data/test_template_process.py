@@ -45,6 +45,7 @@ def renderer() -> Iterator[Renderer]:
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED, MARKED_WITHOUT_END, THINKS, INSTRUCTS, PLAIN])
 @pytest.mark.parametrize("reply", [False, True])
+@pytest.mark.sampled(5)
 def test_a_template_writes_what_transformers_writes(
     renderer: Renderer, tmp_path: Path, template: str, reply: bool
 ) -> None:

@@ -68,6 +68,7 @@ COPIES = 2 * 2  # of micro-batches, in two steps of two
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "opt"])
+@pytest.mark.sampled(3)
 def test_a_lora_step_is_read_once_and_copies_a_batch_once(family: str, dtype: torch.dtype) -> None:
     targets = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
     seen = step_of(with_lora(toy(family, dtype), names=targets))
@@ -131,6 +132,7 @@ METHODS: dict[str, Callable[[CausalLM], None]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled(3)
 def test_every_method_trains_there(method: str, dtype: torch.dtype) -> None:
     model = toy("qwen3", dtype)
     METHODS[method](model)

@@ -85,6 +85,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.sampled(4)
 def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_same_twice(
     studied: Path, tmp_path: Path, name: str, read: set[str]
 ) -> None:

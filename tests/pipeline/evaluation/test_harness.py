@@ -239,7 +239,8 @@ def test_an_unknown_task_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert "unknown task toi, nothing. Did you mean toy" in rejected(tmp_path, {}, tasks=["toi", "toy", "nothing"])
 
 
-def test_data_of_the_hub_needs_the_network(tmp_path: Path) -> None:
+def test_data_of_the_hub_needs_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its five attempts
     message = rejected(tmp_path, {"dataset_path": "org/name", "dataset_kwargs": {}})
     assert message.startswith("task toy cannot be loaded: ")
     assert "org/name" in message

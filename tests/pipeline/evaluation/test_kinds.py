@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.evaluation.kinds import KINDS, TaskExample, TaskOptions, plain
+from pipeline.evaluation.kinds import KINDS, TaskExample, TaskOptions, plain, regex
 from pipeline.files import patterns
 
 
@@ -54,7 +54,8 @@ def test_a_pattern_is_searched_in_the_answer() -> None:
 
 
 def test_a_pattern_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "BUDGET", 0.05)
+    for module in (patterns, regex):
+        monkeypatch.setattr(module, "BUDGET", 0.05)
     with pytest.raises(UserError, match=r"^t.yaml: t, example 1: matching .* an answer must take at most 0") as error:
         scored("regex", "a" * 60, {"pattern": r"(\w|.|_)*\d"})
     assert "module" not in str(error.value)

@@ -184,6 +184,7 @@ FIELDS: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.sampled(3)
 def test_a_file_that_is_read_otherwise_is_refused_also_if_it_is_quantized(
     made: Path, tmp_path: Path, name: str
 ) -> None:

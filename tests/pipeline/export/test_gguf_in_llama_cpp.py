@@ -41,6 +41,7 @@ def in_llama_cpp(model: Path, adapter: Path | None = None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(3)
 def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Path) -> None:
     source = project(tmp_path, MODELS[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")

@@ -156,6 +156,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.sampled(5)
 def test_lora_trains_there_with_every_kind_of_setting(
     project: Path, name: str, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +223,7 @@ def test_each_command_that_asks_a_model_asks_it_there(
 
 
 @pytest.mark.parametrize("stage", ["expand_vocab", "merge", "evaluate"])
+@pytest.mark.sampled(4)
 def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used() and not strays
@@ -372,6 +374,7 @@ def test_pissas_svd_is_computed_there_of_a_base_that_is_on_the_cpu(monkeypatch: 
 
 @pytest.mark.usefixtures("without_fp64")
 @pytest.mark.parametrize("command", [*ASKED, *MATRICES])
+@pytest.mark.sampled(4)
 def test_no_command_needs_fp64_of_the_accelerator(
     low_rank: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +385,7 @@ def test_no_command_needs_fp64_of_the_accelerator(
 
 @pytest.mark.usefixtures("without_fp64")
 @pytest.mark.parametrize("stage", ["expand_vocab", "finetune_lora", "finetune_sweep", "merge", "evaluate"])
+@pytest.mark.sampled(3)
 def test_no_stage_needs_fp64_of_the_accelerator(project: Path, stage: str) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used()

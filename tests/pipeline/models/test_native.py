@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Co
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.kernels import native as module
-from pipeline.models.kernels.cross_entropy import summed_cross_entropy
+from pipeline.models.kernels.cross_entropy import cross_entropy
 from pipeline.models.kernels.decode import fast_decoding
 from pipeline.models.kernels.llama_block import TrainingBlock, _Rotary, _SwiGLU
 from pipeline.models.kernels.native import SWITCH, native, supports
@@ -25,11 +25,13 @@ from pipeline.models.kernels.packed_attention import register
 from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import FusedAttention, _ShortAttention, blocks
 from pipeline.models.transformers_model import TransformersModel, from_config
+from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora, Lora
-from pipeline.training.batches import collate
+from pipeline.training.batches import Batch, collate
 from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.preferences.losses import AnswerBatch, Answers, answer_batch, preference
 from pipeline.training.step import loss_of
 from tests.helpers.real import windows_of
 
@@ -126,10 +128,14 @@ def test_cross_entropy_of_any_number_of_rows_and_words(rows: int, words: int, sc
     logits = (torch.randn(rows, words) * 4**scale).to(BF16).requires_grad_()
     labels = torch.randint(words, (rows,))
     wide = logits.detach().double().requires_grad_()
-    exact = F.cross_entropy(wide, labels, reduction="sum")
-    loss = summed_cross_entropy(logits, labels)
-    near(loss.detach(), exact.detach(), 1e-5)
-    near(*(torch.autograd.grad(each, x)[0] for each, x in ((loss * 3, logits), (exact * 3, wide))))
+    exact, losses = F.cross_entropy(wide, labels, reduction="none"), cross_entropy(logits, labels)
+    near(losses.detach(), exact.detach(), 1e-5)
+    for weights in (torch.ones(rows), torch.randn(rows)):
+        sums = torch.dot(losses, weights), torch.dot(exact, weights.double())
+        ours, theirs = (
+            torch.autograd.grad(each, x, retain_graph=True)[0] for each, x in zip(sums, (logits, wide), strict=True)
+        )
+        near(ours, theirs)
 
 
 @needs_native
@@ -137,14 +143,14 @@ def test_nan_stays_nan() -> None:
     x = torch.full((1, 2, 2, 32), float("nan"), dtype=BF16)
     assert FusedAttention.apply(x, x, x, (2,), 1.0).isnan().all()  # type: ignore[no-untyped-call]
     assert _SwiGLU.apply(x, x).isnan().all()  # type: ignore[no-untyped-call]
-    assert summed_cross_entropy(x[0, 0], torch.zeros(2, dtype=torch.long)).isnan()
+    assert cross_entropy(x[0, 0], torch.zeros(2, dtype=torch.long)).isnan().all()
 
 
 @needs_native
 @pytest.mark.parametrize("label", [-100, -1, 40])
 def test_a_label_without_a_logit_is_an_error_and_no_access_beside_them(label: int) -> None:
     with pytest.raises(IndexError, match="not one of the 40 logits"):
-        summed_cross_entropy(torch.zeros(2, 40, dtype=BF16), torch.tensor([3, label]))
+        cross_entropy(torch.zeros(2, 40, dtype=BF16), torch.tensor([3, label]))
 
 
 def made(kind: str) -> TransformersModel:
@@ -192,6 +198,11 @@ def test_a_fused_block_has_the_outputs_and_gradients_of_the_original(
     assert all(map(torch.equal, again, gradients(ours, [7, 30, 3])))
     ours.checkpoint_blocks("full")
     assert all(map(torch.equal, again, gradients(ours, [7, 30, 3])))
+
+
+def simpo(model: TransformersModel, batch: Batch) -> Tensor:
+    assert isinstance(batch, AnswerBatch)
+    return preference(model, batch, FinetuneDpo(loss="simpo")).loss
 
 
 @needs_native
@@ -268,17 +279,19 @@ def test_blocks_that_combine_the_same_parts_otherwise_keep_their_forward() -> No
 
 @needs_native
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any) -> None:
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any, pairs: bool) -> None:
     wide = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "model_type": "llama"}
     model = from_config({**wide, **HEADS}, BF16).train().requires_grad_(False)
     attach(model, AdapterSpec(8, 16, TARGETS["attention"]), BF16)
     prepare_model(model, checkpointing)
-    batch = collate(windows_of((60, 90, 70, 140)))
+    windows = windows_of((60, 90, 70, 140))
+    batch = answer_batch(Answers(windows, str, ((range(2), 1.0),)), range(2)) if pairs else collate(windows)
     optimizer, live = FlatOptimizer(model), TensorMemoryMeter()
     for context in (nullcontext(), live):
         live.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])
         with context:
-            torch.autograd.backward(loss_of(model, batch))
+            torch.autograd.backward(simpo(model, batch) if pairs else loss_of(model, batch))
             optimizer.collect_gradients()
             optimizer.step(1e-3)
     training = FinetuneLora(precision="bf16", adapter_precision="bf16", gradient_checkpointing=checkpointing)

@@ -217,13 +217,14 @@ RUN += "    def log(self, _): {}\n"
 INIT = "import os, time, signal\nopen({mark!r}, 'w').write(str(os.getpid()))\n"
 SETTINGS = "def Settings(**_): return None\ndef init(**_): return Run()\n"
 ILLS = {  # what a tracker does, and what is said of it
-    "no import": (INIT + "raise ImportError('built for another Python')\n", "built for another Python"),
     "killed amid a run": (INIT + RUN.format("os.kill(os.getpid(), signal.SIGKILL)") + SETTINGS, "killed by signal 9"),
-    "error amid a run": (INIT + RUN.format("raise RuntimeError('no \\x1b[31mroom')") + SETTINGS, "no ␛[31mroom"),
+    "no import": (INIT + "raise ImportError('built for another Python')\n", "built for another Python"),
     "hangs": (INIT + RUN.format("time.sleep(10**6)") + SETTINGS, "wandb is still reading the run's log"),
+    "error amid a run": (INIT + RUN.format("raise RuntimeError('no \\x1b[31mroom')") + SETTINGS, "no ␛[31mroom"),
 }
 
 
+@pytest.mark.sampled(3)  # one that hangs is waited for ten seconds
 @pytest.mark.parametrize("ill", ILLS)
 def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_path: Path, ill: str) -> None:
     make(project, [STAGE], [*BRIEF, LONG, EVERY], force=True)

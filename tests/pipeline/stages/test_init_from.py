@@ -92,6 +92,7 @@ ALIKE: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
+@pytest.mark.sampled(4)
 def test_two_epochs_and_three_more_are_five_to_the_byte(project: Path, changes: dict[str, object]) -> None:
     """Also with the second run killed in between, and continued from its checkpoint."""
     first_of(project, epochs=2, **changes)

@@ -118,6 +118,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("size", "flags", "changes"),
     [
@@ -139,6 +140,7 @@ def test_several_processes_learn_what_one_learns(
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-dq", "int8"])
 def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantization: str) -> None:
     if quantization == "int8":
@@ -186,6 +188,7 @@ def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: L
     assert cli("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_depend_on_how_many_processes_made_it(project: Path) -> None:
     one = command(epochs=20)
     whole, log = trained(project, 1, one), project / f"runs/{STAGE}/loss.csv"
@@ -257,7 +260,8 @@ def state_of(pid: int) -> tuple[str, str]:
         pytest.param(signal.SIGINT, False, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, True, 1, marks=pytest.mark.slow),
-        (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
+        # the launcher does not wait for its workers any longer
+        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
     ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGHUP", "SIGINT twice"],
 )
@@ -290,6 +294,7 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     assert f"resumed after step {step}\n" in resumed.end()[1]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("devices", "shell"), [("1", ""), ("2", "exec "), ("1", "exec ")])
 def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str) -> None:
     """DVC runs a command by a shell, which some replace by the command, and tells it of no signal."""
@@ -309,6 +314,7 @@ def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str)
     assert kept.name == f"checkpoint-{len(read_steps(log)):09d}"
 
 
+@pytest.mark.slow
 def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
     with subprocess.Popen(
         ["nohup", *on_two_devices(epochs=1000)], cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -326,6 +332,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
         running.terminate()
 
 
+@pytest.mark.slow
 def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> None:
     code = (
         "from datetime import timedelta; from cli.main import main; from pipeline.training import loop; "
@@ -363,6 +370,7 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
         assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) -> None:
     with subprocess.Popen(on_two_devices(epochs=2), cwd=mini, stderr=subprocess.DEVNULL) as running:
         while len(workers := children_of(running.pid)) < 2:

@@ -43,6 +43,7 @@ def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConf
     ],
     ids=["full", "freeze", "all-linear", "embeddings"],
 )
+@pytest.mark.sampled(5)
 def test_other_models_and_methods_fit_within_three_percent(
     name: str, method: FinetuningMethod, checkpointing: str
 ) -> None:
@@ -65,6 +66,7 @@ REFINED = {
 @pytest.mark.parametrize("adapter", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("name", REFINED)
+@pytest.mark.sampled(5)
 def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: str, adapter: str) -> None:
     config = shortened("smollm2-135m", 3)
     run = replace(SHORT, checkpointing=checkpointing, adapter_precision=adapter)

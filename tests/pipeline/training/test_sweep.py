@@ -143,6 +143,7 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.sampled(3)
 def test_an_adapter_of_a_sweep_is_the_one_that_trains_alone(mini: Path, name: str) -> None:
     grid, overrides = GRIDS[name]
     assert_each_as_alone(mini, grid, [f"finetune_lora.{override}" for override in overrides])
@@ -180,6 +181,7 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ON_LLAMA)
+@pytest.mark.sampled(4)
 def test_on_a_real_architecture_it_is_the_one_that_trains_alone(llama: Path, name: str) -> None:
     grid, overrides = ON_LLAMA[name]
     assert_each_as_alone(llama, grid, [f"finetune_lora.{override}" for override in [*LLAMA, *overrides]])
@@ -269,6 +271,7 @@ def test_one_that_finds_nothing_better_stops_early_and_keeps_its_best(llama: Pat
 
 
 @pytest.mark.parametrize("step", [3, 9, 14])
+@pytest.mark.sampled(3)
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     grid = "finetune_sweep.grid={rank: [1, 4], learning_rate: [1.0e-3, 1.0e+30], seed: [0, 1]}"
     command = [LORA, "finetune", "sweep", "--set", grid, "--set", "finetune_lora.epochs=5", "--force"]

@@ -49,6 +49,7 @@ def load_weights(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", NAMES)
+@pytest.mark.sampled(5)
 def test_a_merge_through_files_is_the_merge_in_memory(
     family: str, tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -428,6 +428,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+@pytest.mark.sampled(4)
 async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
     folder = write_run(empty, "finetune_lora", 1)
     header = measured(HEADER) if text.split("\n")[0].count(",") > 5 else HEADER

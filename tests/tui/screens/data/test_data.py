@@ -330,6 +330,7 @@ async def test_rows_are_written_in_another_format(root: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8), (200, 60)], ids=["small", "tiny", "huge"])
+@pytest.mark.sampled(3)
 async def test_every_size_is_drawn(root: Path, size: tuple[int, int]) -> None:
     async with open_data(root, size) as (pilot, screen):
         await checked(pilot, screen)
