@@ -334,7 +334,7 @@ def measure(package: Package, store: Path) -> Coverage:
 
     def run() -> int:
         plugin = _Measure(package.files)
-        code = pytest.main([*_options(), "-m", "not slow", *missing], plugins=[plugin])
+        code = pytest.main([*_options(), "-m", "not slow or sampled", *missing], plugins=[plugin])
         path.write_text(json.dumps(asdict(known.plus(plugin.result(missing)))))
         return int(code)
 

@@ -75,6 +75,7 @@ def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("width", ["60", "80", "200"])
 @pytest.mark.parametrize("model", ["qwen3-8b", "qwen3-235b-a22b", "minigpt", "gpt2", "roberta-large"])
+@pytest.mark.sampled(4)
 def test_no_number_is_cut_at_any_width(tmp_path: Path, width: str, model: str) -> None:
     sequence = ("--seq", "32") if model == "minigpt" else ("--seq", "512")
     done = lora("calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS=width)

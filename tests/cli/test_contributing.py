@@ -43,6 +43,7 @@ for sys.argv in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_the_method_of_the_page_trains_is_evaluated_and_passes_its_test(overlay: Path, project: Path) -> None:
     def run(*arguments: str, cwd: Path, said: str = "") -> str:
         """What Python prints with the copy of the code."""

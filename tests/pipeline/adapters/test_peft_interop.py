@@ -70,6 +70,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", NAMES)
+@pytest.mark.sampled(5)
 def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family: str, tied: bool) -> None:
     base = toy(family, std=0.1, tie_word_embeddings=tied)
 

@@ -84,6 +84,7 @@ def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STOCK)
+@pytest.mark.sampled(3)
 def test_counts_of_two_blocks_are_those_of_transformers_and_peft(name: str) -> None:
     """The same for a few blocks of each built-in model, one of each kind: PEFT's time grows with their number."""
     blocks = PERIODS.get(entry(name)["config"]["model_type"], 2)

@@ -267,6 +267,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize(("step", "status"), REACHED)
+@pytest.mark.sampled(3)
 def test_every_failure_of_the_hub_is_one_message_and_commits_nothing(
     cli: Lora, hub: Hub, source: Path, step: str, status: int | str
 ) -> None:

@@ -97,6 +97,7 @@ def theirs(base: Path, folder: Path | None = None, ids: Sequence[int] = IDS) -> 
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.sampled(3)
 def test_mlx_lm_has_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
     source, out = made(tmp_path, *SPECS[name]), tmp_path / "out"
     code, said, errors = export(cli, source)

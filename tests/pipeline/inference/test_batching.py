@@ -200,6 +200,7 @@ def test_two_hundred_requests_at_once_are_answered_as_each_alone(start: Start, r
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+@pytest.mark.sampled(3)
 def test_every_family_answers_in_a_batch_as_alone(
     tmp_path: Path, start: Start, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

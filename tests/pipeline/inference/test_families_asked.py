@@ -52,6 +52,7 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 
 
 @each_family
+@pytest.mark.sampled(3)
 def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, name: str) -> None:
     model, tokenizer = load_base(family(name) / "artifacts/expanded")
     assert tokenizer.end_id == tokenizer.id_of_token(END) == 1

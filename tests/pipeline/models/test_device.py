@@ -131,6 +131,7 @@ def _taken_apart(text: str) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.parametrize("stage", [*TRAINING, "finetune_sweep"])
+@pytest.mark.sampled(3)
 def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used() and not strays

@@ -268,6 +268,7 @@ def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("key", CHANGING)
+@pytest.mark.sampled(3)
 def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
 ) -> None:

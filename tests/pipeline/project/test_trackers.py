@@ -186,6 +186,7 @@ def test_each_tracker_is_found_and_has_a_reader_here() -> None:
 
 
 @pytest.mark.parametrize("tracker", READERS)
+@pytest.mark.sampled(3)
 def test_a_tracker_has_every_step_once_and_the_samples(followed: Path, tracker: str) -> None:
     values, texts = READERS[tracker](followed, f"{STAGE}-{key_of(followed)}")
     log = expected(followed / PLACE)
@@ -270,6 +271,7 @@ def test_a_tracker_that_hangs_is_ended_in_bounded_time(project: Path, tmp_path: 
     assert done.returncode == -signal.SIGALRM and time.monotonic() - begun < 20
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_in_the_same_events(project: Path) -> None:
     settings = [*told("finetune_lora.epochs=150"), "--set=report_to=[tensorboard]"]
     command = [LORA, "finetune", "lora", "--checkpoint-every", "10", *settings]
@@ -305,6 +307,7 @@ def test_runs_one_after_the_other_are_told_apart(project: Path) -> None:
         assert in_tensorboard(project, f"{STAGE}-{key}")[0]["train/loss"] == of({"": losses})[""]
 
 
+@pytest.mark.slow
 def test_each_adapter_of_a_sweep_is_a_run(project: Path) -> None:
     make(project, ["finetune_sweep"], [*BRIEF, EVERY])
     for tracker in ("tensorboard", "trackio", "wandb"):

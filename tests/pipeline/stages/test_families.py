@@ -245,7 +245,8 @@ for loaded in engine.variants(open_project(root / "params.yaml")):
 """
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_no_library_writes_to_the_terminal(tmp_path: Path, name: str) -> None:
     root = str(new_project(tmp_path / name, FAMILIES[name]))
     done = subprocess.run([sys.executable, "-c", SILENT, root], cwd=ROOT, capture_output=True, text=True, check=False)

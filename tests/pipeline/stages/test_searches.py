@@ -160,6 +160,7 @@ def test_a_killed_halving_goes_on_and_ends_with_the_same_bytes(mini: Path, step:
 
 
 @pytest.mark.parametrize("step", [3, 14, 27])
+@pytest.mark.sampled(3)
 def test_a_killed_search_of_optuna_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     grid = {"learning_rate": RATES, "rank": [1, 2, 4]}
     killed(mini, given_(grid, "optuna", "trials=6", "generation=2"), step)

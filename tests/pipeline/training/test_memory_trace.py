@@ -24,6 +24,7 @@ SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="n
     replace(STEP, checkpointing="none"), replace(STEP, checkpointing="selective"), STEP, SHORT,
     replace(STEP, checkpointing="none", cpu=False), replace(STEP, checkpointing="selective", cpu=False),
 ], ids=["none", "selective", "full", "short", "gpu-none", "gpu-selective"])  # fmt: skip
+@pytest.mark.sampled(5)
 def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConfig, adapter: str, blocks: int) -> None:
     """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o; the model has 36 blocks."""
     config, run = shortened("qwen3-8b", blocks), replace(run, adapter_precision=adapter)
@@ -96,6 +97,7 @@ def test_our_step_needs_less_than_the_libraries() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:2] + OPTIMIZERS[3:])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.sampled(4)
 def test_an_optimizers_state_and_update_fit_within_half_a_percent(optimizer: str, precision: str) -> None:
     """Of a full model on four tokens: state and update are the step."""
     config = shortened("smollm2-135m", 3)

@@ -40,6 +40,7 @@ def trained(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stage", WAYS)
+@pytest.mark.sampled(5)
 def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) -> None:
     ways = ["eval_share=0.3", "eval_steps=2", *WAYS[stage]]
     without = trained(project, stage, *ways)

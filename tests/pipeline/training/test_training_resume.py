@@ -149,6 +149,7 @@ def test_pitfall_20_resume_goes_on_at_the_learning_rate_and_the_tokens_where_it_
     assert steps[-1].tokens == settings.epochs * each, "every epoch has the same labels"
 
 
+@pytest.mark.slow
 def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
     overrides = given(epochs=20, patience=0)
     expected, _ = unbroken(project, overrides)
