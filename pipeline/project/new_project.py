@@ -267,14 +267,14 @@ def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
 
 def _init_dvc(folder: Path) -> None:
     """What `dvc init --no-scm` makes, with our config, even inside another repository. Raises UserError."""
-    command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    command = [sys.executable, "-m", "dvc", "init", "--no-scm"]  # with --quiet it does not say why it failed
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     with writing(folder / ".dvc") as out:
         done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(
-                f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
-            )
+            said = done.stderr.splitlines()
+            reason = next((line for line in said if line.startswith("ERROR: ")), " ".join(said)).removeprefix("ERROR: ")
+            raise UserError(f"`dvc init` failed in {folder}: {reason}. Try `dvc init --no-scm` there.")
         (out / ".dvcignore").unlink(missing_ok=True)
         for path in (out / ".dvc").iterdir():
             path.rename(out / path.name)

@@ -48,6 +48,7 @@ async def test_screens_by_digit_by_function_key_and_by_mouse(empty: Path) -> Non
 
 
 @pytest.mark.parametrize("name", SCREENS)
+@pytest.mark.sampled(3)
 async def test_the_keys_that_are_the_same_everywhere_are_within_80_columns(empty: Path, name: str) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -60,6 +61,7 @@ async def test_the_keys_that_are_the_same_everywhere_are_within_80_columns(empty
 
 
 @pytest.mark.parametrize("name", SCREENS)
+@pytest.mark.sampled(3)
 async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
     empty: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +274,7 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
     assert done == (["stopped", "SIGHUP"] if on_hangup == "stop" else ["SIGHUP"])
 
 
+@pytest.mark.slow
 def test_a_terminal_that_takes_no_output_and_closes_ends_the_program(empty: Path) -> None:
     """The event loop then waits for ever until something is drawn, and serves no signal itself."""
     code = (

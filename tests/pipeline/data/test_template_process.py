@@ -67,6 +67,7 @@ def test_a_template_writes_what_transformers_writes(
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendered(
     renderer: Renderer, template: str, message: str
 ) -> None:

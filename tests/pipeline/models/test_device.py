@@ -302,6 +302,7 @@ def test_a_model_that_is_there_already_needs_no_more_room(monkeypatch: pytest.Mo
 
 @on_accelerator
 @pytest.mark.parametrize("stage", ["merge", "evaluate"])
+@pytest.mark.sampled(3)
 def test_two_models_that_are_compared_may_be_on_two_devices(
     project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

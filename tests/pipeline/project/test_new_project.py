@@ -72,6 +72,18 @@ def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_
     assert "Running stage 'pretrain'" in dvc(folder, "repro --dry pretrain")[0]
 
 
+def test_why_dvc_fails_is_said(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake/dvc").mkdir(parents=True)
+    (tmp_path / "fake/dvc/__init__.py").touch()
+    said = "\nERROR: unexpected error - no room\n\nHaving any troubles?"
+    code = f"import sys\nsys.stderr.write({said!r})\nsys.exit(255)\n"
+    (tmp_path / "fake/dvc/__main__.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    exit_code, _, err = cli("new", "project", cwd=tmp_path)
+    assert exit_code == 1 and err.endswith("project: unexpected error - no room. Try `dvc init --no-scm` there.\n")
+    assert not (tmp_path / "project/dvc.yaml").exists()
+
+
 def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora, tmp_path: Path) -> None:
     text = "# mine\npretrain:\n  seed: 3   # why\nfinetune_lora:\n  data: other.txt\n"
     params_of(tmp_path / "from", text, "other.txt")
@@ -196,6 +208,7 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_change_of_a_file_a_new_project_is_made_whole_by_the_same_command(tmp_path: Path) -> None:
     """A file that exists is never overwritten, so half a data file or half of DVC's folder would stay."""
     command, counter = [LORA, "new", "p"], tmp_path / "counter"

@@ -94,6 +94,7 @@ def test_the_adapter_opens_in_peft_and_the_merged_model_is_base_plus_adapter(fam
         *(rare(name, "new_rows", "all-linear", often=True) for name in FAMILIES),
     ],
 )
+@pytest.mark.sampled(3)
 def test_peft_opens_every_kind_of_adapter(
     family: Made, name: str, embeddings: str, targets: str, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, n
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", FAMILIES[name], torch.bfloat16)
     half = [f"{stage}.precision=bf16" for stage in TRAINED]
@@ -222,6 +224,7 @@ def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(family: Made, n
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sampled(2)
 def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", OTHERS[name])
     make(root, PIPELINE)

@@ -55,6 +55,7 @@ def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.sampled(3)
 def test_a_pretrained_base_answers_in_its_template_and_trains_on_as_without(
     family: Callable[[str], Path], tmp_path: Path, name: str, precision: str
 ) -> None:

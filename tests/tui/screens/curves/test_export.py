@@ -57,6 +57,7 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Pat
 
 
 @pytest.mark.usefixtures("forked_processes")
+@pytest.mark.usefixtures("forked_processes")
 async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(root: Path) -> None:
     write_measured(root)
     async with open_curves(root) as (_, screen):

@@ -253,6 +253,7 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
 
 
 @pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
+@pytest.mark.sampled(3)
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
     root: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
