@@ -65,6 +65,7 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
     if devices > (gpus or cores()):
         limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
+    between_machines = _between_machines(endpoint) if endpoint else {}
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
     os.environ[LAUNCHER] = str(os.getpid())
@@ -82,7 +83,7 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(["SIGTERM", "SIGINT", "SIGQUIT", *["SIGHUP"] * hangs_up()]),
-        **(_between_machines(endpoint) if endpoint else {}),
+        **between_machines,
     )
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "cli.main", *arguments)

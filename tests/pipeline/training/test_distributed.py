@@ -368,6 +368,7 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
     ):
         code, _, err = cli("finetune", "lora", *flags, cwd=mini)
         assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert launch.LAUNCHER not in os.environ, "this process is no launcher yet"
 
 
 @pytest.mark.slow
