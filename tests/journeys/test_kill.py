@@ -132,6 +132,7 @@ def stop_early(project: Path) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Path) -> None:
     """Stopped with a checkpoint, overwritten by a run of other params that dies early, then run again."""
     finish(project, "finetune_lora")
@@ -165,6 +166,7 @@ def test_killed_at_any_time_from_its_start_to_its_last_rename_it_ends_with_the_s
     assert not [path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name]
 
 
+@pytest.mark.slow
 def test_killed_where_it_syncs_a_file_from_its_first_step_to_its_artifact_it_ends_with_the_same_bytes(
     project: Path,
 ) -> None:
@@ -232,6 +234,7 @@ def test_a_stage_killed_while_it_replaces_its_artifact_leaves_the_old_one(projec
     assert not list(target.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_stage_take_turns(project: Path) -> None:
     both = [LORA, "finetune", "full", "--set", "finetune_full.epochs=150"]
     ends = [process.end() for process in [Forked(both, project) for _ in range(2)]]

@@ -95,6 +95,7 @@ def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() ->
     assert abs(result[0].error) < 0.03, result[0]
 
 
+@pytest.mark.slow
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> None:
     few = CORNERS[::13]
     for key in ("model", "method", "batch", "checkpointing", "loss", "precision"):

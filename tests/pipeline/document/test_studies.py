@@ -338,6 +338,7 @@ def test_a_curve_is_whole_whatever_stops_its_method_early(studied: Path, project
     assert ours["epochs.csv"] == theirs["epochs.csv"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_counted_and_a_row_of_them_is_empty(project: Path) -> None:
     make(project, ["study_rank"], [*BRIEF, "study_rank.learning_rates=[1e-3, 1e30]"])
     rows = {(row["learning_rate"], row["method"]): row for row in table(project, "rank", "rates")}
@@ -371,6 +372,7 @@ def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(studied: Path, pr
     assert mean(row["old_rise"]) == pytest.approx(said["forgetting"]["loss_rise"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_correction_that_retains_moves_the_rest_less(finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(finished, root, ignore=shutil.ignore_patterns("runs", ".lora-cache"))

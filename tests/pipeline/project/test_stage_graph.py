@@ -53,6 +53,7 @@ for module in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_code_files_are_those_that_python_imports() -> None:
     """The static walk finds every module of ours that importing a stage loads, but those that a registry finds."""
     found_by_registry = ("pipeline.stages.methods.", "pipeline.document.studies.")
@@ -97,6 +98,7 @@ finally:
 CONCERNED = ("finetune_lora", "merge", "evaluate")  # by a changed rank of LoRA
 
 
+@pytest.mark.slow
 def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_depends_on_it(
     houses: Path, origin: Path, tmp_path: Path
 ) -> None:

@@ -186,7 +186,7 @@ def test_each_tracker_is_found_and_has_a_reader_here() -> None:
 
 
 @pytest.mark.parametrize("tracker", READERS)
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_tracker_has_every_step_once_and_the_samples(followed: Path, tracker: str) -> None:
     values, texts = READERS[tracker](followed, f"{STAGE}-{key_of(followed)}")
     log = expected(followed / PLACE)
@@ -225,7 +225,7 @@ ILLS = {  # what a tracker does, and what is said of it
 }
 
 
-@pytest.mark.sampled(3)  # one that hangs is waited for ten seconds
+@pytest.mark.sampled(4)  # one that hangs is waited for ten seconds
 @pytest.mark.parametrize("ill", ILLS)
 def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_path: Path, ill: str) -> None:
     make(project, [STAGE], [*BRIEF, LONG, EVERY], force=True)
@@ -293,6 +293,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_events(project: Path) -> None
     assert (state["attempt"], state["sending"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_runs_one_after_the_other_are_told_apart(project: Path) -> None:
     """Both are in one run folder, and the second begins before the first was read."""
     keys = []
@@ -324,6 +325,7 @@ def test_each_adapter_of_a_sweep_is_a_run(project: Path) -> None:
         assert {"train/loss": in_wandb(project, run.replace("/", "-"))[0]["train/loss"]} == of(log)
 
 
+@pytest.mark.slow
 def test_a_run_is_sent_once_however_often_it_is_exported(project: Path) -> None:
     make(project, [STAGE], [*BRIEF, EVERY])
     for _ in range(2):

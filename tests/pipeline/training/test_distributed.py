@@ -118,7 +118,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("size", "flags", "changes"),
     [
@@ -140,7 +140,7 @@ def test_several_processes_learn_what_one_learns(
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-dq", "int8"])
 def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantization: str) -> None:
     if quantization == "int8":

@@ -271,7 +271,7 @@ def test_one_that_finds_nothing_better_stops_early_and_keeps_its_best(llama: Pat
 
 
 @pytest.mark.parametrize("step", [3, 9, 14])
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     grid = "finetune_sweep.grid={rank: [1, 4], learning_rate: [1.0e-3, 1.0e+30], seed: [0, 1]}"
     command = [LORA, "finetune", "sweep", "--set", grid, "--set", "finetune_lora.epochs=5", "--force"]

@@ -170,6 +170,7 @@ def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> N
     assert rejected_with >= 5
 
 
+@pytest.mark.slow
 async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Path) -> None:
     """All garbage for the model, which may be a name or a path; markup for the other fields."""
     tried = [("model", text) for text in GARBAGE] + [(field, "[red]") for field in WRITTEN]
@@ -240,6 +241,7 @@ async def test_ctrl_b_brings_a_fields_default_back(empty: Path) -> None:
         assert screen.form.values == DEFAULTS and screen.result.method.rank == 8
 
 
+@pytest.mark.slow
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):

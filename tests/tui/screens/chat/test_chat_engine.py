@@ -64,6 +64,7 @@ async def test_a_model_without_template_goes_on_with_the_text(brief: Path) -> No
         )
 
 
+@pytest.mark.slow
 async def test_a_chat_that_no_longer_fits_says_what_was_left_out(llama: Path) -> None:
     async with open_chat(llama) as s:
         for n in range(9):
