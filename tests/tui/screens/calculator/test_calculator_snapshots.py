@@ -23,7 +23,6 @@ SIZES = {"80x24": (80, 24), "120x40": (120, 40)}
 @pytest.mark.usefixtures("no_path")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("state", PRESSED)
-@pytest.mark.sampled(3)
 def test_calculator(empty: Path, snap_compare: Any, state: str, size: str) -> None:
     app = Workbench(empty / "params.yaml")
     app.first_screen = "calculator"
