@@ -88,7 +88,9 @@ def _list(folder: Path) -> str:
     """A folder's page: links to its files, the names of its folders."""
     shown = [path for path in sorted(folder.iterdir()) if not UNLISTED.fullmatch(path.name)]
     lines = [f"- `{path.name}/`" if path.is_dir() else f"- [{_title(path)}]({path.name})" for path in shown]
-    return "\n".join((f"# {folder.relative_to(ROOT)}\n", *lines))
+    name = folder.relative_to(ROOT).as_posix()
+    title = folder.name.capitalize() if name.startswith("docs/") else name  # of pages, or of code
+    return "\n".join((f"# {title}\n", *lines))
 
 
 def _title(path: Path) -> str:

@@ -60,7 +60,7 @@ def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None
     noise = random.Random(0)
     weights = [[noise.random() for _ in range(row + 1)] + [0.0] * (count - row - 1) for row in range(count)]
     weights = [[weight / sum(row) for weight in row] for row in weights]
-    start = time.perf_counter()
+    start = time.process_time()
     for token in {0, count // 2, count - 1}:
         first, stop = window(tokens, token, width)
         assert first <= token < stop
@@ -71,7 +71,7 @@ def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None
         assert len(lines) <= HEAVIEST + 2 and ("others" in str(lines[-1]) or token < HEAVIEST)
         if count == 512:
             assert f"tokens {first + 1} to {stop} of 512" in rows[0].plain
-    assert time.perf_counter() - start < 3 * 0.5
+    assert time.process_time() - start < 3 * 0.5
 
 
 def test_an_answer_follows_its_prompt_with_the_space_that_it_has() -> None:
