@@ -83,7 +83,10 @@ Play = Callable[[str], Shell]
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
-    """`play(page)` types a page once, and first the one after which it begins; the shell is as the page leaves it."""
+    """`play(page)` types a page once, and first the one after which it begins; the shell is as the page leaves it.
+
+    Two are typed side by side, so each has one thread.
+    """
     top = tmp_path_factory.mktemp("tutorials")
     ended: dict[str, Shell] = {}
 
@@ -92,7 +95,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             if (top / name).exists():
                 pytest.fail(f"{name} has failed")
             (top / name).mkdir()
-            shell = page(AFTER[name]) if AFTER[name] else Shell(top / name, fresh(top))
+            shell = page(AFTER[name]) if AFTER[name] else Shell(top / name, fresh(top) | {"OMP_NUM_THREADS": "1"})
             for step in PAGES[name]:
                 _type(shell, step)
             ended[name] = shell
