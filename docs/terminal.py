@@ -31,11 +31,12 @@ class Terminal:
         self._unfinished = b""
         self._end, theirs = pty.openpty()
         ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        ours = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # its own count
+        # programs take these for the screen's size, where they are set
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             ["bash", "-c", command],
             cwd=folder,
-            env={**ours, "TERM": "xterm-256color", "COLORTERM": "truecolor", **environment},
+            env={**inherited, "TERM": "xterm-256color", "COLORTERM": "truecolor", **environment},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

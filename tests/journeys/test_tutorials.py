@@ -83,10 +83,7 @@ Play = Callable[[str], Shell]
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
-    """`play(page)` types a page once, and first the one after which it begins; the shell is as the page leaves it.
-
-    Two are typed side by side, so each has one thread.
-    """
+    """`play(page)` types a page once, and first the one after which it begins; the shell is as the page leaves it."""
     top = tmp_path_factory.mktemp("tutorials")
     ended: dict[str, Shell] = {}
 
@@ -95,7 +92,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             if (top / name).exists():
                 pytest.fail(f"{name} has failed")
             (top / name).mkdir()
-            shell = page(AFTER[name]) if AFTER[name] else Shell(top / name, fresh(top) | {"OMP_NUM_THREADS": "1"})
+            shell = page(AFTER[name]) if AFTER[name] else Shell(top / name, fresh(top))
             for step in PAGES[name]:
                 _type(shell, step)
             ended[name] = shell
