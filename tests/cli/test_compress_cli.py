@@ -69,6 +69,7 @@ def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monke
     assert (code, err) == (1, "error: No room.\n") and "small  " in out
 
 
+@pytest.mark.slow
 def test_intruders_are_listed_and_damped(root: Path) -> None:
     output = lora("spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", cwd=root, COLUMNS="80")
     assert (output.returncode, output.stderr) == (0, "")

@@ -95,6 +95,7 @@ def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(cli:
     assert code == 2 and "must be KEY=COLUMN" in err
 
 
+@pytest.mark.slow
 def test_without_colour_brackets_remain_and_with_it_learned_tokens_are_green(here: Path) -> None:
     plain = lora("data", "show", "d.jsonl", cwd=here, NO_COLOR="1", FORCE_COLOR="1", TERM="xterm")
     assert "⟦·euro" in plain.stdout.replace("\x1b[1m", "").replace("\x1b[0m", "") and "\x1b[1;32m" not in plain.stdout

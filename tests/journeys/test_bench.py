@@ -43,6 +43,7 @@ def test_every_row_is_measured(benchmark: Callable[[], Iterator[Row]], rows: int
     assert all(row.ratio and row.ratio > 0 for row in measured)
 
 
+@pytest.mark.slow
 def test_compressing_damping_and_combining_have_a_table_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

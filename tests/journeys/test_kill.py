@@ -97,6 +97,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.sampled(2)
 def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     project: Path, number: signal.Signals, code: int
 ) -> None:

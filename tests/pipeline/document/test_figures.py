@@ -419,6 +419,7 @@ def test_the_documents_row_stands_beside_those_of_dem(figured: Path) -> None:
 # --- the files
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(figured: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(figured, root, ignore=shutil.ignore_patterns("runs"))
@@ -605,6 +606,7 @@ def test_figures_are_of_minigpt(cli: Lora, own: Path) -> None:
         ("figures.reach=0", "figures.reach must be more than 0"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_setting_that_means_nothing_is_refused(cli: Lora, own: Path, override: str, said: str) -> None:
     assert said in refusal(cli("figures", "--set", override, cwd=own))
 

@@ -235,6 +235,7 @@ def rejected(tmp_path: Path, task: dict[str, Any], questions: Sequence[dict[str,
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert "unknown task toi, nothing. Did you mean toy" in rejected(tmp_path, {}, tasks=["toi", "toy", "nothing"])
 

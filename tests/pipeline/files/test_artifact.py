@@ -583,6 +583,7 @@ def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_p
     assert cache.restore("s", "k", tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
     """Eight processes restore, store and prune the same key at once; the entry verifies at any time."""
     code = """

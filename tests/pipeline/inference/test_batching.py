@@ -183,6 +183,7 @@ def test_a_text_is_the_same_whatever_is_beside_it(
     assert found == [alone(references, request) for request in wanted]
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_at_once_are_answered_as_each_alone(start: Start, references: ModelPool) -> None:
     numbers = torch.Generator().manual_seed(0)
     names = [*ANY_STRENGTH, *VIRTUAL, "ia3"]

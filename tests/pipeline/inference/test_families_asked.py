@@ -23,7 +23,7 @@ PROMPT = "The currency of Bulgaria is the"
 Made = Callable[[str], Path]
 Talk = tuple[RequestHandler, Path]
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.sampled(3)]  # of the same families in every test
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -32,7 +32,6 @@ def native(folder: Path) -> Any:
 
 
 @each_family
-@pytest.mark.sampled(3)
 def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_transformers_does(
     family: Made, name: str
 ) -> None:
@@ -52,7 +51,6 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 
 
 @each_family
-@pytest.mark.sampled(3)
 def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, name: str) -> None:
     model, tokenizer = load_base(family(name) / "artifacts/expanded")
     assert tokenizer.end_id == tokenizer.id_of_token(END) == 1
@@ -63,7 +61,6 @@ def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, na
 
 
 @each_family
-@pytest.mark.sampled(3)
 def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str) -> None:
     """Twenty tokens: four times the sliding window, where a family has one."""
     loaded = engine.load(family(name) / "artifacts/lora_merged")

@@ -56,6 +56,7 @@ def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(c
     assert [path.read_text(encoding="utf-8") for path in mine] == ["mine", "mine"]
 
 
+@pytest.mark.slow
 def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_first_again_for_other_code(
     cli: Lora, tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def status_of(project: Path) -> str:
     return Status().of(open_project(project / "params.yaml"))["finetune_lora"].state
 
 
+@pytest.mark.slow
 def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(project: Path) -> None:
     folder = project / "runs/finetune_lora"
     command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]

@@ -102,6 +102,7 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
     ],
     ids=lambda changes: str(changes["loss"]),
 )
+@pytest.mark.sampled(4)
 def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, object]) -> None:
     write(project / "data/retained.jsonl", [{"text": text} for text in TEXTS])
     whole, _ = trained(project, **changes)

@@ -265,6 +265,7 @@ def state_of(pid: int) -> tuple[str, str]:
     ],
     ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGHUP", "SIGINT twice"],
 )
+@pytest.mark.slow
 def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     mini: Path, number: signal.Signals, whole_group: bool, times: int
 ) -> None:
@@ -411,6 +412,7 @@ def test_more_devices_than_there_are_are_refused(mini: Path, cli: Lora) -> None:
     assert err.endswith(f"got {available + 1}. Lower it.\n") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(mini: Path) -> None:
     first = subprocess.run(on_two_devices(epochs=1), cwd=mini, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr

@@ -196,6 +196,7 @@ def scored(tmp_path: Path, examples: list[Example], live: TensorMemoryMeter) -> 
 
 
 @pytest.mark.parametrize("texts", [short, long])
+@pytest.mark.sampled(2)
 def test_pitfall_23_evaluation_keeps_no_logits(tmp_path: Path, texts: Callable[[int], list[Example]]) -> None:
     few, many = TensorMemoryMeter(), TensorMemoryMeter()
     fewer, *_ = scored(tmp_path, texts(600), few)

@@ -116,7 +116,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
     ],
     ids=["fp32 adapters", "dropout and noise", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]
 ) -> None:

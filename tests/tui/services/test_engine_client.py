@@ -155,6 +155,7 @@ def held_up(engine: Inference) -> bool:
     ("sign", "why"),
     [(signal.SIGKILL, "it was killed, perhaps because the machine ran out of memory"), (15, "signal 15 (Terminated)")],
 )
+@pytest.mark.sampled(2)
 async def test_when_it_is_killed_all_pending_requests_fail_and_the_next_starts_a_new_process(
     engine: Inference, endless: Path, sign: int, why: str
 ) -> None:

@@ -53,6 +53,7 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
         assert names_on(screen) == {"pretrain"}
 
 
+@pytest.mark.slow
 async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_keeps_the_focus(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,7 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
 )
 
 
+@pytest.mark.slow
 async def test_every_kind_of_value_is_written(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         for stage, key, text, value in KINDS:
@@ -283,6 +284,7 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
 
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 16)], ids=str)
+@pytest.mark.sampled(2)
 async def test_every_param_is_reached_by_keys_and_seen_with_its_meaning(empty: Path, size: tuple[int, int]) -> None:
     async with open_screen(empty, size) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
@@ -344,6 +346,7 @@ async def test_params_stay_beside_another_pane_where_there_is_room(empty: Path) 
             assert [one.id for one in screen.query("#panes > Pane") if one.display] == panes
 
 
+@pytest.mark.slow
 async def test_all_sizes_show_a_tree_and_a_pane_and_none_over_another(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         for size in SIZES:

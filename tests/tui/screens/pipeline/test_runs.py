@@ -133,6 +133,7 @@ async def test_a_failed_stage_shows_why_and_is_chosen(runnable: Path, dvc: Calla
         await until(pilot, lambda: any(line.startswith("error: finetune_freeze") for line in log_lines(screen)))
 
 
+@pytest.mark.slow
 async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -> None:
     brief_params(project)
     async with open_screen(project, (200, 60)) as (pilot, screen):

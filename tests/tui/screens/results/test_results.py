@@ -387,7 +387,7 @@ async def test_pictures_can_be_drawn_in_other_ways(brief: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8), (80, 24), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 async def test_every_view_at_every_size(studied: Path, size: tuple[int, int]) -> None:
     async with results(studied, size) as user:
         for key in "wrftda":
