@@ -45,8 +45,8 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for a fixture of their module run in one worker, which makes it once. Cases are sampled, pictures
-    of whole screens are slow."""
+    """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
+    `studied`, for which the others would wait. Cases are sampled, pictures of whole screens are slow."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
@@ -57,7 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
         of_module = any(fixture.scope == "module" for name in fixtures for fixture in fixtures[name])
-        if of_module and not item.get_closest_marker("xdist_group"):
+        if "studied" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("studied"))
+        elif of_module and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
 
 

@@ -134,16 +134,14 @@ class Encoder:
         return Encoded(ids[:length], trained[:length], len(ids) - length)
 
 
-def encode(
-    example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
-) -> Encoded:
+def encode(example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None) -> Encoded:
     """Tokenize an example and mark what is trained on.
 
     That is all of a text, the completion of a prompt, and the assistant's turns of a conversation, each with the end
     token behind it. `max_length` above 0 truncates. Raises UserError, with the example's location, if the result does
-    not fit into the model's `positions`, less the `virtual` tokens.
+    not fit into the model's `positions`.
     """
-    return Encoder(tokenizer, max_length, positions, virtual)(example)
+    return Encoder(tokenizer, max_length, positions)(example)
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:

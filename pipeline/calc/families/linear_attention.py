@@ -36,9 +36,9 @@ def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> 
         output_gate=True,
         top_k=top_k,
     )
-    built = decoder(
-        config, style, Defaults(head_size=256, kv_heads=kv_heads, reads_bias=True, inner=1 if top_k else None)
-    )
+    inner = 1 if top_k else None
+    default = Defaults(head_size=256, kv_heads=kv_heads, context=32_768, reads_bias=True, inner=inner)
+    built = decoder(config, style, default)
     q, *others = built.blocks[0].attention
     full = replace(built.blocks[0], attention=(q._replace(outputs=2 * q.outputs), *others))  # queries and their gates
     linear = _delta_net(config, built, value_heads)

@@ -16,7 +16,7 @@ def llama4_text(config: Config) -> Architecture:
         all_experts=True,
         linear_router=True,
     )
-    built = decoder(config, style, Defaults(head_size=128, kv_heads=8, reads_bias=True))
+    built = decoder(config, style, Defaults(head_size=128, kv_heads=8, context=131_072, reads_bias=True))
     hidden, layers = built.hidden, len(built.blocks)
     inner = config.size("intermediate_size")
     wide = gated("feed_forward", hidden, config.size("intermediate_size_mlp", default=16384))

@@ -19,6 +19,7 @@ class Defaults(Struct, frozen=True):
     out_bias: bool = True  # o_proj has a bias if q, k and v have one
     head_size: int = 0
     kv_heads: int = 0
+    context: int = 2048
     fused: bool = False  # one linear for q, k and v, one for gate and up
     reads_bias: bool = False  # the model class reads attention_bias
     reads_mlp_bias: bool = False
@@ -66,7 +67,7 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
         kv_heads=kv_heads,
         head_size=head_size,
         vocabulary=config.size("vocab_size"),
-        context=config.size("max_position_embeddings", default=2048),
+        context=config.size("max_position_embeddings", default=default.context),
         blocks=(dense,) * layers,
         embedding_width=hidden,
         final_norm=hidden,
@@ -75,7 +76,7 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
     )
 
 
-GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, reads_bias=True)
+GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, context=131_072, reads_bias=True)
 
 
 def gemma2(config: Config) -> Architecture:
@@ -87,19 +88,19 @@ def gemma2(config: Config) -> Architecture:
         final_softcap=not config.is_null("final_logit_softcapping"),
         scaled_embeddings=True,
     )
-    return decoder(config, style, GEMMA)
+    return decoder(config, style, replace(GEMMA, context=8192))
 
 
 def phi3(config: Config) -> Architecture:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     inner = Config(rope if isinstance(rope, dict) else {}, config.source)
     rotary = config.share("partial_rotary_factor", inner.share("partial_rotary_factor", 1.0))
-    return decoder(config, BlockStyle(rotary=rotary, rejoins=True), Defaults(fused=True))
+    return decoder(config, BlockStyle(rotary=rotary, rejoins=True), Defaults(context=4096, fused=True))
 
 
 def mixtral(config: Config) -> Architecture:
     style = BlockStyle(top_k=config.size("num_experts_per_tok", default=2), split_experts=True)
-    built = decoder(config, style, Defaults())
+    built = decoder(config, style, Defaults(kv_heads=8, context=131_072))
     experts = config.size("num_local_experts", "num_experts", default=8)
     block = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"))
     return replace(built, blocks=(block,) * len(built.blocks))
@@ -107,7 +108,7 @@ def mixtral(config: Config) -> Architecture:
 
 def qwen3_moe(config: Config) -> Architecture:
     style = BlockStyle(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
-    built = decoder(config, style, Defaults(kv_heads=4, reads_bias=True))
+    built = decoder(config, style, Defaults(kv_heads=4, context=32_768, reads_bias=True))
     experts = config.size("num_experts", "num_local_experts", default=128)
     inner = config.size("moe_intermediate_size", default=768)
     sparse = with_experts(built.blocks[0], built.hidden, experts, inner)
@@ -118,7 +119,8 @@ def qwen3_moe(config: Config) -> Architecture:
 
 def gpt_oss(config: Config) -> Architecture:
     style = BlockStyle(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
-    built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8, reads_bias=True))
+    default = Defaults(bias=True, head_size=64, kv_heads=8, context=131_072, reads_bias=True)
+    built = decoder(config, style, default)
     experts = config.size("num_local_experts", "num_experts", default=128)
     sparse = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"), bias=True)
     return replace(built, blocks=(replace(sparse, other=built.heads),) * len(built.blocks))
@@ -151,10 +153,10 @@ _LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
 FAMILIES = {
     "llama": _family(_LLAMA),
     "granite": _family(_LLAMA, scaled_embeddings=True, scaled_branches=True),
-    "smollm3": _family(replace(_LLAMA, tie=True)),
-    "mistral": _family(Defaults(kv_heads=8)),
-    "qwen2": _family(Defaults(bias=True, out_bias=False)),
-    "qwen3": _family(Defaults(head_size=128, reads_bias=True), qk_norm="head"),
+    "smollm3": _family(replace(_LLAMA, tie=True, kv_heads=4, context=32_768)),
+    "mistral": _family(Defaults(kv_heads=8, context=131_072)),
+    "qwen2": _family(Defaults(bias=True, out_bias=False, kv_heads=32, context=32_768)),
+    "qwen3": _family(Defaults(head_size=128, kv_heads=32, context=32_768, reads_bias=True), qk_norm="head"),
     **dict.fromkeys(
         ("olmo2", "olmo3"), _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width")
     ),

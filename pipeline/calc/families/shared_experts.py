@@ -34,25 +34,26 @@ def glm4_moe(config: Config) -> Architecture:
         router32=True,
     )
     size = config.size("hidden_size") // config.size("num_attention_heads")  # rounded down by the library
-    built = decoder(config, style, Defaults(head_size=size, kv_heads=8, reads_bias=True, out_bias=False))
+    default = Defaults(head_size=size, kv_heads=8, context=131_072, reads_bias=True, out_bias=False)
+    built = decoder(config, style, default)
     dense = config.count("first_k_dense_replace", default=1, most=MOST_LAYERS)
     return _with_shared(config, built, dense, experts=128, inner=1408)
 
 
 def deepseek_v3(config: Config) -> Architecture:
-    built = _latent(config, Latent(1536, 512, 128, 64, 128), top_k=8)
+    built = _latent(config, Latent(1536, 512, 128, 64, 128), top_k=8, context=4096)
     dense = config.count("first_k_dense_replace", default=3, most=MOST_LAYERS)
     return _with_shared(config, built, dense, experts=256, inner=2048)
 
 
 def glm4_moe_lite(config: Config) -> Architecture:
-    built = _latent(config, Latent(768, 512, 192, 64, 256), top_k=4)
+    built = _latent(config, Latent(768, 512, 192, 64, 256), top_k=4, context=202_752)
     layers = config.layer_types("mlp_layer_types", len(built.blocks), ("dense", "sparse"))
     dense = layers.count("dense") if layers else 1  # they come first
     return _with_shared(config, built, dense, experts=64, inner=1536)
 
 
-def _latent(config: Config, default: Latent, top_k: int) -> Architecture:
+def _latent(config: Config, default: Latent, top_k: int, context: int) -> Architecture:
     """A model of dense blocks with latent attention."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers, bias = config.size("num_hidden_layers", most=MOST_LAYERS), config.flag("attention_bias", False)
@@ -85,7 +86,7 @@ def _latent(config: Config, default: Latent, top_k: int) -> Architecture:
         kv_heads=heads,
         head_size=rotated,  # the tables of positions have this width
         vocabulary=config.size("vocab_size"),
-        context=config.size("max_position_embeddings", default=2048),
+        context=config.size("max_position_embeddings", default=context),
         blocks=(block,) * layers,
         embedding_width=hidden,
         final_norm=hidden,

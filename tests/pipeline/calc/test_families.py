@@ -13,7 +13,15 @@ from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
 
 SMALL = {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 80}
-CHANGED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 2}
+CHANGED = {
+    **{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 2},
+    **{"enable_bias": False, "attention_k_eq_v": False},
+}
+MARKS = {"model_type", "layerdrop"}  # by the second, among others, this project knows its own models
+NEEDED = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    *("n_embd", "n_head", "n_layer", "ffn_dim"),  # GPT-2's and OPT's
+}
 PERIODS = {"qwen3_5_text": 4, "qwen3_5_moe_text": 4, "gemma4_text": 6, "llama4_text": 4}  # blocks of all kinds
 ONE_OF_EACH = {entry(name)["config"]["model_type"]: name for name in reversed(names())}
 
@@ -72,6 +80,24 @@ def test_linears_have_the_names_shapes_and_biases_of_the_modules_of_transformers
     assert {name: theirs.get(name) for name in ours} == ours
     beside = {name.rsplit(".", 1)[-1] for name in theirs.keys() - ours.keys()}
     assert beside <= {"gate", "router", "proj"}, "of the others only routers are not adapted"
+
+
+@pytest.mark.parametrize("family", sorted({*ONE_OF_EACH} - {"minigpt", "gpt3"}))
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(family: str) -> None:
+    config = config_of(ONE_OF_EACH[family])
+    # Granite 4 without layer_types has layers of a kind that is refused.
+    refused = {"layer_types"} if family == "granitemoehybrid" else set()
+    for key in AutoConfig.for_model(family).to_dict().keys() - NEEDED - refused - MARKS:
+        rest = {name: value for name, value in config.items() if name != key}
+        said = rest | {key: AutoConfig.for_model(**rest).to_dict()[key]}
+        assert shape_or_message(rest) == shape_or_message(said), key
+
+
+def shape_or_message(config: dict[str, Any]) -> Architecture | str:
+    try:
+        return architecture(config, "it")
+    except UserError as error:
+        return str(error)
 
 
 def test_a_router_of_each_block_is_counted_with_its_own_shape() -> None:

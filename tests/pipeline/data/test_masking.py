@@ -314,6 +314,16 @@ def test_conversations_are_rendered_in_groups_by_their_number_and_characters(
         assert sizes == wanted
 
 
+def test_what_is_wrong_in_any_group_is_handed_over_and_left_out(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "GROUP_EXAMPLES", 2)
+    right, wrong = talk("a", "b"), Example("no answer", "f.jsonl", 1, "no answer")
+    refused: list[Example] = []
+    examples = [right, wrong, wrong, right, right, wrong, wrong]
+    encoded = Encoder(made(SMOLLM2)).each(examples, lambda example, _: refused.append(example))
+    assert [example for example, _ in encoded] == [right] * 3
+    assert refused == [wrong] * 4
+
+
 def test_words_of_a_template_that_are_not_in_the_vocabulary_are_named(tmp_path: Path) -> None:
     WordTokenizer.of_words(["hallo", "du", ">"]).save(tmp_path, 64)
     (tmp_path / "chat_template.jinja").write_text(

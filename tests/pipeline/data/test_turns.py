@@ -57,9 +57,10 @@ def test_the_mask_is_the_encoders(tmp_path: Path, name: str, template: str) -> N
     assert (shown.tokens, shown.trained, shown.cut) == (len(encoded.ids), encoded.labels, 0)
     marked = "".join(c if c.isascii() else "".join(f"<0x{b:02X}>" for b in c.encode()) for c in texts(shown, "trained"))
     assert marked.replace(" ", "") == "".join(map(tokenizer.word, trained)).replace(" ", "")
+    roles = {"text": ["text"], "prompt": ["prompt", "completion"]}.get(name, [turn["role"] for turn in TURNS])
+    assert [turn.role for turn in shown.turns] == roles
     if name in ("messages", "untrained", "chat prompt"):
         assert texts(shown).startswith(str(tokenizer.render(example(ROWS[name]).messages, False)))
-        assert [turn.role for turn in shown.turns] == [turn["role"] for turn in TURNS]
         for turn, message in zip(shown.turns, TURNS, strict=True):
             assert message["content"] in "".join(text for _, text in turn.parts), "each turn holds its own text"
 
