@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -129,6 +130,7 @@ def _make(
     key = cache_key(manifest)
     cache = Cache(project.cache)
     if not force and (yield from _restore(cache, stage, key, target)):
+        _discard_checkpoints_of(key, folder)  # of a process that was killed right after it had stored the result
         return
     with artifact.writing(target) as out:  # whole or not at all: a stage that fails leaves the last result in place
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
@@ -239,6 +241,14 @@ def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Ev
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     return sorted(run.glob("checkpoint-*"), reverse=True)
+
+
+def _discard_checkpoints_of(key: str, run: Path) -> None:
+    """Remove the checkpoints of this result alone: a run with other params may still go on from its own."""
+    for path in checkpoints(run):
+        with suppress(UserError):
+            if str(artifact.read_manifest(path).get("key")).split()[0] == key:  # a sweep's passes append their number
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def discard_checkpoints(run: Path, keep: Path | None = None) -> None:

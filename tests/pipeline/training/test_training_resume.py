@@ -285,6 +285,27 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
 
 
+def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between_them_and_another_runs_stays(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, overrides = project / f"runs/{STAGE}", given(patience=0, epochs=4)
+
+    def to_the_end() -> None:
+        for _ in run(open_project(project / "params.yaml", overrides), STAGES[STAGE], WORK[STAGE], checkpoint_every=3):
+            pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.project.runner.discard_checkpoints", lambda _: None)
+        to_the_end()
+    assert checkpoints(folder)
+    to_the_end()
+    assert not checkpoints(folder)
+    stopped_after(project, given(patience=0, epochs=5), 4, 3)
+    (other,) = checkpoints(folder)
+    to_the_end()
+    assert checkpoints(folder) == [other]
+
+
 def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
