@@ -713,6 +713,7 @@ def drawn(project: Path, **environment: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_progress_bar_is_drawn_on_a_terminal_only_and_no_color_is_respected(cli: Lora, project: Path) -> None:
     _, _, quiet = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
     assert re.fullmatch(

@@ -52,6 +52,7 @@ def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
         refuse_empty(corpus, "d.txt")
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -> None:
     path, examples = tmp_path / "large.txt", 20_000
     line = "wort " * 100

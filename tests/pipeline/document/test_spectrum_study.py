@@ -95,6 +95,7 @@ def test_two_runs_share_more_directions_than_chance_and_chance_is_that_of_random
             assert shared.low > 2 * chance.high and chance == pytest.approx(8 / 64, rel=0.1)
 
 
+@pytest.mark.slow
 def test_phi_is_the_papers_formula_on_adapters_that_train_alone(studied: Path, tmp_path: Path) -> None:
     """Two seeds of rank 8, each trained by its own stage, their directions from numpy."""
     root, found = tmp_path / "project", []

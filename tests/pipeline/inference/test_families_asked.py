@@ -32,6 +32,7 @@ def native(folder: Path) -> Any:
 
 
 @each_family
+@pytest.mark.sampled(9)
 def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_transformers_does(
     family: Made, name: str
 ) -> None:

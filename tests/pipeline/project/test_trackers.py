@@ -198,6 +198,7 @@ def test_a_tracker_has_every_step_once_and_the_samples(followed: Path, tracker: 
         assert shown == sorted(" ".join(f"{one.prompt} → {one.answer}".split()) for one in samples)
 
 
+@pytest.mark.slow
 def test_the_artifact_is_the_same_to_the_byte_and_taken_from_the_cache(followed: Path, project: Path) -> None:
     make(project, [STAGE], [*BRIEF, EVERY, LONG, "finetune_lora.eval_share=0.3"], force=True)
     assert folder_bytes(project / PLACE) == folder_bytes(followed / PLACE)

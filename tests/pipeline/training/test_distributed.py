@@ -153,6 +153,7 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantizatio
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.sampled(2)
 def test_several_processes_learn_the_preferences_that_one_learns(project: Path, loss: str) -> None:
     words = " ".join(TEXTS).split()
     rows = [
@@ -210,6 +211,7 @@ def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path) -> None:
     slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
     log = mini / f"runs/{STAGE}/loss.csv"

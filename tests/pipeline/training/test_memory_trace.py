@@ -75,6 +75,7 @@ def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: 
     assert formula == pytest.approx(traced_peak(config, REFINED[name], run), rel=0.03)
 
 
+@pytest.mark.slow
 def test_dora_pissa_and_dropout_need_more_than_lora_and_the_formula_says_how_much() -> None:
     """With activations rather than logits at the peak, the formula predicts the difference."""
     config = shortened("smollm2-135m", 4)

@@ -118,6 +118,7 @@ def starting(project: Path) -> None:
     Runner(project).start(["repro"])
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(project: Path) -> None:
     command = [LORA, *COMMAND["finetune_full"], "--force", "--set", "finetune_full.epochs=20000"]
     stage = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -316,6 +316,7 @@ async def test_a_saved_folder_that_is_gone_is_reported(project: Path) -> None:
         assert "gone is not a folder" in s.messages()
 
 
+@pytest.mark.slow
 async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanwhile_comes_through(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -420,6 +420,7 @@ async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_colum
         assert list(errors) == ["freeze"] and "no longer exists" in errors["freeze"]
 
 
+@pytest.mark.slow
 async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: Path) -> None:
     for number in range(40):
         shutil.copytree(project / "artifacts/lora_adapter", project / f"artifacts/many/a{number:02d}")
