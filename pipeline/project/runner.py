@@ -247,7 +247,8 @@ def _discard_checkpoints_of(key: str, run: Path) -> None:
     """Remove the checkpoints of this result alone: a run with other params may still go on from its own."""
     for path in checkpoints(run):
         with suppress(UserError):
-            if str(artifact.read_manifest(path).get("key")).split()[0] == key:  # a sweep's passes append their number
+            of, _, _pass = str(artifact.read_manifest(path).get("key")).partition(" ")  # of a sweep with several
+            if of == key:
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ NEEDED = {
 }
 PERIODS = {"qwen3_5_text": 4, "qwen3_5_moe_text": 4, "gemma4_text": 6, "llama4_text": 4}  # blocks of all kinds
 ONE_OF_EACH = {entry(name)["config"]["model_type"]: name for name in reversed(names())}
+each_family = pytest.mark.parametrize("family", sorted({*ONE_OF_EACH} - {"minigpt", "gpt3"}))  # of transformers
 
 
 def modules_of(values: dict[str, Any]) -> dict[str, tuple[int, int, int, bool]]:
@@ -68,7 +69,7 @@ def linears_of(shapes: Architecture) -> dict[str, tuple[int, int, int, bool]]:
 
 
 @pytest.mark.parametrize("changed", [{}, CHANGED], ids=["released", "changed"])
-@pytest.mark.parametrize("family", sorted({*ONE_OF_EACH} - {"minigpt", "gpt3"}))
+@each_family
 def test_linears_have_the_names_shapes_and_biases_of_the_modules_of_transformers(
     family: str, changed: dict[str, Any]
 ) -> None:
@@ -82,7 +83,7 @@ def test_linears_have_the_names_shapes_and_biases_of_the_modules_of_transformers
     assert beside <= {"gate", "router", "proj"}, "of the others only routers are not adapted"
 
 
-@pytest.mark.parametrize("family", sorted({*ONE_OF_EACH} - {"minigpt", "gpt3"}))
+@each_family
 def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(family: str) -> None:
     config = config_of(ONE_OF_EACH[family])
     # Granite 4 without layer_types has layers of a kind that is refused.

@@ -302,8 +302,11 @@ def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between
     assert not checkpoints(folder)
     stopped_after(project, given(patience=0, epochs=5), 4, 3)
     (other,) = checkpoints(folder)
+    damaged = folder / "checkpoint-000000001"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text('{"files": {}, "key": ""}')
     to_the_end()
-    assert checkpoints(folder) == [other]
+    assert checkpoints(folder) == [other, damaged]
 
 
 def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
