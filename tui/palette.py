@@ -41,7 +41,13 @@ class Everything(Provider):
     async def startup(self) -> None:
         here = self._app.base_screen.NAME
         self._here = list(_screen_commands(self._app, here)) if here in SCREENS else []
-        self._commands = [
+        self._gathering = asyncio.create_task(self._gather(here))
+
+    async def shutdown(self) -> None:
+        self._gathering.cancel()
+
+    async def _gather(self, here: str) -> list[Command]:
+        return [
             *self._here,
             *_app_commands(self._app),
             *(c for name in SCREENS if name != here for c in _screen_commands(self._app, name)),
@@ -51,13 +57,18 @@ class Everything(Provider):
             *await asyncio.to_thread(lambda: [*_models(self._app), *_docs(self._app)]),
         ]
 
+    async def commands(self) -> list[Command]:
+        """All commands, once the models and pages are read."""
+        # Each letter cancels the search of the letter before, and what it waits for: here only the waiting may end.
+        return await asyncio.shield(self._gathering)
+
     async def discover(self) -> Hits:
         for command in (*self._here, *_app_commands(self._app)):
             yield DiscoveryHit(command.text, command.run, help=command.help)
 
     async def search(self, query: str) -> Hits:
         matcher = self.matcher(query)
-        for number, command in enumerate(self._commands):
+        for number, command in enumerate(await self.commands()):
             if score := matcher.match(command.text):
                 # an earlier group first where the match is as good
                 yield Hit(score - number / 1e6, matcher.highlight(command.text), command.run, help=command.help)

@@ -1,6 +1,8 @@
 """The frame of every screen: header, keys at the bottom, panes that filter and enlarge, undo, run, stop, quit."""
 
-from collections.abc import Iterable
+import asyncio
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import load
 from tui.app import Workbench
 from tui.dialogs import Ask
+from tui.palette import Command, Everything
 from tui.screens.base import WorkbenchScreen
 from tui.services.pipeline_process import Runner, Running
 from tui.widgets.header import Header, describe_state
@@ -27,6 +30,10 @@ from tui.widgets.text import KeyedList
 
 FRUIT = ("apple", "apricot", "banana")
 COLORS = {name: name for name in ("accent", "error", "warning", "success")}
+
+
+def picture(app: Workbench) -> str:
+    return "\n".join("".join(s.text for s in strip) for strip in app.screen._compositor.render_strips())
 
 
 class FruitPane(Pane):
@@ -139,7 +146,7 @@ async def test_help_is_of_the_focused_pane(empty: Path) -> None:
         await until(pilot, lambda: isinstance(app.focused, KeyedList))
         await pilot.press("question_mark")
         await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
-        text = "\n".join("".join(s.text for s in strip) for strip in app.screen._compositor.render_strips())
+        text = picture(app)
         for part in ("Fruit", "What grows on trees.", "All that is eaten.", "fruit.eat", "palette", "up to date"):
             assert part in text
 
@@ -148,16 +155,36 @@ async def test_the_palette_has_commands_of_all_screens_params_stages_and_docs(em
     app = FruitApp(empty)
     async with app.run_test(size=(120, 40)) as pilot:
         await until(pilot, lambda: app.project_watch.project is not None)
-        from tui.palette import Everything
-
         app.state.prompts = ["der wind"]
         palette = Everything(app.screen)
         await palette.startup()
-        texts = [command.text for command in palette._commands]
+        texts = [command.text for command in await palette.commands()]
         assert "finetune_lora.rank: 4" in texts and "Stage finetune_lora" in texts
         assert "Prompt: der wind" in texts and "Run" in texts and "Theme: lora-contrast" in texts
         assert any(text.startswith("Docs: ") for text in texts)
         assert sum(text.startswith("Curves: ") for text in texts) > 2
+
+
+async def test_the_palette_finds_what_was_typed_before_it_had_read_the_models(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = threading.Event()
+
+    def models(_: Workbench) -> Iterator[Command]:
+        assert read.wait(60)
+        yield Command("Model pear", "", lambda: None)
+
+    monkeypatch.setattr("tui.palette._models", models)
+    app = FruitApp(empty)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.project_watch.project is not None)
+        app.action_command_palette()
+        for typed in ("p", "pe", "pear"):  # no key of the pilot's: it would wait for the models
+            await asyncio.sleep(0.05)
+            app.screen.query_one(Input).value = typed
+        await asyncio.sleep(0.05)
+        read.set()
+        await until(pilot, lambda: "Model pear" in picture(app))
 
 
 async def test_a_write_is_taken_back(empty: Path) -> None:
