@@ -65,7 +65,7 @@ constraints.txt: install-dev  ## the versions of .venv, which the tests ran with
 	  --no-emit-index-url --constraint $@.tested --upgrade --output-file $@ pyproject.toml
 	@rm $@.tested
 
-soak: install-dev       ## 200 kills of every stage, export and server: results must keep their bytes; five minutes
+soak: install-dev       ## 200 kills of every stage, export and server: results must keep their bytes; five to eight minutes
 	@python -m tests.journeys.soak --kills 200 --seed 0
 
 bench: install-dev      ## speed, as ratios measured in one run

@@ -247,8 +247,8 @@ def _discard_checkpoints_of(key: str, run: Path) -> None:
     """Remove the checkpoints of this result alone: a run with other params may still go on from its own."""
     for path in checkpoints(run):
         with suppress(UserError):
-            of, _, _pass = str(artifact.read_manifest(path).get("key")).partition(" ")  # of a sweep with several
-            if of == key:
+            made_for = str(artifact.read_manifest(path).get("key"))
+            if made_for.partition(" ")[0] == key:  # a sweep's passes append their number
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from textual.app import App
 from textual.pilot import Pilot
 
 SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
@@ -41,3 +42,8 @@ async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float =
         assert time.monotonic() < end, "it did not come to hold in time"
         await asyncio.sleep(0.005)
     await pilot.pause()
+
+
+def screen_text(app: App[Any]) -> str:
+    """All text on the screen, a line each."""
+    return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.text import Text
 from textual.binding import Binding
+from textual.command import CommandInput
 from textual.widget import Widget
 from textual.widgets import Input
 
@@ -16,7 +17,7 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
 from pipeline.workbench import GRAPH
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_text, until
 from tests.helpers.projects import load
 from tui.app import Workbench
 from tui.dialogs import Ask
@@ -30,10 +31,6 @@ from tui.widgets.text import KeyedList
 
 FRUIT = ("apple", "apricot", "banana")
 COLORS = {name: name for name in ("accent", "error", "warning", "success")}
-
-
-def picture(app: Workbench) -> str:
-    return "\n".join("".join(s.text for s in strip) for strip in app.screen._compositor.render_strips())
 
 
 class FruitPane(Pane):
@@ -146,7 +143,7 @@ async def test_help_is_of_the_focused_pane(empty: Path) -> None:
         await until(pilot, lambda: isinstance(app.focused, KeyedList))
         await pilot.press("question_mark")
         await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
-        text = picture(app)
+        text = screen_text(app)
         for part in ("Fruit", "What grows on trees.", "All that is eaten.", "fruit.eat", "palette", "up to date"):
             assert part in text
 
@@ -179,12 +176,14 @@ async def test_the_palette_finds_what_was_typed_before_it_had_read_the_models(
     async with app.run_test(size=(120, 40)) as pilot:
         await until(pilot, lambda: app.project_watch.project is not None)
         app.action_command_palette()
-        for typed in ("p", "pe", "pear"):  # no key of the pilot's: it would wait for the models
+        async with asyncio.timeout(30):  # not `until`, nor keys of the pilot: they would wait for the models
+            while not isinstance(app.focused, CommandInput):
+                await asyncio.sleep(0.005)
+        for typed in ("p", "pe", "pear"):
+            app.focused.value = typed
             await asyncio.sleep(0.05)
-            app.screen.query_one(Input).value = typed
-        await asyncio.sleep(0.05)
         read.set()
-        await until(pilot, lambda: "Model pear" in picture(app))
+        await until(pilot, lambda: "Model pear" in screen_text(app))
 
 
 async def test_a_write_is_taken_back(empty: Path) -> None:

@@ -14,7 +14,7 @@ from pipeline.files.text import OBEYED, printable
 from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from tests.conftest import Lora
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_text, until
 from tui.app import Workbench
 
 LINK = "\x1b]8;;https://example.org\x07evil\x9b31m\u202e"  # a link that is never closed, red, and text turned round
@@ -98,8 +98,3 @@ async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path
         await pilot.press("f12")
         await until(pilot, lambda: "evil" in screen_text(app))
         assert not obeyed(screen_text(app))
-
-
-def screen_text(app: Workbench) -> str:
-    """All text on the screen."""
-    return "".join(segment.text for strip in app.screen._compositor.render_strips() for segment in strip)
