@@ -4,17 +4,22 @@ CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next
 a machine that is gone, or the connection to it, after LOST_AFTER seconds.
 """
 
+import ctypes
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import psutil
 
 Item = TypeVar("Item")
 
@@ -29,6 +34,9 @@ KEEPALIVE = {  # names differ by system, and macOS has no TCP_USER_TIMEOUT
     "TCP_USER_TIMEOUT": 1000 * LOST_AFTER,  # of packets that were sent and not answered
 }
 SLOWEST_STEP = timedelta(minutes=30)  # torch's own limit for gloo: a process that lives and does not answer
+LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether the other processes still run
+
+_neighbours: "list[psutil.Process]" = []  # the other ranks that this one can see
 
 
 class CollectiveError(UserError):
@@ -72,22 +80,40 @@ def all_reduce_numbers(*numbers: float) -> list[float]:
     if not dist.is_initialized():
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: over gloo, which notices a rank that is gone
-    dist.all_reduce(total)
+    all_reduce(total)
     return [float(number) for number in total]
 
 
-def all_reduce(tensor: Tensor) -> None:
-    """Sum a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Sum a tensor over all ranks, in place. Raises RuntimeError if a rank is gone."""
+    if not dist.is_initialized():
+        return
+    if tensor.device.type != "cpu":  # only enqueued
+        dist.all_reduce(tensor, operation)
+        return
+    # On a busy machine gloo overlooks about one of a thousand ends of another rank. It would wait for SLOWEST_STEP,
+    # deaf to signals, and torchrun would end this process before it has written a checkpoint.
+    work, lost = dist.all_reduce(tensor, operation, async_op=True), False
+    while not _ends(work, LOOK):
+        if lost:
+            # a thread of gloo goes on waiting, and the group's destructor would wait for that thread
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+            raise RuntimeError("gloo did not notice that another rank has ended")
+        lost = not all(map(_runs, _neighbours))  # what it has sent may still arrive
+    work.wait()  # raises what failed
+
+
+def _ends(work: dist.Work, within: timedelta) -> bool:
+    """Wait for a collective; whether it has ended, well or not."""
+    with suppress(RuntimeError):
+        work.wait(within)
+    return work.is_completed()
 
 
 def all_reduce_max(number: int) -> int:
     """The maximum over all ranks."""
-    if not dist.is_initialized():
-        return number
     maximum = torch.tensor(number)
-    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    all_reduce(maximum, dist.ReduceOp.MAX)
     return int(maximum)
 
 
@@ -146,6 +172,30 @@ def notice_lost_machines() -> None:
                 if option := getattr(socket, name, None):
                     connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.detach()  # it stays open
+
+
+def meet_neighbours() -> None:
+    """Look which other ranks this process can see: not those on other machines or in other containers."""
+    import psutil  # 20 ms that a run in one process does not pay
+
+    own = psutil.Process()
+    started: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(started, (own.pid, own.create_time()))
+    _neighbours.clear()
+    for pid, time in started:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process != own and process.create_time() == time:
+                _neighbours.append(process)
+
+
+def _runs(process: "psutil.Process") -> bool:
+    """Not if it has ended and its parent has not asked for its exit code yet."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def limit_waiting(longest: timedelta) -> None:

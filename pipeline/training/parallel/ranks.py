@@ -21,6 +21,7 @@ from pipeline.training.parallel.collectives import (
     is_lost,
     is_main_process,
     limit_waiting,
+    meet_neighbours,
     notice_lost_machines,
     raise_on_all_ranks,
 )
@@ -120,6 +121,7 @@ def _process_group() -> Iterator[None]:
         ) from None
     limit_waiting(PATIENCE)
     notice_lost_machines()
+    meet_neighbours()
     try:
         yield
     finally:

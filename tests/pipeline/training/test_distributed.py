@@ -1,5 +1,6 @@
 """A distributed run: the same curve and adapter as in one process, and one message if a process ends."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -9,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, make
 from tests.pipeline.training.test_training_resume import FOLDER, STAGE, fresh, write
 
+PIDFD_GETFD = 438  # the system call that copies a file descriptor of another process
 CURVE, WEIGHTS = 1e-5, 1e-4  # tolerances: sums in another order
 SETTINGS = {
     "data": "data/lines.jsonl",
@@ -212,14 +215,19 @@ def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path) -> None:
+@pytest.mark.parametrize("overlooked", [False, True])
+def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path, overlooked: bool) -> None:
+    """`overlooked`: its connections stay open, so that gloo waits for what it would have sent."""
     slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
     log = mini / f"runs/{STAGE}/loss.csv"
-    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
+    with ExitStack() as stack, subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
-        os.kill(second_of(running.pid), signal.SIGKILL)
+        second = second_of(running.pid)
+        if overlooked:
+            stack.enter_context(sockets_of(second))
+        os.kill(second, signal.SIGKILL)
         _, said = running.communicate()
     step = len(read_steps(log))
     assert running.returncode == 1
@@ -230,6 +238,25 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: P
     assert "Traceback" not in said
     (kept,) = checkpoints(log.parent)
     assert kept.name == f"checkpoint-{step:09d}"
+
+
+@contextmanager
+def sockets_of(pid: int) -> Iterator[None]:
+    """Hold the open sockets of a process, which so outlive it."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("only Linux copies the open files of another process")
+    process, copied = os.pidfd_open(pid), []
+    try:
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            if path.readlink().name.startswith("socket:"):
+                copied.append(ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, process, int(path.name), 0))
+        if -1 in copied:
+            pytest.skip(f"the sockets of another process are not copied: {os.strerror(ctypes.get_errno())}")
+        yield
+    finally:
+        for descriptor in (process, *copied):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def second_of(launcher: int) -> int:
