@@ -6,10 +6,10 @@ from itertools import zip_longest
 
 NUMBER = re.compile(r"[-+±]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 BARS = re.compile("[█▏▎▍▌▋▊▉]+")
-# What the machine alone decides: times, its memory, and the tokens per second in llama.cpp's table.
+TIME = r"\d[\d.,]* (?:ms|s|min|h)\b"
+# What the machine alone decides: times and their ranges, its memory, and the tokens per second in llama.cpp's table.
 MACHINE = re.compile(
-    r"\d[\d.,]* (?:ms|s|min|h)\b|\d+(?= steps were timed)|(?<=of )[\d.]+(?= GiB of memory)"
-    r"|\d+(?=  (?:the same$|differs ))"
+    rf"{TIME}(?: to {TIME})?|\d+(?= steps were timed)|(?<=of )[\d.]+(?= GiB of memory)|\d+(?=  (?:the same$|differs ))"
 )
 
 

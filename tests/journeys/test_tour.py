@@ -38,6 +38,7 @@ def test_numbers_may_be_near_and_words_may_not_differ() -> None:
     assert not same("tisch 98%", "sofa 98%")
     assert not same("a b", "a b c")
     assert same("66 steps in 2.3 min", "66 steps in 50 s")
+    assert same("66 steps, 50 s to 2.3 min here", "66 steps, 55 s here")
     assert not same("66 steps in 2.3 min", "86 steps in 2.3 min")
 
 
