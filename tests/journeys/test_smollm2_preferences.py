@@ -19,9 +19,12 @@ from tests.helpers.trl import CASES, compared
 PROJECT = ROOT / "smollm2-preferences"
 MADE = PROJECT / "artifacts"
 PAIRS = "data/concise.en.jsonl"
-pytestmark = pytest.mark.skipif(
-    not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2-preferences/: `make smollm2` makes it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2-preferences/: `make smollm2` makes it"
+    ),
+]
 
 
 def metrics(made: Path = MADE) -> dict[str, Any]:
