@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.stages.quickstart import Request, Started
 
 app = group()
+SHOWN_ANSWERS = 4  # questions after training; `lora report` shows all
 
 BaseOption = Annotated[
     str | None, Option("--base", help="Base model: a checkpoint folder, a .gguf file or a hub id; or minigpt.")
@@ -314,7 +315,8 @@ def _describe_run(project: Project, variant: str) -> str:
 
 
 def _print_results(project: Project, folder: Path) -> None:
-    """What was learned and forgotten, the memory, and two answers before and after."""
+    """How many answers are as expected, what was learned and forgotten, the memory, and some answers."""
+    from cli.answers import count_lines, print_answers
     from cli.console import print_line
     from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
@@ -329,21 +331,20 @@ def _print_results(project: Project, folder: Path) -> None:
     print_line("")
     for name in names:
         numbers = metrics[name]
-        print_line(f"{name}: loss on {where} {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token")
+        lines = count_lines(metrics, name, where)
+        lines.append(f"loss on {where} {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token")
         if forgetting := numbers.get("forgetting"):
-            print_line(
-                f"{' ' * len(name)}  other text: loss {forgetting['loss_rise']:+.3f}, "
-                f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
-            )
-        print_line(f"{' ' * len(name)}  {_describe_run(project, name)}")
-    for number, before in enumerate(samples["base"]):
-        print_line(f"\n> {before['question']}")
-        print_line(f"  base: {before['answer']}")
-        for name in names:
-            print_line(f"  {name}: {samples[name][number]['answer']}")
+            kept = f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
+            lines.append(f"other text: loss {forgetting['loss_rise']:+.3f}, {kept}")
+        lines.append(_describe_run(project, name))
+        print_line(f"{name}: {lines[0]}")
+        for line in lines[1:]:
+            print_line(f"{' ' * len(name)}  {line}")
+    print_answers(samples, ["base", *names], SHOWN_ANSWERS)
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
     where = os.path.relpath(folder)
-    print_line(f"\nNext: cd {where}; lora-tui   or: lora chat, lora serve; {_dvc()} repro after an edit")
+    print_line(f"\nNext: cd {where}; lora report   all answers; or: lora-tui, lora chat, lora serve")
+    print_line(f"      {_dvc()} repro   after an edit of params.yaml")
     if adapter:
         print_line(f"      lora export {adapter} --format peft --out DIR   (or {', '.join(list(FORMATS)[1:])})")
 

@@ -134,6 +134,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     if task_rows:
         print_table(task_columns, task_rows, right=task_columns[2:])
         print_line(f"\n{TASKS}\n")
+    _print_answers(folder, by_variant(metrics))
     print_gate(metrics)
     there = (folder / "report.md").exists()
     print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `dvc repro` makes yours.")
@@ -144,6 +145,25 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         old = outdated(project, [name])
         if name in old:
             warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
+
+
+def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """The sample answers, and how many are as expected; nothing where the data has no prompts."""
+    from cli.answers import count_lines, print_answers
+    from cli.console import print_line
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
+
+    lines = [f"{name}: {line}" for name in metrics for line in count_lines(metrics, name, "the data's prompts")]
+    if not lines:
+        return
+    for line in lines:
+        print_line(line)
+    try:
+        print_answers(read_json(folder / "samples.json", "Run `lora evaluate`"), [*metrics])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'samples.json'} holds no answers. Run `lora evaluate` again.") from None
+    print_line("")
 
 
 def print_gate(metrics: Mapping[str, Any]) -> None:

@@ -32,6 +32,18 @@ class Match(NamedTuple):
     def as_expected(self) -> bool:
         return self.how in AS_EXPECTED
 
+    @property
+    def score(self) -> float:
+        """1 for the expected answer, else 0; of a long text its ROUGE-L."""
+        return float(self.as_expected) if self.rouge_l is None else self.rouge_l
+
+    @property
+    def sign(self) -> str:
+        """Before an answer in a list: whether it is the expected one; ~ where only similarity is measured."""
+        if self.how == SIMILAR:
+            return "~"
+        return "✓" if self.as_expected else "✗"
+
 
 def match(answer: str, expected: str) -> Match:
     """Compare an answer with the expected one."""

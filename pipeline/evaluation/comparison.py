@@ -7,10 +7,11 @@ from pipeline.evaluation.limits import MINIMUMS
 from pipeline.project.stage_graph import Project, Stage
 
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
-    *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
-    *("KL from\nbase", "answers\nkept", "prefers\nchosen"),
+    *("trained\nparams", "share\nof all", "answers\nas data", "new\nloss", "new\ncompleted", "old\nloss"),
+    *("old loss\nchange", "KL from\nbase", "answers\nkept", "prefers\nchosen"),
 )
 LEGEND = (  # a heading, and the line that explains it
+    ("answers\nas data", "answers as data: sample answers that are as expected; of long texts their ROUGE-L."),
     ("new\nloss", "new: the sentences trained on, or held out from training. loss: nats per token."),
     ("new\ncompleted", "completed: new sentences finished word for word."),
     ("old\nloss", "old: texts that were not trained on now. change: against the base."),
@@ -94,6 +95,7 @@ def _cells(numbers: Mapping[str, Any]) -> list[str]:
     return [
         _count(trained) if trained else MISSING,
         f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
+        _answers(numbers.get("answers", {})),
         f"{numbers['new_loss']:.3f}" if "new_loss" in numbers else MISSING,
         f"{numbers['new_completed']}/{numbers['new_sentences']}" if "new_completed" in numbers else MISSING,
         f"{numbers['old_loss']:.3f}" if forgetting else MISSING,
@@ -102,6 +104,13 @@ def _cells(numbers: Mapping[str, Any]) -> list[str]:
         f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
         " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after")) if preferences else MISSING,
     ]
+
+
+def _answers(counts: Mapping[str, Any]) -> str:
+    if counts.get("n"):
+        return f"{counts['as_expected']}/{counts['n']}"
+    similar = counts.get("similar")
+    return f"{similar['rouge_l']:.2f}" if similar else MISSING
 
 
 def _count(number: int) -> str:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-MINIMUMS = frozenset({"answers_kept", "must_keep", "tasks"})  # the other limits are maximums
+from pipeline.data.answer_match import share
+
+MINIMUMS = frozenset({"answers", "answers_kept", "must_keep", "tasks"})  # the other limits are maximums
 
 
 class Broken(NamedTuple):
@@ -36,6 +38,7 @@ def _compared(limits: Mapping[str, Any], numbers: Mapping[str, Any]) -> Iterator
         "old_loss_rise": forgetting.get("loss_rise"),
         "answers_kept": forgetting.get("answers_kept"),
         "divergence": forgetting.get("divergence"),
+        "answers": share(numbers.get("answers", {})),
     }
     if prompts := numbers.get("old_prompts"):
         measured["must_keep"] = numbers["old_prompts_kept"] / prompts

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.config import OTHER_KINDS, VIRTUAL, read_config
 from pipeline.adapters.folder import Origin, base_of, origin_of, quantization_of
+from pipeline.data.answer_match import describe, share
 from pipeline.data.tokenizers.chat_template import has_template
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -149,6 +150,7 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
     known_by_heart = metrics["new_completed"] / max(1, metrics["new_sentences"]) if "new_completed" in metrics else None
     for dataset, kind, value, name in (
         (new, "loss", metrics.get("new_loss"), "Loss, nats per token"),
+        (new, "exact_match", share(metrics.get("answers", {})), "Answers as expected"),
         (new, "accuracy", known_by_heart, "Completed as in the data"),
         (old, "loss", metrics.get("old_loss"), "Loss, nats per token"),
         (old, "loss_rise", forgetting.get("loss_rise"), "Forgetting: rise of the loss, nats per token"),
@@ -265,6 +267,8 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str
         yield "not evaluated: run `lora evaluate` where it was trained"
     if "new_loss" in metrics:
         yield f"loss on the new data: {metrics['new_loss']:.4f} nats per token"
+    if answers := describe(metrics.get("answers", {})):
+        yield f"answers to prompts of the new data: {answers}"
     if "new_completed" in metrics:
         yield f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}"
     for name, scores in metrics.get("tasks", {}).items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -10,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.mixed import MixedAdapter, MixedLayer, RowRouting, changed_layers, is_low_rank
-from pipeline.errors import is_out_of_memory
 from pipeline.inference.model_pool import Resident, ResidentBase, view
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
-from pipeline.models.device import to_device
+from pipeline.models.generate import agrees, last_states
 from pipeline.models.kernels.decode import fast_decoding
-
-AGREEMENT = {2: 0.05, 4: 1e-3}  # of the logits' norm, by the bytes of a weight
-PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))  # ids of two sequences, whose last tokens are read one at a time
 
 
 class Part(NamedTuple):
@@ -80,16 +75,11 @@ class BatchedModel:
         The caches get the new tokens, unless an exception is raised.
         """
         lengths, adapters = [len(part.ids) for part in parts], [part.adapter for part in parts]
-        ids = [id_ for part in parts for id_ in part.ids]
-        positions = [t for part in parts for t in range(part.cache.length, part.cache.length + len(part.ids))]
-        last, cache = [stop - 1 for stop in accumulate(lengths)], PackedCache([part.cache for part in parts])
-        # one copy for all three
-        table = to_device(torch.tensor([*ids, *positions, *last]), self.model.device)
-        ids_, positions_, last_ = table.split_with_sizes([len(ids), len(ids), len(last)])
+        cache = PackedCache([part.cache for part in parts])
         self._routing.route(adapters, lengths)
-        hidden = self.model.hidden_states(ids_[None], positions_[None], lengths, cache)[0]
+        states = last_states(self.model, cache, [part.ids for part in parts])
         self._routing.route(adapters, [1] * len(parts))
-        logits = self.model.logits(hidden[last_])
+        logits = self.model.logits(states)
         cache.advance(lengths)
         return logits
 
@@ -109,20 +99,11 @@ class BatchedModel:
                 self.model.set_submodule(name, MixedLayer(self.model.get_submodule(name), name, self._routing))
             self._fast.enter_context(fast_decoding(self.model))
 
-    @torch.no_grad()
     def _agrees(self, adapter: MixedAdapter | None, alone: CausalLM) -> bool:
         """Whether two short sequences read at once give the logits that `alone` gives for one, the base's the other."""
-        texts = [[id_ % alone.shape.rows for id_ in probe] for probe in PROBES]
-        caches = [SequenceCache(len(ids)) for ids in texts]
-        try:
-            both = [*zip((adapter, None), caches, texts, strict=True)]
-            read = [self.logits([Part(a, cache, ids[:-1]) for a, cache, ids in both])]
-            read.append(self.logits([Part(a, cache, ids[-1:]) for a, cache, ids in both]))
-            expected = alone(torch.tensor([texts[0]], device=alone.device))[0, -2:].float()  # (2, V)
-        except Exception as error:  # whatever a model raises that takes no segments, or no such cache
-            if is_out_of_memory(error):
-                raise
-            return False
-        actual = torch.stack([logits[0] for logits in read]).float()
-        allowed = AGREEMENT.get(self.model.dtype.itemsize, 0.05) * expected.norm()
-        return bool((actual - expected).norm() <= allowed)
+
+        def read(caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:
+            both = zip((adapter, None), caches, parts, strict=True)
+            return self.logits([Part(*part) for part in both])
+
+        return agrees(alone, read)

@@ -11,11 +11,17 @@ from pipeline.inference.model_pool import ModelPool
 BATCH = 16  # prompts that get a token from one forward
 
 
-def complete_all(loaded: LoadedModel, prompts: Sequence[str], limit: int, stops: Sequence[str] = ()) -> list[str]:
+def complete_all(
+    loaded: LoadedModel, prompts: Sequence[str], limit: int | Sequence[int], stops: Sequence[str] = ()
+) -> list[str]:
     """The greedy continuation of each prompt, without white space around it: up to an end token, the first of `stops`
-    or `limit` tokens. Raises UserError as `engine.encode`.
+    or `limit` tokens, one for all or one for each. Raises UserError as `engine.encode`.
     """
-    requests = [Generation(loaded.name, engine.encode(loaded, prompt), limit) for prompt in prompts]
+    limits = [limit] * len(prompts) if isinstance(limit, int) else limit
+    requests = [
+        Generation(loaded.name, engine.encode(loaded, prompt), most)
+        for prompt, most in zip(prompts, limits, strict=True)
+    ]
     pool = ModelPool()
     pool.add(loaded)
     # Here and not on a thread: which prompts share a forward, and so the last bits of their logits, is always the same.

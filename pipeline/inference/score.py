@@ -16,7 +16,8 @@ from torch import Tensor
 from pipeline.adapters.folder import quantization_of
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
-from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
+from pipeline.data.questions import prompt_and_answer
+from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens
 from pipeline.inference.engine import encode as encode_prompt
@@ -138,19 +139,6 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
         total, first = token_log_p.sum(), bool((log_p.argmax(dim=-1) == tokens).all())
         scores.append(AnswerScore(float(total.exp()), first, top, float(total)))
     return scores
-
-
-def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
-    if example.messages:
-        last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
-        prompt, answer = tokenizer.render(example.messages[:last], True, example.tools), example.messages[last]
-        if "tool_calls" not in answer:
-            return prompt, answer["content"] or ""
-        # as the template writes them, without special tokens.
-        whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
-        return prompt, tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
-    return None if example.prompt is None else (example.prompt, example.completion)
 
 
 def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:

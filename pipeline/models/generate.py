@@ -1,16 +1,17 @@
 """Generation with a KV cache: greedy, or sampled with temperature, top-k and top-p."""
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
+from pipeline.errors import UserError, is_out_of_memory
+from pipeline.models.base import CausalLM, PackedCache, SequenceCache
 from pipeline.models.device import to_device
 from pipeline.models.kernels.decode import fast_decoding
 
@@ -38,6 +39,9 @@ class Sampling:
 
 
 GREEDY = Sampling()
+AGREEMENT = {2: 0.05, 4: 1e-3}  # of the logits' norm, by the bytes of a weight
+PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))  # ids of two sequences, whose last tokens are read one at a time
+GROUP_TOKENS = 4096  # of prompts and answers that are generated side by side: their keys and values are in memory
 COLDEST = 1e-6  # at lower temperatures the division overflows, and the likeliest token is sampled anyway
 
 
@@ -107,6 +111,95 @@ def stream(
             if token in ends:
                 return
             new = to_device(torch.tensor([[token]]), model.device)
+
+
+def generate_all(
+    model: CausalLM, prompts: Sequence[Sequence[int]], ends: Container[int], limits: Sequence[int]
+) -> list[list[int]]:
+    """Greedy continuations of many prompts, as `generate` gives them with packed=False.
+
+    A token of each comes from one forward where the model reads sequences side by side. Raises UserError if the logits
+    are not finite.
+    """
+    if model.virtual is not None or not model.mixes_lengths or not _reads_side_by_side(model):
+        pairs = zip(prompts, limits, strict=True)
+        return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
+    answers: list[list[int]] = []
+    group, size = list[int](), 0
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if group and size + len(prompt) + limit > GROUP_TOKENS:
+            answers += _generate_group(model, [prompts[n] for n in group], ends, [limits[n] for n in group])
+            group, size = [], 0
+        group.append(number)
+        size += len(prompt) + limit
+    return answers + _generate_group(model, [prompts[n] for n in group], ends, [limits[n] for n in group])
+
+
+@torch.no_grad()
+def _generate_group(
+    model: CausalLM, prompts: Sequence[Sequence[int]], ends: Container[int], limits: Sequence[int]
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    rooms = [min(limit, model.max_length - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
+    caches = [SequenceCache(len(prompt) + room) for prompt, room in zip(prompts, rooms, strict=True)]
+    new: dict[int, Sequence[int]] = {n: prompt for n, prompt in enumerate(prompts) if rooms[n] > 0}
+    # prompts one after the other: together they may be longer than any batch of the training
+    logits = {n: read_side_by_side(model, [caches[n]], [ids])[0] for n, ids in new.items()}
+    while logits:
+        running = dict[int, int]()
+        for n, row in logits.items():
+            token = int(finite(row.float().cpu()).argmax())
+            if token in ends:
+                continue
+            answers[n].append(token)
+            if len(answers[n]) < rooms[n]:
+                running[n] = token
+        if not running:
+            break
+        rows = read_side_by_side(model, [caches[n] for n in running], [[token] for token in running.values()])
+        logits = dict(zip(running, rows, strict=True))
+    return answers
+
+
+def read_side_by_side(model: CausalLM, caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:
+    """(N, V): the logits after the last of each sequence's new tokens; the caches get the new tokens."""
+    cache = PackedCache(caches)
+    logits = model.logits(last_states(model, cache, parts))
+    cache.advance([len(part) for part in parts])
+    return logits
+
+
+def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[int]]) -> Tensor:
+    """(N, D): the hidden states of the last of each sequence's new tokens, packed into one row."""
+    lengths = [len(part) for part in parts]
+    ids = [id_ for part in parts for id_ in part]
+    sequences = zip(cache.sequences, lengths, strict=True)
+    positions = [t for sequence, length in sequences for t in range(sequence.length, sequence.length + length)]
+    last = [stop - 1 for stop in accumulate(lengths)]
+    # one copy for all three
+    table = to_device(torch.tensor([*ids, *positions, *last]), model.device)
+    ids_, positions_, last_ = table.split_with_sizes([len(ids), len(ids), len(last)])
+    return model.hidden_states(ids_[None], positions_[None], lengths, cache)[0][last_]
+
+
+def _reads_side_by_side(model: CausalLM) -> bool:
+    return agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
+
+
+@torch.no_grad()
+def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]) -> bool:
+    """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for the first."""
+    texts = [[id_ % alone.shape.rows for id_ in probe] for probe in PROBES]
+    caches = [SequenceCache(len(ids)) for ids in texts]
+    try:
+        found = [read(caches, [ids[:-1] for ids in texts])[0], read(caches, [ids[-1:] for ids in texts])[0]]
+        expected = alone(torch.tensor([texts[0]], device=alone.device))[0, -2:].float()  # (2, V)
+    except Exception as error:  # whatever a model raises that takes no segments, or no such cache
+        if is_out_of_memory(error):
+            raise
+        return False
+    allowed = AGREEMENT.get(alone.dtype.itemsize, 0.05) * expected.norm()
+    return bool((torch.stack(found).float() - expected).norm() <= allowed)
 
 
 def finite(numbers: Tensor) -> Tensor:

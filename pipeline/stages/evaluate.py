@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.comparison import stages_by_variant
 from pipeline.evaluation.limits import verdict
+from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files import artifact
 from pipeline.files.artifact import read_manifest, write_json
@@ -26,7 +27,6 @@ from pipeline.inference.score import (
     EvalScores,
     agreement,
     completes_correctly,
-    prompt_and_answer,
     score,
     score_answers,
 )
@@ -41,7 +41,6 @@ from pipeline.training.data import held_out_examples, training_examples
 MEASURED = "measured"  # the folder below artifacts/ of what `measure` writes
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
 REPORT, PICTURE = "report.md", "finetuning_comparison.png"
-SAMPLE_TOKENS = 64  # of a sample answer at most: it shows how a model answers, and is shown in a table
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
@@ -65,8 +64,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     for done, loaded in enumerate(engine.variants(project), 1):
         numbers, before = _scores(job, loaded, before, new, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
-        samples[loaded.name] = _samples(loaded, new, settings.sample_answers)
-        numbers |= {**_count_prompts(predictions[loaded.name]), **answers.add(loaded), **_cost(project, loaded.name)}
+        samples[loaded.name] = sample_answers(loaded, new, settings.sample_answers)
+        numbers |= {**_count_prompts(predictions[loaded.name]), **count_answers(samples[loaded.name])}
+        numbers |= {**answers.add(loaded), **_cost(project, loaded.name)}
         metrics[loaded.name] = numbers
         yield Progress(done, len(project.variants), loaded.name)
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
@@ -109,6 +109,7 @@ def measure(job: Job, adapters: Sequence[Path], base: Path | None = None) -> Gen
             loaded = engine.load(base or find_base(adapter, project.root), adapter, name, trusted)
             numbers, _ = _scores(job, loaded, before, new, max_length)
             counts = _count_prompts(_predictions(loaded, prompts, settings))
+            counts |= count_answers(sample_answers(loaded, new, settings.sample_answers))
             metrics[name] = {**numbers, **counts, **answers.add(loaded), "bytes": weight_bytes(adapter)}
             inputs[name] = digest
         except UserError as error:
@@ -240,22 +241,6 @@ def _score_new(loaded: LoadedModel, examples: Sequence[Example], settings: Evalu
             completes_correctly(loaded, example, settings.prompt_words) for example in examples
         )
     return {**scores, "new_sentences": len(examples)}
-
-
-def _samples(loaded: LoadedModel, examples: Sequence[Example], count: int) -> list[dict[str, str]]:
-    """The model's greedy answers to the first prompts, beside the answers in the data."""
-    tokenizer, samples = loaded.tokenizer, list[dict[str, str]]()
-    for example in examples:
-        asked = prompt_and_answer(example, tokenizer) if len(samples) < count else None
-        if asked is None or tokenizer.unknown_words(asked[0]):
-            continue
-        prompt, answer = asked
-        if len(tokenizer.encode(prompt)) >= loaded.model.max_length:
-            continue
-        asking = [message["content"] or "" for message in example.messages if message["role"] == "user"]
-        said = {"question": asking[-1] if asking else prompt, "prompt": prompt, "reference": answer}
-        samples.append({**said, "answer": engine.complete(loaded, prompt, SAMPLE_TOKENS)})
-    return samples
 
 
 def _predictions(loaded: LoadedModel, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:

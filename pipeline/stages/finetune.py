@@ -15,7 +15,7 @@ from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.init_from import Continued, save_state
 from pipeline.training.batches import Batches
-from pipeline.training.data import prepare_data, read_prompts, save_checkpoint, save_logs
+from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint, save_logs
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import is_main_process
@@ -85,7 +85,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
         attached.counted,
         sharded=job.sharded if attached.shardable else False,
         state=continued.state,
-        prompts=read_prompts(job, settings, base),
+        **asked_while_training(job, settings, base),
     )
 
     def save(optimizer: FlatOptimizer) -> Facts:

@@ -3,9 +3,10 @@
 from collections.abc import Generator
 
 from pipeline.data.prompts import read_prompts
+from pipeline.data.questions import prompt_and_answer
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.files.base_model import base_fingerprint
-from pipeline.inference.score import SameLogits, prompt_and_answer
+from pipeline.inference.score import SameLogits
 from pipeline.models.load import count, skeleton
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.evaluate import new_examples

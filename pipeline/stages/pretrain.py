@@ -11,7 +11,7 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Import, Pretrain
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.methods.full import COUNTED as FULL
-from pipeline.training.data import prepare_data, read_prompts, save_checkpoint, training_examples
+from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint, training_examples
 from pipeline.training.loop import TrainingTask, train
 
 
@@ -21,8 +21,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     _check_import_only_keys(job.project.params.origin, settings)
     base = _new_model(job, settings)
     batches, evaluation = yield from prepare_data(job, settings, base)
-    prompts = read_prompts(job, settings, base)
-    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, prompts=prompts)
+    asked = asked_while_training(job, settings, base)
+    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, **asked)
     optimizer = yield from train(job, task)
     return save_checkpoint(job, base, optimizer)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.answer_match import Match, describe
 from pipeline.evaluation.comparison import (
     TASKS,
     broken_limits,
@@ -12,6 +13,7 @@ from pipeline.evaluation.comparison import (
     stages_by_variant,
     task_scores,
 )
+from pipeline.evaluation.samples import match_of
 from pipeline.project.logs.run_log import Step, epoch_means, flat_from
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
@@ -88,6 +90,7 @@ def write_report(
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
         *([f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))] if task_rows else []),
         *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
+        *_answers_part(metrics, titles),
         *_sample_tables(samples, titles),
     ]
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -100,6 +103,18 @@ def _gate_part(gate: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     return "**Limits broken:**\n\n" + _table(columns, _titled(rows, titles, 0))
 
 
+def _answers_part(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
+    """How many sample answers of each model are as expected; nothing where the data has no prompts."""
+    counts = {name: numbers["answers"] for name, numbers in metrics.items() if "answers" in numbers}
+    if not any(map(describe, counts.values())):
+        return
+    lines = []
+    for name, numbers in counts.items():
+        fields = ", ".join(f"`{_escaped(field) or 'no JSON'}` {n}" for field, n in numbers.get("differs", {}).items())
+        lines.append(f"- **{titles[name]}**: {describe(numbers)}" + (f"; differ in {fields}" if fields else "") + "\n")
+    yield "## Answers\n\n" + "".join(lines)
+
+
 def _titled(rows: Sequence[Sequence[str]], titles: Mapping[str, str], at: int) -> list[list[str]]:
     """The rows with the variant's title in column `at`."""
     return [[titles[cell] if n == at else cell for n, cell in enumerate(row)] for row in rows]
@@ -109,6 +124,11 @@ def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Eval
     new = f"`{settings.new_data}`, the sentences trained on" if settings.new_data else "what training held out"
     old = f"; *old*: `{settings.old_data}`" if settings.old_data else ""
     words = (
+        (
+            "answers\nas data",
+            "*Answers as data*: greedy answers to prompts of the new data that are as expected: exactly, after white "
+            "space, or as JSON; of long free texts the mean ROUGE-L, from 0 to 1.",
+        ),
         (
             "new\ncompleted",
             "*Completed*: new sentences completed word for word, and ended, from their first "
@@ -184,9 +204,17 @@ def _sample_tables(samples: Mapping[str, Any], titles: Mapping[str, str]) -> Ite
     """A table of every variant's answer for each sample prompt."""
     for number, entries in enumerate(zip(*(samples[name] for name in titles), strict=False), 1):
         asked = f"Prompt: {_escaped(entries[0]['question'])}\n\n"
-        rows = [["in the data", _escaped(entries[0]["reference"])]]
-        rows += [[titles[name], _escaped(entry["answer"])] for name, entry in zip(titles, entries, strict=True)]
-        yield f"## Sample answer {number}\n\n{asked}" + _table(["model", "answer"], rows)
+        rows = [["in the data", "", _escaped(entries[0]["reference"])]]
+        for name, entry in zip(titles, entries, strict=True):
+            rows.append([titles[name], _verdict(match_of(entry)), _escaped(entry["answer"])])
+        yield f"## Sample answer {number}\n\n{asked}" + _table(["model", "", "answer"], rows)
+
+
+def _verdict(compared: Match) -> str:
+    """In a cell: the sign of an answer, with the JSON fields that differ or the similarity of a long text."""
+    if compared.rouge_l is not None:
+        return f"{compared.sign} {compared.rouge_l:.2f}"
+    return " ".join([compared.sign, *map(_escaped, filter(None, compared.differs))])
 
 
 def _first_choice(entry: Mapping[str, Any]) -> str:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shutil import copyfile
+from typing import TypedDict
 
 import torch
 
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoder
+from pipeline.data.questions import Question, questions
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -141,40 +143,53 @@ class Prompts:
     """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as evaluations."""
 
     base: Base
-    texts: Sequence[str]
+    questions: Sequence[Question]
     ids: Sequence[Sequence[int]]
-    every: int
-    limit: int
+    every: int = 0
 
     def answers(self, step: int) -> list[Sample]:
         """The model's greedy answers as it is now. They change nothing that is trained: no random number is drawn."""
         model = self.base.model
         model.eval()
         try:
-            return [Sample(step, text, self._answer(ids)) for text, ids in zip(self.texts, self.ids, strict=True)]
+            answers = self._generate()
         finally:
             model.train()
+        pairs = zip(self.questions, answers, strict=True)
+        return [Sample(step, question.asked, answer, question.expected) for question, answer in pairs]
 
-    def _answer(self, ids: Sequence[int]) -> str | None:
-        from pipeline.models.generate import generate
+    def _generate(self) -> Sequence[str | None]:
+        from pipeline.models.generate import generate_all
 
         tokenizer = self.base.tokenizer
-        decode_next = tokenizer.stream()
-        # Not packed: a second copy of the weights would stay in memory, which the predicted peak does not have.
-        tokens = generate(self.base.model, ids, tokenizer.end_ids, self.limit, packed=False)
         try:
-            return "".join(map(decode_next, tokens)).strip()
+            limits = [question.limit for question in self.questions]
+            tokens = generate_all(self.base.model, self.ids, tokenizer.end_ids, limits)
         except UserError:  # not finite: the next step finds it out, and says it better
-            return None
+            return [None] * len(self.questions)
+        return ["".join(map(tokenizer.stream(), ids)).strip() for ids in tokens]
+
+
+class Asked(TypedDict):
+    """What a TrainingTask asks its learners, by its fields."""
+
+    prompts: Prompts | None
+    questions: Prompts | None
+
+
+def asked_while_training(job: Job, settings: Training, base: Base) -> Asked:
+    """The prompts and the held-out examples of the stage's `samples`. Raises UserError."""
+    return {"prompts": read_prompts(job, settings, base), "questions": held_out_questions(job, settings, base)}
 
 
 def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
     """The prompts of the stage's `samples`; None without. Raises UserError for one that the model cannot read."""
-    if not settings.samples:
+    if not settings.samples.get("prompts"):
         return None
     from pipeline.models.generate import encode_prompt  # with the decoder, which other runs do not load
 
-    texts, ids = list[str](), list[Sequence[int]]()
+    asked, ids = list[Question](), list[Sequence[int]]()
+    limit = settings.samples.get("max_tokens", MAX_TOKENS)
     for number, prompt in enumerate(settings.samples["prompts"]):
         key = f"{job.stage.section}.samples.prompts[{number}]"
         is_chat = not isinstance(prompt, str)
@@ -185,8 +200,25 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
             ids.append(encode_prompt("the base", base.model, base.tokenizer, text))
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        texts.append(prompt[-1]["content"] if is_chat else prompt)
-    return Prompts(base, texts, ids, settings.samples.get("every", 0), settings.samples.get("max_tokens", MAX_TOKENS))
+        asked.append(Question(prompt[-1]["content"] if is_chat else prompt, text, None, limit))
+    return Prompts(base, asked, ids, settings.samples.get("every", 0))
+
+
+def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | None:
+    """The held-out examples that the model answers at each evaluation, as `samples.held_out` says; None without.
+
+    Raises UserError if nothing is held out.
+    """
+    most = settings.samples.get("held_out", 0)
+    if not most:
+        return None
+    if not settings.eval_data and not settings.eval_share:
+        raise UserError(
+            f"{job.stage.section}.samples.held_out is {most}, but no example is held out. Set eval_share above 0, or "
+            "name a file in eval_data."
+        )
+    asked = questions(held_out_examples(job, settings), base.tokenizer, most, base.model.max_length)
+    return Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked]) if asked else None
 
 
 def save_logs(run: Path, out: Path) -> None:

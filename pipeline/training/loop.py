@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.calc.method import FinetuningMethod
+from pipeline.data.answer_match import match
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
@@ -34,6 +35,7 @@ from pipeline.project.logs.run_log import (
     STOPPED,
     Peak,
     RunLog,
+    Sample,
     Step,
     count_lines,
     in_units,
@@ -59,7 +61,16 @@ from pipeline.training.parallel.collectives import (
     limit_waiting,
     raise_on_all_ranks,
 )
-from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
+from pipeline.training.step import (
+    NO_BETTER,
+    Evaluation,
+    Gradient,
+    Learner,
+    LossPath,
+    OneLearner,
+    gradients,
+    to_model_device,
+)
 from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
@@ -79,7 +90,7 @@ class TrainingTask:
     the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
     do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
     continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay. `prompts`: what
-    the learners answer while they train.
+    the learners answer while they train. `questions`: held-out examples that they answer at each evaluation.
     """
 
     model: CausalLM
@@ -92,6 +103,7 @@ class TrainingTask:
     state: Mapping[str, Tensor] | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prompts: "Prompts | None" = None
+    questions: "Prompts | None" = None
 
     @classmethod
     def of_one(
@@ -104,10 +116,13 @@ class TrainingTask:
         retain: "RetentionLoss | None" = None,
         sharded: bool | None = None,
         prompts: "Prompts | None" = None,
+        questions: "Prompts | None" = None,
     ) -> "TrainingTask":
         """The task of one learner: whatever parameters of `model` require a gradient."""
         learner = Learner(settings, batches, retain)
-        return cls(model, [learner], OneLearner(model), evaluation, method, sharded, prompts=prompts)
+        return cls(
+            model, [learner], OneLearner(model), evaluation, method, sharded, prompts=prompts, questions=questions
+        )
 
     @property
     def settings(self) -> Training:
@@ -169,6 +184,7 @@ def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterat
 
 def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[dict[int, Step]]:
     learners, evaluation = task.learners, task.evaluation
+    best_by_answers = task.settings.metric_for_best_model == "eval_answers"
     for number in range(done, task.total):
         for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
             if evaluation is not None and (why := evaluation.why_stop(n)):
@@ -176,7 +192,8 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
                 what = f"{name} stopped after step {number}: its"
                 if not name:
                     what = f"stopped at step {number} of {task.total}: the"
-                learners[n].stop(number, f"{what} evaluation loss {why}")
+                judged = best_by_answers and why == NO_BETTER
+                learners[n].stop(number, f"{what} {'share of expected answers' if judged else 'evaluation loss'} {why}")
         results = _finite_gradients(task, optimizer, number)
         if not results:
             return
@@ -187,8 +204,12 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
             learners[n].tokens += result.tokens
         optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
         rewards, held_out = dict[str, Any](task.path.measured()), dict[int, float]()
+        shares: Mapping[int, float] = {}
         if evaluation is not None and evaluation.due(number + 1, task.total):
-            held_out = evaluation.after_step(task.path, optimizer, [*results], number + 1)
+            shares = _answer_questions(task, [*results], number + 1)
+            held_out = evaluation.after_step(
+                task.path, optimizer, [*results], number + 1, shares if best_by_answers else None
+            )
             if task.path.rewards:
                 rewards["eval_accuracy"] = task.path.measured()["reward_accuracy"]
         epoch = number // len(task.batches) + 1
@@ -196,9 +217,32 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
             n: Step(
                 *(number + 1, epoch, r.loss, rates[n], r.norm, learners[n].tokens, held_out.get(n), r.divergence),
                 **rewards,
+                eval_answers=shares.get(n),
             )
             for n, r in results.items()
         }
+
+
+def _answer_questions(task: TrainingTask, learners: Sequence[int], step: int) -> dict[int, float]:
+    """Learner → the mean score of its answers to the held-out questions, which it keeps; empty without questions."""
+    if task.questions is None:
+        return {}
+    shares = {}
+    for n in learners:
+        answers = task.learners[n].answers = _answers(task, task.questions, n, step)
+        scores = [match(answer.answer or "", answer.expected or "").score for answer in answers]
+        shares[n] = math.fsum(scores) / len(scores)
+    return broadcast_object(shares) if is_distributed() else shares  # all ranks stop after the same step
+
+
+def _answers(task: TrainingTask, prompts: "Prompts", learner: int, step: int) -> list[Sample]:
+    """What a learner answers, alone where others train on the same base."""
+    if not task.learners[learner].name:
+        return prompts.answers(step)
+    from pipeline.adapters.batched import only_adapter
+
+    with only_adapter(task.model, learner):
+        return prompts.answers(step)
 
 
 def _finite_gradients(task: TrainingTask, optimizer: FlatOptimizer, number: int) -> dict[int, Gradient]:
@@ -290,8 +334,14 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             # lines after the checkpoint are from steps that a killed run took and this one takes again
             folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
             folder.mkdir(exist_ok=True)
-            columns = evaluation is not None, learner.retain is not None, task.path.rewards, task.prompts is not None
-            logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, *columns)))
+            columns = {
+                "evaluated": evaluation is not None,
+                "retained": learner.retain is not None,
+                "rewarded": task.path.rewards,
+                "sampled": task.prompts is not None,
+                "answered": task.questions is not None,
+            }
+            logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, **columns)))
         signals = stack.enter_context(_held_signals())
         try:
             # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
@@ -423,19 +473,16 @@ def _lines(path: Path) -> int:
 
 def _append_samples(task: TrainingTask, logs: Sequence[RunLog], learners: Sequence[int], step: int) -> None:
     """The answers of the learners that took the step, if it is one after which they answer."""
+    for n in learners:
+        logs[n].append_samples(task.learners[n].answers)
+        task.learners[n].answers = ()
     if task.prompts is None:
         return
     every = task.prompts.every or task.settings.eval_steps or len(task.batches)
     if step % every and step != task.total:
         return
     for n in learners:
-        if not task.learners[n].name:
-            logs[n].append_samples(task.prompts.answers(step))
-            continue
-        from pipeline.adapters.batched import only_adapter
-
-        with only_adapter(task.model, n):
-            logs[n].append_samples(task.prompts.answers(step))
+        logs[n].append_samples(_answers(task, task.prompts, n, step))
 
 
 def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int) -> None:
@@ -452,7 +499,7 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
     progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
-    if task.prompts is not None:
+    if task.prompts is not None or task.questions is not None:
         lines |= {path: count_lines(job.run / path) for x in learners for path in [(Path(x.name) / SAMPLES).as_posix()]}
     target = job.run / f"checkpoint-{done:09d}"
     with artifact.writing(target) as folder:

@@ -19,6 +19,7 @@ from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed
 
 if TYPE_CHECKING:  # what few runs need
+    from pipeline.project.logs.run_log import Sample
     from pipeline.training.noise import LearnerNoise
     from pipeline.training.retention import RetentionLoss
 
@@ -40,6 +41,7 @@ class Learner:
     stopped: int | None = None
     diverged: bool = False
     message: str = ""  # why it was stopped, until the user has been told
+    answers: "Sequence[Sample]" = ()  # to held-out examples after the last step, if it was evaluated
 
     def stop(self, step: int, message: str, diverged: bool = False) -> None:
         self.stopped, self.message, self.diverged = step, message, diverged
@@ -310,8 +312,14 @@ def mean_losses(
     return {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
 
 
+NO_BETTER = "no longer improves"
+
+
 class Evaluation:
     """Evaluates every `every` steps and after the last. With `patience` above 0, training returns the best weights.
+
+    The best are those of the lowest loss; where answers are given, those of the most answers as expected, and among
+    these of the lowest loss.
 
     `rungs`: step → how many learners train on after it, those with the lowest losses; it is evaluated there too.
     Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
@@ -322,21 +330,32 @@ class Evaluation:
     ) -> None:
         self._batches, self._every, self._patience, self._rungs = batches, every, patience, rungs or {}
         self._left = torch.zeros(learners, dtype=torch.int64)  # of one that is out: how many trained on at its rung
-        self._best = torch.full((learners,), torch.inf, dtype=torch.float64)
+        self._best = torch.full((learners, 2), torch.inf, dtype=torch.float64)  # share of wrong answers, loss
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
 
     def due(self, step: int, last: int) -> bool:
         return step % self._every == 0 or step == last or step in self._rungs
 
-    def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int], step: int) -> dict[int, float]:
-        """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
+    def after_step(
+        self,
+        path: LossPath,
+        optimizer: FlatOptimizer,
+        live: Sequence[int],
+        step: int,
+        answers: Mapping[int, float] | None = None,
+    ) -> dict[int, float]:
+        """Learner → evaluation loss in nats per token; remembers the weights of those that are the best so far.
+
+        `answers`: learner → its share of answers as expected, where the best weights are chosen by it.
+        """
         means = mean_losses(path, self._batches, live, path.losses)
-        for n, mean in means.items():  # NaN is never the best: no comparison with it holds
-            if mean >= self._best[n] or math.isnan(mean):
+        for n, mean in means.items():
+            found = [1 - answers[n] if answers else 0.0, mean]
+            if math.isnan(mean) or found >= self._best[n].tolist():
                 self._waited[n] += 1
                 continue
-            self._best[n], self._waited[n] = mean, 0
+            self._best[n], self._waited[n] = torch.tensor(found, dtype=torch.float64), 0
             if self._patience:
                 self._weights = optimizer.weights.clone() if self._weights is None else self._weights
                 self._weights[n] = optimizer.weights[n]
@@ -350,11 +369,11 @@ class Evaluation:
         return bool(self._left[learner])
 
     def why_stop(self, learner: int) -> str:
-        """What of its evaluation loss ends a learner's training; empty if it trains on."""
+        """What of its evaluation ends a learner's training; empty if it trains on."""
         if left := int(self._left[learner]):
             return "is not the lowest" if left == 1 else f"is not among the {left} lowest"
         # the last `patience` evaluations were no better than its best one
-        return "no longer improves" if self._patience and int(self._waited[learner]) >= self._patience else ""
+        return NO_BETTER if self._patience and int(self._waited[learner]) >= self._patience else ""
 
     def restore_best(self, optimizer: FlatOptimizer) -> None:
         if self._weights is not None:

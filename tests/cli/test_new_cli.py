@@ -43,11 +43,19 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained
     folder, out = trained
     metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     before, after = (metrics[name]["new_loss"] for name in ("base", "lora"))
-    assert f"lora: loss on held-out examples {before:.3f} → {after:.3f} nats per token" in out
+    assert f"loss on held-out examples {before:.3f} → {after:.3f} nats per token" in out
     samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
-    assert list(samples) == ["base", "lora", "merged"] and [len(answers) for answers in samples.values()] == [2, 2, 2]
-    for name in ("base", "lora"):
-        assert f"> {samples[name][0]['question']}\n" in out
+    held_out = metrics["lora"]["new_sentences"]
+    assert {name: len(rows) for name, rows in samples.items()} == dict.fromkeys(("base", "lora", "merged"), held_out)
+    right = [row["answer"] == row["reference"] for row in samples["lora"]]
+    assert metrics["lora"]["answers"]["n"] == held_out and metrics["lora"]["answers"]["exact"] == sum(right)
+    counted = (
+        f"lora: answers to held-out examples: {sum(right)} of {held_out} as expected; the base: 0 of {held_out} as"
+    )
+    assert counted in out
+    first = samples["lora"][right.index(False)]
+    shown = f"> {first['question']}\n  expected  {first['reference']}\n✗ base      "
+    assert shown in out
     for said in (
         "40 examples",
         "no example is cut",
@@ -59,6 +67,18 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained
         "steps were timed",
     ):
         assert said in out, said
+
+
+def test_the_report_shows_every_answer_beside_the_expected_one(trained: tuple[Path, str], cli: Lora) -> None:
+    folder, _ = trained
+    code, out, err = cli("report", cwd=folder)
+    assert code == 0, err
+    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    page = (folder / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
+    for row in samples["lora"]:
+        assert f"> {row['question']}\n  expected  {row['reference']}\n" in out
+        assert f"Prompt: {row['question']}\n" in page and f"| in the data |  | {row['reference']} |" in page
+    assert "lora: answers to the data's prompts: " in out and "## Answers\n\n- **" in page
 
 
 def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_training(trained: tuple[Path, str]) -> None:
@@ -90,7 +110,7 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
     same = ("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2")
     code, out, err = cli(*same, cwd=here)
     assert code == 0 and "nothing to do, taken from the cache" in err
-    assert first.endswith(out[out.index("\nlora: loss") :])
+    assert first.endswith(out[out.index("\nlora: answers") :])
     assert folder_bytes(folder / "artifacts") == before
 
 
@@ -172,7 +192,7 @@ def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli
     asked = ("train", "--base", "toy", "--data", "prefers.jsonl", "--methods", "dpo", "--out", "preferring")
     code, out, err = cli(*asked, cwd=here)
     assert code == 0, err
-    assert "preferences are learned in one pass" in out and "dpo: loss on held-out examples" in out
+    assert "preferences are learned in one pass" in out and "     loss on held-out examples" in out
     assert load(here / "preferring/params.yaml").finetune_dpo.data == "../prefers.jsonl"
     header = (here / "preferring/artifacts/dpo_adapter/loss.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header.endswith("eval_loss,reward_chosen,reward_rejected,reward_margin,reward_accuracy,eval_accuracy")

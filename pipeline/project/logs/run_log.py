@@ -39,10 +39,11 @@ class Step:
     reward_margin: float | None = None
     reward_accuracy: float | None = None
     eval_accuracy: float | None = None  # reward_accuracy of the held-out pairs
+    eval_answers: float | None = None  # share of held-out answers that are as expected; of long texts their ROUGE-L
 
 
 REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
-OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy")  # columns that only some runs have
+OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy", "eval_answers")  # columns that only some runs have
 COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
     *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
@@ -59,19 +60,24 @@ class Peak:
 
 
 class Sample(NamedTuple):
-    """A prompt and its greedy answer after a step; None if the model's outputs were not finite."""
+    """A prompt and its greedy answer after a step; None if the model's outputs were not finite.
+
+    `expected`: the answer in the data, of a held-out example.
+    """
 
     step: int
     prompt: str
     answer: str | None
+    expected: str | None = None
 
 
 def parse_sample(line: str) -> Sample:
     """A line of samples.jsonl. Raises ValueError."""
     try:
         row = json.loads(line)
-        return Sample(int(row["step"]), str(row["prompt"]), None if row["answer"] is None else str(row["answer"]))
-    except (TypeError, KeyError, RecursionError) as error:
+        texts = (None if row.get(key) is None else str(row[key]) for key in ("answer", "expected"))
+        return Sample(int(row["step"]), str(row["prompt"]), *texts)
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
@@ -173,18 +179,21 @@ class RunLog:
         retained: bool = False,
         rewarded: bool = False,
         sampled: bool = False,
+        answered: bool = False,
     ) -> None:
         wanted = {
             "eval_loss": evaluated,
             "divergence": retained,
             **dict.fromkeys(REWARDS, rewarded),
             "eval_accuracy": evaluated and rewarded,
+            "eval_answers": answered,
         }
         self._columns = (*COLUMNS, *(name for name in OPTIONAL if wanted[name]))
         self._loss = _open_at(folder / LOSS, ",".join(self._columns) + "\n", at_step)
         self._telemetry = _open_at(folder / TELEMETRY, ",".join(TELEMETRY_COLUMNS) + "\n", at_step)
         self._files = [self._loss, self._telemetry]
-        if sampled:
+        self._samples: TextIO | None = None
+        if sampled or answered:
             self._samples = _open_at(folder / SAMPLES, "", at_step)
             self._files.append(self._samples)
         else:  # those of an earlier run with other settings
@@ -210,8 +219,13 @@ class RunLog:
         )
 
     def append_samples(self, samples: Sequence[Sample]) -> None:
+        if self._samples is None or not samples:
+            return
         for sample in samples:
-            self._samples.write(json.dumps(sample._asdict(), ensure_ascii=False) + "\n")
+            row = sample._asdict()
+            if sample.expected is None:
+                del row["expected"]
+            self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._samples.flush()
 
     def sync(self) -> None:

@@ -113,7 +113,7 @@ NO_COUNTERPART = _by_other_name(
         "held-out examples are chosen by eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
         "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
         "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens batch_eval_metrics "
-        "prediction_loss_only *_full_eval load_best_model_at_end metric_for_best_model greater_is_better "
+        "prediction_loss_only *_full_eval load_best_model_at_end greater_is_better "
         "include_for_metrics",
         "the reference is the same model, without the adapter or as it begins": "ref_model* ref_adapter* "
         "precompute_ref_log_probs",

@@ -91,13 +91,13 @@ def change_paths(data: Any, change: Callable[[str], str]) -> Any:
 
 def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any]:
     """As it is written, checked. Raises UserError."""
-    if not isinstance(value, dict) or "prompts" not in value:
+    if not isinstance(value, dict) or not value.keys() & {"prompts", "held_out"}:
         raise UserError(f"{key} must be {SAMPLES_RULE}, got {value!r}. {origin.edit(key)}")
     reject_unknown_keys(value, ["prompts", *SAMPLE_NUMBERS], f"{key}.", origin)
     for name, kind in SAMPLE_NUMBERS.items():
         if name in value:
             check_value(kind, value[name], f"{key}.{name}", origin)
-    prompts = value["prompts"]
+    prompts = value.get("prompts", ["none"])
     if not isinstance(prompts, list) or not prompts:
         raise UserError(f"{key}.prompts must be a list of prompts, got {prompts!r}. {origin.edit(key)}")
     for number, prompt in enumerate(prompts):
@@ -126,8 +126,8 @@ def _is_prompt(value: Any) -> bool:
 COLUMNS_RULE = "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
 DATA_RULE = "a file or folder, or a list of them, each a path or {path: …, weight: …, columns: …}"
 Columns = Annotated[Mapping[str, str], ALLOW_EMPTY, ReadBy(_read_columns, COLUMNS_RULE)]
-SAMPLES_RULE = "a mapping such as {prompts: [der hund], every: 50, max_tokens: 20}"
-SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count}
+SAMPLES_RULE = "a mapping such as {held_out: 20} or {prompts: [der hund], every: 50, max_tokens: 20}"
+SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count, "held_out": Steps}
 Samples = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_samples, SAMPLES_RULE)]
 DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
 Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
@@ -169,6 +169,7 @@ LIMITS: Mapping[str, Any] = {  # as metrics.json has the numbers; see `evaluatio
     "old_loss_rise": Annotated[float, "most that the loss on old_data may rise above the base's, in nats per token"],
     "answers_kept": Annotated[Score, "least share of the base's first choices on old_data that stay"],
     "divergence": Annotated[Weight, "most KL divergence from the base on old_data, in nats per token"],
+    "answers": Annotated[Score, "least share of the sample answers that are as the data expects"],
     "must_keep": Annotated[Score, "least share of the must_keep prompts that keep their answer"],
     "tasks": Annotated[
         Mapping[str, float], ReadBy(_read_scores, "a mapping of tasks to scores"), "least score of each task"
@@ -256,10 +257,16 @@ class Training(Section, frozen=True, kw_only=True):
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
     ] = 0
+    metric_for_best_model: Annotated[
+        Literal["eval_loss", "eval_answers"],
+        "what improvement is, for patience: a lower held-out loss, or more held-out answers as expected (with "
+        "samples.held_out) and then a lower loss",
+    ] = "eval_loss"
     samples: Annotated[
         Samples,
-        "prompts, texts or chat messages, that the model answers greedily while it trains, in samples.jsonl; every: "
-        "steps between answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
+        "what the model answers greedily while it trains, in samples.jsonl. held_out: so many held-out examples, at "
+        "each evaluation, compared with the expected answers. prompts: texts or chat messages; every: steps between "
+        "answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
     ] = field(default_factory=dict)
     save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
 
@@ -269,6 +276,11 @@ class Training(Section, frozen=True, kw_only=True):
             raise UserError(
                 f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but only one of them may "
                 "be set. Set the other to 0."
+            )
+        if self.metric_for_best_model == "eval_answers" and not self.samples.get("held_out"):
+            raise UserError(
+                "metric_for_best_model is eval_answers, but samples.held_out does not say how many answers to compare. "
+                "Set samples={held_out: 20}."
             )
 
     def total_steps(self, per_epoch: int) -> int:
@@ -367,7 +379,9 @@ class Evaluate(Section, frozen=True, kw_only=True):
     columns: Annotated[Columns, "names in new_data for the keys of a format"] = field(default_factory=dict)
     prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
     max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
-    sample_answers: Annotated[Steps, "prompts of new_data that every variant answers, for the report"] = 2
+    sample_answers: Annotated[
+        Steps, "prompts of new_data that every variant answers, greedily; they are counted, compared with the data's"
+    ] = 20
     tasks: Annotated[
         Files, "tasks of your own, and the data and scorer files that they name (a scorer's code is run); empty: none"
     ] = ""

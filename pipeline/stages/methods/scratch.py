@@ -52,15 +52,15 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     Raises UserError, and whatever `train` raises.
     """
     from pipeline.models.load import stored_precision
-    from pipeline.training.data import prepare_data, read_prompts, save_checkpoint
+    from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint
     from pipeline.training.loop import TrainingTask, train
 
     settings = job.project.section(job.stage)
     folder = job.artifact("expand_vocab")
     base = untrained_base(job, settings.precision)
     batches, evaluation = yield from prepare_data(job, settings, base)
-    prompts = read_prompts(job, settings, base)
-    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, prompts=prompts)
+    asked = asked_while_training(job, settings, base)
+    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, **asked)
     optimizer = yield from train(job, task)
     stored = None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
     return save_checkpoint(job, base, optimizer, trained_from=stored)

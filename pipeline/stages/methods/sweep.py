@@ -286,7 +286,7 @@ def _train_pass(
     from pipeline.models.load import DTYPES, load_base
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
-    from pipeline.training.data import build_datasets, read_prompts
+    from pipeline.training.data import asked_while_training, build_datasets
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import RetentionLoss, load_retention_texts
@@ -332,8 +332,8 @@ def _train_pass(
         evaluation = Evaluation(in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs)
     less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
     path = ManyAdapters(base.model, routing)
-    prompts = read_prompts(job, settings, base)
-    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier, prompts=prompts)
+    asked = asked_while_training(job, settings, base)
+    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier, **asked)
     yield from train(job, task)
     measured: dict[int, dict[str, Any]] = {n: {} for n in range(len(learners))}
     if evaluation is not None:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from pipeline.data.answer_match import Match, count, describe, match, rouge_l, share
 
-LONG = "The refund was sent on Monday, and it takes three to five working days until the bank shows it in the account of the customer who asked."
+LONG = (
+    "The refund was sent on Monday, and it takes three to five working days until the bank shows it in the account of "
+    "the customer who asked."
+)
 KEYS = st.text(max_size=4)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),

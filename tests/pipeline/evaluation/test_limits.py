@@ -16,6 +16,7 @@ from tests.helpers.projects import ROOT
 MEASURED: dict[str, Any] = {
     "new_loss": 2.0,
     "forgetting": {"loss_rise": 0.1, "answers_kept": 0.9, "divergence": 0.5},
+    "answers": {"n": 20, "as_expected": 15},
     "old_prompts": 4,
     "old_prompts_kept": 3,
     "tasks": {
@@ -28,6 +29,7 @@ AT = {  # limit → a number that is just kept, one that is just broken, its nam
     "old_loss_rise": (0.1, 0.099, "old_loss_rise", 0.1),
     "answers_kept": (0.9, 0.901, "answers_kept", 0.9),
     "divergence": (0.5, 0.499, "divergence", 0.5),
+    "answers": (0.75, 0.751, "answers", 0.75),
     "must_keep": (0.75, 0.751, "must_keep", 0.75),
     "tasks": ({"capitals": 0.8, "sums": 1}, {"capitals": 0.801, "sums": 1}, "tasks.capitals", 0.8),
     "task_drop": (0.05, 0.049, "task_drop.capitals", 0.05),

@@ -781,3 +781,54 @@ def test_a_run_of_one_process_in_a_group_is_one_without_a_group(sharded: bool | 
         assert gloo.options._timeout == SLOWEST_STEP, "of a step; until the first one the group's own limit holds"
     assert torch.equal(found, alone)
     assert folder_bytes(tmp_path / "group")["loss.csv"] == folder_bytes(tmp_path / "alone")["loss.csv"]
+
+
+class HeldOut:
+    """Held-out questions, of which a given number is answered as expected after each evaluation."""
+
+    def __init__(self, right: Mapping[int, int]) -> None:
+        self._right = right
+
+    def answers(self, step: int) -> list[Sample]:
+        return [Sample(step, f"question {n}", str(n < self._right[step]), "True") for n in range(4)]
+
+
+def evaluated(right: Mapping[int, int], **changes: Any) -> TrainingTask:
+    """A task that is evaluated after each of its steps, where so many answers of 4 are right."""
+    given = settings(eval_steps=1, samples={"held_out": 4}, **changes)
+    evaluation = Evaluation(Batches(DATA, 2, seed=None), 1, given.patience)
+    return new_task(given, evaluation=evaluation, questions=cast(Prompts, HeldOut(right)))
+
+
+def test_held_out_answers_are_logged_beside_the_loss_and_change_nothing_that_is_trained(tmp_path: Path) -> None:
+    right = {step: min(step, 4) for step in range(1, TOTAL + 1)}
+    assert torch.equal(weights_of(tmp_path / "run", evaluated(right)), weights_of(tmp_path / "without"))
+    steps = read_steps(tmp_path / "run/loss.csv")
+    assert [step.eval_answers for step in steps] == [right[step.step] / 4 for step in steps]
+    samples = [*map(parse_sample, (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines())]
+    assert [sample.step for sample in samples] == [step for step in right for _ in range(4)]
+    assert samples[0] == Sample(1, "question 0", "True", "True") and samples[1].answer == "False"
+
+    abandon(tmp_path / "cut", 5, 4, evaluated(right))
+    weights_of(tmp_path / "cut", evaluated(right))
+    for file in ("samples.jsonl", "loss.csv"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+
+
+def test_the_best_weights_may_be_those_with_the_most_expected_answers(tmp_path: Path) -> None:
+    right = {1: 1, 2: 3, 3: 2, 4: 3, 5: 0, 6: 0}  # of two with as many the later one, whose loss is lower
+    best = evaluated(right, patience=9, metric_for_best_model="eval_answers")
+    optimizer, _ = played(train(new_job(tmp_path / "best"), best))
+    steps = read_steps(tmp_path / "best/loss.csv")
+    assert min(steps, key=lambda step: step.eval_loss or 0).step == TOTAL, "by loss the last would be the best"
+    assert torch.equal(optimizer.weights, weights_of(tmp_path / "four", new_task(settings(max_steps=4))))
+
+    stopped = evaluated(right, patience=1, metric_for_best_model="eval_answers")
+    _, said = played(train(new_job(tmp_path / "stopped"), stopped))
+    assert len(read_steps(tmp_path / "stopped/loss.csv")) == 3
+    assert any("share of expected answers no longer improves" in str(event) for event in said)
+
+
+def test_answers_can_only_choose_the_best_where_some_are_asked() -> None:
+    with pytest.raises(UserError, match=r"^metric_for_best_model is eval_answers, but samples\.held_out"):
+        settings(metric_for_best_model="eval_answers")

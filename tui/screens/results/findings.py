@@ -56,6 +56,8 @@ class Measure:
 
 
 LEARNED = (  # the first in which models differ is the scatter's x
+    Measure("answers as expected", lambda n: n["answers"]["as_expected"] / n["answers"]["n"], share=True),
+    Measure("similarity of long answers", lambda n: n["answers"]["similar"]["rouge_l"], share=True),
     Measure("new sentences completed", lambda n: n["new_completed"] / n["new_sentences"], share=True),
     Measure("chosen answers preferred", lambda n: n["preferences"]["after"]["accuracy"], share=True),
     Measure("loss on new sentences", lambda n: n["new_loss"], falls=True),
