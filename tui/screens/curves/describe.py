@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual.color import Color
 
+from pipeline.data.answer_match import match
 from pipeline.files.text import printable
 from pipeline.project.logs.run_log import DIVERGED, STOPPED, in_units
 from pipeline.project.stage_graph import Look
@@ -188,6 +189,13 @@ def answers(shown: Sequence[Drawn], cursor: float | None, paint: Paint) -> Text:
         text.append(f"  step {samples[0].step:,}\n")
         for sample in samples:
             answer = "(not finite)" if sample.answer is None else printable(sample.answer)
-            text.append(f"  {printable(sample.prompt)}\n", "dim").append(f"  → {answer}\n")
+            text.append(f"  {printable(sample.prompt)}\n", "dim")
+            if sample.expected is None:
+                text.append(f"  → {answer}\n")
+                continue
+            compared = match(sample.answer or "", sample.expected)
+            text.append(f"  {compared.sign} {answer}\n")
+            if not compared.as_expected:
+                text.append(f"    expected {printable(sample.expected)}\n", "dim")
     text.rstrip()
     return text

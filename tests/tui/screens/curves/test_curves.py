@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import json
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.logs.runs import discover_runs
 from tests.helpers.curves import (
@@ -394,6 +395,10 @@ async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> Non
         write_samples(folder, {400: "der euro"})  # begun anew
         await wait_until_drawn(pilot, screen)
         assert answers_text(screen).splitlines()[0].endswith("step 400")
+        held_out = {"step": 500, "prompt": "bulgarien", "answer": "der lewa", "expected": "der euro"}
+        (folder / "samples.jsonl").write_text(json.dumps(held_out) + "\n", encoding="utf-8")
+        await wait_until_drawn(pilot, screen)
+        assert answers_text(screen).endswith("bulgarien\n  ✗ der lewa\n    expected der euro")
         await pilot.press("a")
         assert not answers_text(screen)
         (folder / "samples.jsonl").unlink()

@@ -85,6 +85,10 @@ def test_without_old_texts_nothing_is_said_of_forgetting(empty_project: Project)
 
 
 def test_measures_in_which_models_differ_come_first(empty_project: Project) -> None:
+    answers = {"answers": {"n": 4, "as_expected": 1}}
+    found = evaluation(empty_project, base={**NUMBERS, "answers": {"n": 4, "as_expected": 0}}, lora=NUMBERS | answers)
+    assert found.learned[0].name == "answers as expected"
+    assert [found.learned[0].of(method.numbers) for method in found.methods] == [0, 0.25]
     none = {"new_completed": 0, "new_sentences": 4}
     found = evaluation(empty_project, base={**NUMBERS, **none}, lora={**NUMBERS, **none, "new_loss": 0.5})
     assert [measure.name for measure in found.learned] == ["loss on new sentences", "new sentences completed"]
@@ -94,7 +98,7 @@ def test_measures_in_which_models_differ_come_first(empty_project: Project) -> N
     ("numbers", "expected"), [({"new_loss": nan}, None), ({}, None), ({"new_loss": "1"}, 1.0), ({"new_loss": []}, None)]
 )
 def test_a_measure_of_what_is_no_number_is_none(numbers: dict[str, Any], expected: float | None) -> None:
-    assert LEARNED[2].of(numbers) == expected
+    assert LEARNED[-1].of(numbers) == expected
     assert KEPT[0].of(numbers) is None
 
 
