@@ -26,6 +26,7 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     """
     from cli.console import print_json, print_line, print_note, print_table
     from pipeline.errors import UserError
+    from pipeline.project.advice import Facts
     from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
 
@@ -36,7 +37,8 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     facts = gather_facts(project, stages)
     advice = [one for each in facts for one in advice_of(project, each)]
     if as_json:
-        known = {each.section: {k: v for k, v in each._asdict().items() if k != "section"} for each in facts}
+        shown = [name for name in Facts._fields if name not in ("section", "left")]
+        known = {each.section: {name: getattr(each, name) for name in shown} for each in facts}
         print_json({"facts": known, "advice": [one._asdict() for one in advice]})
         return
     for each in facts:
@@ -83,9 +85,23 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
     with suppress(UserError, OSError):  # not there yet, or a family that the calculator does not know
         model = _shapes(project, str(folder or project.params.origin.base))
     return [
-        Facts(stage.name, **_count_parameters(project, stage, model), **_count_data(project, stage, tokenizer))
+        Facts(
+            stage.name,
+            **_count_parameters(project, stage, model),
+            **_count_data(project, stage, tokenizer),
+            left=_leaves_alpha(project, stage.section),
+        )
         for stage in stages
     ]
+
+
+def _leaves_alpha(project: "Project", section: str) -> bool:
+    """Whether --set changes the rank, and alpha is set by a file."""
+    from pipeline.project.params.load import OVERRIDE, PRETRAINED
+
+    params = project.params
+    changed = hasattr(params.section(section), "rank") and params.source(section, "rank") == OVERRIDE
+    return changed and params.source(section, "alpha") not in (OVERRIDE, PRETRAINED)
 
 
 def _shapes(project: "Project", base: str) -> "Architecture | None":

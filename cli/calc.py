@@ -4,10 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Annotated, Any
 
 from rich.text import Text
-from typer import Option
+from typer import Context, Option
 
 from cli.console import print_json, stdout, table
 from cli.options import JsonOption, finite, group
@@ -19,6 +20,7 @@ from pipeline.calc.memory import PARTS, inference, predict, refuse_impossible
 from pipeline.calc.method import (
     Configuration,
     configure,
+    find_method,
     first_adapter,
     names_of,
     projections,
@@ -29,6 +31,7 @@ from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swep
 from pipeline.calc.settings import TrainingConfig, options_of
 from pipeline.calc.sources.open_model import built_in, names, open_model
 from pipeline.errors import UserError
+from pipeline.stages.counted import note_targets
 from pipeline.stages.registry import COUNTED
 
 app = group()
@@ -97,6 +100,11 @@ def calc(
     explain: Annotated[bool, Option("--explain", help="Show each number's formula with its values.")] = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
+    params: Annotated[
+        Path | None,
+        Option("--params", help="Count what a project trains: base and settings; options here win."),
+    ] = None,
+    command: Context,
     **options: Any,
 ) -> None:
     """Exact parameters, training memory, what fits your GPU.
@@ -130,6 +138,8 @@ def calc(
     for name, rule in options_of(TrainingConfig).items():
         if options[name] is not None and rule.unit != 1:
             options[name] *= rule.unit
+    if params is not None:
+        model, method, options = _of_project(command, params, model, method, options)
     loaded = open_model(model)
     given = configure(loaded.shapes, COUNTED, method, **options)
     refuse_impossible(loaded.shapes, given.method, given.run)
@@ -145,6 +155,30 @@ def calc(
     if trace:
         return _print_trace(out, loaded, given)
     return (_print_explain if explain else _print_overview)(out, loaded, given)
+
+
+def _of_project(
+    command: Context, params: Path, model: str, method: str, options: dict[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """Model, method and options of a project, in place of those that are not given on the command line."""
+    from pipeline.stages.counted import counted_stage, model_source, options_of_stage
+    from pipeline.stages.registry import METHODS
+    from pipeline.workbench import open_project
+
+    def is_given(name: str) -> bool:
+        source = command.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    project = open_project(params)
+    found, implied = find_method(COUNTED, method)
+    stage = METHODS[found.name] if is_given("method") else counted_stage(project)
+    own = {**options_of_stage(project, stage), **(implied if is_given("method") else {})}
+    given = {name: value for name, value in options.items() if is_given(name)}
+    return (
+        model if is_given("model") else model_source(project),
+        method if is_given("method") else stage.method,
+        {**options, **own, **given},
+    )
 
 
 @dataclass(frozen=True)
@@ -176,8 +210,10 @@ def _headline(title: str, description: str) -> None:
 def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     """Parameters, memory of four methods side by side, and the GPUs that fit each."""
     shapes, (methods, method, run) = model.shapes, given
+    notes = [note_targets(shapes, method)]
     if out.json:
-        return print_json(report.answer(shapes, method, run))
+        found = report.answer(shapes, method, run)
+        return print_json({**found, "notes": [*found["notes"], *filter(None, notes)]})
     columns = report.side_by_side(shapes, method, run, methods)
     memories = {name: memory for name, (_, _, memory) in columns.items()}
     if out.csv:
@@ -236,7 +272,7 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
         for name, memory in memories.items()
     ]
     stdout.print(table(("", *devices), marks, right=tuple(devices)))
-    for note in (*shapes.notes, *method.notes(shapes)):
+    for note in (*shapes.notes, *method.notes(shapes), *filter(None, notes)):
         stdout.print(f"note: {note}", style="dim", markup=False)
     return None
 

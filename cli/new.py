@@ -174,7 +174,7 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
         key = key.strip()
         if "." not in key:
             chosen = [METHODS[name] for name in methods if name in METHODS]
-            shared = key in hints(Training) and not any(key in stage.pretrained for stage in chosen)
+            shared = key in hints(Training) and not any(key in stage.settings.PRETRAINED for stage in chosen)
             own = next((stage for stage in chosen if key in hints(stage.settings)), chosen[0] if chosen else None)
             key = f"{TRAINING if shared or own is None else own.section}.{key}"
         values[key] = value

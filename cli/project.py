@@ -99,6 +99,7 @@ def explain(
             "meaning": meaning(kind, each),
             "rule": rule(kind, each),
             "default": dump_inline(getattr(kind(), each)),
+            "pretrained": dump_inline(getattr(kind.defaults(True), each)),
         }
         for each in ([name] if name else hints(kind))
     ]
@@ -109,7 +110,10 @@ def explain(
         stdout.print(f"{section}: {' '.join((kind.__doc__ or '').split())}\n", markup=False)
     for fact in facts:
         stdout.print(fact["key"], style="bold", markup=False)
-        stdout.print(f"  {fact['meaning']}\n  {fact['rule']}; default {fact['default']}", markup=False)
+        default = f"default {fact['default']}"
+        if fact["pretrained"] != fact["default"]:
+            default += f", for a pretrained base {fact['pretrained']}"
+        stdout.print(f"  {fact['meaning']}\n  {fact['rule']}; {default}", markup=False)
 
 
 @app.command()

@@ -12,7 +12,8 @@ HEAD = f"""# The keys of params.yaml
 Written by `python -m docs` from the declarations in the code. `lora params explain KEY` prints the same in a
 terminal, `lora params show` a project's values with where each comes from: a section's own value wins over the
 `{TRAINING}` block, and that over the default. A section below lists its own keys; those that train also have all keys
-of `{TRAINING}`.
+of `{TRAINING}`. A default after "pretrained" is that of a base which is imported, `base` in `params.yaml`; the other is
+MiniGPT's.
 """
 
 
@@ -20,12 +21,18 @@ def described(section: str, kind: type[Section]) -> str:
     """The section's heading, what it is, and a table of its keys; without those that are as in `Training`."""
     inherited = hints(Training) if issubclass(kind, Training) and kind is not Training else {}
     rows = [
-        f"| `{key}` | {cell(meaning(kind, key))} | {cell(rule(kind, key))} | `{dump_inline(getattr(kind(), key))}` |"
+        f"| `{key}` | {cell(meaning(kind, key))} | {cell(rule(kind, key))} | {_defaults(kind, key)} |"
         for key in hints(kind)
-        if key not in inherited or getattr(kind(), key) != getattr(Training(), key)
+        if key not in inherited or _defaults(kind, key) != _defaults(Training, key)
     ]
     about = " ".join((kind.__doc__ or "").split())
     return "\n".join((f"## {section}\n", about, "", "| key | meaning | values | default |", "|---|---|---|---|", *rows))
+
+
+def _defaults(kind: type[Section], key: str) -> str:
+    """The default; where it is another on a pretrained base, both."""
+    plain, pretrained = (dump_inline(getattr(kind.defaults(on_pretrained), key)) for on_pretrained in (False, True))
+    return f"`{plain}`" if plain == pretrained else f"`{plain}`; pretrained `{pretrained}`"
 
 
 def pages() -> dict[str, str]:

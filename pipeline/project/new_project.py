@@ -181,9 +181,11 @@ def _new_params(folder: Path, graph: StageGraph, source: Path, base: str | None,
     """
     text = read_text(source)
     parse(text, source, graph.sections)
+    if base:  # first, as a new section depends on it
+        text = edit.set_values(text, {"base": base})
     if methods is not None:
         text = _select_methods(text, graph, methods)
-    text = edit.set_values(_add_needed_sections(text, graph), {"base": base} if base else {})
+    text = _add_needed_sections(text, graph)
     return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
 
 
@@ -192,12 +194,13 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
     sections = {stage.method: stage.name for stage in graph.stages.values() if stage.look}
     if unknown := [name for name in methods if name not in sections]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(sections)}.")
-    written = parse(text, Path(PARAMS), graph.sections).written
+    params = parse(text, Path(PARAMS), graph.sections)
+    written, imports = params.written, params.origin.imports
     removed = {name for method, name in sections.items() if method not in methods}
     for name in (removed & written) | ({"merge"} if "lora" not in methods else set()):  # merge needs the LoRA adapter
         text = edit.remove_section(text, name)
     for name in [sections[method] for method in methods if sections[method] not in written]:
-        text = f"{text.rstrip()}\n\n{edit.section_text(name, graph.sections[name])}"
+        text = f"{text.rstrip()}\n\n{edit.section_text(name, graph.sections[name], imports)}"
     return text
 
 
@@ -210,7 +213,9 @@ def _add_needed_sections(text: str, graph: StageGraph) -> str:
         missing = [name for name in missing if not graph.stages[name].is_measurement]
         if not missing:
             return text
-        text = "\n\n".join([text.rstrip(), *(edit.section_text(name, graph.sections[name]) for name in missing)])
+        imports = project.params.origin.imports
+        added = (edit.section_text(name, graph.sections[name], imports) for name in missing)
+        text = "\n\n".join([text.rstrip(), *added])
 
 
 def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:

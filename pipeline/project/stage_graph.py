@@ -80,7 +80,6 @@ class Stage(Struct, frozen=True, eq=False):
     look: Look | None = None  # its curve's
     peft_type: str = ""  # PEFT's name of its adapter, if only its module can load it
     order: float = 0  # among the fine-tuning methods, in every list
-    pretrained: Mapping[str, Any] = {}  # defaults on a pretrained base
     check: Callable[["Project"], object] | None = None  # raises UserError for settings that cannot run
 
     @property

@@ -27,7 +27,7 @@ from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_fol
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
 from pipeline.project.params.schema import Section, hints
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import GENERAL, PRETRAINED, ExpandVocab, Merge, Training
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -36,7 +36,6 @@ from pipeline.training.probe import Probe, probe
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
 
-GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
 SAMPLE = 5_000  # examples that the trial reads
 HELD_OUT, MOST_HELD_OUT = 0.1, 200  # share of the examples to hold out, and their number at most
 MANY = 500  # of more examples, a share of them is never empty
@@ -166,7 +165,8 @@ def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]
     if len(stages) > 1:
         return dict(given)
     (stage,) = stages
-    keys = {f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in stage.pretrained}
+    own = stage.settings.PRETRAINED
+    keys = {f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in own}
     keys = {old: new for old, new in keys.items() if new not in (f"{TRAINING}.data", f"{TRAINING}.columns")}
     return {keys.get(key, key): value for key, value in given.items()}
 
@@ -206,7 +206,11 @@ def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Gene
 def params_text(
     base: str, request: Request, files: Sequence[str], eval_data: str, recipe: Recipe, stages: Sequence[Stage]
 ) -> str:
-    """params.yaml of a new project: what was chosen or given and is not a default, section by section."""
+    """params.yaml of a new project: what was chosen or given, section by section.
+
+    Left out is what is off by default, and alpha where it follows the rank. Other defaults for a pretrained base are
+    written, as another release may choose others.
+    """
     folder = request.folder.resolve()
 
     def inside(name: str) -> str:
@@ -221,18 +225,21 @@ def params_text(
             values[f"{stage.section}.columns"] = dict(request.columns)
     values |= recipe.values
     if any(stage.method == "lora" for stage in stages):
-        values["merge.max_logit_difference"] = 1.0  # a 16-bit base rounds; the certificate has the difference
+        values |= {f"merge.{key}": value for key, value in Merge.PRETRAINED.items()}
     values["evaluate.old_data"] = GENERAL
     if any(key.startswith("expand_vocab.") for key in recipe.given):
-        values |= {"expand_vocab.data": [], "expand_vocab.audit_data": GENERAL}
+        values |= {f"expand_vocab.{key}": value for key, value in ExpandVocab.PRETRAINED.items()}
     values |= recipe.given
     kinds: dict[str, type[Section]] = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
+    always = {f"{TRAINING}.{key}" for key in PRETRAINED}
+    always |= {f"{name}.{key}" for name, kind in kinds.items() for key in kind.PRETRAINED}
     sections: dict[str, list[str]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        default = getattr(kinds[section](), name, None) if section in kinds else None
+        rank = values.get(f"{section}.rank")
+        defaults = kinds[section].defaults(True, {} if rank is None else {"rank": rank}) if section in kinds else None
         plain = tuple(value) if isinstance(value, list) else value
-        if plain != default or key in recipe.given:
+        if plain != getattr(defaults, name, None) or key in always or key in recipe.given:
             sections.setdefault(section, []).append(f"  {name}: {edit.dump_inline(value)}\n")
     order = ["import", "expand_vocab", TRAINING, *(stage.section for stage in stages), "merge", "evaluate"]
     body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order if name in sections)
@@ -240,5 +247,6 @@ def params_text(
 
 
 HEADER = (
-    "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` what others measured.\n"
+    "# Written by `lora new` for this base. `lora params explain KEY` says what a key means,\n"
+    "# `lora advise` what others measured.\n"
 )

@@ -8,8 +8,6 @@ from itertools import product
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
-
 from pipeline.calc.memory import predict
 from pipeline.calc.method import trainable
 from pipeline.calc.settings import TrainingConfig
@@ -18,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
+from pipeline.project.params.schema import hints
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.stages.registry import COUNTED
 
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from pipeline.project.stage_graph import Stage
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
-RANKS = (8, 16, 32, 64, 128)
+RANKS = (1, 2, 4, 8, 16)  # times the default
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
-EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))  # examples at least → epochs
+EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,17 @@ def choose(
     """
     recipe = Recipe(given)
     examples = data.examples
-    recipe.set(f"{TRAINING}.window", 0)
-    epochs = next(epochs for least, epochs in EPOCHS if examples >= least)
-    if f"{TRAINING}.max_steps" not in given and any("epochs" not in stage.pretrained for stage in stages):
+    defaults = Training.pretrained(_of_section(given, TRAINING))
+    epochs = next((epochs for least, epochs in EPOCHS if examples >= least), defaults.pop("epochs"))
+    if f"{TRAINING}.max_steps" not in given and any("epochs" not in stage.settings.PRETRAINED for stage in stages):
         recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
-    recipe.set(f"{TRAINING}.schedule", "linear")
-    if f"{TRAINING}.warmup_steps" not in given:
-        recipe.set(f"{TRAINING}.warmup_ratio", 0.03)
-    recipe.set(f"{TRAINING}.max_grad_norm", 1.0)
-    why = (
-        "half the memory, and the device multiplies it" if machine.bf16 else "this device has no instructions for bf16"
-    )
-    recipe.set(f"{TRAINING}.precision", "bf16" if machine.bf16 else "fp32", why)
+    precision = defaults.pop("precision")
+    for key, value in defaults.items():
+        recipe.set(f"{TRAINING}.{key}", value)
+    if machine.bf16:
+        recipe.set(f"{TRAINING}.precision", precision, "half the memory, and the device multiplies it")
+    else:
+        recipe.set(f"{TRAINING}.precision", "fp32", "this device has no instructions for bf16")
     if not data.evaluation:
         why = "held out, for the loss on what is not trained on" if held_out else "too few examples to hold one out"
         recipe.set(f"{TRAINING}.eval_share", held_out, why)
@@ -97,42 +95,43 @@ def choose(
 
 
 def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
-    """The settings of a method's section: those that its file has for pretrained bases, LoRA's rank by the data."""
-    name = stage.section
-    compares = issubclass(stage.settings, Training) and stage.settings.COMPARES
-    for key, value in stage.pretrained.items():
-        if key != "precision":  # of all methods alike
-            why = "preferences are learned in one pass, or a few" if compares and key == "epochs" else ""
-            recipe.set(f"{name}.{key}", value, why)
-    if "rank" not in stage.pretrained:
+    """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the data."""
+    name, defaults = stage.section, stage.settings.PRETRAINED
+    low_rank = "rank" in defaults
+    reasons = {}
+    if low_rank:
+        reasons["target_modules"] = "learns more than attention alone (LoRA Without Regret)"
+        reasons["learning_rate"] = "10 × full fine-tuning's, at any rank"
+    if issubclass(stage.settings, Training) and stage.settings.COMPARES:
+        reasons["learning_rate"] = "a tenth of what examples take: an answer that is pushed away takes others along"
+        reasons["epochs"] = "preferences are learned in one pass, or a few"
+    for key, value in defaults.items():
+        recipe.set(f"{name}.{key}", value, reasons.get(key, ""))
+    if not low_rank:
         return
-    keys = {key: f"{name}.{key}" for key in ("rank", "alpha", "target_modules", "learning_rate", "train_embeddings")}
-    recipe.set(keys["train_embeddings"], "none")
-    recipe.set(keys["target_modules"], ["all-linear"], "learns more than attention alone (LoRA Without Regret)")
-    why = "10 × full fine-tuning's, at any rank"
-    if compares:
-        why = "a tenth of what examples take: an answer that is pushed away takes others along"
-    recipe.set(keys["learning_rate"], stage.pretrained["learning_rate"], why)
     tokens, trained = data.trained_tokens or 0, 0
-    for rank in RANKS:
-        recipe.set(keys["rank"], rank)
+    for factor in RANKS:
+        recipe.set(f"{name}.rank", factor * defaults["rank"])
         trained = trainable(model, COUNTED[stage.method].with_params(_settings(recipe, stage))) if model else 0
         if trained * BITS_PER_PARAMETER >= tokens * BITS_PER_TOKEN:
             break
     bits = f"{trained:,} parameters hold more than {tokens:,} trained tokens" if trained else ""
-    recipe.set(keys["rank"], recipe.values[keys["rank"]], bits)
-    recipe.set(keys["alpha"], 2.0 * recipe.values[keys["rank"]], "2 × rank")
+    rank = recipe.set(f"{name}.rank", recipe.values[f"{name}.rank"], bits)
+    alpha = stage.settings.pretrained({"rank": rank})["alpha"]
+    recipe.set(f"{name}.alpha", alpha, f"{alpha / rank:g} × rank")
 
 
 def _settings(recipe: Recipe, stage: Stage) -> Any:
     """The stage's section as the recipe has it."""
     every = {**recipe.values, **recipe.given}
-    values: dict[str, Any] = {}
-    for section in (TRAINING, stage.section):
-        values |= {key.partition(".")[2]: value for key, value in every.items() if key.partition(".")[0] == section}
-    default = stage.settings()
-    known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if hasattr(default, key)}
-    return structs.replace(default, **known)
+    values = _of_section(every, TRAINING) | _of_section(every, stage.section)
+    known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in hints(stage.settings)}
+    return stage.settings.defaults(True, known)
+
+
+def _of_section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Key → value of those that are section.key."""
+    return {key.partition(".")[2]: value for key, value in values.items() if key.partition(".")[0] == section}
 
 
 def _fit(

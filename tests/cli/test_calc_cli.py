@@ -9,17 +9,20 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.calc.fit import GIB, gpu
 from pipeline.calc.memory import predict
+from pipeline.calc.method import trainable
 from pipeline.calc.settings import TrainingConfig
-from pipeline.calc.sources.open_model import built_in, entry, names
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from tests.conftest import Lora
-from tests.helpers.projects import lora
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.projects import load, lora
 
 QWEN = ("--model", "qwen3-8b", "--r", "8")
 
@@ -166,6 +169,40 @@ def test_qlora_is_lora_on_nf4(cli: Lora, tmp_path: Path) -> None:
     ):
         result = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
         assert (result["method"], result["assumptions"]["precision"]) == ("lora", precision)
+
+
+def test_the_targets_that_training_would_take_are_named_where_others_are_counted(cli: Lora, tmp_path: Path) -> None:
+    shapes = built_in("qwen3-8b").shapes
+    more = trainable(shapes, LoraMethod(targets=("all-linear",)))
+    found = json.loads(cli("calc", *QWEN, "--json", cwd=tmp_path)[1])
+    assert found["parameters"]["trainable"] == 7_667_712 and f"all-linear: {more:,} parameters" in found["notes"][-1]
+    for same in (("--targets", "all-linear"), ("--model", "minigpt"), ("--method", "prefix")):
+        assert "lora train" not in "".join(json.loads(cli("calc", *QWEN, *same, "--json", cwd=tmp_path)[1])["notes"])
+
+
+def test_a_project_is_counted_as_it_trains_and_options_win(cli: Lora, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "toy")
+    path = tmp_path / "params.yaml"
+    path.write_text("base: toy\nfinetune_dpo: {}\nfinetune_lora: {max_length: 48}\n", encoding="utf-8")
+
+    def counted(*arguments: str) -> dict[str, Any]:
+        code, out, err = cli("calc", "--params", str(path), *arguments, "--json", cwd=tmp_path)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    params, shapes = load(path).finetune_lora, open_model(str(tmp_path / "toy")).shapes
+    found = counted()
+    assert (found["method"], found["rank"], found["alpha"]) == ("lora", params.rank, params.alpha)
+    assert found["parameters"]["trainable"] == trainable(shapes, LORA.with_params(params))
+    assumed = {key: found["assumptions"][key] for key in ("precision", "batch", "sequence", "checkpointing")}
+    assert assumed == {"precision": "bf16", "batch": params.batch_size, "sequence": 48, "checkpointing": False}
+    assert not any("lora train" in note for note in found["notes"])
+    other = counted("--method", "dpo", "--r", "2", "--batch", "1")
+    assert (other["method"], other["rank"], other["assumptions"]["batch"]) == ("dpo", 2, 1)
+    assert counted("--method", "qlora")["assumptions"]["precision"] == "nf4-dq"
+    path.write_text("base: toy\nfinetune_prefix: {virtual_tokens: 3}\n", encoding="utf-8")
+    assert counted()["method"] == "prefix", "what the project trains"
 
 
 def test_minigpt_is_asked_about_as_it_trains(cli: Lora, tmp_path: Path) -> None:

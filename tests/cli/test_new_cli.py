@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pipeline.export.formats import FORMATS
+from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
@@ -97,6 +98,18 @@ def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Pat
     assert list(project.stages) == ["import", "finetune_lora", "merge", "evaluate"]
     assert project.params.finetune_lora.epochs == 2 and project.params.finetune_lora.target_modules == ("all-linear",)
     assert [path.name for path in (folder / "data").iterdir()] == ["heldout.en.txt"]
+
+
+def test_what_is_added_to_the_project_takes_the_defaults_of_its_base_and_alpha_follows_the_rank(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, _ = trained
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    assert "alpha" not in text and "learning_rate" in text and "window" in text
+    assert open_project(folder / "params.yaml", ["finetune_lora.rank=64"]).params.finetune_lora.alpha == 128
+    (tmp_path / "params.yaml").write_text(f"{text}\nfinetune_dpo: {{}}\n", encoding="utf-8")
+    dpo = open_project(tmp_path / "params.yaml").params.finetune_dpo
+    assert dpo.learning_rate == FinetuneDpo.PRETRAINED["learning_rate"] and dpo.target_modules == ("all-linear",)
 
 
 def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_do(

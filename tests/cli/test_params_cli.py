@@ -52,6 +52,18 @@ def test_each_value_has_its_source_and_the_last_one_counts(cli: Lora, here: Path
     assert set(sources(cli, here, "finetune_lora")) == {key for key in shown if key.startswith("finetune_lora.")}
 
 
+def test_defaults_for_a_pretrained_base_are_named_as_such_and_explained(cli: Lora, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("base: model.gguf\nfinetune_lora: {}\n", encoding="utf-8")
+    shown = sources(cli, tmp_path, "--set", "finetune_lora.rank=16")
+    assert shown["finetune_lora.window"] == (0, "default for a pretrained base")
+    assert shown["finetune_lora.alpha"] == (32.0, "default for a pretrained base")
+    assert shown["finetune_lora.dora"] == (False, "default")
+    _, out, _ = cli("params", "explain", "finetune_lora.window", cwd=tmp_path)
+    assert "default 4, for a pretrained base 0" in out
+    _, out, _ = cli("params", "explain", "finetune_lora.dora", cwd=tmp_path)
+    assert "pretrained" not in out
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "document"], ids=["root", "document"])
 def test_what_is_shown_is_a_params_file_with_the_same_settings(cli: Lora, folder: Path, tmp_path: Path) -> None:
     code, out, _ = cli("params", "show", "--params", str(folder / "params.yaml"), cwd=folder)

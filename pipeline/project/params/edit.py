@@ -81,15 +81,16 @@ def remove_section(text: str, section: str) -> str:
     return "".join(remaining)
 
 
-def section_text(name: str, kind: type[Section]) -> str:
+def section_text(name: str, kind: type[Section], on_pretrained: bool = False) -> str:
     """A new section as text for params.yaml: its own keys, and of those that all training stages share the ones whose
-    default is another here."""
+    default is another here. On a pretrained base only its data: all else follows from the base."""
     default, shared = kind(), Training()
     keys = {
         key: getattr(default, key)
         for key in kind.__struct_fields__
         if key not in TOP_LEVEL
         and (key == "data" or key not in Training.__struct_fields__ or getattr(default, key) != getattr(shared, key))
+        and (key == "data" or not on_pretrained)
     }
     lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in keys.items())
     return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"

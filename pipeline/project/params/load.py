@@ -1,6 +1,6 @@
 """params.yaml as `Params`: its sections, typed and checked, and where each value comes from.
 
-Precedence: a section's own defaults < the `training:` block, for what trains < the section < `--set section.key=value`.
+Precedence: a section's defaults for its base < the `training:` block, for what trains < the section < `--set`.
 Every problem is a UserError that names key, rule, value and next step.
 """
 
@@ -23,6 +23,11 @@ LARGEST = 1_000_000  # bytes of a params file
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
 RUNNING = "running"
+DEFAULT, PRETRAINED = "default", "default for a pretrained base"  # sources of values that no file sets
+OVERRIDE = "--set"
+# A file with this first line was written by `lora new` when a pretrained base had MiniGPT's defaults. It left them out,
+# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them.
+EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so nothing is made again
 TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
 
@@ -82,17 +87,39 @@ class Params:
         return origin
 
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
-        """A copy with some sections replaced."""
+        """A copy with some sections replaced. Of these no value is a default any more."""
+        keys = (key_path(name, key) for name in sections for key in hints(self.kinds[name]))
+        return replace(self._with(sections), sources={**self.sources, **dict.fromkeys(keys, "another section")})
+
+    def _with(self, sections: Mapping[str, Section]) -> "Params":
         return replace(self, sections={**self.sections, **sections})
 
+    def default(self, name: str) -> Section:
+        """The section of this name with the defaults that it has on this base."""
+        return self.kinds[name].defaults(self.origin.imports)
+
     def source(self, section: str, key: str) -> str:
-        """Where a value comes from: "--set", a params file, its training block, or "default"."""
+        """Where a value comes from: "--set", a params file, its training block, DEFAULT or PRETRAINED."""
+        if where := self._where_set(section, key):
+            return where
+        kind = self._kind(section)
+        if not (kind.pretrained({}) and self.origin.imports):
+            return DEFAULT
+        values = self.section(section)
+        given = {name: getattr(values, name) for name in hints(kind) if self._where_set(section, name)}
+        return PRETRAINED if key in kind.pretrained(given) else DEFAULT
+
+    def _where_set(self, section: str, key: str) -> str:
+        """The file, its training block or --set; empty for a default."""
         path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        kind = Running if section == RUNNING else self.kinds[section]
+        kind = self._kind(section)
         inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
         if inherits and path not in self.sources and shared in self.sources:
             return f"{self.sources[shared]}, {TRAINING}"
-        return self.sources.get(path, "default")
+        return self.sources.get(path, "")
+
+    def _kind(self, section: str) -> type[Section]:
+        return Running if section == RUNNING else self.kinds[section]
 
 
 def read_text(path: Path) -> str:
@@ -150,6 +177,9 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
     sources |= {key: origin.of(key) for key in running}
+    if text.startswith(EARLIER):
+        training = {**EARLIER_DEFAULTS, **training}
+        sources = {f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS} | sources
     params = Params(kinds, {}, tree, training, sources, project, path.name, named, Running(**running))
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
@@ -169,23 +199,25 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     own = replace(params, training=training, sources={**sources, **params.sources}, running=running)
     # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
     # its file, where its own block counts: the artifacts that the child reads were made with these.
-    overridden = frozenset(key for key, source in params.sources.items() if source == "--set")
+    overridden = frozenset(key for key, source in params.sources.items() if source == OVERRIDE)
     inherited = {}
     for name in parent.written - params.written:
         section = parent.section(name)
         change = partial(_prefix_path, prefix=prefix)
         paths = {key: change_paths(getattr(section, key), change) for key in files.get(name, ())}
         inherited[name] = structs.replace(section, **paths)
-    return _build(own, ValueSource(params.file, overridden)).replaced(inherited)
+    return _build(own._with(inherited), ValueSource(params.file, overridden))
 
 
 def _build(params: Params, origin: ValueSource) -> Params:
-    """`params` with the sections that its tree says, checked."""
-    return params.replaced({name: _read_section(name, params, origin) for name in params.written})
+    """`params` with the sections that its tree says, checked. The base comes first: defaults depend on it."""
+    if "import" in params.written:
+        params = params._with({"import": _read_section("import", params, origin)})
+    return params._with({name: _read_section(name, params, origin) for name in params.written})
 
 
 def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
-    """What the file says of a section, on the training block if it trains, on the section's own defaults."""
+    """What the file says of a section, on the training block if it trains, on the section's defaults for the base."""
     kind = params.kinds[name]
     types = hints(kind)
     shared = {}
@@ -194,7 +226,8 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
-    return _named(name, lambda: kind(**values))
+    on_pretrained = bool(kind.pretrained(values)) and params.origin.imports
+    return _named(name, lambda: kind.defaults(on_pretrained, values))
 
 
 def _named(name: str, make: Callable[[], Section]) -> Section:
@@ -243,10 +276,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     return f"{section}.{key}"
 
 
-def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
-    """Raises UserError if `value` is invalid for `key` of section `name`, given its other keys; `source`: its file."""
-    checked = check_value(hints(type(section))[key], value, key_path(name, key), ValueSource(source))
-    _named(name, lambda: structs.replace(section, **{key: checked}))
+def check(params: Params, name: str, key: str, value: Any) -> None:
+    """Raises UserError if `value` is invalid for `key` of section `name`, given the other keys of the file."""
+    tree = {**params.tree, name: {**params.tree.get(name, {}), key: value}}
+    _read_section(name, replace(params, tree=tree), ValueSource(params.file))
 
 
 def key_path(section: str, key: str) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from operator import ge, gt, le, lt
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -22,7 +23,22 @@ from pipeline.files.patterns import end_pattern, problem
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """A section of params.yaml: one stage's settings, all with defaults."""
+    """A section of params.yaml: one stage's settings, all with defaults.
+
+    The declared defaults are those of MiniGPT, the document's model.
+    """
+
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {}  # its own defaults on a pretrained base, where they are others
+
+    @classmethod
+    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some follow from other keys)
+        """The defaults on a pretrained base where they are not the declared ones; `given`: the keys that are set."""
+        return dict(cls.PRETRAINED)
+
+    @classmethod
+    def defaults(cls, on_pretrained: bool, given: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        """The section with its defaults, and with the keys that are `given`."""
+        return cls(**{**(cls.pretrained(given) if on_pretrained else {}), **given})
 
 
 class Because(NamedTuple):

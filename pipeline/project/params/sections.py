@@ -38,6 +38,19 @@ Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]  # see `tr
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
+# What every training takes on a pretrained base, unless its method has a default of its own (`Section.PRETRAINED`).
+# `lora train` begins with the same, and chooses what depends on data and memory.
+PRETRAINED: Mapping[str, Any] = {
+    "epochs": 3,  # more of a few hundred examples would be memorized
+    "window": 0,
+    "schedule": "linear",
+    "warmup_ratio": 0.03,
+    "max_grad_norm": 1.0,
+    "precision": "bf16",
+}
+GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
+
+
 class DataFile(NamedTuple):
     """A file or folder to train on. `weight`: how often each example is seen per epoch. `columns`: key → its column."""
 
@@ -270,6 +283,13 @@ class Training(Section, frozen=True, kw_only=True):
     ] = field(default_factory=dict)
     save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
 
+    @classmethod
+    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {**PRETRAINED, **cls.PRETRAINED}
+        if "warmup_steps" in given:  # the same in another unit
+            del defaults["warmup_ratio"]
+        return defaults
+
     def __post_init__(self) -> None:
         """Raises UserError for keys that contradict each other."""
         if self.warmup_steps and self.warmup_ratio:
@@ -338,6 +358,11 @@ class Pretrain(Training, frozen=True, kw_only=True):
     max_positions: Annotated[Count, "longest sentence or prompt of MiniGPT, in tokens"] = 32
     tie_embeddings: Annotated[bool, "one matrix for MiniGPT's embedding and head"] = False
 
+    @classmethod
+    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        """None: an imported base is not trained."""
+        return {}
+
     def __post_init__(self) -> None:
         Training.__post_init__(self)
         if self.d_model % (2 * self.heads):
@@ -350,6 +375,8 @@ class Pretrain(Training, frozen=True, kw_only=True):
 class ExpandVocab(Section, frozen=True, kw_only=True):
     """New words: which files they come from, and how their rows start (§9.1)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"data": (), "audit_data": GENERAL}  # subword tokenizers know every word
+
     seed: Annotated[Seed, "of the noise in new rows"] = 0
     data: Annotated[Names, "files whose new words get a row, for a word tokenizer"] = ("data/finetune.de.txt",)
     tokens: Annotated[Names, "new words by name, for any base"] = ()
@@ -360,6 +387,9 @@ class ExpandVocab(Section, frozen=True, kw_only=True):
 
 class Merge(Section, frozen=True, kw_only=True):
     """The merged model's logits on these prompts must be those of base + adapter within this difference."""
+
+    # A 16-bit base rounds; the certificate has the difference.
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"max_logit_difference": 1.0}
 
     prompts: Annotated[
         File, "prompts on which merged and unmerged model are compared; empty: examples of the evaluation"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import UserError
@@ -25,6 +25,12 @@ class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
 
     NOT_SHARED: ClassVar[frozenset[str]] = frozenset({"window"})
     COMPARES: ClassVar[bool] = True
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {
+        **lora.FinetuneLora.PRETRAINED,
+        "learning_rate": 2e-5,
+        "epochs": 1,
+        "train_embeddings": "none",
+    }
 
     data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
         "data/preferences.de.jsonl"
@@ -76,7 +82,6 @@ STAGE = method(
     title="DPO",
     look=Look("#56B4E9", "▶", (0, (5, 1, 1, 1)), "oo"),
     order=3.5,
-    pretrained={**lora.STAGE.pretrained, "learning_rate": 2e-5, "epochs": 1},
 )
 
 

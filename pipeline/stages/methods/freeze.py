@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
 from pipeline.calc.settings import option
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class FinetuneFreeze(Training, frozen=True, kw_only=True):
     """Layer freezing: the last blocks, embeddings and head train (§9.3)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4, "train_embeddings": False}
+
     last_blocks: Annotated[Steps, "number of last blocks that train"] = 1
     train_embeddings: Annotated[bool, "embeddings and head train too"] = True
 
@@ -40,7 +42,6 @@ STAGE = method(
     title="Layer freezing",
     look=Look("#E69F00", "▲", "--", "//"),
     order=2,
-    pretrained={"learning_rate": 1e-4, "train_embeddings": False},
 )
 
 

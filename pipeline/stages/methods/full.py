@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
 from pipeline.project.params.sections import Training
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class FinetuneFull(Training, frozen=True, kw_only=True):
     """Every parameter trains."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-5}
+
 
 STAGE = method(
     "full",
@@ -32,7 +34,6 @@ STAGE = method(
     title="Full fine-tuning",
     look=Look("#D55E00", "●"),
     order=1,
-    pretrained={"learning_rate": 2e-5},
 )
 
 

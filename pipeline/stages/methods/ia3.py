@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.calc.method import FinetuningMethod, TrainedParts, matching_linears
 from pipeline.calc.target_modules import matches_suffix
@@ -38,6 +38,8 @@ SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
     """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al. 2022)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"feedforward_modules": ("down_proj",)}
+
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
     target_modules: Annotated[tuple[str, ...], "linears whose outputs are scaled, by the end of their names"] = (
         *("k_proj", "v_proj"),
@@ -57,7 +59,6 @@ STAGE = method(
     title="(IA)³",
     look=Look("#000000", "◀", (0, (3, 1)), "++"),
     order=3.8,
-    pretrained={"precision": "bf16", "feedforward_modules": ["down_proj"]},
     peft_type="IA3",
 )
 

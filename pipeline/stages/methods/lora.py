@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from msgspec import field
 
@@ -46,9 +46,17 @@ Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 2e-4,
+        "rank": 8,
+        "target_modules": ("all-linear",),  # whatever their names in the model family
+        "train_embeddings": "new_rows",
+    }
+    ALPHA_PER_RANK: ClassVar[float] = 2.0  # on a pretrained base, where alpha is not set
+
     learning_rate: Annotated[Rate, "of A and all else; loraplus_ratio multiplies that of B"] = 2e-3
     rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
-    alpha: Annotated[Rate, "the update is scaled by alpha / rank"] = 1.0
+    alpha: Annotated[Rate, "the update is scaled by alpha / rank; unset on a pretrained base, it is 2 × rank"] = 1.0
     target_modules: Annotated[
         Names,
         "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained base take all-linear, "
@@ -86,6 +94,12 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     retention_weight: Annotated[Weight, "weight of the KL divergence from the base on these texts; 0: off"] = 0.0
     retention_batch_size: Annotated[Count, "these texts per step"] = 8
 
+    @classmethod
+    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Where alpha is not set, it follows the rank."""
+        defaults = super().pretrained(given)
+        return {**defaults, "alpha": cls.ALPHA_PER_RANK * given.get("rank", defaults["rank"])}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target_modules and not self.target_parameters:
@@ -107,14 +121,6 @@ STAGE = method(
     title="LoRA",
     look=Look("#0072B2", "■", "-.", "xx"),
     order=3,
-    pretrained={
-        "learning_rate": 2e-4,
-        "precision": "bf16",
-        "rank": 8,
-        "alpha": 16.0,
-        "target_modules": ["all-linear"],  # whatever their names in the model family
-        "train_embeddings": "new_rows",
-    },
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.calc.method import FinetuningMethod, TrainedParts
 from pipeline.calc.settings import option
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class FinetunePrefix(AdapterTraining, frozen=True, kw_only=True):
     """Keys and values of virtual tokens in every block train (Li & Liang 2021)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2, "virtual_tokens": 20}
+
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
@@ -39,7 +41,6 @@ STAGE = method(
     title="Prefix tuning",
     look=Look("#009E73", "◈", (0, (1, 1)), "||"),
     order=4,
-    pretrained={"precision": "bf16", "learning_rate": 1e-2, "virtual_tokens": 20},
 )
 
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.calc.method import FinetuningMethod, TrainedParts
 from pipeline.calc.settings import option
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class FinetunePrompt(AdapterTraining, frozen=True, kw_only=True):
     """The embeddings of virtual tokens train (Lester et al. 2021)."""
 
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 3e-2, "virtual_tokens": 20}
+
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 3e-2
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
@@ -39,7 +41,6 @@ STAGE = method(
     title="Prompt tuning",
     look=Look("#CC79A7", "◆", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
     order=5,
-    pretrained={"precision": "bf16", "learning_rate": 3e-2, "virtual_tokens": 20},
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.project.params.schema import Count
 from pipeline.project.params.sections import Data, Training
@@ -20,6 +20,9 @@ class TrainFromScratch(Training, frozen=True, kw_only=True):
 
     60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
     """
+
+    # from random weights: enough to run the stage, not to learn
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"epochs": 1}
 
     data: Annotated[Data, "old and new sentences, whose words expand_vocab knows"] = (
         "data/pretrain.de.txt",
@@ -42,7 +45,6 @@ STAGE = Stage(
     variant="scratch",
     look=Look("#56B4E9", "▼", ":", ".."),
     order=0,
-    pretrained={"epochs": 1},  # from random weights: enough to run the stage, not to learn
 )
 
 

@@ -14,7 +14,7 @@ from pipeline.workbench import GRAPH
 
 GOOD: dict[str, Any] = {
     **{"rank": 8, "alpha": 16, "learning_rate": 2e-4, "target_modules": ["all-linear"]},
-    **{"epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 8},
+    **{"epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 8, "window": 0, "train_embeddings": "none"},
 }
 
 
@@ -38,6 +38,10 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"learning_rate": 2e-3}, {}, ["learning_rate"]),
         ({"learning_rate": 2e-3, "rank": 64, "alpha": 128}, {}, ["learning_rate"]),
         ({"learning_rate": 0.1, "optimizer": "sgd"}, {}, []),
+        ({"window": 63}, {}, ["window"]),
+        ({"window": 64}, {}, []),
+        ({"train_embeddings": "all"}, {}, ["train_embeddings"]),
+        ({"train_embeddings": "new_rows"}, {}, []),
         ({"target_modules": ["attention"]}, {}, ["target_modules"]),
         ({"target_modules": ["attention", "feed_forward"]}, {"adapted": 1.0}, []),
         ({"target_modules": ["q_proj", "v_proj"]}, {}, []),
@@ -49,6 +53,8 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"rank": 32, "alpha": 16}, {}, ["alpha"]),
         ({"rank": 256, "alpha": 32}, {}, []),
         ({"rank": 256, "alpha": 16, "rslora": "true"}, {}, []),
+        ({"rank": 16}, {"left": True}, ["alpha"]),
+        ({"rank": 16, "alpha": 32}, {"left": True}, []),
         ({"epochs": 15}, {"examples": 999}, []),
         ({"epochs": 16}, {"examples": 5}, ["epochs"]),
         ({"epochs": 4}, {"examples": 1000}, []),
@@ -72,6 +78,28 @@ def test_a_rule_speaks_where_its_setting_breaks_it_and_a_fact_that_it_needs_is_k
     assert keys(advised(facts=Facts("finetune_lora", **known), **settings)) == broken
 
 
+def test_the_worst_setting_comes_first() -> None:
+    facts = Facts("finetune_lora", examples=150)
+    broken: dict[str, Any] = {"epochs": 50, "learning_rate": 2e-3, "alpha": 0.5, "train_embeddings": "all"}
+    order = ["alpha", "learning_rate", "epochs", "train_embeddings"]  # 16, 10 and 3.3 times off
+    assert keys(advised(facts=facts, **broken)) == order
+    assert keys(advised(facts=facts, **broken, window=4)) == ["window", *order]
+    assert keys(advised(facts=facts, **{**broken, "epochs": 600})) == ["epochs", *(k for k in order if k != "epochs")]
+
+
+def test_of_an_adapter_that_training_goes_on_from_nothing_is_advised_that_it_brings() -> None:
+    facts = Facts("finetune_lora", trained=1, tokens=100, adapted=0.1, left=True)
+    broken: dict[str, Any] = {"alpha": 1, "target_modules": ["q_proj"], "train_embeddings": "all", "batch_size": 64}
+    assert {"rank", "alpha", "target_modules", "train_embeddings"} <= set(keys(advised(facts=facts, **broken)))
+    assert keys(advised(facts=facts, **broken, init_from="old")) == ["batch_size"]
+
+
+@pytest.mark.parametrize("section", ["finetune_lora", "finetune_dpo"])
+def test_no_rule_disagrees_with_the_defaults_of_a_pretrained_base(section: str) -> None:
+    params = parse(f"base: org/model\n{section}: {{}}\n", Path("params.yaml"), GRAPH.sections)
+    assert not advise(Project(Path(), params, GRAPH), Facts(section, base=10**8, adapted=1.0, examples=50))
+
+
 @given(st.integers(1, 512), st.integers(1, 10**6), st.integers(0, 10**9))
 def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_parameter_and_the_advised_rank_holds_it(
     rank: int, per_rank: int, tokens: int
@@ -89,6 +117,7 @@ def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_param
 
 def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
     broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["attention"], "batch_size": 64, "alpha": 1}
+    broken |= {"window": 4, "train_embeddings": "all"}
     facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5)
     assert keys(advised("minigpt", facts, **broken, epochs=90)) == ["rank", "max_length"]
     assert len(advised("org/model", facts, **broken, epochs=90, quantization="nf4")) == len(RULES)
@@ -97,6 +126,7 @@ def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
 def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
     facts = Facts("finetune_lora", base=10, trained=1, adapted=0.2, examples=3, tokens=100, cut=0.5)
     broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["q_proj"], "batch_size": 64, "alpha": 1}
+    broken |= {"window": 4, "train_embeddings": "all"}
     for one in advised(facts=facts, **broken, epochs=90, quantization="nf4"):
         assert all((one.advised, one.why, one.source)) and not one.why.endswith(".")
     page = " ".join((Path(__file__).parents[3] / "docs/how-to/advice.md").read_text(encoding="utf-8").split())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.load import Params
+from pipeline.project.params.load import DEFAULT, PRETRAINED, Params, check
 from pipeline.project.params.schema import Section, hints, meaning, rule
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
@@ -63,6 +63,64 @@ def test_the_training_block_is_beneath_every_section_that_trains_and_above_its_o
         **{"seed": "--set", "rank": "default"},
     }
     assert load(path, ["training.epochs=9"]).finetune_prefix.epochs == 9
+
+
+IMPORTED = "base: model.gguf\n"
+
+
+def test_on_a_pretrained_base_a_bare_section_has_other_defaults_and_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{IMPORTED}finetune_lora: {{}}\nfinetune_dpo: {{}}\nmerge: {{}}\n")
+    params, minigpt = load(path), load(path, ["base=minigpt"])
+    lora, dpo = params.finetune_lora, params.finetune_dpo
+    assert (lora.window, lora.epochs, lora.precision, lora.train_embeddings) == (0, 3, "bf16", "new_rows")
+    assert (lora.target_modules, lora.alpha) == (("all-linear",), 2 * lora.rank)
+    assert dpo.epochs == 1 and dpo.learning_rate <= lora.learning_rate / 10
+    assert params.merge.max_logit_difference == 1
+    keys = {"window": PRETRAINED, "alpha": PRETRAINED, "batch_size": DEFAULT, "seed": DEFAULT}
+    assert {key: params.source("finetune_lora", key) for key in keys} == keys
+    assert params.source("finetune_lora", "rank") == PRETRAINED
+    for name in ("finetune_lora", "finetune_dpo", "merge"):
+        assert minigpt.section(name) == GRAPH.sections[name](), "MiniGPT keeps the document's"
+    assert minigpt.source("finetune_lora", "window") == DEFAULT
+    # as everywhere, the training block is above the defaults, the section above it
+    both = load(path, ["training.window=8", "training.epochs=9", "finetune_dpo.epochs=2"])
+    assert (both.finetune_lora.window, both.finetune_lora.epochs, both.finetune_dpo.epochs) == (8, 9, 2)
+
+
+def test_on_a_pretrained_base_alpha_follows_the_rank_unless_it_is_set(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{IMPORTED}finetune_lora: {{}}\n")
+    assert load(path, ["finetune_lora.rank=32"]).finetune_lora.alpha == 64
+    assert load(path, ["finetune_lora.rank=32", "finetune_lora.alpha=8"]).finetune_lora.alpha == 8
+    assert load(path, ["finetune_lora.rank=32", "base=minigpt"]).finetune_lora.alpha == FinetuneLora().alpha
+
+
+def test_a_default_share_of_warm_up_gives_way_to_steps_of_it(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{IMPORTED}training: {{warmup_steps: 2}}\nfinetune_lora: {{}}\nfinetune_full: {{}}\n")
+    params = load(path, ["finetune_full.warmup_steps=0"])
+    assert [section.warmup_ratio for section in (params.finetune_lora, params.finetune_full)] == [0, 0]
+    assert params.source("finetune_lora", "warmup_ratio") == DEFAULT
+    assert load(path, ["training.warmup_ratio=0.1", "training.warmup_steps=0"]).finetune_lora.warmup_ratio == 0.1
+
+
+def test_a_form_takes_what_the_file_would_take(tmp_path: Path) -> None:
+    params = load(written(tmp_path, f"{IMPORTED}finetune_lora: {{max_steps: 9}}\n"))
+    check(params, "finetune_lora", "warmup_steps", 5)
+    with pytest.raises(UserError, match=r"finetune_lora\.warmup_steps must be at least 0, got -1\. Edit params\.yaml"):
+        check(params, "finetune_lora", "warmup_steps", -1)
+    both = load(written(tmp_path, f"{IMPORTED}finetune_lora: {{warmup_ratio: 0.1}}\n"))
+    with pytest.raises(UserError, match="only one of them may be set"):
+        check(both, "finetune_lora", "warmup_steps", 5)
+
+
+def test_a_file_of_an_earlier_lora_new_keeps_what_it_left_out(tmp_path: Path) -> None:
+    head = (
+        "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` what others measured."
+    )
+    path = written(tmp_path, f"{head}\n{IMPORTED}training:\n  window: 0\n  max_steps: 8\nfinetune_lora: {{}}\n")
+    lora = load(path).finetune_lora
+    assert (lora.precision, lora.epochs, lora.window) == ("fp32", 50, 0)
+    assert "earlier" in load(path).source("finetune_lora", "precision")
+    assert load(path, ["training.precision=bf16"]).finetune_lora.precision == "bf16"
 
 
 @pytest.mark.parametrize(

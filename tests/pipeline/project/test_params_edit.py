@@ -152,6 +152,7 @@ def test_a_new_section_has_its_own_keys_and_those_in_which_it_differs_from_the_t
     again = parse(text, Path("params.yaml"), GRAPH.sections)
     assert all(again.section(name) == kind() for name, kind in GRAPH.sections.items())
     assert section_text("finetune_full", FinetuneFull) == "finetune_full:\n  data: data/finetune.de.txt\n"
+    assert section_text("finetune_prefix", FinetunePrefix, True) == "finetune_prefix:\n  data: data/finetune.de.txt\n"
     prefix = section_text("finetune_prefix", FinetunePrefix)
     assert "  learning_rate: 0.01\n" in prefix and "  virtual_tokens: 20\n" in prefix
 

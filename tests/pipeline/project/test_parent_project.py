@@ -43,6 +43,16 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     ]
 
 
+def test_a_child_of_a_pretrained_base_has_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("base: model.gguf\nfinetune_lora: {rank: 16}\n", encoding="utf-8")
+    (tmp_path / "child").mkdir()
+    child = tmp_path / "child/params.yaml"
+    child.write_text("project: ../params.yaml\nfinetune_dpo: {rank: 4}\n", encoding="utf-8")
+    params = open_project(child).params
+    assert (params.finetune_lora.alpha, params.finetune_dpo.alpha, params.finetune_dpo.schedule) == (32, 8, "linear")
+    assert params.source("finetune_dpo", "schedule") == "default for a pretrained base"
+
+
 def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:
     parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
     for name in parent.stages:

@@ -116,7 +116,6 @@ FINETUNED = tuple(
 )
 ON_LLAMA = (  # what further methods need on another family
     *(f"{stage.name}.data=data/all.jsonl" for stage in MORE),
-    *(f"{s.name}.{key}={value}" for s in MORE for key, value in s.pretrained.items() if key.endswith("_modules")),
     *("finetune_dpo.data=data/pairs.jsonl", "finetune_dpo.target_modules=all-linear"),
     "finetune_dpo.train_embeddings=new_rows",
 )

@@ -1,6 +1,7 @@
 """What `lora new` chooses: the settings that fit, in the order of what they cost, and never one that the user set."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,8 @@ from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
 from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
-from pipeline.stages.registry import METHODS
+from pipeline.stages.registry import COUNTED, METHODS
+from tests.helpers.projects import load
 
 QWEN = built_in("qwen3-0.6b").shapes
 DATA = replace(
@@ -26,6 +28,19 @@ GIB = 2**30
 def chosen(memory: float, data: DataReport = DATA, bf16: bool = True, **given: object) -> Recipe:
     said = {f"training.{key}": value for key, value in given.items()}
     return choose(QWEN, data, 0.1, Machine("a device", round(memory * GIB), bf16), STAGES, said)
+
+
+@pytest.mark.parametrize("method", COUNTED)
+def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memory(tmp_path: Path, method: str) -> None:
+    stage = METHODS[method]
+    (tmp_path / "params.yaml").write_text(f"base: model.gguf\n{stage.section}: {{}}\n", encoding="utf-8")
+    bare = load(tmp_path / "params.yaml").section(stage.section)
+    recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
+    by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share"}
+    chosen_values = {key.partition(".")[2]: value for key, value in recipe.values.items()}
+    assert {"window", "epochs", "schedule"} <= chosen_values.keys()
+    for key in chosen_values.keys() - by_data:
+        assert getattr(bare, key) == chosen_values[key], key
 
 
 def test_less_memory_costs_accumulation_then_recomputation_then_bits_then_length() -> None:

@@ -15,10 +15,10 @@ from pipeline.calc.settings import PRECISIONS, QLORA, TrainingConfig, options_of
 from pipeline.calc.sources.open_model import built_in, hub_ids, open_model
 from pipeline.calc.target_modules import GROUPS
 from pipeline.errors import UserError
-from pipeline.files import artifact, base_model
 from pipeline.project.params.load import Params
 from pipeline.project.params.sections import Precision, Quantization
 from pipeline.project.stage_graph import Project
+from pipeline.stages.counted import counted_stage, model_source, options_of_stage
 from pipeline.stages.registry import COUNTED
 from tui.widgets.form import FormField, counting, cycling, doubling
 
@@ -221,33 +221,22 @@ def _field_in_message(message: str) -> str:
 
 
 def query_from_project(project: Project) -> Query:
-    """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
-    lora, imports = project.params.finetune_lora, project.params.origin.imports
-    try:
-        start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
-        new_rows = max(int(stop) - int(start), 1)
-    except (UserError, KeyError, TypeError, ValueError):  # it has not run
-        new_rows = 1
-    # if empty, the calculator's default for the model applies
-    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]
-    return {
-        **DEFAULTS,
-        "model": _model_source(project),
-        "rank": str(lora.rank),
-        "alpha": f"{lora.alpha:g}",
-        "targets": ", ".join(lora.target_modules),
-        "embeddings": lora.train_embeddings,
-        "new_rows": str(new_rows),
-        "precision": lora.precision if lora.quantization == "none" else lora.quantization,
-        "adapter_precision": lora.adapter_precision,
-        "batch": str(lora.batch_size),
-        "sequence": str(min(longest)) if longest else "",
-        "checkpointing": lora.gradient_checkpointing,
-        "optimizer": lora.optimizer,
-        "lora_dropout": f"{lora.lora_dropout:g}",
-        "neftune_alpha": f"{lora.neftune_alpha:g}",
-        "loss": "chunked" if imports else "full",
-    }
+    """The query that describes what the project trains. Raises UserError if its base is invalid."""
+    stage = counted_stage(project)
+    options = options_of_stage(project, stage).items()
+    known = {key: _as_text(value) for key, value in options if key in FIELDS and value is not None}
+    if "new_rows" in known and known["embeddings"] != "new_rows":
+        del known["new_rows"]
+    return {**DEFAULTS, "model": model_source(project), "method": stage.method, **known}
+
+
+def _as_text(value: Any) -> str:
+    """An option's value as it would be typed."""
+    if isinstance(value, bool):
+        return "train" if value else "freeze"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def trained_model(project: Project) -> tuple[str, Architecture]:
@@ -255,25 +244,7 @@ def trained_model(project: Project) -> tuple[str, Architecture]:
     origin = project.params.origin
     if not origin.imports:
         return "MiniGPT", built_in("minigpt").shapes
-    return origin.base, open_model(_model_source(project)).shapes
-
-
-def _model_source(project: Project) -> str:
-    """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
-    name = project.params.origin.base
-    if not project.params.origin.imports:
-        return "minigpt"
-    base, expanded = map(project.artifact, ("import", "expand_vocab"))
-    try:
-        imported = artifact.read_manifest(base)
-        if imported["params"]["base"] == base_model.shared_name(name):
-            made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
-            is_current = made_from.get("artifacts/base") == artifact.sealed_digest(imported)
-            return str(expanded if is_current else base)
-    except (UserError, KeyError, TypeError, AttributeError):
-        pass  # not made yet, or another tool's folder
-    source = base_model.parse_source(name, project.home("import").root)
-    return str(source.path) if source.is_local else source.hub_id
+    return origin.base, open_model(model_source(project)).shapes
 
 
 def params_from_result(result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
@@ -307,6 +278,10 @@ def params_from_result(result: Result, params: Params, trained: tuple[str, Archi
         except UserError as error:
             raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
         values |= {"adapter_precision": run.adapter_precision, "quantization": quantization}
+    if values.get("train_embeddings") == "none" and "expand_vocab" not in params.written:
+        current = params.section(f"finetune_{method.name}").train_embeddings
+        if current == "new_rows":  # of which there are none: the same
+            del values["train_embeddings"]
     return {f"finetune_{method.name}.{key}": value for key, value in values.items()}
 
 

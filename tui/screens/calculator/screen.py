@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from tui.screens.calculator.panes import (
 from tui.screens.calculator.query import (
     DEFAULTS,
     FieldError,
+    Query,
     Result,
     calculate,
     describe,
@@ -83,6 +85,7 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         self.advice: Advice | None = None  # of that result
         self.problems: dict[str, str] = {}  # the errors in the form, by field
         self.pins: list[Result] = []
+        self._start: Query = DEFAULTS  # what the fields hold at first: on a pretrained base what the project trains
         self._models: dict[str, Architecture | UserError] = {}
         self._drawn_for = (0, 0)  # size of the screen that the bars are drawn for
 
@@ -100,6 +103,11 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
                         yield DetailsPane(id="details")
 
     def on_mount(self) -> None:
+        with suppress(UserError):  # of a params file that another screen shows
+            project = open_project(self.workbench.params_path)
+            if project.params.origin.imports:
+                self._start = query_from_project(project)
+                self.form.fill(self._start)
         self._calculate()
         self.app.theme_changed_signal.subscribe(self, lambda _: self._show())
 
@@ -245,7 +253,7 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
     def action_renew(self) -> None:
         """All fields as they were at the start, nothing pinned."""
         self.pins = []
-        self.form.fill(DEFAULTS)
+        self.form.fill(self._start)
 
     def action_look(self) -> None:
         """Go to the next pane of answers, and from the last back to the form."""

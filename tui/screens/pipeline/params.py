@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params import edit
-from pipeline.project.params.load import TOP_LEVEL, TRAINING, check, key_path, read_text
+from pipeline.project.params.load import DEFAULT, PRETRAINED, TOP_LEVEL, TRAINING, Params, check, key_path, read_text
 from pipeline.project.params.schema import Section, hints, meaning, rule, value_type
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.stage_graph import Project, Stage
@@ -50,6 +50,10 @@ class Param:
     def key(self) -> str:
         return self.field.key
 
+    @property
+    def is_default(self) -> bool:
+        return self.source in (DEFAULT, PRETRAINED)
+
     def matches(self, text: str) -> bool:
         """Whether its name, value or meaning contains `text`, whatever the case."""
         return text.casefold() in f"{self.key} {format_value(self.value)} {self.meaning}".casefold()
@@ -82,7 +86,7 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
     own = {key for key in home.params.tree.get(stage.name, {}) if key not in TOP_LEVEL}
     shared = {key for base in (Training, AdapterTraining) if isinstance(section, base) for key in hints(base)}
     params = []
-    for field in fields_of(stage.name, section, home.params.file):
+    for field in fields_of(stage.name, section, home.params):
         value = getattr(section, field.key)
         group = next((name for name, keys in GROUPS.items() if field.key in keys), OTHERS)
         is_shared = field.key in shared and field.key not in own
@@ -100,7 +104,7 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
                 format_value(tuple(was) if isinstance(was, list) else was) if changed else None,
             )
         )
-    return sorted(params, key=lambda param: (param.made is None, param.source == "default"))
+    return sorted(params, key=lambda param: (param.made is None, param.is_default))
 
 
 def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "") -> list[Line]:
@@ -115,18 +119,18 @@ def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "")
     return lines
 
 
-def fields_of(stage: str, section: Section, source: str) -> list[FormField]:
+def fields_of(stage: str, section: Section, params: Params) -> list[FormField]:
     """The fields of a stage's own params, then of those that adapters share, then of those that all training shares."""
 
     def problem(key: str, value: Any) -> str:
         try:
-            check(section, stage, key, value, source)
+            check(params, stage, key, value)
         except UserError as error:
             return str(error)
         return ""
 
-    kind, fields = type(section), []
-    defaults, bases = kind(), [hints(base) for base in (Training, AdapterTraining) if isinstance(section, base)]
+    kind, defaults, fields = type(section), params.default(stage), []
+    bases = [hints(base) for base in (Training, AdapterTraining) if isinstance(section, base)]
     for key in sorted(hints(kind), key=lambda key: sum(key in base for base in bases)):
         hint = value_type(kind, key)
         origin, arguments = get_origin(hint), get_args(hint)

@@ -135,7 +135,7 @@ class ParamList(VerticalScroll, can_focus=True):
         plain = Content.assemble(
             ("● " if was else "  ", "$text-warning"),
             f"{pad_or_truncate(name, names)} ",
-            (pad_or_truncate(value, min(room, max(cell_len(value), 6))), MUTED if param.source == "default" else ""),
+            (pad_or_truncate(value, min(room, max(cell_len(value), 6))), MUTED if param.is_default else ""),
         )
         text = Content.assemble(plain, (f" {was.removeprefix('● ')}", "$text-warning")) if was else plain
         return text.truncate(width, ellipsis=True, pad=True)
@@ -393,6 +393,6 @@ def _equal(one: Sequence[Param], other: Sequence[Param]) -> bool:
 def _source(param: Param) -> str:
     """Where a value is set, in words."""
     file, _, block = param.source.partition(", ")
-    if param.source == "default":
-        return "the default"
+    if param.is_default:
+        return f"the {param.source}"
     return f"set in {file}, block {block}" if block else f"set in {file}"

@@ -573,6 +573,22 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         assert "already has these values" in pilot.app.message_history[-1][2]
 
 
+async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_trains(toy: Path) -> None:
+    (toy / "params.yaml").write_text("base: models/toy\nfinetune_lora: {rank: 4}\n", encoding="utf-8")
+    async with calculator(toy) as (pilot, screen):
+        await until(pilot, lambda: screen.result is not None and screen.result.model.name != "qwen3-8b")
+        start = dict(screen.form.values)
+        assert (start["targets"], start["alpha"], start["embeddings"]) == ("all-linear", "8", "none")
+        assert screen.result.method == Lora(4, 8.0, ("all-linear",))
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "already has these values" in pilot.app.message_history[-1][2]
+        await fill(pilot, screen, targets="attention", rank="2")
+        await pilot.press("ctrl+n")
+        await pilot.pause()
+        assert dict(screen.form.values) == start, "begun anew"
+
+
 async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
         await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
