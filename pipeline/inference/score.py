@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
 from pipeline.data.examples import Example
-from pipeline.data.masking import encode
+from pipeline.data.masking import as_turns, encode
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens
@@ -142,6 +142,7 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
 
 def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
+    example = as_turns(example, tokenizer)
     if example.messages:
         last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
         prompt, answer = tokenizer.render(example.messages[:last], True, example.tools), example.messages[last]
