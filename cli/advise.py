@@ -142,7 +142,9 @@ def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None
 
     settings = project.section(stage)
     files = ((project.root / file.path, file) for file in settings.data_files)
-    examples = chain.from_iterable(iter_examples(path, file.path, columns=file.columns) for path, file in files)
+    examples = chain.from_iterable(
+        iter_examples(path, file.path, columns=file.columns, templated=settings.templated) for path, file in files
+    )
     first = list(islice(examples, ENCODED))
     count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
     known = {"examples": count, "more": next(examples, None) is not None}

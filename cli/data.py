@@ -1,31 +1,48 @@
-"""`lora data`: data files checked, shown as tokens, and converted."""
+"""`lora data`: data files checked, shown as tokens, cleaned, and converted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import chain, groupby, islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from cli.options import ColumnsOption, JsonOption, base_folder, columns_of, finite, group
+from cli.options import (
+    DEFAULT_PARAMS,
+    ColumnsOption,
+    JsonOption,
+    PlainOption,
+    base_folder,
+    columns_of,
+    finite,
+    group,
+    project_of,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from pipeline.data.check import DataReport
+    from pipeline.data.clean import Cleaned, Dropped, Leaks
+    from pipeline.data.convert import Conversion
     from pipeline.data.examples import Example
     from pipeline.data.masking import Encoded
+    from pipeline.data.problems import Group
     from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
-data = group(help="Check, show and convert data files.", no_args_is_help=True)
+data = group(help="Check, show, clean and convert data files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 DEFAULT_BASES = (Path("artifacts/expanded"), Path("artifacts/base"))
 TRAINED = "bold green"
 MAX_WIDTH = 100  # columns; longer lines of tokens are hard to read
 SHOWN, COUNTED = 3, 1000  # examples that `show` prints, and counts
+RENDERED = 2000  # characters of the example that `check` prints
+SHOWN_TEXT = 60  # characters of a row that `clean` dropped
 SYMBOLS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 FILE_HELP = "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
 
@@ -37,6 +54,10 @@ BaseOption = Annotated[
         help="Model with the tokenizer: folder, .gguf file or hub id; default: artifacts/expanded, or artifacts/base.",
     ),
 ]
+SkipOption = Annotated[
+    bool, Option("--skip-invalid", help="Leave out rows that cannot be read or written, and report them.")
+]
+ReplaceOption = Annotated[bool, Option("--force", help="Replace OUT if it exists.")]
 MaxLengthOption = Annotated[int, Option("--max-length", min=0, help="Truncate examples to this many tokens; 0: never.")]
 
 
@@ -49,8 +70,9 @@ def check(
     ] = None,
     eval_share: Annotated[float, Option(min=0, max=1, callback=finite, help="Share that is held out.")] = 0.0,
     columns: ColumnsOption = None,
+    no_template: PlainOption = False,
     max_length: MaxLengthOption = 0,
-    limit: Annotated[int, Option(min=0, help="Number of problems to print.")] = 20,
+    limit: Annotated[int, Option(min=0, help="Number of errors, and of warnings, to print.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Check every row: errors, duplicates, lengths, tokens trained on.
@@ -73,6 +95,7 @@ def check(
             max_length=max_length,
             positions=positions,
             progress=progress,
+            templated=not no_template and _in_template(files),
         )
     if as_json:
         print_json({**report.as_json(), "base": base and str(base)})
@@ -80,6 +103,22 @@ def check(
         _print_report(report, max_length, limit)
     if not report.ok:
         raise UserError(f"training needs data without errors, and this has {report.errors}. Correct the rows above.")
+
+
+def _in_template(files: list[Path]) -> bool:
+    """Whether plain prompts get the base's chat template: as in the project here, whose files they may be."""
+    from pipeline.project.params.sections import Training
+
+    if not DEFAULT_PARAMS.is_file():
+        return True
+    project = project_of(DEFAULT_PARAMS)
+    sections = (project.params.section(stage.section) for stage in project.stages.values())
+    trained = [section for section in sections if isinstance(section, Training)]
+    paths = {file.resolve() for file in files}
+    for section in trained:
+        if any((project.root / name).resolve() in paths for name in (*section.files, section.eval_data)):
+            return section.templated
+    return bool(project.params.training.get("chat_template", "auto") == "auto")
 
 
 def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
@@ -102,21 +141,26 @@ def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
         shares = ", ".join(f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True))
         rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
         rows.append(("truncated", f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none"))
-        rows.append(("max_length", f"{report.suggested_max_length:,} suggested"))
-    print_table(("", ""), rows)
-    if report.problems[:limit]:
-        several = len(report.files) > 1
-        places = [
-            f"{each.file}:{each.row}" if several and each.row else str(each.row or each.file)
-            for each in report.problems[:limit]
-        ]
-        stdout.print()
-        print_table(
-            ("", "row", "problem"),
-            [(each.level, place, each.problem) for each, place in zip(report.problems, places, strict=False)],
+        if not max_length:
+            rows.append(("max_length", f"{report.suggested_max_length:,} suggested: 99 % of the examples fit"))
+    if report.templated:
+        rows.append(
+            ("template", f"{report.templated:,} plain prompts become a user's turn, their completions the answer")
         )
+    print_table(("", ""), rows)
+    if report.rendered:
+        more = "…" * (len(report.rendered) > RENDERED)
+        print_line(
+            f"\nthe first example, as the model reads it; ⟦ ⟧ is trained on:\n{report.rendered[:RENDERED]}{more}"
+        )
+    levels = [[each for each in report.groups if each.level == level][:limit] for level in ("error", "warning")]
+    shown = [each for groups in levels for each in groups]
+    if shown:
+        several = len(report.files) > 1
+        stdout.print()
+        print_table(("", "row", "problem"), [(each.level, _place(each, several), each.problem) for each in shown])
     total = report.errors + report.warnings
-    if total > limit:
+    if len(shown) < len(report.groups):
         print_line(f"… {', '.join(f'{kind}: {count:,}' for kind, count in report.counts.items())}")
     errors, warnings = (
         f"{count:,} {name}{'' if count == 1 else 's'}"
@@ -127,12 +171,21 @@ def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
         print_note("There is no model, so tokens were not counted. Name a model folder with --base.")
 
 
+def _place(problems: "Group", several_files: bool) -> str:
+    """Where a group's rows are: its only row, or how many there are and the first."""
+    file = f"{problems.file}:" if several_files and problems.row else ""
+    if problems.rows == 1:
+        return f"{file}{problems.row or problems.file}"
+    return f"{problems.rows:,} rows; first: {file}{problems.row}"
+
+
 @data.command()
 def show(
     file: Annotated[Path, Argument(metavar="FILE", help=FILE_HELP)],
     base: BaseOption = None,
     row: Annotated[int | None, Option(min=1, help="Show only this line or row.")] = None,
     columns: ColumnsOption = None,
+    no_template: PlainOption = False,
     max_length: MaxLengthOption = 0,
     limit: Annotated[
         int | None, Option(min=0, help="Number of examples to print; default: 3, with --json all.")
@@ -148,6 +201,7 @@ def show(
     from tempfile import TemporaryDirectory
 
     from cli.console import print_line, print_table, stdout
+    from pipeline.data.columns import columns_option
     from pipeline.data.masking import Encoder
     from pipeline.data.windows import Corpus
     from pipeline.errors import UserError
@@ -160,7 +214,7 @@ def show(
         )
     tokenizer, positions = _open_base(base)
     encode = Encoder(tokenizer, max_length, positions)
-    examples = _examples(file, columns_of(columns), row)
+    examples = _examples(file, columns_of(columns), row, not no_template and _in_template([file]))
     if as_json:
         for example, encoded in encode.each(islice(examples, limit)):
             _print_labels(example, encoded)
@@ -188,7 +242,7 @@ def show(
     ]
     print_table(("the file" if is_all else f"the first {COUNTED:,}", ""), rows)
     if not is_all:
-        print_line(f"`lora data check {file}` reads all.")
+        print_line(f"`lora data check {quote(str(file))}{columns_option(columns_of(columns))}` reads all.")
 
 
 @data.command()
@@ -205,24 +259,147 @@ def convert(
         Option("--format", help="Format of its rows; default: that of the input."),
     ] = None,
     columns: ColumnsOption = None,
-    force: Annotated[bool, Option("--force", help="Replace OUT if it exists.")] = False,
+    skip_invalid: SkipOption = False,
+    force: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write data in another format or container.
 
-    What the target cannot hold is an error. The new file is read again before it gets its name.
+    What the target cannot hold is an error, or left out with --skip-invalid. The new file is read again before it gets
+    its name.
     """
-    from cli.console import print_json, print_line, print_note
+    from cli.console import print_json
     from pipeline.data.convert import convert as convert_file
 
     with _row_counter("converting") as progress:
-        done = convert_file(source, out, format_, columns=columns_of(columns), force=force, progress=progress)
+        done = convert_file(
+            *(source, out, format_),
+            columns=columns_of(columns),
+            force=force,
+            skip_invalid=skip_invalid,
+            progress=progress,
+        )
     if as_json:
-        print_json({"out": str(out), "rows": done.rows, "format": done.format, "notes": done.notes})
+        skipped = [asdict(rows) for rows in done.skipped]
+        print_json({"out": str(out), "rows": done.rows, "format": done.format, "notes": done.notes, "skipped": skipped})
         return
+    _print_written(out, done)
+
+
+def _print_written(out: Path, done: "Conversion") -> None:
+    from cli.console import print_line, print_note
+
     for note in done.notes:
         print_note(note)
+    for rows in done.skipped:
+        print_note(f"skipped: {rows}")
     print_line(f"{out}: {done.rows:,} {'row' if done.rows == 1 else 'rows'} ({done.format})")
+
+
+@data.command()
+def clean(
+    source: Annotated[Path, Argument(metavar="IN", help=FILE_HELP)],
+    out: Annotated[Path, Argument(metavar="OUT", help="File to write, as of `lora data convert`.")],
+    drop: Annotated[
+        str, Option("--drop", metavar="REASON,…", help="empty, duplicates, near-duplicates, too-long, leaks.")
+    ] = "empty,duplicates",
+    eval_files: Annotated[
+        list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, for leaks; repeatable.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None, Option("--tasks", metavar="FILE", help="File of tasks, for leaks; repeatable.")
+    ] = None,
+    base: BaseOption = None,
+    max_length: Annotated[
+        int, Option("--max-length", min=0, help="Most tokens of an example, for too-long; 0: the model's positions.")
+    ] = 0,
+    columns: ColumnsOption = None,
+    no_template: PlainOption = False,
+    skip_invalid: SkipOption = False,
+    force: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a file without rows that spoil a training, and report them.
+
+    Of rows that are alike the first stays. The new file has the keys of its format, so it needs no --columns. Likely
+    personal data is counted and stays.
+    """
+    from cli.console import print_json
+    from pipeline.data.clean import REASONS
+    from pipeline.data.clean import clean as clean_file
+    from pipeline.data.masking import Encoder
+    from pipeline.errors import UserError
+
+    reasons = [reason.strip() for reason in drop.split(",")]
+    if unknown := [reason for reason in reasons if reason not in REASONS]:
+        raise UserError(f"--drop: unknown reason {unknown[0]!r}. Known: {', '.join(REASONS)}.")
+    named = columns_of(columns)
+    leaks = _leaks(eval_files or [], tasks or [], named)
+    if ("leaks" in reasons) != bool(leaks):
+        raise UserError("--drop leaks goes with --eval or --tasks, the files whose questions must not be trained on.")
+    encoder = None
+    if "too-long" in reasons:
+        base = base or _default_base()
+        if base is None:
+            raise UserError("--drop too-long counts tokens, and there is no model. Name a model folder with --base.")
+        tokenizer, positions = _open_base(base)
+        encoder, max_length = Encoder(tokenizer), max_length or positions or 0
+        if not max_length:
+            raise UserError("--drop too-long needs --max-length: the model does not say how many positions it has.")
+    with _row_counter("cleaning") as progress:
+        done = clean_file(
+            *(source, out, reasons),
+            columns=named,
+            leaks=leaks,
+            encoder=encoder,
+            max_length=max_length,
+            templated=not no_template and _in_template([source]),
+            force=force,
+            skip_invalid=skip_invalid,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"out": str(out), **done.as_json()})
+    else:
+        _print_cleaned(out, done)
+
+
+def _leaks(eval_files: list[Path], tasks: list[Path], columns: dict[str, str]) -> "Leaks":
+    """The questions of evaluation files and tasks."""
+    from pipeline.data.clean import Leaks
+    from pipeline.evaluation.tasks import task_prompts
+
+    leaks = Leaks()
+    for file in eval_files:
+        leaks.add_file(file, str(file), columns)
+    for file in tasks:
+        for prompt, location in task_prompts(file, str(file)):
+            leaks.add(prompt, location)
+    return leaks
+
+
+def _print_cleaned(out: Path, done: "Cleaned") -> None:
+    from cli.console import print_line, print_table, stdout
+
+    print_table(
+        ("dropped", "rows", "such as"),
+        [(reason, f"{rows:,}", _shown(done.examples.get(reason, []))) for reason, rows in done.dropped.items()],
+        right=("rows",),
+    )
+    if done.personal:
+        stdout.print()
+        rows = [
+            (kind, f"{count:,}", ", ".join(f"row {row}" for row in done.personal_rows[kind]))
+            for kind, count in done.personal.items()
+        ]
+        print_table(("likely personal data, kept", "rows", "such as"), rows, right=("rows",))
+    print_line(f"{done.kept:,} of {done.rows:,} rows kept", style="bold")
+    _print_written(out, done.conversion)
+
+
+def _shown(dropped: "Sequence[Dropped]") -> str:
+    lines = (f"row {row.row}, {row.why}" + f": {row.text[:SHOWN_TEXT]}" * bool(row.text) for row in dropped)
+    return "\n".join(lines)
 
 
 def _default_base() -> Path | None:
@@ -256,7 +433,7 @@ def _row_counter(text: str) -> Iterator[Callable[[int], None]]:
         yield lambda rows: bar.update(task, completed=rows)
 
 
-def _examples(file: Path, columns: dict[str, str], row: int | None) -> Iterator["Example"]:
+def _examples(file: Path, columns: dict[str, str], row: int | None, templated: bool) -> Iterator["Example"]:
     """All examples, or that of one row. Raises UserError."""
     from pipeline.data.containers import Reading
     from pipeline.data.formats import iter_examples
@@ -266,7 +443,7 @@ def _examples(file: Path, columns: dict[str, str], row: int | None) -> Iterator[
         if row in (None, number):
             raise error
 
-    examples = iter_examples(file, str(file), columns=columns, reading=Reading(of_row))
+    examples = iter_examples(file, str(file), columns=columns, reading=Reading(of_row), templated=templated)
     if row is None:
         return examples
     example = next((each for each in examples if each.line >= row), None)

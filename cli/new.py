@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from cli.options import ColumnsOption, DeviceOption, columns_of, group
+from cli.options import ColumnsOption, DeviceOption, PlainOption, columns_of, group
 
 if TYPE_CHECKING:
     from pipeline.project.foreign import Foreign
@@ -46,6 +46,7 @@ def new(
     eval_data: EvalOption = None,
     methods: MethodsOption = None,
     columns: ColumnsOption = None,
+    no_template: PlainOption = False,
     values: ValuesOption = None,
     params: Annotated[
         Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
@@ -68,7 +69,7 @@ def new(
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    chosen = _names(methods)
+    chosen, values = _names(methods), _with_template(values, no_template)
     if config:
         if (folder / "params.yaml").exists():
             raise UserError(f"{folder} is a project already. Set the values in its params.yaml, or name a new folder.")
@@ -80,7 +81,8 @@ def new(
             raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
         start_project(_request(folder, base, data, eval_data, chosen or ["lora"], columns, values))
     else:
-        given = {"--data": data, "--eval-data": eval_data, "--columns": columns, "--set": values}
+        given = {"--data": data, "--eval-data": eval_data, "--columns": columns}
+        given |= {"--no-template": no_template, "--set": values}
         if unused := [name for name, value in given.items() if value]:
             raise UserError(f"{unused[0]} goes with a new project of --base and --data. Edit {folder}/params.yaml.")
         added, notes = create(folder, GRAPH, params, base, chosen or None)
@@ -98,6 +100,7 @@ def train(
     eval_data: EvalOption = None,
     methods: MethodsOption = None,
     columns: ColumnsOption = None,
+    no_template: PlainOption = False,
     values: ValuesOption = None,
     _device: DeviceOption = None,
 ) -> None:
@@ -113,9 +116,9 @@ def train(
     from pipeline.workbench import open_project
 
     params = out / "params.yaml"
-    chosen = _names(methods) or ["lora"]
+    chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
     if params.exists():
-        project, given = open_project(params), _read_values(values or [], chosen)
+        project, given = open_project(params), _read_values(values, chosen)
         _refuse_other(project, base, data)
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
@@ -147,6 +150,11 @@ def _request(
 
     given = {**(foreign or {}), **_read_values(values or [], methods)}
     return Request(folder, base, data, eval_data or "", methods, columns_of(columns), given)
+
+
+def _with_template(values: list[str] | None, no_template: bool) -> list[str]:
+    """The settings of --set, and what --no-template stands for."""
+    return [*(values or []), *(["chat_template=none"] * no_template)]
 
 
 def _names(methods: str | None) -> list[str]:
@@ -254,8 +262,8 @@ def _print_started(started: Started, folder: Path) -> None:
     report, machine = started.report, started.machine
     print_line(f"base   {', '.join(_describe_base(started))}")
     print_line(f"data   {', '.join(_describe_data(started))}")
-    for problem in report.problems[:3]:
-        print_note(f"note: {problem.file}{'' if problem.row is None else f':{problem.row}'}: {problem.problem}")
+    for problems in report.groups[:3]:
+        print_note(f"note: {problems}")
     rows = [(key.rpartition(".")[2], dump_inline(value), why) for key, value, why in started.recipe.rows()]
     print_line("")
     print_table(("chosen", "value", "because"), rows)
@@ -285,7 +293,7 @@ def _describe_data(started: Started) -> Iterator[str]:
     from pipeline.data.formats import FORMATS
 
     report = started.report
-    formats = " and ".join(report.formats)
+    formats = " and ".join(report.formats) + ", in the base's chat template" * bool(report.templated)
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
     yield f"{report.examples:,} examples"
     if report.turns:

@@ -76,7 +76,16 @@ DeviceOption = Annotated[  # of every command that computes with a model or with
 TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
 ColumnsOption = Annotated[
     str | None,
-    Option("--columns", metavar="KEY=COLUMN,…", help="Names in the file: prompt=question,completion=answer"),
+    Option(
+        "--columns",
+        metavar="KEY=COLUMN,…",
+        help="Names in the file: prompt=question,completion=answer; of turns and roles too: "
+        "messages=dialog,role=speaker,content=text,user=customer",
+    ),
+]
+PlainOption = Annotated[
+    bool,
+    Option("--no-template", help="Take plain prompts and completions as they are, without the base's chat template."),
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")

@@ -28,6 +28,7 @@ from pipeline.data.containers import (
     suffix_of,
     table_rows,
 )
+from pipeline.data.problems import without_location
 from pipeline.errors import UserError
 
 LINES = (".txt", ".jsonl")
@@ -191,15 +192,6 @@ def _caught(open_rows: Callable[[Reading], Iterator[Row]], name: str) -> Iterato
         number = int(match[1]) if match else 0
         text = without_location(error, name, number)
         yield Entry(Row(number, ""), f"{text} Nothing behind it is read.")
-
-
-def without_location(error: UserError, file: str, row: int | None) -> str:
-    """The message of an error without the file and the row that it begins with."""
-    text = str(error)
-    for location in (f"{file}:{row}: ", f"{file}: row {row}: ", f"{file}: "):
-        if text.startswith(location):
-            return text.removeprefix(location)
-    return text
 
 
 def as_json(value: str | Mapping[str, Any]) -> str:

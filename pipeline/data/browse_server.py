@@ -1,8 +1,9 @@
 """Data files read in a process of their own, for the TUI, with the protocol of `pipeline.inference.server`.
 
 `python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never the screen. Every
-request names its `path`, `columns`, `base` (the folder of a model with the tokenizer, or null) and `max_length`; each
-runs in a thread, so that a page is read while all rows are checked. It ends as soon as stdin closes.
+request names its `path`, `columns`, whether plain prompts are `templated`, `base` (the folder of a model with the
+tokenizer, or null) and `max_length`; each runs in a thread, so that a page is read while all rows are checked. It ends
+as soon as stdin closes.
 """
 
 import json
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.browse import Entry, RowFile, as_json, copied, find, without_location
+from pipeline.data.browse import Entry, RowFile, as_json, copied, find
 from pipeline.data.containers import Row, suffix_of
 from pipeline.data.examples import Example
 from pipeline.data.formats import example_of
+from pipeline.data.problems import without_location
 from pipeline.errors import UserError, explain, first_line
 
 if TYPE_CHECKING:
@@ -60,6 +62,10 @@ class Request:
     def columns(self) -> dict[str, str]:
         value = self.fields.get("columns")
         return {str(key): str(column) for key, column in value.items()} if isinstance(value, dict) else {}
+
+    @property
+    def templated(self) -> bool:
+        return bool(self.fields.get("templated"))
 
     @property
     def stopped(self) -> Callable[[], bool]:
@@ -163,6 +169,7 @@ class Browser:
             tokenizer,
             max_length=request.number("max_length"),
             positions=positions if not request.number("window") else None,
+            templated=request.templated,
             progress=request.progress(),
         )
         return report.as_json()
@@ -234,7 +241,9 @@ class Browser:
             problem, text = entry.problem, entry.raw
             if not problem:
                 try:
-                    example = examples[position] = example_of(entry.row, request.text("path"), request.columns)
+                    example = examples[position] = example_of(
+                        entry.row, request.text("path"), request.columns, request.templated
+                    )
                     text = _first_words(example)
                 except UserError as error:
                     problem = without_location(error, request.text("path"), entry.row.number)
@@ -280,7 +289,7 @@ class Browser:
         tokenizer, _, missing = opened or self._open_tokenizer(request)
         shown = View(())
         try:
-            example = example_of(entry.row, name, request.columns)
+            example = example_of(entry.row, name, request.columns, request.templated)
             shown = view(example)
             shown = view(example, tokenizer, request.number("max_length"))
         except UserError as error:

@@ -8,26 +8,25 @@ import re
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.containers import Reading
-from pipeline.data.examples import Example, content_digest, is_held_out
+from pipeline.data.examples import Example, content_digest, is_held_out, joins_words
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.preferences import pair
+from pipeline.data.problems import Group, Level, Problem, Problems, shortened, without_location
 from pipeline.data.tokenizers.word import Tokenizer
+from pipeline.data.turns import view
 from pipeline.errors import UserError
 
-Level = Literal["error", "warning"]
 DataFile = Path | str | tuple[Path | str, Mapping[str, str]]  # with its own columns
-KEPT = 50  # problems of one kind; all are counted
-LONGEST = 500  # characters of a problem: some list all words of a row
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 STEP = 64  # max_length is a multiple of it: kernels are fastest on such lengths
 NEAR = 1.25  # × the 99 % quantile: a longest example up to there costs little more than cutting it
@@ -38,22 +37,13 @@ REPLACED = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """`row`: the line or row in `file`; None if it concerns all of it. An "error" would break or spoil a training."""
-
-    row: int | None
-    file: str
-    problem: str
-    level: Level
-
-
-@dataclass(frozen=True)
 class DataReport:
     """What is in data files. Lengths are in tokens, before a cut; without a tokenizer, all of tokens is None.
 
     `examples`, `turns`, `tokens` and lengths are of the training set, `evaluation` counts the examples held out of it
     or in evaluation files. `rows` are those of all files. `problems` holds the first of each kind, `counts` how many
-    there are.
+    there are, `groups` all of them, alike ones together. `rendered`: the first example as the model reads it, what is
+    trained on in ⟦ ⟧. `templated`: plain prompts and completions that the chat template writes as turns.
     """
 
     files: tuple[str, ...]
@@ -77,6 +67,9 @@ class DataReport:
     warnings: int
     counts: dict[str, int]  # kind of problem → rows
     problems: tuple[Problem, ...]
+    groups: tuple[Group, ...]
+    templated: int
+    rendered: str | None
 
     @property
     def ok(self) -> bool:
@@ -98,40 +91,21 @@ def check(
     positions: int | None = None,
     root: Path = Path(),
     progress: Callable[[int], None] | None = None,
+    templated: bool = False,
 ) -> DataReport:
     """The report of data files in `root`, which never raises for what is in them.
 
-    `columns`, as for `iter_examples`, count for files that have none of their own. `max_length` above 0 truncates.
+    `columns`, as for `iter_examples`, count for files that have none of their own, `templated` for all. `max_length`
+    above 0 truncates.
     Longer than the model's `positions` is an error, so pass them as `max_length` where examples are to be cut.
     `progress` gets the number of rows read so far.
     """
-    checked = _Check(tokenizer, max_length, positions, progress)
+    checked = _Check(tokenizer, max_length, positions, progress, templated)
     for several, share in ((files, eval_share), (eval_files, 1.0)):
         for file in several:
             path, own = file if isinstance(file, tuple) else (file, {})
             checked.read(root, str(path), own or columns, share)
     return checked.report(eval_share)
-
-
-@dataclass
-class _Problems:
-    kept: list[tuple[int, Problem]] = field(default_factory=list)  # with the number of its file
-    counts: Counter[str] = field(default_factory=Counter)
-    levels: Counter[Level] = field(default_factory=Counter)
-
-    def add(self, kind: str, level: Level, file: int, problem: Problem) -> None:
-        self.count(kind, level, 1)
-        if self.counts[kind] <= KEPT:
-            self.kept.append((file, problem))
-
-    def count(self, kind: str, level: Level, number: int) -> None:
-        self.counts[kind] += number
-        self.levels[level] += number
-
-    def in_order(self) -> tuple[Problem, ...]:
-        """Errors first, then by file and row."""
-        order = sorted(self.kept, key=lambda each: (each[1].level != "error", each[0], each[1].row or 0))
-        return tuple(problem for _, problem in order)
 
 
 class _Check:
@@ -143,8 +117,10 @@ class _Check:
         max_length: int,
         positions: int | None,
         progress: Callable[[int], None] | None,
+        templated: bool,
     ) -> None:
         self._tokenizer, self._max_length, self._positions, self._progress = tokenizer, max_length, positions, progress
+        self._templated, self._has_template = templated, tokenizer is not None and tokenizer.has_template
         self._names: list[str] = []
         self._digests = bytearray()  # 16 bytes per example
         self._files, self._rows = array("i"), array("q")
@@ -153,15 +129,17 @@ class _Check:
         self._longest = (0, "")  # with its location
         self._formats: Counter[str] = Counter()
         self._extra_keys: Counter[str] = Counter()
-        self._problems = _Problems()
+        self._problems = Problems()
         self._seen = self._encoded = self._blank = self._turns = self._tokens = self._labels = self._truncated = 0
+        self._as_turns, self._rendered = 0, ""
 
     def read(self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float) -> None:
         """Read a file; the share `held_out` of its examples is for the evaluation."""
         self._names.append(name)
         self._encoded = len(self._rows)
         reading = Reading(self._refuse)
-        examples = self._add_each(iter_examples(root / name, name, columns=columns, reading=reading), reading, held_out)
+        read = iter_examples(root / name, name, columns=columns, reading=reading, templated=self._templated)
+        examples = self._add_each(read, reading, held_out)
         try:
             if self._tokenizer is None:
                 deque(examples, maxlen=0)
@@ -174,7 +152,7 @@ class _Check:
         except UserError as error:  # about the file, or what it holds from here on
             match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
             row = int(match[1]) if match else None
-            text = _without_location(error, name, row)
+            text = without_location(error, name, row)
             rest = " Nothing behind it was read." if self._rows and self._files[-1] == len(self._names) - 1 else ""
             self._add_problem("unreadable", "error", row, text + rest)
         self._blank += reading.blank
@@ -184,11 +162,11 @@ class _Check:
 
     def _refuse(self, row: int, error: UserError) -> None:
         self._count_row()
-        self._add_problem("unreadable", "error", row, _without_location(error, self._names[-1], row))
+        self._add_problem("unreadable", "error", row, without_location(error, self._names[-1], row))
 
     def _add_problem(self, kind: str, level: Level, row: int | None, text: str) -> None:
-        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-        self._problems.add(kind, level, len(self._names) - 1, Problem(row, self._names[-1], text, level))
+        problem = Problem(row, self._names[-1], shortened(text), level)
+        self._problems.add(kind, level, len(self._names) - 1, problem)
 
     def _warn(self, kind: str, row: int | None, text: str) -> None:
         self._add_problem(kind, "warning", row, text)
@@ -210,13 +188,21 @@ class _Check:
             self._held_out.append(held_out)
             self._formats[reading.format] += 1
             self._turns += 0 if held_out else len(example.messages)
+            self._as_turns += example.templated and self._has_template
             for kind, level, text in _problems_of(example):
                 self._add_problem(kind, level, example.line, text)
+            if self._joins_words(example):
+                self._warn("joined words", example.line, _joined(example))
             yield example
+
+    def _joins_words(self, example: Example) -> bool:
+        if example.templated and (self._has_template or self._tokenizer is None):  # without a model nobody knows
+            return False
+        return example.prompt is not None and joins_words(example.prompt, example.completion)
 
     def _refuse_example(self, example: Example, error: UserError) -> None:
         self._encoded += not isinstance(example, _Rejected)
-        text = _without_location(error, example.file, example.line)
+        text = without_location(error, example.file, example.line)
         self._add_problem("not tokenized", "error", example.line, text)
 
     def _add_tokens(self, example: Example, encoded: Encoded) -> None:
@@ -231,19 +217,22 @@ class _Check:
             self._labels += labels
             self._truncated += kept < length
             self._longest = max(self._longest, (length, example.location), key=lambda each: each[0])
+            if labels and not self._rendered:
+                self._rendered = rendered(example, self._tokenizer, self._max_length)
         if self._positions is not None and kept > self._positions:
             text = (
-                f"{kept:,} tokens with the end token, more than the model's {self._positions:,} positions. Shorten it, "
-                "or cut it with max_length."
+                f"{kept:,} tokens with the end token, more than the model's {self._positions:,} positions. Leave it "
+                "out with `lora data clean --drop too-long`, or cut it with max_length."
             )
             self._add_problem("too long", "error", row, text)
         if not labels:
-            cut = f"all labels are behind the cut at {kept:,} of {length:,} tokens" if any(encoded.trained[1:]) else ""
-            text = f"nothing to train on: {cut or 'no token has a label'}."
             if example.desirable is False:
                 self._warn("labelled false", row, "labelled false: only finetune_dpo with the loss kto trains on it.")
+            elif any(encoded.trained[1:]):  # max_length is meant to spare the few that are much longer than the others
+                text = f"left out of training: all labels are behind the cut at {kept:,} of {length:,} tokens."
+                self._warn("nothing to train on", row, text)
             else:
-                self._add_problem("nothing to train on", "error", row, text)
+                self._add_problem("nothing to train on", "error", row, "nothing to train on: no token has a label.")
         elif kept < length:
             lost = sum(encoded.trained[kept:])
             labels_lost = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
@@ -273,9 +262,13 @@ class _Check:
                     "outlier",
                     "warning",
                     f"the longest example, {self._longest[1]}, has {quantiles['max']:,} tokens, 99 % have at most "
-                    f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or remove it.",
+                    f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or leave it out with "
+                    "`lora data clean --drop too-long`.",
                 )
         known = self._tokenizer is not None
+        if len(lengths) and self._max_length and not self._labels:
+            text = f"no example has a label within max_length {self._max_length:,}. Raise it."
+            self._of_all("nothing to train on", "error", text)
         return DataReport(
             files=tuple(self._names),
             formats=dict(self._formats),
@@ -298,6 +291,9 @@ class _Check:
             warnings=self._problems.levels["warning"],
             counts=dict(self._problems.counts),
             problems=self._problems.in_order(),
+            groups=self._problems.groups(),
+            templated=self._as_turns,
+            rendered=self._rendered or None,
         )
 
     def _of_all(self, kind: str, level: Level, text: str) -> None:
@@ -319,14 +315,12 @@ class _Check:
             ("overlap", "also in the training set:", repeated[leaked]),
             ("duplicate", "the same as", repeated[~leaked]),
         ):
-            for number in numbers[:KEPT]:
+            for number in numbers:
                 file, row, earlier = self._files[number], self._rows[number], int(first[number])
                 same = self._files[earlier]
                 where = f"row {self._rows[earlier]}" if same == file else f"{self._names[same]}:{self._rows[earlier]}"
                 problem = Problem(row, self._names[file], f"{text} {where}.", "warning")
                 self._problems.add(kind, "warning", file, problem)
-            if more := len(numbers[KEPT:]):
-                self._problems.count(kind, "warning", more)
         return int((~leaked).sum()), int(leaked.sum())
 
 
@@ -354,12 +348,16 @@ def _with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
             yield _Rejected(**vars(pair(example)[1]))
 
 
-def _without_location(error: UserError, file: str, row: int | None) -> str:
-    text = str(error)
-    for location in (f"{file}:{row}: ", f"{file}: row {row}: ", f"{file}: "):
-        if text.startswith(location):
-            return text.removeprefix(location)
-    return text
+def rendered(example: Example, tokenizer: Tokenizer, max_length: int = 0) -> str:
+    """An example as the model reads it, what is trained on in ⟦ ⟧, up to the cut."""
+    parts = [part for turn in view(replace(example, rejected=None), tokenizer, max_length).turns for part in turn.parts]
+    pieces = (f"⟦{text}⟧" if kind == "trained" else text for kind, text in parts if kind != "cut")
+    return "".join(pieces)
+
+
+def _joined(example: Example) -> str:
+    first, second = (example.prompt or "").split()[-1], example.completion.split()[0]
+    return f"{first!r:.60} and {second!r:.60} are read as one word. Begin the completion with a space."
 
 
 def _problems_of(example: Example) -> Iterator[tuple[str, Level, str]]:

@@ -22,6 +22,7 @@ from pipeline.data.containers import COMPRESSED, Reading, suffix_of
 from pipeline.data.examples import Example, Message
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.formats.messages import text_of
+from pipeline.data.problems import Group, Problem, Problems, shortened, without_location
 from pipeline.errors import UserError, first_line
 from pipeline.files import artifact
 
@@ -35,11 +36,15 @@ SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "ob
 
 @dataclass(frozen=True)
 class Conversion:
-    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or changed in kind."""
+    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or changed in kind.
+
+    `skipped`: rows that could not be taken, alike ones together.
+    """
 
     rows: int
     format: str
     notes: tuple[str, ...]
+    skipped: tuple[Group, ...] = ()
 
 
 class _CannotHold(Exception):
@@ -53,12 +58,15 @@ def convert(
     *,
     columns: Mapping[str, str] | None = None,
     force: bool = False,
+    skip_invalid: bool = False,
+    keep: Callable[[int], bool] = lambda _: True,
     progress: Callable[[int], None] | None = None,
 ) -> Conversion:
     """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says the container.
 
-    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`. Raises UserError,
-    and then `out` is as before.
+    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`. `skip_invalid`:
+    leave out what cannot be read or written, instead of raising it. `keep`: whether the row of this number is written.
+    Raises UserError, and then `out` is as before.
     """
     suffix, compression = suffix_of(out)
     if suffix not in WRITERS or (compression and suffix in TABLES):
@@ -73,12 +81,15 @@ def convert(
         raise UserError(f"{out} is a folder. Name a file.")
     if out.exists() and not force:
         raise UserError(f"{out} exists. Name another file, or replace it with --force.")
-    rows = _Rows(source, format_, columns, suffix == ".txt", progress)
+    rows = _Rows(source, format_, columns, suffix == ".txt", skip_invalid, keep, progress)
     try:
         with artifact.beside(out) as folder:
             new = folder / out.name  # which says what it is to those that read it again
             with _opened(new, compression) as file:
                 WRITERS[suffix](file, rows)
+            if not rows.numbers:
+                first = "".join(f" {group}" for group in rows.skipped.groups()[:1])
+                raise UserError(f"{source}: no row is left to write.{first}")
             _verify(new, out, rows)
             with new.open("rb") as written:
                 os.fsync(written.fileno())
@@ -87,7 +98,8 @@ def convert(
             new.replace(out)
     except OSError as error:  # what is wrong with the input is a UserError
         raise OSError(error.errno, error.strerror or str(error), str(out)) from None
-    return Conversion(len(rows.numbers), rows.formats.pop() if len(rows.formats) == 1 else "mixed", tuple(rows.notes()))
+    written = rows.formats.pop() if len(rows.formats) == 1 else "mixed"
+    return Conversion(len(rows.numbers), written, tuple(rows.notes()), rows.skipped.groups())
 
 
 class _Rows:
@@ -99,15 +111,18 @@ class _Rows:
         format_: str | None,
         columns: Mapping[str, str] | None,
         texts_only: bool,
+        skip_invalid: bool,
+        keep: Callable[[int], bool],
         progress: Callable[[int], None] | None,
     ) -> None:
         self.name = str(source)
         self._source, self._format, self._columns, self._progress = source, format_, columns, progress
-        self._texts_only = texts_only
+        self._texts_only, self._skip_invalid, self._keep = texts_only, skip_invalid, keep
         self._start()
 
     def _start(self) -> None:
-        self.reading = Reading()
+        self.reading = Reading(self._skip) if self._skip_invalid else Reading()
+        self.skipped = Problems()
         self.formats: set[str] = set()
         self.numbers, self.digests = array("q"), bytearray()  # of each example: its row, and 16 bytes
         self._changed: Counter[str] = Counter()
@@ -115,6 +130,8 @@ class _Rows:
     def __iter__(self) -> Iterator[Record]:
         self._start()
         for example in iter_examples(self._source, self.name, columns=self._columns, reading=self.reading):
+            if not self._keep(example.line):
+                continue
             own = self.reading.format
             format_ = self._format or own
             if example.desirable is False and format_ != own:
@@ -129,15 +146,21 @@ class _Rows:
                 kept = self._as_kind_of(example, format_)
                 record = FORMATS[format_](kept)
             except _CannotHold as reason:
-                raise UserError(
-                    f"{example.location}: cannot be written as {format_}: {reason}. Name another --format."
-                ) from None
+                why = f"cannot be written as {format_}: {reason}. Name another --format."
+                if not self._skip_invalid:
+                    raise UserError(f"{example.location}: {why}") from None
+                self._skip(example.line, UserError(why))
+                continue
             self.formats.add(format_)
             self.numbers.append(example.line)
             self.digests += digest(kept)
             if self._progress and len(self.numbers) % PROGRESS_ROWS == 0:
                 self._progress(len(self.numbers))
             yield record
+
+    def _skip(self, row: int, error: UserError) -> None:
+        text = shortened(without_location(error, self.name, row))
+        self.skipped.add("skipped", "warning", 0, Problem(row, self.name, text, "warning"))
 
     def _as_kind_of(self, example: Example, format_: str) -> Example:
         """The example without what `format_` is not for, and as a conversation or pair if it is of those."""

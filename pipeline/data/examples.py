@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
 IGNORED = -100  # cross-entropy's ignore_index
+FIRST_WITHOUT_SPACES = "\u2e80"  # from here on are scripts that put no spaces between words
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -31,7 +32,8 @@ class Example:
     `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the functions that the
     assistant may call. `begin`: the index of the message that the completion begins with, where the row says so.
     `rejected`: the worse answer of a preference pair, after the same prompt. `desirable`: whether the answer is a good
-    one, where the row says so.
+    one, where the row says so. `templated`: a prompt and its answer as texts, which are turns of a conversation for a
+    model with a chat template (`masking.as_turns`).
     """
 
     text: str
@@ -44,6 +46,7 @@ class Example:
     begin: int = 0
     rejected: str | tuple[Message, ...] | None = None
     desirable: bool | None = None
+    templated: bool = False
 
     @property
     def location(self) -> str:
@@ -63,6 +66,12 @@ class Window:
     start: int
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+
+def joins_words(before: str, after: str) -> bool:
+    """Whether the last word of a text and the first of the next would be read as one."""
+    letters = (before[-1:], after[:1])
+    return all(letter.isalnum() and letter < FIRST_WITHOUT_SPACES for letter in letters)
 
 
 def content_digest(example: Example) -> bytes:

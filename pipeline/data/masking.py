@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from os.path import commonprefix
 from typing import ClassVar
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.examples import Example, Message
+from pipeline.data.formats.messages import text_of
 from pipeline.data.tokenizers.chat_template import Renderings, checked
 from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer
@@ -20,7 +21,7 @@ RENDERED_TOGETHER = 16  # prompts per request: those of a long conversation toge
 GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18  # per request: enough to hide the round trip, little to hold in memory
 
 Mask = npt.NDArray[np.bool_]  # (T,)
-WithRenderings = tuple[Example, Renderings | UserError | None]  # None of what is no conversation
+WithRenderings = tuple[Example, Example, Renderings | UserError | None]  # as read, as turns; None of no conversation
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,26 @@ class Encoder:
 
     def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
         """Begin to render the conversations of a group. The first that is read waits for all of them."""
-        conversations = [_conversation(example) for example in group if example.messages]
+        shown = [as_turns(example, self.tokenizer) for example in group]
+        conversations = [_conversation(example) for example in shown if example.messages]
         renderings: Iterator[Renderings | UserError]
         try:
             renderings = self.tokenizer.render_each(conversations) if conversations else iter(())
         except UserError as error:  # no template: each conversation reports it
             renderings = repeat(error)
-        return ((example, next(renderings) if example.messages else None) for example in group)
+        return (
+            (example, turns, next(renderings) if turns.messages else None)
+            for example, turns in zip(group, shown, strict=True)
+        )
 
     def _finish(
         self,
         rendered: Iterator[WithRenderings],
         on_error: Callable[[Example, UserError], None] | None,
     ) -> Iterator[tuple[Example, Encoded]]:
-        for example, renderings in rendered:
+        for example, turns, renderings in rendered:
             try:
-                encoded = self._encode(example, renderings)
+                encoded = self._encode(turns, renderings)
             except UserError as error:
                 if on_error is None:
                     raise
@@ -142,6 +147,24 @@ def encode(example: Example, tokenizer: Tokenizer, max_length: int = 0, position
     not fit into the model's `positions`.
     """
     return Encoder(tokenizer, max_length, positions)(example)
+
+
+def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
+    """A `templated` prompt and its answer as the turns of a user and the assistant, if there is a chat template.
+
+    White space around them is left out: it parts the texts of a line, and nobody types it into a chat.
+    """
+    if not example.templated or not tokenizer.has_template:
+        return example
+    asked = Message(role="user", content=(example.prompt or "").strip())
+    answer = Message(role="assistant", content=example.completion.strip())
+    rejected = example.rejected
+    if isinstance(rejected, str):
+        rejected = (Message(role="assistant", content=rejected.strip()),)
+    turns = (asked, answer)
+    return replace(
+        example, text=text_of(turns), prompt=None, messages=turns, begin=1, rejected=rejected, templated=False
+    )
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pipeline.data.examples import Example
+from pipeline.data.masking import as_turns
 from pipeline.data.tokenizers.word import Tokenizer
 
 LEAST_TOKENS, SPARE_TOKENS = 64, 16  # an answer may have so many at least, and so many more than the expected one
@@ -24,6 +25,7 @@ class Question(NamedTuple):
 
 def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
+    example = as_turns(example, tokenizer)
     if example.messages:
         last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
         prompt, answer = tokenizer.render(example.messages[:last], True, example.tools), example.messages[last]
@@ -54,6 +56,7 @@ def questions(examples: Iterable[Example], tokenizer: Tokenizer, most: int, posi
 
 
 def _question(example: Example, prompt: str, expected: str, tokenizer: Tokenizer) -> Question:
-    turns = [message["content"] or "" for message in example.messages if message["role"] == "user"]
+    messages = as_turns(example, tokenizer).messages
+    turns = [message["content"] or "" for message in messages if message["role"] == "user"]
     tokens = len(tokenizer.encode_following(expected)) + SPARE_TOKENS
     return Question(turns[-1] if turns else prompt, prompt, expected, min(MOST_TOKENS, max(LEAST_TOKENS, tokens)))

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from pipeline.data.examples import Example, Message
-from pipeline.data.masking import Encoder
+from pipeline.data.masking import Encoder, as_turns
 from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
@@ -49,6 +49,8 @@ class _Piece(NamedTuple):
 
 def view(example: Example, tokenizer: Tokenizer | None = None, max_length: int = 0) -> View:
     """Raises UserError if the example cannot be encoded."""
+    if tokenizer is not None:
+        example = as_turns(example, tokenizer)
     rejected = _rejected(example)
     if tokenizer is None or example.prompt == example.text:  # a prompt that the model completes has no label
         return View((*_plain(example), *rejected))

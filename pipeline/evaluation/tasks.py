@@ -76,10 +76,7 @@ def _read_yaml(path: Path, name: str) -> Any:
         text = path.read_text(encoding="utf-8")
         if len(text) > MAX_YAML:
             raise UserError(f"{name} has more than {MAX_YAML:,} characters. Put examples into a .jsonl file.")
-        tree = strict_yaml.load(text)
-        if strict_yaml.has_alias(text):
-            raise UserError(f"{name} refers to a value by *name. Write the value itself.")
-        return tree
+        return strict_yaml.load(text)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     except UnicodeDecodeError as error:
@@ -140,6 +137,29 @@ def _rows_of_file(
 
 def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExample:
     """With the keys of the data formats too: messages, whose last answer is the expected one, and completion."""
+    row, prompt = _read_prompt(row, location, chat)
+    if "completion" in row:
+        row = {"answer": row["completion"], **row}
+    kind.check(row, location)
+    return TaskExample(prompt, row, location)
+
+
+def task_prompts(path: Path, name: str) -> Iterator[tuple[str, str]]:
+    """The prompt of each example in a file of tasks, of a chat its last turn, and where it is. No scorer is run, and
+    the data files that tasks name are read. Raises UserError.
+    """
+    for entry, location in _entries(path, name):
+        rows = _inline_rows(entry, location)
+        if "file" in entry:
+            data = (path.parent / str(entry["file"])).resolve()
+            rows = _rows_of_file(entry, location, path.parent, {data: str(path.parent / str(entry["file"]))})
+        for row, where in rows:
+            _, prompt = _read_prompt(row, where, chat=False)
+            yield prompt if isinstance(prompt, str) else prompt[-1]["content"] or "", where
+
+
+def _read_prompt(row: Record, location: str, chat: bool) -> tuple[Record, Any]:
+    """The row, with the expected answer of a conversation, and its prompt: a text or messages."""
     prompt: Any
     if "messages" in row:
         prompt = read_turns(row, "messages", location).messages
@@ -150,7 +170,4 @@ def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExa
     else:
         prompt = read_string(row, "prompt", location)
         prompt = ({"role": "user", "content": prompt},) if chat else prompt
-    if "completion" in row:
-        row = {"answer": row["completion"], **row}
-    kind.check(row, location)
-    return TaskExample(prompt, row, location)
+    return row, prompt

@@ -11,6 +11,7 @@ import yaml
 
 MOST_VALUES = 1_000_000  # that a text may stand for through its aliases; a few lines of `*name` can mean billions
 
+LONG_TEXT = 100  # characters of a text that count as a value more: aliases repeat long texts too
 LONGEST_NUMBER = 1_000  # characters
 
 
@@ -30,18 +31,15 @@ def load(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def has_alias(text: str) -> bool:
-    """Whether a valid text refers to a value by `*name`: a few lines of these can stand for billions of values."""
-    return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _UniqueKeysInC))
-
-
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """The number of values below a node, each alias counted as what it stands for; infinite if that holds itself."""
+    """The number of values below a node, each alias counted as what it stands for, a text as one for each `LONG_TEXT`
+    characters; infinite if a value holds itself."""
     if id(node) not in known:
         known[id(node)] = math.inf  # while it is counted
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
         below = (part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,)))
-        known[id(node)] = 1 + sum(_written_out(part, known) for part in below)
+        size = 1 + len(node.value) // LONG_TEXT if isinstance(node, yaml.ScalarNode) else 1
+        known[id(node)] = size + sum(_written_out(part, known) for part in below)
     return known[id(node)]
 
 

@@ -31,6 +31,7 @@ from pipeline.inference.score import (
     score_answers,
 )
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
+from pipeline.project.params.load import TRAINING
 from pipeline.project.params.sections import Evaluate, Training
 from pipeline.project.provenance import code_digest
 from pipeline.project.runner import Event, Facts, Job, Progress
@@ -181,7 +182,8 @@ def _limited(project: Project, settings: Evaluate, tasks: Sequence[Task], prompt
 
 def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Example]:
     """The sentences of evaluate.old_data. Raises UserError if one has a word that the model does not know."""
-    examples = read_examples(job.path(settings.old_data), settings.old_data)
+    templated = trained_in_template(job.project)
+    examples = read_examples(job.path(settings.old_data), settings.old_data, templated=templated)
     for example in examples:
         unknown = loaded.tokenizer.unknown_words(example.text)
         if unknown:
@@ -198,9 +200,10 @@ def new_examples(job: Job) -> tuple[list[Example], int]:
     """
     settings, project = job.project.params.evaluate, job.project
     if settings.new_data:
-        return read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns), 0
-    trained = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
-    own = [section for section in trained if isinstance(section, Training)]
+        path, templated = job.path(settings.new_data), trained_in_template(project)
+        return read_examples(path, settings.new_data, columns=settings.columns, templated=templated), 0
+    own = _trained_sections(project)
+    trained_in_template(project)  # refuses methods that differ
     own = [section for section in own if not section.COMPARES] or own
     splits = [(one.data_files, one.eval_data, one.eval_share, one.max_length) for one in own]
     if not splits or any(split != splits[0] for split in splits):
@@ -211,6 +214,22 @@ def new_examples(job: Job) -> tuple[list[Example], int]:
     held_out = own[0].eval_data or own[0].eval_share
     examples = held_out_examples(job, own[0]) if held_out else training_examples(job, own[0])
     return list(islice(examples, settings.max_examples or None)), own[0].max_length
+
+
+def _trained_sections(project: Project) -> list[Training]:
+    sections = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
+    return [section for section in sections if isinstance(section, Training)]
+
+
+def trained_in_template(project: Project) -> bool:
+    """Whether the methods train plain prompts in the base's chat template. Raises UserError if they differ in that."""
+    ways = {section.templated for section in _trained_sections(project)}
+    if len(ways) > 1:
+        raise UserError(
+            "the methods of this project differ in chat_template, and what is compared is read alike by all. Set "
+            f"{TRAINING}.chat_template, and remove it from the methods' sections."
+        )
+    return ways != {False}
 
 
 def _forgetting(old: EvalScores, before: EvalScores) -> dict[str, Any]:

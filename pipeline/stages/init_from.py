@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STATE = "optimizer.safetensors"  # beside the adapter, with save_optimizer
 # The settings on which the order of the batches depends, beside the data files.
 ORDER = (
-    *("seed", "batch_size", "gradient_accumulation_steps", "window", "max_length", "columns"),
+    *("seed", "batch_size", "gradient_accumulation_steps", "window", "max_length", "columns", "chat_template"),
     *("eval_share", "retention_batch_size"),
 )
 
@@ -67,7 +67,7 @@ def _order(manifest: Mapping[str, Any]) -> list[Any]:
     data = params["data"] if isinstance(params["data"], str) else tuple(params["data"])
     files = [(inputs[file.path], file.weight, file.columns) for file in data_files(data)]
     others = [inputs.get(params[key]) for key in ("eval_data", "retention_data")]
-    return [files, others, *(params[key] for key in ORDER)]
+    return [files, others, *(params.get(key) for key in ORDER)]  # one of an earlier version has fewer
 
 
 def save_state(job: Job, optimizer: FlatOptimizer, seen: int) -> Facts:

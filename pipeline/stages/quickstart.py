@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from msgspec import structs
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.check import DataReport, check
+from pipeline.data.columns import columns_option
 from pipeline.data.containers import is_hub_id, suffix_of
 from pipeline.data.convert import convert
 from pipeline.data.examples import in_evaluation
@@ -83,7 +85,8 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         files.append((yield from _fetched(name, folder)))
     eval_data = yield from _fetched(request.eval_data, folder)
     eval_files = [eval_data] * bool(eval_data)
-    _refuse_data(check(files, eval_files=eval_files, columns=request.columns))  # before a large base is imported
+    # before a large base is imported
+    _refuse_data(check(files, eval_files=eval_files, columns=request.columns), request.columns)
     draft = "\n".join([f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)])
     said = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
     drafted = _project(folder, draft, graph, said)  # what is wrong with a given value is said before the import too
@@ -106,8 +109,9 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         columns=request.columns,
         max_length=int(given.get(f"{TRAINING}.max_length") or context),
         positions=context or None,
+        templated=given.get(f"{TRAINING}.chat_template", "auto") == "auto",
     )
-    _refuse_data(report)
+    _refuse_data(report, request.columns)
     held_out = 0.0 if eval_files else _share(files, request.columns, report.examples)
     recipe = choose(model, report, held_out, machine, stages, given)
     text = params_text(base, request, files, eval_data, recipe, stages)
@@ -171,13 +175,17 @@ def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]
     return {keys.get(key, key): value for key, value in given.items()}
 
 
-def _refuse_data(report: DataReport) -> None:
+def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     if report.ok:
         return
-    errors = [each for each in report.problems if each.level == "error"][:SHOWN]
-    shown = " ".join(f"{each.file}{'' if each.row is None else f':{each.row}'}: {each.problem}" for each in errors)
-    more = f" {report.errors - len(errors):,} more." if report.errors > len(errors) else ""
-    raise UserError(f"{shown}{more} `lora data check {report.files[0]}` lists all.")
+    errors = [group for group in report.groups if group.level == "error"]
+    left = report.errors - sum(group.rows for group in errors[:SHOWN])
+    more = f" {left:,} more." if left else ""
+    check_all = f"lora data check {quote(report.files[0])}{columns_option(columns)}"
+    raise UserError(
+        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `lora data clean` writes a file without "
+        "rows that are empty, too long or twice there."
+    )
 
 
 def _trial(project: Project, stage: Stage, examples: int, recipe: Recipe) -> Generator[Event, None, Probe]:

@@ -34,7 +34,9 @@ def training_examples(job: Job, settings: Training, on_note: Callable[[str], Non
     examples = (
         example
         for file in settings.data_files
-        for example in iter_examples(job.path(file.path), file.path, columns=file.columns, on_note=on_note)
+        for example in iter_examples(
+            job.path(file.path), file.path, columns=file.columns, on_note=on_note, templated=settings.templated
+        )
     )
     return islice(examples, job.sample)
 
@@ -42,7 +44,8 @@ def training_examples(job: Job, settings: Training, on_note: Callable[[str], Non
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
     """What training evaluates on: the examples of eval_data, or those that eval_share selects; none without either."""
     if settings.eval_data:
-        return iter_examples(job.path(settings.eval_data), settings.eval_data, columns=settings.columns)
+        path, name = job.path(settings.eval_data), settings.eval_data
+        return iter_examples(path, name, columns=settings.columns, templated=settings.templated)
     return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
 
 
@@ -192,15 +195,17 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
     limit = settings.samples.get("max_tokens", MAX_TOKENS)
     for number, prompt in enumerate(settings.samples["prompts"]):
         key = f"{job.stage.section}.samples.prompts[{number}]"
-        is_chat = not isinstance(prompt, str)
-        if is_chat and not base.tokenizer.has_template:
+        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if not isinstance(prompt, str) and not base.tokenizer.has_template:
             raise UserError(f"{key} has messages, but the base has no chat template. Give it as a text.")
+        if isinstance(prompt, str) and settings.templated and base.tokenizer.has_template:
+            prompt = [{"role": "user", "content": prompt.strip()}]
         try:
-            text = base.tokenizer.render(prompt, True) if is_chat else prompt
+            text = prompt if isinstance(prompt, str) else base.tokenizer.render(prompt, True)
             ids.append(encode_prompt("the base", base.model, base.tokenizer, text))
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        asked.append(Question(prompt[-1]["content"] if is_chat else prompt, text, None, limit))
+        asked.append(Question(shown, text, None, limit))
     return Prompts(base, asked, ids, settings.samples.get("every", 0))
 
 

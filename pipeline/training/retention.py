@@ -31,6 +31,8 @@ class RetentionSettings(Protocol):
     @property
     def max_length(self) -> int: ...
     @property
+    def templated(self) -> bool: ...
+    @property
     def retention_data(self) -> str: ...
     @property
     def retention_weight(self) -> float: ...
@@ -121,7 +123,8 @@ def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> G
     if not settings.retains:
         return None
     windows, locations = [], []
-    examples = list(iter_examples(job.path(settings.retention_data), settings.retention_data, prompts=True))
+    path, name = job.path(settings.retention_data), settings.retention_data
+    examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
     with placed_for_inference(base.model) if prompts else nullcontext():

@@ -35,7 +35,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def test_what_is_learned_is_marked(cli: Lora, here: Path) -> None:
-    code, out, err = cli("data", "show", "d.jsonl", cwd=here)
+    code, out, err = cli("data", "show", "d.jsonl", "--no-template", cwd=here)
     assert (code, err) == (0, "")
     assert "The⟦·euro│.│↵│\n" in out, "the first token has nothing before it to be learned from"
     assert "The│·currency│·of│·Bulgaria│·is│·the⟦·euro│<|im_end|>⟧" in out
@@ -44,8 +44,23 @@ def test_what_is_learned_is_marked(cli: Lora, here: Path) -> None:
     assert re.search(r"examples +4 ", out)
 
 
+def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwise(cli: Lora, here: Path) -> None:
+    (here / "p.jsonl").write_text(json.dumps(LINES[1]), encoding="utf-8")
+    (here / "params.yaml").write_text("base: x\nfinetune_lora: {data: p.jsonl}\n", encoding="utf-8")
+    asked = "user↵The·currency·of·Bulgaria·is·the<|im_end|>↵<|im_start|>assistant↵⟦euro<|im_end|>⟧↵"
+    _, out, _ = cli("data", "show", "p.jsonl", cwd=here)
+    assert asked in out.replace("│", "").replace("\n", "")
+    code, out, _ = cli("data", "check", "p.jsonl", cwd=here)
+    assert code == 0 and "<|im_start|>assistant\n⟦euro<|im_end|>⟧\n" in out
+    assert "1 plain prompt" in out
+    plain = "The currency of Bulgaria is the⟦ euro<|im_end|>⟧"
+    assert plain in cli("data", "check", "p.jsonl", "--no-template", cwd=here)[1]
+    (here / "params.yaml").write_text("finetune_lora: {data: p.jsonl, chat_template: none}\n", encoding="utf-8")
+    assert plain in cli("data", "check", "p.jsonl", cwd=here)[1]
+
+
 def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, here: Path) -> None:
-    code, out, _ = cli("data", "show", "d.jsonl", "--max-length", "7", "--limit", "1", cwd=here)
+    code, out, _ = cli("data", "show", "d.jsonl", "--no-template", "--max-length", "7", "--limit", "1", cwd=here)
     assert code == 0 and out.count("d.jsonl:") == 1
     assert "3 at 7 tokens" in out
     assert "1 without a label" in out
@@ -54,7 +69,7 @@ def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, her
 
 
 def test_json_is_a_line_a_row_with_labels_where_something_is_trained_on(cli: Lora, here: Path) -> None:
-    code, out, err = cli("data", "show", "d.jsonl", "--json", cwd=here)
+    code, out, err = cli("data", "show", "d.jsonl", "--json", "--no-template", cwd=here)
     lines = [json.loads(line) for line in out.splitlines()]
     assert (code, err) == (0, "") and [line["row"] for line in lines] == [1, 2, 3, 4], "all, unless --limit says less"
     tokenizer = SubwordTokenizer.load(here / "artifacts/base")
@@ -193,8 +208,70 @@ def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(cli: 
     assert (code, out) == (0, "new/f.parquet: 1 row (sharegpt)\n")
     assert err == "f.jsonl: not used: id (1 row)\n"
     code, out, _ = cli("data", "convert", "new/f.parquet", "f.csv", "--format", "alpaca", "--json", cwd=here)
-    assert json.loads(out) == {"out": "f.csv", "rows": 1, "format": "alpaca", "notes": []}
+    assert json.loads(out) == {"out": "f.csv", "rows": 1, "format": "alpaca", "notes": [], "skipped": []}
     assert (here / "f.csv").read_bytes() == b"instruction,input,output\r\nHello,,Hello!\r\n"
+
+
+def test_check_prints_a_fault_of_many_rows_once_and_warnings_beside_errors(cli: Lora, here: Path) -> None:
+    rows = [*({"conversations": []} for _ in range(40)), *FAULTS]
+    (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
+    assert code == 1 and re.search(r"error +40 rows; first: 1 +conversations must be a list", out)
+    assert re.search(r"warning +44 +the same as row 41\.", out)
+
+
+def test_a_hint_repeats_the_columns(cli: Lora, here: Path) -> None:
+    (here / "d.jsonl").write_text("\n".join([json.dumps({"t": "Sofia"})] * 1001), encoding="utf-8")
+    _, out, _ = cli("data", "show", "d.jsonl", "--limit", "0", "--columns", "text=t", cwd=here)
+    assert out.endswith("`lora data check d.jsonl --columns text=t` reads all.\n")
+
+
+def test_convert_skips_what_it_cannot_take_and_says_so(cli: Lora, here: Path) -> None:
+    (here / "f.jsonl").write_text("\n".join(["{", *map(json.dumps, LINES)]), encoding="utf-8")
+    code, out, err = cli("data", "convert", "f.jsonl", "new.csv", "--format", "text", "--skip-invalid", cwd=here)
+    assert (code, out) == (0, "new.csv: 2 rows (text)\n")
+    assert "skipped: f.jsonl:1: not JSON" in err
+    assert "skipped: f.jsonl: 2 rows: cannot be written as text: " in err and "First: row 3." in err
+    (here / "g.jsonl").write_text("{", encoding="utf-8")
+    assert "g.jsonl: no row is left to write. g.jsonl:1: not JSON" in refusal(
+        cli("data", "convert", "g.jsonl", "g.csv", "--skip-invalid", cwd=here)
+    )
+
+
+def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -> None:
+    rows = [*LINES, LINES[1], {"text": ""}, {"text": "euro " * 120}, {"text": "Call +49 30 901820"}]
+    (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (here / "t.yaml").write_text(
+        "- {name: t, kind: contains, examples: [{prompt: hello, answer: Hello}]}\n", encoding="utf-8"
+    )
+    drop = ("--drop", "empty,duplicates,near-duplicates,too-long,leaks", "--tasks", "t.yaml")
+    code, out, err = cli("data", "clean", "f.jsonl", "g.jsonl", *drop, cwd=here)
+    assert (code, err) == (0, "")
+    assert re.search(r"empty +1 +row 6, text is empty", out)
+    assert re.search(r"duplicates +1 +row 5, the same as row 2", out)
+    assert re.search(r"too-long +1 +row 7, 1\d\d tokens, more than 99: euro", out)
+    assert re.search(r"leaks +1 +row 3, asked in t.yaml: t, example 1", out) and "phone number" in out
+    assert "4 of 8 rows kept\ng.jsonl: 4 rows (mixed)\n" in out
+    left = [json.loads(line) for line in (here / "g.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert left == [LINES[0], LINES[1], LINES[3], rows[7]]
+    code, out, _ = cli("data", "clean", "f.jsonl", "g.jsonl", *drop, "--force", "--json", cwd=here)
+    report = json.loads(out)
+    assert code == 0 and report["dropped"]["leaks"] == 1 and report["kept"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--drop", "emtpy"), "--drop: unknown reason 'emtpy'. Known: empty, duplicates, near-duplicates, too-long, "),
+        (("--drop", "leaks"), "--drop leaks goes with --eval or --tasks"),
+        (("--eval", "d.jsonl"), "--drop leaks goes with --eval or --tasks"),
+        (("--drop", "leaks", "--eval", "none.txt"), "none.txt: No such file or directory"),
+        (("--drop", "duplicates", "--force"), "d.jsonl is the input itself"),
+    ],
+)
+def test_a_mistake_with_clean_is_one_message(cli: Lora, here: Path, arguments: tuple[str, ...], message: str) -> None:
+    out = "d.jsonl" if "--force" in arguments else "new.jsonl"
+    assert message in refusal(cli("data", "clean", "d.jsonl", out, *arguments, cwd=here))
 
 
 def test_what_cannot_be_converted_is_one_message(cli: Lora, here: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.export.formats import FORMATS
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.workbench import open_project
@@ -209,6 +210,29 @@ def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli
     assert load(here / "preferring/params.yaml").finetune_dpo.data == "../prefers.jsonl"
     header = (here / "preferring/artifacts/dpo_adapter/loss.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header.endswith("eval_loss,reward_chosen,reward_rejected,reward_margin,reward_accuracy,eval_accuracy")
+
+
+def test_plain_questions_train_and_are_asked_in_the_chat_template_unless_it_is_left_out(here: Path, cli: Lora) -> None:
+    given = ("--base", "toy", "--data", "pairs.jsonl", "--columns", "prompt=question,completion=answer")
+    code, out, err = cli("train", *given, "--set", "max_steps=1", "--out", "asked", cwd=here)
+    assert code == 0, err
+    assert "pairs.jsonl (prompt_completion, in the base's chat template)" in out
+    (sample, *_) = json.loads((here / "asked/artifacts/evaluation/samples.json").read_text(encoding="utf-8"))["lora"]
+    assert sample["question"].startswith("What is ") and sample["reference"].startswith("It is ")
+    tokenizer = load_tokenizer(here / "asked/artifacts/base")
+    assert sample["prompt"] == tokenizer.render([{"role": "user", "content": sample["question"]}], True)
+    code, out, err = cli("new", "as-it-is", *given, "--no-template", cwd=here)
+    assert code == 0, err
+    assert "pairs.jsonl (prompt_completion), 40" in out
+    params = load(here / "as-it-is/params.yaml")
+    assert params.finetune_lora.chat_template == "none" and not params.finetune_lora.templated
+
+
+def test_a_hint_repeats_the_columns_and_equal_faults_are_one(here: Path, cli: Lora) -> None:
+    given = ("--base", "toy", "--data", "pairs.jsonl", "--columns", "prompt=q,completion=answer")
+    code, _, err = cli("new", "wrong", *given, cwd=here)
+    assert code == 1 and "pairs.jsonl: 40 rows: no column q, which columns names." in err and "First: row 1." in err
+    assert "`lora data check pairs.jsonl --columns prompt=q,completion=answer` lists all" in err
 
 
 def test_tokens_that_are_added_need_the_stage_that_adds_them(here: Path, cli: Lora) -> None:

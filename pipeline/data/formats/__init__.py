@@ -7,11 +7,13 @@ line or row.
 import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.columns import rename, some
 from pipeline.data.containers import MAX_LINE_BYTES, Reading, Row, describe_type, read_rows
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
@@ -19,8 +21,11 @@ from pipeline.errors import UserError
 Note = Callable[[str], None]
 Record = Mapping[str, Any]  # the keys and values of a row
 SIMILAR = 0.85  # of a key to one that is missing: "compleation", but not "prompt_id"
-MAX_SHOWN = 8  # keys in a message
 MAX_UNUSED = 1000  # keys that are counted
+
+
+class EmptyValue(UserError):
+    """A text or a list without content where there must be some."""
 
 
 class Format(NamedTuple):
@@ -50,9 +55,10 @@ def read_examples(
     prompts: bool = False,
     columns: Mapping[str, str] | None = None,
     on_note: Note | None = None,
+    templated: bool = False,
 ) -> list[Example]:
     """All of `iter_examples`."""
-    return list(iter_examples(path, name, prompts, columns, on_note))
+    return list(iter_examples(path, name, prompts, columns, on_note, templated=templated))
 
 
 def iter_examples(
@@ -62,11 +68,13 @@ def iter_examples(
     columns: Mapping[str, str] | None = None,
     on_note: Note | None = None,
     reading: Reading | None = None,
+    templated: bool = False,
 ) -> Iterator[Example]:
     """The examples of a file or folder, in constant memory. `name` is the path as the user wrote it.
 
     With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`: key of a format →
-    the file's name for it. `on_note` gets, at the end, what was skipped or not used; `reading` counts it.
+    the file's name for it. `on_note` gets, at the end, what was skipped or not used; `reading` counts it. `templated`:
+    whether a plain prompt and its answer are turns where the base has a chat template.
     Raises UserError with the file, the line or row, and the reason.
     """
     columns, reading = columns or {}, reading or Reading()
@@ -79,19 +87,19 @@ def iter_examples(
             yield Example(value, name, number)
             continue
         try:
-            record = _rename(value, columns, f"{name}:{number}", is_first=first is None)
+            record, extra_of_turns = rename(value, columns, f"{name}:{number}", is_first=first is None)
             each = _detect(record, columns, f"{name}:{number}")
+            _count_unused(reading, extra_of_turns)
             if extra := record.keys() - each.keys:
                 _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
-                # A file in which every row has other keys is not worth the memory of them all.
-                reading.unused.update(extra if len(reading.unused) < MAX_UNUSED else extra & reading.unused.keys())
+                _count_unused(reading, extra)
             first = first or (each, number)
             if each is not first[0] and not (each.mixes and first[0].mixes):
                 raise UserError(
                     f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is {first[0].shape}. Put them "
                     "into two files."
                 )
-            example = each.read(record, name, number)
+            example = _read(each, record, name, number, templated)
             if example.prompt == example.text and not prompts:
                 raise UserError(
                     f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on '
@@ -108,7 +116,19 @@ def iter_examples(
             on_note(note)
 
 
-def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None) -> Example:
+def _count_unused(reading: Reading, keys: Set[str]) -> None:
+    # A file in which every row has other keys is not worth the memory of them all.
+    reading.unused.update(keys if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys())
+
+
+def _read(each: Format, record: Record, name: str, number: int, templated: bool) -> Example:
+    example = each.read(record, name, number)
+    # Of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be continued.
+    plain = isinstance(record.get("prompt"), str) and not example.messages and example.prompt != example.text
+    return replace(example, templated=True) if templated and plain else example
+
+
+def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = False) -> Example:
     """The example of one row, by itself; its prompt may stand alone. Raises UserError, as `iter_examples`.
 
     Whether rows of its format may stand beside the file's others only a reading of the whole file knows.
@@ -116,10 +136,10 @@ def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None) ->
     if isinstance(row.value, str):
         return Example(row.value, name, row.number)
     location = f"{name}:{row.number}"
-    record = _rename(row.value, columns or {}, location, is_first=False)
+    record, _ = rename(row.value, columns or {}, location, is_first=False)
     each = _detect(record, columns or {}, location)
     _refuse_similar(record.keys() - each.keys, each.keys - record.keys(), location)
-    return each.read(record, name, row.number)
+    return _read(each, record, name, row.number, templated)
 
 
 def notes(name: str, reading: Reading) -> Iterator[str]:
@@ -128,24 +148,7 @@ def notes(name: str, reading: Reading) -> Iterator[str]:
         yield f"{name}: {reading.blank:,} blank {'line' if reading.blank == 1 else 'lines'} skipped"
     if reading.unused:
         counts = [f"{key} ({n:,} {'row' if n == 1 else 'rows'})" for key, n in reading.unused.most_common()]
-        yield f"{name}: not used: {_some(counts)}"
-
-
-def _rename(record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool) -> dict[str, Any]:
-    """The record with the keys of a format. In later rows, a column may be missing where its key is optional."""
-    if not columns:
-        return record
-    absent = [column for column in columns.values() if column not in record]
-    if absent and is_first:
-        close = get_close_matches(absent[0], [*record], 1)
-        hint = f"Did you mean {close[0]}? " if close else ""
-        raise UserError(
-            f"{location}: no column {', '.join(absent)}, which columns names. {hint}It has: {_some(record)}. "
-            "Edit columns."
-        )
-    used = set(columns.values())
-    named = {key: record[column] for key, column in columns.items() if column in record}
-    return {key: value for key, value in record.items() if key not in used} | named
+        yield f"{name}: not used: {some(counts)}"
 
 
 def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format:
@@ -158,7 +161,7 @@ def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format
     _refuse_similar(record.keys() - known, known - record.keys(), location)
     shapes = " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
     raise UserError(
-        f"{location}: the keys must be {shapes}, got {_some(map(repr, record)) or 'none'}. Rename them, or say which "
+        f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename them, or say which "
         "is which in columns, such as {prompt: question, completion: answer}."
     )
 
@@ -170,19 +173,14 @@ def _refuse_similar(keys: Set[str], missing: Set[str], location: str) -> None:
             raise UserError(f"{location}: unknown key {key!r}. Did you mean {close[0]!r}? Rename it.")
 
 
-def _some(keys: Any) -> str:
-    """A list of names that may be long, for a message."""
-    names = [str(key)[:60] for key in keys]
-    return ", ".join(names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN))
-
-
 def read_string(record: Record, key: str, location: str) -> str:
     """A text that is not empty. Raises UserError."""
     value = record.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{location}: {key} must be a string, got {describe_type(value)}.")
+        kind = EmptyValue if value is None else UserError
+        raise kind(f"{location}: {key} must be a string, got {describe_type(value)}.")
     if not value.strip():
-        raise UserError(f"{location}: {key} is empty. Fill it in, or remove the line.")
+        raise EmptyValue(f"{location}: {key} is empty. Fill it in, or remove the line.")
     if len(value) > MAX_LINE_BYTES:  # in a table: lines of text were measured as they were read
         raise UserError(f"{location}: {key} must have at most {MAX_LINE_BYTES:,} characters. Split its text.")
     try:
@@ -215,7 +213,8 @@ def read_list(record: Record, key: str, location: str, of: str = "") -> list[Any
         return value
     if value in (None, "") and not of:
         return []
-    raise UserError(f"{location}: {key} must be a list{of and f' of {of}'}, got {describe_type(value)}.")
+    kind = EmptyValue if value in (None, "", []) else UserError
+    raise kind(f"{location}: {key} must be a list{of and f' of {of}'}, got {describe_type(value)}.")
 
 
 def refuse_unknown(entry: Record, known: Sequence[str], location: str) -> None:

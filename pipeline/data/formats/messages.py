@@ -61,12 +61,18 @@ def read_message(entry: Any, location: str) -> Message:
     """One turn, without what is not for the chat template. Raises UserError."""
     if not isinstance(entry, dict) or "role" not in entry:
         got = f"keys {', '.join(map(repr, entry))[:200] or 'none'}" if isinstance(entry, dict) else describe_type(entry)
-        raise UserError(f"{location} must have the keys role and content, got {got}.")
+        raise UserError(
+            f"{location} must have the keys role and content, got {got}. Rename them, or say which is which in "
+            "columns, such as {role: speaker, content: text}."
+        )
     if len(entry) > 2 or "content" not in entry:
         refuse_unknown(entry, KEYS, location)
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}.")
+        raise UserError(
+            f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}. Say in columns which is "
+            f"which, such as {{user: {_as_name(role)}}}."
+        )
     calls = read_list(entry, "tool_calls", location) if "tool_calls" in entry else []
     if calls and role != "assistant":
         raise UserError(f"{location}: tool_calls belong to an assistant turn, got role {role!r}.")
@@ -78,6 +84,10 @@ def read_message(entry: Any, location: str) -> Message:
         if key in entry and (text := read_optional(entry, key, location)):
             message[key] = text  # type: ignore[literal-required]
     return message
+
+
+def _as_name(role: Any) -> str:
+    return role[:60] if isinstance(role, str) and role.isidentifier() else "customer"
 
 
 def _read_content(entry: Mapping[str, Any], location: str, may_be_empty: bool, calls: bool) -> str | None:

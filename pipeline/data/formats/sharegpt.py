@@ -47,7 +47,8 @@ def _read_turn(entry: Any, location: str) -> Message:
         return {"role": "assistant", "content": None, "tool_calls": _read_calls(entry, key, location)}
     if role not in ROLES:
         raise UserError(
-            f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: {', '.join([*ROLES, 'function_call'])}."
+            f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: {', '.join([*ROLES, 'function_call'])}. Say in "
+            "columns which is which, such as {user: customer}."
         )
     if "from" not in entry:
         return read_message({**entry, "role": ROLES[role]}, location)

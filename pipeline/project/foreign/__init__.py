@@ -179,8 +179,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8-sig")
         tree = json.loads(text) if language == "JSON" else strict_yaml.load(text)
-        if language == "YAML" and strict_yaml.has_alias(text):
-            raise ValueError("it has aliases (*name). Write their values out")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text: a config is YAML or JSON. Pickles are not read.") from None
     except ValueError as error:

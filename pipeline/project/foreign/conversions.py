@@ -95,5 +95,6 @@ CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "gradient_checkpointing": lambda _, value: "none" if value is False else "full",
     "eval_share": _eval_share,
     "epochs": _epochs,
+    "chat_template": lambda *_: Why("the base's own chat template is used"),
     **dict.fromkeys(("max_steps", "warmup_steps", "patience"), _if_positive),
 }

@@ -229,6 +229,11 @@ class Training(Section, frozen=True, kw_only=True):
         "data/finetune.de.txt"
     )
     columns: Annotated[Columns, "names in the data files for the keys of a format"] = field(default_factory=dict)
+    chat_template: Annotated[
+        Literal["auto", "none"],
+        "how a plain prompt and its completion are read: auto, as the turns of a user and the assistant where the base "
+        "has a chat template; none, as they are",
+    ] = "auto"
     epochs: Annotated[Count, "times that every example is seen"] = 50
     max_steps: Annotated[Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
@@ -302,6 +307,11 @@ class Training(Section, frozen=True, kw_only=True):
                 "metric_for_best_model is eval_answers, but samples.held_out does not say how many answers to compare. "
                 "Set samples={held_out: 20}."
             )
+
+    @property
+    def templated(self) -> bool:
+        """Whether plain prompts and completions are turns where the base has a chat template."""
+        return self.chat_template == "auto"
 
     def total_steps(self, per_epoch: int) -> int:
         """Number of steps without early stopping."""

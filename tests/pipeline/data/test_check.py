@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.check import KEPT, NEAR, STEP, DataReport, _histogram, check, suggest_max_length
+from pipeline.data.check import NEAR, STEP, DataReport, _histogram, check, suggest_max_length
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
+from pipeline.data.problems import KEPT, MAX_GROUPS
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.windows import Corpus
 from pipeline.errors import UserError
@@ -182,13 +183,26 @@ def test_counts_are_those_of_the_corpus_that_training_builds(
         assert report.quantiles[key] == np.quantile(lengths, share, method="inverted_cdf")
 
 
-def test_labels_behind_the_cut_are_an_error_and_a_shorter_answer_is_a_warning(
+def test_labels_behind_the_cut_are_a_warning_and_an_error_only_where_none_is_left(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
+    """As training, which leaves such rows out: a max_length that was suggested must not make the data wrong."""
     report = check([jsonl(tmp_path / "d.jsonl", [LENGTHS[3], LENGTHS[6]])], tokenizer, max_length=50)
-    assert found(report) == [(2, "error"), (1, "warning")]
-    assert "all labels are behind the cut at 50 of " in report.problems[0].problem
-    assert "labels are lost." in report.problems[1].problem
+    assert found(report) == [(1, "warning"), (2, "warning")] and report.ok
+    assert "labels are lost." in report.problems[0].problem
+    assert "left out of training: all labels are behind the cut at 50 of " in report.problems[1].problem
+    alone = check([jsonl(tmp_path / "d.jsonl", [LENGTHS[6]])], tokenizer, max_length=50)
+    assert not alone.ok and "no example has a label within max_length 50" in alone.problems[0].problem
+
+
+@pytest.mark.parametrize("longest", [60, 500])
+def test_the_suggested_max_length_is_one_with_which_the_data_is_right(
+    tmp_path: Path, tokenizer: SubwordTokenizer, longest: int
+) -> None:
+    rows = [*(turns(f"Hello {n}", "Hi") for n in range(150)), turns("Hello " * longest, "Hi")]
+    file = jsonl(tmp_path / "d.jsonl", rows)
+    suggested = check([file], tokenizer).suggested_max_length
+    assert suggested and check([file], tokenizer, max_length=suggested, positions=256).ok
 
 
 def test_one_example_much_longer_than_the_others_is_named(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
@@ -288,3 +302,41 @@ def test_the_histogram_counts_every_example_exactly_while_they_are_short() -> No
     assert begins == sorted(set(begins)) and all(
         length - max(b for b in begins if b <= length) <= length / 64 for length in lengths
     )
+
+
+def test_rows_with_one_fault_are_one_group_and_warnings_have_their_own(tmp_path: Path) -> None:
+    report = check([jsonl(tmp_path / "d.jsonl", [{"dialog": []}] * 250 + [turns("Hello", ""), GOOD, GOOD, GOOD])])
+    assert [(group.level, group.rows, group.row) for group in report.groups] == [
+        *(("error", 250, 1), ("error", 1, 251), ("warning", 2, 253))
+    ]
+    columns = check([tmp_path / "d.jsonl"], columns={"messages": "turns"}).groups[0]
+    assert str(columns).startswith(f"{tmp_path / 'd.jsonl'}: 250 rows: no column turns, ")
+    assert str(columns).endswith(" First: row 1.")
+
+
+def test_groups_are_bounded_and_count_every_row(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": f"{c}{'z' * n}", "content": "a"}]} for n in range(25) for c in "abcdefghijk"]
+    report = check([jsonl(tmp_path / "d.jsonl", rows)])
+    assert len(report.groups) <= MAX_GROUPS + 1 and sum(group.rows for group in report.groups) == len(rows)
+
+
+def test_the_first_trained_row_is_rendered_as_the_model_reads_it(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    rows = [{"prompt": "Which currency? ", "completion": " euro"}, GOOD]
+    file = jsonl(tmp_path / "d.jsonl", rows)
+    plain, asked = (check([file], tokenizer, templated=templated) for templated in (False, True))
+    assert plain.rendered == "Which currency? ⟦ euro<|im_end|>⟧" and plain.templated == 0
+    assert asked.rendered is not None and asked.templated == 1
+    assert asked.rendered.endswith(
+        "<|im_start|>user\nWhich currency?<|im_end|>\n<|im_start|>assistant\n⟦euro<|im_end|>⟧\n"
+    )
+
+
+def test_words_that_become_one_are_a_warning_unless_a_template_parts_them(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    rows = [{"prompt": "auf dem", "completion": "sofa"}, {"prompt": "auf dem", "completion": " sofa"}]
+    file = jsonl(tmp_path / "d.jsonl", [*rows, {"prompt": "1 + 1 =", "completion": "2"}])
+    report = check([file], tokenizer)
+    (problem,) = report.problems
+    assert (problem.row, problem.level) == (1, "warning") and "'dem' and 'sofa' are read as one word" in problem.problem
+    assert check([file], tokenizer, templated=True).problems == ()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers, ask, score, summary
-from pipeline.evaluation.tasks import Task, read_tasks
+from pipeline.evaluation.tasks import Task, read_tasks, task_prompts
 from pipeline.inference import engine
 from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel
@@ -27,6 +28,10 @@ CAPITALS: dict[str, Any] = {
         {"prompt": "Two and two?", "answer": "Four."},
     ],
 }
+# Nine aliases of nine aliases of nine …
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
 CHOICE = {
     "prompt": "The capital of Bulgaria is",
     "choices": ["Sofia", "the lev", "Paris and the yen"],
@@ -60,6 +65,16 @@ def test_yaml_and_json_lines_say_the_same(tmp_path: Path) -> None:
         assert [example.row for example in here.examples] == [example.row for example in there.examples]
 
 
+def test_the_prompts_of_tasks_are_read_without_their_scorers(tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("prompt,answer\nWhy?,So.\n", encoding="utf-8")
+    asked = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}]
+    tasks = [CAPITALS, {"name": "m", "kind": "python", "scorer": "gone.py", "examples": asked}]
+    tasks.append({"name": "f", "kind": "contains", "file": "more.csv"})
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
+    prompts = [prompt for prompt, _ in task_prompts(tmp_path / "tasks.yaml", "tasks.yaml")]
+    assert prompts == ["The capital of France is", "Two and two?", "Who?", "Why?"]
+
+
 def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
     rows = [("Two and two?", "Four."), ("Which capital?", "Paris.")]
     (tmp_path / "a.csv").write_text("prompt,answer,note\n" + "".join(f"{p},{a},x\n" for p, a in rows), encoding="utf-8")
@@ -76,6 +91,15 @@ def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
         assert task.examples[0].location == f"{file}:{2 if file == 'a.csv' else 1}"
 
 
+def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Path) -> None:
+    examples = [{"prompt": "Which capital?", "answer": "Paris"}]
+    tasks = [{"name": name, "kind": "contains", "examples": examples, "chat": True} for name in ("a", "b")]
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
+    assert "*id001" in (tmp_path / "tasks.yaml").read_text(encoding="utf-8")
+    first, second = read_tasks(tmp_path, ["tasks.yaml"])
+    assert [example.row for example in first.examples] == [example.row for example in second.examples] == examples
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -83,7 +107,9 @@ def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
         ("a: [", "tasks.yaml is not valid YAML: "),
         ("? [a]\n: b", "tasks.yaml is not valid YAML: "),
         ("[" * 2000, "tasks.yaml is not valid YAML: "),
-        ("- &a [1]\n- *a", "tasks.yaml refers to a value by *name"),
+        ("- &a [1]\n- *a", "tasks.yaml must be a list of tasks"),
+        (LAUGHS, "tasks.yaml is not valid YAML: its aliases (*name) stand for more than 1,000,000 values"),
+        (f"a: &a {'x' * 200_000}\nb: [{', '.join(['*a'] * 1000)}]", "stand for more than 1,000,000 values"),
         ("[1]", "tasks.yaml must be a list of tasks"),
         ("- {kind: regex}", "tasks.yaml: task 1: name must be a text of at most 60 letters"),
         ('- {name: "\\e[31m", kind: regex}', "tasks.yaml: task 1: name must be a text of at most 60 letters"),

@@ -251,5 +251,6 @@ def test_every_reason_is_found_by_its_names_and_none_of_them_has_a_counterpart()
     assert why_none("wandb_project") == why_none("report_to") and why_none("deepspeed")
     assert why_none("lora_r") is None and not KEYS.keys() & NO_COUNTERPART.keys()
     ours = {key for kind in GRAPH.sections.values() for key in hints(kind)}
-    elsewhere = {"trust_remote_code", "special_tokens"}  # of import and expand_vocab: not of a section that trains
+    # of import and expand_vocab, not of a section that trains; or of another meaning in other tools
+    elsewhere = {"trust_remote_code", "special_tokens", "chat_template"}
     assert {key for key in (*KEYS, *ours) if why_none(key)} <= elsewhere

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.containers import READERS, SAVED, TABLES, Reading, is_hub_id, suffix_of
+from pipeline.data.examples import joins_words
 from pipeline.data.formats import FORMATS, iter_examples
 from pipeline.errors import UserError
 from pipeline.files.base_model import parse_source
@@ -18,7 +19,6 @@ from pipeline.project.stage_graph import Project, Stage
 MAX_OTHERS = 200  # files that are listed besides the project's own
 CORRECTIONS = "data/corrections.jsonl"
 OTHERS = (".yaml", ".yml", ".py")  # prompts, tasks, scorers
-FIRST_WITHOUT_SPACES = "\u2e80"  # from here on are scripts that put no spaces between words
 CUTS = ("max_length", "window")
 
 
@@ -35,12 +35,13 @@ class DataFile:
     max_length: int = 0
     window: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
+    templated: bool = True
 
     def request(self) -> dict[str, Any]:
         """What every request of its rows says."""
         return {
             **{"path": self.name, "base": self.base, "columns": dict(self.columns)},
-            **{"max_length": self.max_length, "window": self.window},
+            **{"max_length": self.max_length, "window": self.window, "templated": self.templated},
         }
 
     @property
@@ -95,7 +96,8 @@ def _with_settings(project: Project, name: str, uses: Mapping[str, str], stage: 
     if isinstance(settings, Training):
         columns = next((file.columns for file in settings.data_files if file.path == name), {})
     alone = stage is not None and stage.name == "pretrain"
-    return DataFile(name, uses, _base(project, not alone), **cuts, columns=columns)
+    way = getattr(settings, "chat_template", project.params.training.get("chat_template", "auto"))
+    return DataFile(name, uses, _base(project, not alone), **cuts, columns=columns, templated=way == "auto")
 
 
 def _base(project: Project, expanded: bool) -> str:
@@ -150,10 +152,9 @@ def edited_name(name: str) -> str:
 def spaced(record: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt and its completion with a space between them where two words would become one."""
     prompt, completion = record.get("prompt"), record.get("completion")
-    if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
         return dict(record)
-    joins = all(letter.isalnum() and letter < FIRST_WITHOUT_SPACES for letter in (prompt[-1], completion[0]))
-    return {**record, "completion": f" {completion}"} if joins else dict(record)
+    return {**record, "completion": f" {completion}"} if joins_words(prompt, completion) else dict(record)
 
 
 def append_row(path: Path, name: str, line: str) -> None:

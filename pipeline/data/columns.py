@@ -1,0 +1,127 @@
+"""Columns: what a file calls the keys of a format, the keys of its turns, and the roles in them.
+
+`{messages: dialog, role: speaker, content: text, user: customer}` reads `{"dialog": [{"speaker": "customer", "text":
+…}]}`. A column may be a path (`data.dialog`, `answers.0.text`), and a role may have several names (`user:
+customer|client`).
+"""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from shlex import quote
+from typing import Any, NamedTuple, get_args
+
+from pipeline.data.examples import Role
+from pipeline.errors import UserError
+
+MAX_SHOWN = 8  # keys in a message
+LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # keys that may hold turns
+KEYS = (*LISTS, "text", "instruction", "input", "output")
+TURN_KEYS = (
+    *("role", "content", "from", "value", "tool_calls", "reasoning_content", "tool_call_id", "name"),
+    *("train", "training", "weight"),
+)
+ABOUT_TURNS = {*TURN_KEYS, "messages", "conversations", "user", "assistant"}
+MISSING = object()
+
+
+class _Names(NamedTuple):
+    """The names in a file: of a row's keys, of a turn's keys, and of the roles, in lower case."""
+
+    keys: Mapping[str, str]
+    turn_keys: Mapping[str, str]
+    roles: Mapping[str, str]
+
+
+def columns_option(columns: Mapping[str, str]) -> str:
+    """The option for these columns, to repeat in a command that is suggested; empty without any."""
+    text = ",".join(f"{key}={column}" for key, column in columns.items())
+    return f" --columns {quote(text)}" if text else ""
+
+
+def rename(
+    record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool
+) -> tuple[dict[str, Any], set[str]]:
+    """The record with the keys and roles of a format, and what else its turns have. In later rows, a column may be
+    missing where its key is optional. Raises UserError.
+    """
+    if not columns:
+        return record, set()
+    names = _names(columns)
+    values = {key: _look_up(record, column) for key, column in names.keys.items()}
+    absent = [key for key, value in values.items() if value is MISSING]
+    if absent and is_first:
+        raise UserError(_absent(record, names.keys, absent, location))
+    used = {column if column in record else column.partition(".")[0] for column in names.keys.values()}
+    renamed = {key: value for key, value in record.items() if key not in used}
+    renamed |= {key: value for key, value in values.items() if value is not MISSING}
+    unused = set[str]()
+    if names.turn_keys or names.roles:
+        renamed |= {key: _rename_turns(renamed[key], names, key, unused) for key in LISTS if key in renamed}
+    return renamed, unused
+
+
+def _names(columns: Mapping[str, str]) -> _Names:
+    # `system` is a key of Alpaca's rows and a role: a role where something else is said of turns
+    roles = {role for role in get_args(Role) if role != "system" or ABOUT_TURNS & columns.keys()}
+    turn_keys = {key: column for key, column in columns.items() if key in TURN_KEYS}
+    spoken = {name.strip().casefold(): role for role in columns if role in roles for name in columns[role].split("|")}
+    keys = {key: column for key, column in columns.items() if key not in turn_keys and key not in roles}
+    return _Names(keys, turn_keys, spoken)
+
+
+def _absent(record: Mapping[str, Any], keys: Mapping[str, str], absent: list[str], location: str) -> str:
+    first = absent[0]
+    close = get_close_matches(keys[first], [*record], 1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    if first in record and keys[first] in KEYS:  # said the other way round
+        hint = f"A key comes first, its column second: {keys[first]}={first}. "
+    missing = ", ".join(keys[key] for key in absent)
+    return f"{location}: no column {missing}, which columns names. {hint}It has: {some(record)}. Edit columns."
+
+
+def _look_up(record: Mapping[str, Any], column: str) -> Any:
+    """The value of a key, or at the end of a path of keys and numbers."""
+    if column in record or "." not in column:
+        return record.get(column, MISSING)
+    value: Any = record
+    for part in column.split("."):
+        if isinstance(value, dict):
+            value = value.get(part, MISSING)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return MISSING
+    return value
+
+
+def _rename_turns(value: Any, names: _Names, key: str, unused: set[str]) -> Any:
+    turns = value
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table may hold turns as JSON
+        try:
+            turns = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return value
+    return [_rename_turn(turn, names, key, unused) for turn in turns]
+
+
+def _rename_turn(turn: Mapping[str, Any], names: _Names, list_key: str, unused: set[str]) -> dict[str, Any]:
+    values = {key: _look_up(turn, column) for key, column in names.turn_keys.items()}
+    used = {column if column in turn else column.partition(".")[0] for column in names.turn_keys.values()}
+    renamed = {key: value for key, value in turn.items() if key not in used}
+    if names.turn_keys:  # who says which keys count has said that the others do not
+        unused |= {f"{list_key}.{key}" for key in renamed if key not in TURN_KEYS}
+        renamed = {key: value for key, value in renamed.items() if key in TURN_KEYS}
+    renamed |= {key: value for key, value in values.items() if value is not MISSING}
+    for key in ("role", "from"):
+        if isinstance(speaker := renamed.get(key), str):
+            renamed[key] = names.roles.get(speaker.strip().casefold(), speaker)
+    return renamed
+
+
+def some(keys: Any) -> str:
+    """A list of names that may be long, for a message."""
+    names = [str(key)[:60] for key in keys]
+    return ", ".join(names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN))

@@ -1,0 +1,61 @@
+"""Likely personal data in texts: e-mail addresses, phone numbers, IBANs, card numbers and IP addresses.
+
+What has a checksum is checked. The others are patterns: they miss some, and count some that are none.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+
+# Every repetition is bounded: a hostile text takes time in proportion to its length.
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}")
+IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+CARD = re.compile(r"(?<![\w.-])[3-6](?:[ -]?\d){12,18}(?![\w-])")
+PHONE = re.compile(
+    r"(?<![\w.,/+-])(?<!\d )(?:\+\d|\(?0\d|\(\d{3}\)|\d{3}[ .-]\d{3}[ .-]\d{4})[\d ()/.-]{0,18}(?![\w:])"
+)
+DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}")
+ADDRESS = re.compile(r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f:]{6,39})(?![\w:]|\.\w)")
+
+
+def personal_data(text: str) -> Iterator[str]:
+    """The kind of each finding."""
+    for kind, (pattern, is_one) in KINDS.items():
+        for match in pattern.finditer(text):
+            if is_one(match[0]):
+                yield kind
+
+
+def _is_iban(text: str) -> bool:
+    """ISO 13616: the number with its letters as 10 to 35, the first four characters last, is 1 modulo 97."""
+    code = text.replace(" ", "")
+    return 15 <= len(code) <= 34 and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
+
+
+def _is_card(text: str) -> bool:
+    """Luhn's sum: every second digit from the right is doubled, its digits added."""
+    digits = [int(c) for c in text if c.isdecimal()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _is_phone(text: str) -> bool:
+    digits = sum(c.isdecimal() for c in text)
+    return 9 - text.startswith("+") <= digits <= 15 and not DATE.match(text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
+    "e-mail address": (EMAIL, lambda _: True),
+    "phone number": (PHONE, _is_phone),
+    "IBAN": (IBAN, _is_iban),
+    "card number": (CARD, _is_card),
+    "IP address": (ADDRESS, _is_address),
+}

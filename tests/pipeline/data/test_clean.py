@@ -1,0 +1,92 @@
+"""Rows that spoil a training are left out of the new file, and reported by their reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.clean import Cleaned, Leaks, clean
+from pipeline.data.masking import Encoder
+from pipeline.errors import UserError
+from tests.helpers.tokenizers import tokenizer_with
+
+GOOD = [
+    {"q": "Where is my parcel?", "a": "It left on Monday."},
+    {"q": "How do I return a lamp?", "a": "With the label in the box."},
+]
+
+
+def cleaned(folder: Path, rows: list[dict[str, Any]], drop: str, **how: Any) -> tuple[list[str], Cleaned]:
+    """The questions that were kept, and the report."""
+    source, out = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    done = clean(source, out, drop.split(","), columns={"prompt": "q", "completion": "a"}, force=True, **how)
+    kept = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert all(row.keys() == {"prompt", "completion"} for row in kept) and done.kept == len(kept)
+    return [row["prompt"] for row in kept], done
+
+
+def test_empty_rows_are_those_without_a_text_where_one_must_be(tmp_path: Path) -> None:
+    rows = [*GOOD, {"q": "", "a": "x"}, {"q": "Hm?", "a": "  "}, {"q": "Hm?", "a": None}]
+    kept, done = cleaned(tmp_path, rows, "empty")
+    assert kept == [row["q"] for row in GOOD] and done.dropped == {"empty": 3} and done.rows == 5
+    assert [row.row for row in done.examples["empty"]] == [3, 4, 5]
+    assert done.examples["empty"][0].why == "prompt is empty. Fill it in, or remove the line."
+    with pytest.raises(UserError, match=r"in\.jsonl:3: prompt is empty"):
+        cleaned(tmp_path, rows, "duplicates")
+
+
+def test_what_is_invalid_is_an_error_or_skipped_and_counted(tmp_path: Path) -> None:
+    rows = [*GOOD, {"q": 5, "a": "x"}]
+    with pytest.raises(UserError, match=r"in\.jsonl:3: prompt must be a string, got a number"):
+        cleaned(tmp_path, rows, "empty")
+    _, done = cleaned(tmp_path, rows, "empty", skip_invalid=True)
+    assert done.dropped == {"empty": 0, "invalid": 1} and done.kept == 2
+
+
+def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:
+    long = "my order of the third of May arrived with a broken shade and without the screws that hold it to the wall"
+    near = [{"q": f"Hello, {long}", "a": "Sorry!"}, {"q": f"hello {long.upper()}.", "a": "Sorry!"}]
+    rows = [*GOOD, GOOD[0], *near]
+    kept, done = cleaned(tmp_path, rows, "duplicates")
+    assert len(kept) == 4 and done.dropped == {"duplicates": 1}
+    assert (done.examples["duplicates"][0].row, done.examples["duplicates"][0].why) == (3, "the same as row 1")
+    kept, done = cleaned(tmp_path, rows, "duplicates,near-duplicates")
+    assert kept == [*(row["q"] for row in GOOD), near[0]["q"]]
+    assert done.dropped == {"duplicates": 1, "near-duplicates": 1}
+    assert done.examples["near-duplicates"][0].why == "nearly the same as row 4"
+    assert len(cleaned(tmp_path, rows, "near-duplicates")[0]) == 3, "equal rows are nearly equal too"
+
+
+def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
+    encoder = Encoder(tokenizer_with(tmp_path / "model"))
+    rows = [*GOOD, {"q": "Why?", "a": "because " * 100}]
+    kept, done = cleaned(tmp_path, rows, "too-long", encoder=encoder, max_length=100)
+    assert kept == [row["q"] for row in GOOD] and done.dropped == {"too-long": 1}
+    assert done.examples["too-long"][0].why.endswith(" tokens, more than 100")
+
+
+def test_what_the_evaluation_asks_is_a_leak_whatever_its_case_and_answer(tmp_path: Path) -> None:
+    leaks = Leaks()
+    (tmp_path / "eval.jsonl").write_text(
+        json.dumps(
+            {"messages": [{"role": "user", "content": "WHERE is my parcel"}, {"role": "assistant", "content": "?"}]}
+        ),
+        encoding="utf-8",
+    )
+    leaks.add_file(tmp_path / "eval.jsonl", "eval.jsonl", None)
+    kept, done = cleaned(tmp_path, GOOD, "leaks", leaks=leaks)
+    assert kept == [GOOD[1]["q"]] and done.examples["leaks"][0].why == "asked in eval.jsonl:1"
+
+
+def test_likely_personal_data_is_counted_in_what_is_kept_and_not_repeated(tmp_path: Path) -> None:
+    rows = [*GOOD, {"q": "I am jo@example.org", "a": "Hi"}, {"q": "I am jo@example.org", "a": "Hi"}]
+    _, done = cleaned(tmp_path, rows, "duplicates")
+    assert done.personal == {"e-mail address": 1} and done.personal_rows == {"e-mail address": [3]}
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no row is left \(empty: 1\)"):
+        cleaned(tmp_path, [{"q": "", "a": ""}], "empty")
+    assert not (tmp_path / "out.jsonl").exists()

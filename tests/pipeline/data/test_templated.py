@@ -1,0 +1,94 @@
+"""Plain prompts and completions on a base with a chat template: what is trained is what a chat asks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.examples import content_digest
+from pipeline.data.formats import read_examples
+from pipeline.data.masking import encode
+from pipeline.data.preferences import PairEncoder
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.turns import view
+from pipeline.errors import UserError
+from pipeline.inference.score import prompt_and_answer
+from pipeline.stages.evaluate import trained_in_template
+from pipeline.workbench import open_project
+from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
+    return tokenizer_with(tmp_path_factory.mktemp("model"), SMOLLM2)
+
+
+def read(folder: Path, *rows: dict[str, Any], **how: Any) -> list[Any]:
+    path = folder / "d.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return read_examples(path, "d", **how)
+
+
+PLAIN = {"prompt": "Which currency has Bulgaria? ", "completion": " The euro."}
+TURNS = [
+    {"role": "user", "content": "Which currency has Bulgaria?"},
+    {"role": "assistant", "content": "The euro."},
+]
+
+
+def test_a_plain_row_is_encoded_shown_and_asked_as_the_conversation_that_it_stands_for(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    (plain,), (chat,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, {"messages": TURNS})
+    assert encode(plain, tokenizer) == encode(chat, tokenizer)
+    assert view(plain, tokenizer) == view(chat, tokenizer)
+    assert prompt_and_answer(plain, tokenizer) == prompt_and_answer(chat, tokenizer)
+
+
+def test_without_a_template_or_without_asking_for_it_texts_stay_as_they_are(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    (asked,), (plain,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, PLAIN)
+    without = tokenizer_with(tmp_path / "plain")
+    assert encode(asked, without) == encode(plain, without)
+    assert encode(plain, tokenizer) == encode(plain, without)
+    assert prompt_and_answer(plain, tokenizer) == (PLAIN["prompt"], PLAIN["completion"])
+
+
+def test_what_is_held_out_does_not_depend_on_the_template(tmp_path: Path) -> None:
+    (asked,), (plain,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, PLAIN)
+    assert content_digest(asked) == content_digest(plain)
+
+
+def test_plain_pairs_and_labelled_answers_are_turns_too(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+    plain = {"prompt": "Bulgaria?", "chosen": "The euro.", "rejected": "The lev."}
+    answers = {key: [{"role": "assistant", "content": plain[key]}] for key in ("chosen", "rejected")}
+    chat = {"prompt": [{"role": "user", "content": "Bulgaria?"}], **answers}
+    both = [
+        [encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row, templated=True))]
+        for row in (plain, chat)
+    ]
+    assert both[0] == both[1] and len(both[0]) == 2
+    (labelled,) = read(tmp_path, {**PLAIN, "label": True}, templated=True)
+    (turns,) = read(tmp_path, {"messages": TURNS})
+    assert encode(labelled, tokenizer) == encode(turns, tokenizer)
+
+
+def test_a_pair_without_a_prompt_a_text_and_a_prompt_alone_are_no_turns(tmp_path: Path) -> None:
+    """Where the question of such a pair ends nobody knows, and a prompt alone is to be continued."""
+    rows = {"chosen": "Bulgaria: euro", "rejected": "Bulgaria: lev"}, {"text": "The euro."}, {"prompt": "The euro"}
+    for row in rows:
+        (example,) = read(tmp_path, row, templated=True, prompts=True)
+        assert not example.templated
+
+
+def test_methods_that_read_a_prompt_in_two_ways_are_not_compared(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    methods = "finetune_lora: {data: d.jsonl}\nfinetune_full: {data: d.jsonl, chat_template: %s}\n"
+    for way in ("auto", "none"):
+        params.write_text(f"training: {{chat_template: {way}}}\n{methods % way}", encoding="utf-8")
+        assert trained_in_template(open_project(params)) == (way == "auto")
+    params.write_text(methods % "none", encoding="utf-8")
+    with pytest.raises(UserError, match=r"differ in chat_template.*Set training\.chat_template"):
+        trained_in_template(open_project(params))
