@@ -33,6 +33,7 @@ adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "gate", "state")
+OPTIONAL = ("targets", "base", "size", "rank", "loss", "forgot")  # left out, in this order, of a narrow table
 
 
 @adapters.callback()
@@ -41,7 +42,10 @@ def show(
     folder: Annotated[Path, Option(help="Folder to search for adapters.")] = FOLDER,
     as_json: JsonOption = False,
 ) -> None:
-    """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in loss."""
+    """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in loss.
+
+    A narrow terminal shows fewer columns; --json has all.
+    """
     if context.invoked_subcommand:
         return
     from dataclasses import asdict
@@ -82,7 +86,7 @@ def show(
         rows.append(row)
     shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
     cells = [[row[n] for n in shown] for row in rows]
-    print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"))
+    print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"), optional=OPTIONAL)
 
 
 @adapters.command()

@@ -49,9 +49,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), optional: Sequence[str] = ()
+) -> None:
     """`table` on stdout."""
-    stdout.print(table(columns, rows, right=right))
+    stdout.print(table(columns, rows, right=right, optional=optional))
 
 
 def print_costs(costs: "Mapping[str, Cost]") -> None:
@@ -71,16 +73,23 @@ class _Column:
         self.least = self.most if is_number else max(_width(heading), min(self.most, NARROW))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> RenderableType:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), optional: Sequence[str] = ()
+) -> RenderableType:
     """A plain table for the terminal's width; `right` names the columns of numbers, which are never cut.
 
     A heading may have two lines. Where the columns do not fit, texts wrap between words and longer words are shortened
-    in the middle; what still does not fit goes on below, as a table that begins with the same columns.
+    in the middle, and `optional` columns are left out, the first of them first; what still does not fit goes on below,
+    as a table that begins with the same columns.
     """
     # Signs are replaced before widths are measured: an escape character takes no column, but its picture takes one.
     by_column = zip(*([printable(cell) for cell in row] for row in (columns, *rows)), strict=True)
     every = [_Column(heading, cells, name in right) for name, (heading, *cells) in zip(columns, by_column, strict=True)]
     room = stdout.width
+    for name in optional:
+        if sum(column.least + 1 for column in every) - 1 <= room:
+            break
+        every = [column for column in every if column.heading != name]
     gap = 2 if sum(column.most + 2 for column in every) - 2 <= room else 1
     # Every part begins with the first column, and with further texts that say which row it is, up to a third.
     lead = 1

@@ -11,7 +11,7 @@ from cli.options import DEFAULT_PARAMS, DeviceOption, JsonOption, ParamsOption, 
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
-    from pipeline.project.stage_graph import Project
+    from pipeline.project.stage_graph import Project, Stage
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -119,29 +119,25 @@ def explain(
 @app.command()
 def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
-    from cli.console import print_line, print_table
-    from pipeline.errors import UserError
-    from pipeline.evaluation.comparison import TASKS, by_variant, comparison, legend, task_scores
+    from cli.console import print_line
+    from pipeline.evaluation.comparison import beside
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
 
     project = project_of(params)
     folder = project.artifact("evaluate")
-    metrics = read_json(folder / "metrics.json", "Run `dvc repro`, or `lora evaluate`")
-    try:
-        columns, rows = comparison(by_variant(metrics))
-        task_columns, task_rows = task_scores(by_variant(metrics))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
-    print_table(columns, rows, right=columns[1:])
-    print_line(f"\n{legend(columns)}\n")
-    if task_rows:
-        print_table(task_columns, task_rows, right=task_columns[2:])
-        print_line(f"\n{TASKS}\n")
-    _print_answers(folder, by_variant(metrics))
-    print_gate(metrics)
-    there = (folder / "report.md").exists()
-    print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `dvc repro` makes yours.")
+    path = folder / "metrics.json"
+    # without an evaluation, what training itself measured is there, such as the accuracy of preferences
+    has_others = not path.exists() and beside(project, {})
+    metrics = {} if has_others else read_json(path, "Run `dvc repro`, or `lora evaluate`")
+    others = beside(project, metrics)
+    print_metrics(metrics, path, {stage.variant: numbers for stage, numbers in others.items()})
+    for stage, numbers in others.items():
+        _note_on(project, stage, numbers)
+    if metrics:
+        there = (folder / "report.md").exists()
+        made = f"report: {folder / 'report.md'}"
+        print_line(made if there else "These came with the project; `dvc repro` makes yours.")
     claims = folder.parent / "claims/report.md"
     if claims.exists():
         print_line(f"what the document claims, and what was measured: {claims}")
@@ -163,6 +159,8 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
         return
     for line in lines:
         print_line(line)
+    if not (folder / "samples.json").exists():  # a measured adapter's answers are counted alone
+        return
     try:
         print_answers(read_json(folder / "samples.json", "Run `lora evaluate`"), [*metrics])
     except (KeyError, TypeError, AttributeError):
@@ -170,17 +168,55 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
     print_line("")
 
 
+def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> None:
+    """What else there is to say of a model that the project's evaluation lacks: how it is evaluated, or its verdict."""
+    from cli.console import print_note
+    from pipeline.inference.catalog import VERDICT
+
+    own = stage.name in project.readable
+    command = "lora evaluate" if own else f"lora evaluate --adapter {project.artifact_name(stage.name)}"
+    if VERDICT not in numbers:
+        print_note(f"{stage.variant} is not evaluated yet. Run `{command}`.")
+    elif numbers[VERDICT] and numbers[VERDICT].broken:
+        print_note(numbers[VERDICT].warning(stage.variant))
+
+
+def print_metrics(metrics: Mapping[str, Any], path: Path, others: Mapping[str, Any] | None = None) -> None:
+    """The comparison, the tasks and the verdict of an evaluation, whose metrics are those of `path`.
+
+    `others`: what is known of models that it lacks. Raises UserError.
+    """
+    from cli.console import print_line, print_table
+    from pipeline.errors import UserError
+    from pipeline.evaluation.comparison import TASKS, by_variant, comparison, legend, task_scores
+
+    try:
+        models = {**by_variant(metrics), **(others or {})}
+        columns, rows = comparison(models)
+        task_columns, task_rows = task_scores(models)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
+    print_table(columns, rows, right=columns[1:])
+    print_line(f"\n{legend(columns)}\n")
+    if task_rows:
+        print_table(task_columns, task_rows, right=task_columns[2:])
+        print_line(f"\n{TASKS}\n")
+    _print_answers(path.parent, models)
+    print_gate(metrics)
+
+
 def print_gate(metrics: Mapping[str, Any]) -> None:
     """Whether the models keep evaluate.limits, and a table of what was broken."""
     from cli.console import print_line, print_table
-    from pipeline.evaluation.comparison import broken_limits
+    from pipeline.project.gate import read_verdict
 
-    if not (gate := metrics.get("gate")):
+    verdict = read_verdict(metrics)
+    if verdict is None:
         return
-    if gate["passed"]:
-        print_line(f"limits: kept by {', '.join(gate['variants'])}\n")
+    if not verdict.broken:
+        print_line(f"limits: kept by {', '.join(verdict.models)}\n")
         return
-    columns, rows = broken_limits(gate)
+    columns, rows = verdict.table()
     print_line("limits broken:")
     print_table(columns, rows, right=("measured",))
     print_line("")
@@ -191,20 +227,22 @@ def refuse_broken(project: "Project", shown: bool = False) -> None:
 
     `shown`: the table of what was broken was printed already.
     """
-    from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
     metrics = read_json(project.artifact("evaluate") / "metrics.json", "Run `lora evaluate`")
     if not shown:
         print_gate(metrics)
-    gate = metrics.get("gate")
-    if gate and not gate["passed"]:
-        names = ", ".join(dict.fromkeys(one["variant"] for one in gate["broken"]))
-        count = len(gate["broken"])
-        raise UserError(
-            f"evaluate.limits: {count} {'limit is' if count == 1 else 'limits are'} broken, by {names}. Train again "
-            "with other settings, or change the limits."
-        )
+    refuse_verdict(metrics)
+
+
+def refuse_verdict(metrics: Mapping[str, Any]) -> None:
+    """Raises UserError, with the next step, if the models of these metrics break evaluate.limits."""
+    from pipeline.errors import UserError
+    from pipeline.project.gate import read_verdict
+
+    verdict = read_verdict(metrics)
+    if verdict and verdict.broken:
+        raise UserError(verdict.error)
 
 
 def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:

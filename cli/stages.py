@@ -270,9 +270,9 @@ def merge(
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
     if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
-        from cli.console import follow, print_line
+        from cli.console import follow, print_line, print_note
         from pipeline.errors import UserError
-        from pipeline.export.formats import Export
+        from pipeline.export.formats import Export, note_on_verdict
         from pipeline.export.formats.merged import merging_of
         from pipeline.weights.merge import describe, merge_to
 
@@ -281,6 +281,8 @@ def merge(
         if overrides or force or params != DEFAULT_PARAMS:
             raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
         export = Export(adapter, base, None, precision, prompts, trust_remote_code)
+        for note in note_on_verdict(adapter):
+            print_note(note.text)
         print_line("  ".join((str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))))
         return
     run_stage("merge", params, overrides, force)
@@ -314,8 +316,10 @@ def evaluate(
     of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may be your own; a task may
     run Python code.
     """
+    from cli.console import print_json
     from cli.project import refuse_broken, report
     from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
 
     if harness:
         from pipeline.evaluation.harness import HarnessOptions, named
@@ -325,38 +329,42 @@ def evaluate(
         _run_harness(options, outside, params, overrides, trust_remote_code, as_json)
         return
     given = (option is not None for option in (include_path, limit, num_fewshot))
-    if any((*given, base and not adapter, apply_chat_template, trust_remote_code, as_json)):
-        raise UserError("Without --harness TASK, evaluate takes --adapter, --base, --params, --set and --force alone.")
+    if any((*given, base and not adapter, apply_chat_template, trust_remote_code)):
+        raise UserError(
+            "Without --harness TASK, evaluate takes --adapter, --base, --params, --set, --force and --json alone."
+        )
     if adapter:
-        _measure(adapter, base, params, overrides)
+        _measure(adapter, base, params, overrides, as_json)
         return
-    run_stage("evaluate", params, overrides, force)
-    if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
+    run_stage("evaluate", params, overrides, force, silent=as_json)
+    project = project_of(params, overrides)
+    if as_json:
+        print_json(read_json(project.artifact("evaluate") / "metrics.json", "Run `lora evaluate`"))
+    elif not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
-    refuse_broken(project_of(params, overrides), shown=not UNDER_DVC)
+    refuse_broken(project, shown=as_json or not UNDER_DVC)
 
 
-def _measure(adapters: Sequence[Path], base: Path | None, params: Path, overrides: list[str] | None) -> None:
-    """Evaluate adapters and show what was measured of each."""
-    from cli.console import follow, print_note, print_table
+def _measure(
+    adapters: Sequence[Path], base: Path | None, params: Path, overrides: list[str] | None, as_json: bool
+) -> None:
+    """Evaluate adapters and show what was measured of each. Raises UserError if they break evaluate.limits."""
+    from cli.console import follow, print_json, print_note
+    from cli.project import print_metrics, refuse_verdict
     from pipeline.errors import UserError
-    from pipeline.files.artifact import read_json
     from pipeline.stages.evaluate import METRICS, measure, measuring
 
     if missing := [str(path) for path in adapters if not path.is_dir()]:
         raise UserError(f"--adapter {missing[0]} is not a folder. Name an adapter's folder.")
     job = measuring(project_of(params, overrides))
-    problems = follow(measure(job, [path.absolute() for path in adapters], base), "evaluate")
-    rows = []
-    for name, numbers in read_json(job.out / METRICS, "Run it again").items():
-        old, done = numbers.get("forgetting", {}), numbers.get("new_completed")
-        cells = (numbers.get("new_loss"), ".3f"), (old.get("answers_kept"), ".0%"), (old.get("loss_rise"), "+.3f")
-        new, kept, rise = ("–" if value is None else f"{value:{form}}" for value, form in cells)
-        rows.append((name, new, "–" if done is None else f"{done}/{numbers['new_sentences']}", kept, rise))
-    columns = ("adapter", "new loss", "new completed", "answers kept", "forgot")
-    print_table(columns, rows, right=columns[1:])
+    metrics, problems = follow(measure(job, [path.absolute() for path in adapters], base), "evaluate")
+    if as_json:
+        print_json(metrics)
+    else:
+        print_metrics(metrics, job.out / METRICS)
     for problem in problems:
         print_note(problem)
+    refuse_verdict(metrics)
 
 
 def _run_harness(
@@ -393,10 +401,11 @@ def run_stage(
     force: bool,
     checkpoint_every: int | None = None,
     shard: bool | None = None,
+    silent: bool = False,
 ) -> None:
-    """Run a stage, show how it goes, and say in a line what came of it."""
+    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent` on stdout."""
     from cli.advise import advice_notes
-    from cli.console import follow, print_line
+    from cli.console import follow, print_line, print_note
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
     from pipeline.project.process import world
@@ -436,6 +445,8 @@ def run_stage(
         from cli.runs import finish_trackers
 
         finish_trackers(followers)
+    if silent:
+        return
     # One line: where the artifact is and what can be said of it at once.
     parts, folder = [project.artifact_name(name)], project.artifact(name)
     if parameters := manifest.get("parameters"):
@@ -446,6 +457,12 @@ def run_stage(
             parts.append(f"{parameters['stored']:,} in the adapter's file")
     if isinstance(manifest.get("adapters"), dict):
         parts.append(f"{len(list(folder.glob(f'*/{LOSS}')))} adapters")
+    preferences = manifest.get("preferences")
+    if preferences:
+        before, after = (preferences[when]["accuracy"] for when in ("before", "after"))
+        parts.append(f"accuracy {before:.0%} → {after:.0%} on held-out pairs")
     if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
+    if preferences and after < before:
+        print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")

@@ -343,15 +343,16 @@ class Workbench(App[None]):
             states = {name: states[name]} if name in states else {}
         stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
         failed = [state for state in stages if state.state in ("failed", "died")]
+        broken = [state.broken for state in stages if state.broken]  # the run ended with 1 then
         if failed:
             self.log_message(f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error")
         elif any(state.state == "stopped" for state in stages):
             self.log_message("Stopped. Run again to resume from the checkpoint.")
+        elif broken:
+            self.log_message(broken[0].error, "error")
         elif all(state.state == "current" for state in states.values()):
             gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
-            is_broken = any("failed" in gate for gate in gates)  # the run ended with 1 then
-            text = " ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates])
-            self.log_message(text, "error" if is_broken else "information")
+            self.log_message(" ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates]))
         elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
         else:

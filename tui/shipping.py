@@ -1,11 +1,13 @@
 """Ships an adapter: asks for a format and a folder, then `lora export` writes it."""
 
+import asyncio
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from pipeline.inference.catalog import VERDICT, measured_of
 from tui.dialogs import Menu, PathScreen
 from tui.services.lora_command import LoraCommand
 
@@ -17,7 +19,10 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
     # By name: what a format imports to write must not count as imported by the terminal UI, and is not by this.
     formats = import_module("pipeline.export.formats").FORMATS
     choices = {key: Text.assemble((f"{key:14}", "bold"), format.about) for key, format in formats.items()}
-    kind = await workbench.push_screen_wait(Menu(f"Ship {name} as", choices))
+    measured = await asyncio.to_thread(measured_of, adapter)
+    verdict = measured.get(VERDICT)
+    broken = f"✗ {name} breaks {verdict.counted}. " if verdict and verdict.broken else ""
+    kind = await workbench.push_screen_wait(Menu(f"{broken}Ship {name} as", choices))
     if kind is None:
         return
     default = f"{FOLDER}/{name.replace('/', '-')}-{kind}"

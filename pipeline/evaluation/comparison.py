@@ -1,9 +1,13 @@
 """What an evaluation measured, as the tables of its report, of `lora report` and of the Results screen."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.limits import MINIMUMS
+from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest
+from pipeline.inference.catalog import measured_of
 from pipeline.project.stage_graph import Project, Stage
 
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
@@ -33,6 +37,44 @@ def stages_by_variant(project: Project) -> dict[str, Stage]:
     return {name: project.readable[adapter or base] for name, (base, adapter) in project.variants.items()}
 
 
+def beside(project: Project, metrics: Mapping[str, Any]) -> dict[Stage, dict[str, Any]]:
+    """Trained models that an evaluation's `metrics` lack: the numbers that training, or another evaluation, measured.
+
+    They are those that were made since, and adapters without a section in the params file, which `--set` made.
+    """
+    models: dict[Stage, dict[str, Any]] = {}
+    for stage in project.graph.product.values():
+        read = stage.name in project.readable or stage.kind == "adapter"
+        if stage.look and stage.variant and stage.variant not in metrics and read:
+            folder = project.artifact(stage.name)
+            with suppress(UserError, KeyError, TypeError, ZeroDivisionError):  # not made yet, or of another version
+                models[stage] = {**cost(folder, True), **measured_of(folder)}
+    return models
+
+
+def cost(folder: Path, trained: bool) -> dict[str, Any]:
+    """What an artifact's manifest has of parameters and preferences, and the size of its weights on disk.
+
+    `trained`: whether a method made it, which has trained parameters to count. Raises UserError.
+    """
+    manifest = read_manifest(folder)
+    parameters = manifest["parameters"]
+    numbers: dict[str, Any] = {"parameters": parameters["total"], "bytes": weight_bytes(folder)}
+    if trained:
+        numbers |= {
+            "trainable": parameters["trainable"],
+            "trainable_percent": 100 * parameters["trainable"] / parameters["total"],
+        }
+    if "preferences" in manifest:
+        numbers["preferences"] = manifest["preferences"]
+    return numbers
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size in bytes of an artifact's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Each variant's numbers: what metrics.json holds beside its `gate`."""
     return {name: numbers for name, numbers in metrics.items() if name != "gate"}
@@ -44,6 +86,7 @@ def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         [task, variant, f"{scores['score']:.3f}", _interval(scores), *_difference(scores), f"{scores['n']:,}"]
         for task in dict.fromkeys(task for numbers in metrics.values() for task in numbers.get("tasks", {}))
         for variant, numbers in metrics.items()
+        if task in numbers.get("tasks", {})
         for scores in (numbers["tasks"][task],)
     ]
     return list(TASK_COLUMNS), rows
@@ -56,20 +99,6 @@ def _difference(scores: Mapping[str, Any]) -> tuple[str, str]:
 
 def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
     return f"{numbers['low']:{sign}.3f} to {numbers['high']:{sign}.3f}"
-
-
-def broken_limits(gate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each limit that was broken, for report and terminal."""
-    rows = [
-        [
-            one["variant"],
-            one["limit"],
-            f"at {'least' if one['limit'].partition('.')[0] in MINIMUMS else 'most'} {one['wanted']:g}",
-            "not measured" if one["value"] is None else f"{one['value']:.6g}",
-        ]
-        for one in gate["broken"]
-    ]
-    return ["model", "limit", "wanted", "measured"], rows
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -1,20 +1,10 @@
 """The gate: whether the models keep to evaluate.limits."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.data.answer_match import share
-
-MINIMUMS = frozenset({"answers", "answers_kept", "must_keep", "tasks"})  # the other limits are maximums
-
-
-class Broken(NamedTuple):
-    """A limit that a variant does not keep; `value` is None if it was not measured."""
-
-    variant: str
-    limit: str
-    wanted: float
-    value: float | None
+from pipeline.project.gate import MINIMUMS, Broken
 
 
 def verdict(limits: Mapping[str, Any], metrics: Mapping[str, Any], variants: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.data.tokenizers.chat_template import has_template
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import CARD, HUB, parse_source
-from pipeline.inference.catalog import measured
+from pipeline.inference.catalog import VERDICT, measured_of
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def card(
 
     origin, merged, name = origin_of(adapter, base), certificate is not None, adapter.resolve().name
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
-    metrics = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
+    metrics = measured_of(adapter)
     known = hub_name(adapter, origin, manifest, base_name)
     license: dict[str, Any] = _license(origin)
     metadata = ModelCardData(
@@ -278,9 +278,9 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str
         yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats per token"
         yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats per token"
         yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
-
-    if metrics.get("gate"):
-        yield f"gate, the limits that were set for it: {metrics['gate']}"
+    if verdict := metrics.get(VERDICT):
+        reasons = f" ({'; '.join(verdict.reasons)})" if verdict.broken else ""
+        yield f"gate, the limits that were set for it: {verdict.badge}{reasons}"
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:

@@ -17,13 +17,14 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
 from pipeline.files.safetensors_file import read_header
 from pipeline.files.text import natural_sort_key
-from pipeline.project.gate import badge
+from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs.run_log import LOSS, read_final_loss
-from pipeline.project.stage_graph import Project
+from pipeline.project.stage_graph import ARTIFACTS, Project
 
 UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
 BASES = ("import", "pretrain", "expand_vocab")  # methods that produce a base for others
+VERDICT = "verdict"  # the key of an evaluation's verdict on a model among its metrics
 Measurements = Mapping[str, Mapping[str, Any]]  # sha256 of an artifact → its metrics in an evaluation
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
@@ -78,6 +79,7 @@ class VerificationResult:
     reason: str | None = None
     forgetting: float | None = None  # increase of the loss on the old sentences, in nats per token
     gate: str | None = None  # "passed", or how many of evaluate.limits it breaks
+    broken: tuple[str, ...] = ()  # these limits, each with what was measured
     kept: float | None = None  # share of the answers to old sentences that are still the base's
     learned: float | None = None  # share of the new sentences that it completes
     new_loss: float | None = None  # on the new sentences, in nats per token
@@ -94,6 +96,7 @@ def adapters(
             continue
         model = describe(folder)
         digest = artifact.contents_digest(contents(folder))
+        verdict: Verdict | None = measurements.get(digest, {}).get(VERDICT)
         trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get("rank")
         described.append(
             Adapter(
@@ -106,7 +109,7 @@ def adapters(
                 size=model.size,
                 final_loss=model.final_loss,
                 forgetting=_measured_forgetting(digest, measurements),
-                gate=measurements.get(digest, {}).get("gate"),
+                gate=verdict.badge if verdict else None,
                 problem=_find_problem(model, root, fingerprint, contents),
             )
         )
@@ -142,7 +145,8 @@ def model_folders(root: Path) -> Iterator[Path]:
 def describe(folder: Path) -> Model:
     """A model as its files describe it. Missing or damaged files leave fields unknown; `check` gives the reason.
 
-    What kind of adapter it is comes from its config alone, so that a new one needs no line here.
+    What kind of adapter it is comes from its config, so that a new one needs no line here; by what a LoRA was trained,
+    such as DPO, from its manifest.
     """
     config, manifest = _read_json_or_empty(folder / CONFIG), _read_json_or_empty(folder / artifact.MANIFEST)
     rank, base, files = config.get("r"), config.get("base_model_name_or_path"), signature(folder)
@@ -150,6 +154,9 @@ def describe(folder: Path) -> Model:
     virtual = "num_virtual_tokens" in config
     if (folder / CONFIG).exists():
         kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
+        trained = manifest.get("method")
+        if config.get("peft_type") == "LORA" and trained != "lora" and manifest.get("stage") == f"finetune_{trained}":
+            method = trained
         names = config.get("target_modules")
         stacked = config.get("target_parameters")
         targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
@@ -260,6 +267,7 @@ def check(
 def scored(verdict: VerificationResult, measurements: Measurements) -> VerificationResult:
     """The verdict with what an evaluation measured of these files; another tool may have written it."""
     metrics = measurements.get(verdict.digest, {})
+    limits: Verdict | None = metrics.get(VERDICT)
 
     def number(read: Callable[[], Any]) -> float | None:
         try:
@@ -270,7 +278,8 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
     return replace(
         verdict,
         forgetting=_measured_forgetting(verdict.digest, measurements),
-        gate=metrics.get("gate"),
+        gate=limits.badge if limits else None,
+        broken=tuple(limits.reasons) if limits else (),
         kept=number(lambda: metrics["forgetting"]["answers_kept"]),
         learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
         new_loss=number(lambda: metrics["new_loss"]),
@@ -286,14 +295,29 @@ def _measured_forgetting(digest: str, measurements: Measurements) -> float | Non
 
 
 def measured(roots: Iterable[Path]) -> Measurements:
-    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its `gate`; the first evaluation wins."""
-    measurements: dict[str, Mapping[str, Any]] = {}
+    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its VERDICT; the first evaluation wins."""
+    measurements: dict[str, dict[str, Any]] = {}
     for path in (path for root in roots for path in sorted(root.glob("*/metrics.json"))):
         # a folder without manifest is no evaluation, and other tools write a metrics.json too
         with suppress(UserError, KeyError, TypeError, AttributeError):
             manifest = artifact.read_manifest(path.parent)
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
-                numbers = {**metrics[variant], "gate": badge(manifest, variant)}
-                measurements.setdefault(manifest["inputs"][name], numbers)
+                verdict = read_verdict(manifest, variant)
+                numbers = measurements.setdefault(manifest["inputs"][name], {**metrics[variant], VERDICT: None})
+                numbers[VERDICT] = numbers[VERDICT] or verdict  # of the first evaluation that had limits
     return measurements
+
+
+def measured_of(adapter: Path) -> Mapping[str, Any]:
+    """What the evaluations of its project, or of the project here, measured of an adapter's files; empty if nothing."""
+    folder = adapter.resolve()
+    measurements = measured((folder.parent, folder.parent.parent, Path(ARTIFACTS)))  # a sweep's lie one folder deeper
+    if not measurements or not (folder / CONFIG).is_file():
+        return {}
+    with suppress(UserError, OSError, KeyError, TypeError):  # an export says what is wrong with them
+        sealed = (folder / artifact.MANIFEST).exists()
+        return measurements.get(
+            artifact.sealed_digest(artifact.read_manifest(folder)) if sealed else artifact.digest(folder), {}
+        )
+    return {}

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.digest_cache import DigestStore, Signature, signature
 from pipeline.project import provenance
-from pipeline.project.gate import badge
+from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import Digests, changed_inputs, input_facts
@@ -25,12 +25,19 @@ State = Literal["missing", "current", "changed", "waits", "running", "failed", "
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's state; `reasons`: what changed or went wrong, or if limits are kept; `run`: its last run's journal."""
+    """A stage's state; `reasons`: what changed or went wrong, or if limits are kept; `run`: its last run's journal;
+    `verdict`: of an evaluation that is up to date, on the models."""
 
     stage: Stage
     state: State
     reasons: tuple[str, ...] = ()
     run: Journal | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def broken(self) -> Verdict | None:
+        """The verdict if the models break evaluate.limits: the stage is up to date, and its command ends with 1."""
+        return self.verdict if self.verdict and self.verdict.broken else None
 
 
 @dataclass
@@ -77,7 +84,10 @@ class Status:
         missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
         if outdated_needs and (state == "current" or (state == "changed" and missing)):
             return StageState(stage, "waits", (f"after {', '.join(outdated_needs)}",), run)
-        return StageState(stage, state, reasons, run)
+        if state != "current" or stage.kind != "evaluation":
+            return StageState(stage, state, reasons, run)
+        verdict = read_verdict(artifact.read_manifest(project.artifact(stage.name)))
+        return StageState(stage, state, (f"gate {verdict.badge}",) if verdict else (), run, verdict)
 
     def _compare(self, project: Project, stage: Stage, digests: Digests) -> tuple[State, tuple[str, ...]]:
         folder = project.artifact(stage.name)
@@ -98,8 +108,7 @@ class Status:
             return "changed", (f"{error.filename}: {error.strerror}",)
         manifest = artifact.read_manifest(folder)
         reasons = tuple(differences(manifest, now))
-        gate = badge(manifest) if stage.kind == "evaluation" else None
-        return ("changed", reasons) if reasons else ("current", (f"gate {gate}",) if gate else ())
+        return ("changed" if reasons else "current"), reasons
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)

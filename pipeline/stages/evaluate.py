@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
-from pipeline.evaluation.comparison import stages_by_variant
+from pipeline.evaluation.comparison import cost, stages_by_variant, weight_bytes
 from pipeline.evaluation.limits import verdict
 from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files import artifact
-from pipeline.files.artifact import read_manifest, write_json
+from pipeline.files.artifact import write_json
 from pipeline.inference import engine
 from pipeline.inference.catalog import BASES, find_base
 from pipeline.inference.engine import LoadedModel
@@ -84,24 +85,31 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     return {"variants": measured, **gate}
 
 
-def measure(job: Job, adapters: Sequence[Path], base: Path | None = None) -> Generator[Event, None, list[str]]:
+def measure(
+    job: Job, adapters: Sequence[Path], base: Path | None = None
+) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
     """Evaluate adapters that the pipeline does not, such as a sweep's, as it evaluates its variants → job.out, which
-    then also has what an earlier call measured there with the same settings. Returns what was wrong, a sentence each.
+    then also has what an earlier call measured there with the same settings.
 
-    Raises UserError if no adapter could be evaluated.
+    Returns the metrics that are there now, with the verdict on these adapters, whatever evaluate.limits.variants says;
+    and what was wrong, a sentence each. Raises UserError if no adapter could be evaluated.
     """
     project, settings = job.project, job.project.params.evaluate
     prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
     answers = Answers(read_tasks(project.root, settings.task_files))
+    _limited(project, settings, answers.tasks, prompts)  # a limit that could never count is an error here too
     new, max_length = new_examples(job)
     reference = next(engine.variants(project), None)  # forgetting counts from it
     if reference is None:
         raise UserError("The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`.")
-    _, before = _scores(job, reference, None, new, max_length)
-    answers.add(reference)
+    numbers, before = _scores(job, reference, None, new, max_length)
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
-    metrics, inputs = _measured_before(job)
+    counts = _count_prompts(_predictions(reference, prompts, settings))
+    numbers |= {**counts, **answers.add(reference), **_cost(project, reference.name)}
+    earlier, inputs = _measured_before(job)
+    metrics = {reference.name: numbers, **earlier}
     problems: list[str] = []
+    named: list[str] = []
     for done, adapter in enumerate(adapters, 1):
         name = Path(os.path.relpath(adapter, project.root)).as_posix()
         try:
@@ -111,35 +119,45 @@ def measure(job: Job, adapters: Sequence[Path], base: Path | None = None) -> Gen
             numbers, _ = _scores(job, loaded, before, new, max_length)
             counts = _count_prompts(_predictions(loaded, prompts, settings))
             counts |= count_answers(sample_answers(loaded, new, settings.sample_answers))
-            metrics[name] = {**numbers, **counts, **answers.add(loaded), "bytes": weight_bytes(adapter)}
+            metrics[name] = {**numbers, **counts, **answers.add(loaded), **_cost_of_adapter(adapter)}
             inputs[name] = digest
+            named.append(name)
         except UserError as error:
             problems.append(f"{name}: {error}")
         else:
             with artifact.writing(job.out) as out:  # after each: many take long, and one who watches sees them arrive
-                write_json(out / METRICS, metrics)
-                artifact.seal(out, {**facts, "variants": {name: name for name in inputs}, "inputs": inputs})
+                gate = _gate(settings, metrics, [*inputs])
+                write_json(out / METRICS, {**metrics, **gate})
+                artifact.seal(out, {**facts, "variants": {name: name for name in inputs}, "inputs": inputs, **gate})
         yield Progress(done, len(adapters), name)
     if len(problems) == len(adapters):
         raise UserError(*problems)
-    return problems
+    return {**metrics, **_gate(settings, metrics, named)}, problems
+
+
+def _gate(settings: Evaluate, metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The verdict on these models; empty without limits."""
+    limited = settings.limits.keys() - {"variants"}
+    return {"gate": verdict(settings.limits, metrics, names)} if limited else {}
 
 
 def measuring(project: Project) -> Job:
     """The job of `measure`: its key changes with everything but the adapters that the numbers depend on."""
     stage = project.stage("evaluate")
     files = {name: artifact.digest(project.root / name) for name in project.data_files(stage)}
-    settings = {"params": project.stage_params(stage), "files": files, "code": code_digest(*stage.code)}
+    params = {key: value for key, value in project.stage_params(stage).items() if key != "limits"}
+    settings = {"params": params, "files": files, "code": code_digest(*stage.code)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     return Job(project, stage, project.root / ARTIFACTS / MEASURED, project.run_folder(stage.name), key, None)
 
 
 def _measured_before(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
-    """The metrics and digests of an earlier `measure` with the same settings."""
+    """The adapters' metrics and digests of an earlier `measure` with the same settings."""
     try:
         manifest = artifact.read_manifest(job.out)
         if manifest.get("settings") == job.key:
-            return artifact.read_json(job.out / METRICS, ""), dict(manifest["inputs"])
+            metrics, inputs = artifact.read_json(job.out / METRICS, ""), dict(manifest["inputs"])
+            return {name: metrics[name] for name in inputs}, inputs
     except (UserError, KeyError, TypeError, ValueError):
         pass  # there is none, or it is not ours: it is measured again
     return {}, {}
@@ -308,23 +326,14 @@ def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cost(project: Project, variant: str) -> dict[str, Any]:
-    """What the variant's manifest has of parameters and preferences, and the size of its weights on disk."""
+    """What the variant costs to train and to store."""
     base, adapter = project.variants[variant]
     stage = project.readable[adapter or base]
-    folder = project.artifact(stage.name)
-    manifest = read_manifest(folder)
-    parameters = manifest["parameters"]
-    cost: dict[str, Any] = {"parameters": parameters["total"], "bytes": weight_bytes(folder)}
-    if stage.look:  # a method's, which trains
-        cost |= {
-            "trainable": parameters["trainable"],
-            "trainable_percent": 100 * parameters["trainable"] / parameters["total"],
-        }
-    if "preferences" in manifest:
-        cost["preferences"] = manifest["preferences"]
-    return cost
+    return cost(project.artifact(stage.name), bool(stage.look))
 
 
-def weight_bytes(folder: Path) -> int:
-    """The size in bytes of an artifact's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _cost_of_adapter(adapter: Path) -> dict[str, Any]:
+    """The same of an adapter that the pipeline does not make; its size alone if it has no manifest of this project."""
+    with suppress(UserError, KeyError, TypeError, ZeroDivisionError):
+        return cost(adapter, True)
+    return {"bytes": weight_bytes(adapter)}

@@ -7,13 +7,13 @@ from typing import Any
 from pipeline.data.answer_match import Match, describe
 from pipeline.evaluation.comparison import (
     TASKS,
-    broken_limits,
     by_variant,
     comparison,
     stages_by_variant,
     task_scores,
 )
 from pipeline.evaluation.samples import match_of
+from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs.run_log import Step, epoch_means, flat_from
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
@@ -79,12 +79,12 @@ def write_report(
 ) -> None:
     """The comparison as a page to read."""
     titles = {variant: stage.title for variant, stage in stages_by_variant(project).items()}
-    gate, metrics = metrics.get("gate"), by_variant(metrics)
+    verdict, metrics = read_verdict(metrics), by_variant(metrics)
     columns, rows = comparison(metrics)
     task_columns, task_rows = task_scores(metrics)
     parts = [
         "# What was learned, what was forgotten\n",
-        *([_gate_part(gate, titles)] if gate else []),
+        *([_gate_part(verdict, titles)] if verdict else []),
         _table([column.replace("\n", " ") for column in columns], [[titles[name], *cells] for name, *cells in rows]),
         _findings(metrics, columns, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
@@ -96,10 +96,10 @@ def write_report(
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _gate_part(gate: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    if gate["passed"]:
-        return f"**Limits:** kept by {', '.join(titles[name] for name in gate['variants'])}.\n"
-    columns, rows = broken_limits(gate)
+def _gate_part(verdict: Verdict, titles: Mapping[str, str]) -> str:
+    if not verdict.broken:
+        return f"**Limits:** kept by {', '.join(titles[name] for name in verdict.models)}.\n"
+    columns, rows = verdict.table()
     return "**Limits broken:**\n\n" + _table(columns, _titled(rows, titles, 0))
 
 

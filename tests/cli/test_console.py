@@ -1,6 +1,7 @@
 """Tables fit the terminal: no word is broken, no number is cut, nothing is lost."""
 
 import re
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given
@@ -14,13 +15,15 @@ CELL = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
 NUMBER = st.integers(0, 10**9).map(lambda number: f"{number:,}")
 
 
-def drawn(width: int, columns: list[str], rows: list[list[str]], right: list[str]) -> list[str]:
+def drawn(
+    width: int, columns: list[str], rows: list[list[str]], right: list[str], optional: Sequence[str] = ()
+) -> list[str]:
     """The lines of the table on a terminal of this width."""
     plain, before = Console(width=width, color_system=None, highlight=False), console.stdout.width
     console.stdout.width = width
     try:
         with plain.capture() as captured:
-            plain.print(console.table(columns, rows, right=right))
+            plain.print(console.table(columns, rows, right=right, optional=optional))
     finally:
         console.stdout._width = None if before is None else before
     return captured.get().splitlines()
@@ -67,6 +70,16 @@ def test_columns_that_do_not_fit_go_on_below_beside_the_rows_names(width: int, p
     lines = drawn(width, columns, rows, columns[1:])
     assert sum(line.startswith("expanded") for line in lines) == parts
     assert sum(line.count("12.345") for line in lines) == 9
+
+
+def test_optional_columns_are_left_out_in_their_order_before_a_table_goes_on_below() -> None:
+    columns, rows = [f"column {n}" for n in range(5)], [[f"{n}" * 10 for n in range(5)]]
+    for width, left in ((60, "01234"), (54, "01234"), (53, "0124"), (43, "0124"), (42, "024"), (32, "024"), (31, "02")):
+        table = drawn(width, columns, rows, columns, ["column 3", "column 1", "column 4"])
+        assert [line.split() for line in table] == [
+            [word for n in left for word in ("column", n)],
+            [n * 10 for n in left],
+        ]
 
 
 def test_a_line_of_the_result_is_printed_as_it_is(

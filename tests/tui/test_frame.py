@@ -13,6 +13,7 @@ from textual.command import CommandInput
 from textual.widget import Widget
 from textual.widgets import Input
 
+from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
@@ -296,6 +297,10 @@ def test_the_header_says_what_runs_else_what_failed_else_what_is_left() -> None:
     assert describe_state([done, lost], False, "", COLORS) == ("✗ finetune_lora", "✗ lora", "bold error")
     assert describe_state([done, state("merge", "waits")], False, "", COLORS)[::2] == ("● 1 to run", "warning")
     assert describe_state([done], False, "", COLORS)[0] == "✓"
+    verdict = Verdict(("lora",), (Broken("lora", "new_loss", 1.0, 2.0), Broken("lora", "divergence", 1.0, None)))
+    broken = StageState(GRAPH.stages["evaluate"], "current", (), None, verdict)
+    said = describe_state([done, broken, state("merge", "waits")], False, "", COLORS)
+    assert said == ("✗ 2 limits broken", "✗ limits", "bold error")
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 120, 200])

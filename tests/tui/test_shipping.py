@@ -11,6 +11,7 @@ from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.models.screen import ModelsScreen
 from tui.services.lora_command import LoraCommand
+from tui.shipping import ship
 
 
 async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
@@ -34,6 +35,25 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "base")
         await pilot.press("x")
         await until(pilot, lambda: "Only adapters are exported" in app.message_history[-1].text)
+
+
+async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(project: Path) -> None:
+    path = project / "artifacts/evaluation/manifest.json"
+    broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 1, "value": 0.5}]
+    gate = {"passed": False, "variants": ["lora"], "broken": broken}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8")
+    app = Workbench(project / "params.yaml")
+    async with app.run_test(size=(120, 40)) as pilot:
+        app.run_worker(ship(app, "lora", project / "artifacts/lora_adapter"))
+        await until(pilot, lambda: isinstance(app.screen, Menu))
+        assert app.screen.query_one(".dialog").border_title == "✗ lora breaks 1 limit. Ship lora as"
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await pilot.press("enter")
+        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."))
+        assert (
+            "lora_adapter breaks evaluate.limits: answers_kept 0.5, wanted at least 1." in app.message_history[-1].text
+        )
 
 
 async def test_an_export_that_fails_is_one_message(project: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.project.gate import LIMITS
 from tui.services.lora_command import COMMAND, LoraCommand
 
 
@@ -15,7 +16,10 @@ class Evaluation:
         self.adapters: Sequence[Path] = ()  # that are being evaluated
 
     async def run(self, adapters: Sequence[Path]) -> str:
-        """Evaluate adapters; returns what was wrong with some of them, or "". Raises UserError if it failed."""
+        """Evaluate adapters; returns what was wrong with some of them, or which of evaluate.limits they break, or "".
+
+        Raises UserError if it failed.
+        """
         if self.adapters:
             raise UserError(f"{len(self.adapters)} adapters are being evaluated. Wait until they are.")
         self.adapters = tuple(adapters)
@@ -23,6 +27,8 @@ class Evaluation:
         try:
             _, errors = await self._lora.run("evaluate", "--params", str(self._params), *options)
         except UserError as error:
+            if str(error).startswith(f"{LIMITS}: "):  # they were evaluated: it ends with 1 for their verdict
+                return str(error)
             raise UserError(f"Not evaluated: {error} Adapters that it had done are kept.") from None
         finally:
             self.adapters = ()

@@ -81,6 +81,8 @@ def describe_state(states: Sequence[StageState], started: bool, problem: str, co
     failed = [state.stage for state in states if state.state in ("failed", "died")]
     if failed:
         return f"✗ {failed[0].name}", f"✗ {failed[0].method}", f"bold {colors['error']}"
+    if broken := [state.broken for state in states if state.broken]:
+        return f"✗ {broken[0].counted} broken", "✗ limits", f"bold {colors['error']}"
     waiting = sum(state.state != "current" for state in states)
     text, style = (f"● {waiting} to run", colors["warning"]) if waiting else ("✓" * bool(states), colors["success"])
     return text, text, style

@@ -77,9 +77,9 @@ class Corrected(NamedTuple):
 
 def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, None, Findings]:
     """Train v_proj only, all targets, both with retain texts, and the recipe as written → two tables."""
+    from pipeline.evaluation.comparison import weight_bytes
     from pipeline.inference import engine
     from pipeline.inference.score import score, score_answers
-    from pipeline.stages.evaluate import weight_bytes
 
     trust = job.project.params.origin.trust_remote_code
     prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]

@@ -79,7 +79,7 @@ def measure(job: Job, settings: StudyMethods) -> Generator[Event, None, Findings
 
 def _cost(name: str, made: Trained) -> Row:
     """Parameters and bytes of a method; they do not depend on the seed."""
-    from pipeline.stages.evaluate import weight_bytes
+    from pipeline.evaluation.comparison import weight_bytes
 
     manifest, telemetry = read_manifest(made.folder), _telemetry(made)
     trainable, total = manifest["parameters"]["trainable"], manifest["parameters"]["total"]

@@ -49,6 +49,7 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
         if getattr(export, option) != default and option not in FORMATS[name].options:
             readers = " or ".join(other for other, format in FORMATS.items() if option in format.options)
             raise UserError(f"--{option.replace('_', '-')} needs --format {readers}, got {name}.")
+    yield from note_on_verdict(export.adapter)
     return (yield from FORMATS[name].write(export, out))
 
 
@@ -86,6 +87,15 @@ def adapter_folder(
                 copy_tokenizer(export.base or base_of(export.adapter), folder)
         text = card(export.adapter, None, export.base, export.base_name, out.name, library, commands)
         (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def note_on_verdict(adapter: Path) -> Iterator[Note]:
+    """A note if the adapter breaks evaluate.limits, by the evaluation that measured exactly its files."""
+    from pipeline.inference.catalog import VERDICT, measured_of
+
+    verdict = measured_of(adapter).get(VERDICT)
+    if verdict and verdict.broken:
+        yield Note(verdict.warning(str(adapter)))
 
 
 def note_on_quantization(export: Export) -> Iterator[Note]:

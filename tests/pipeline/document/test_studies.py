@@ -26,6 +26,7 @@ from pipeline.document.studies.fact_correction import column_names
 from pipeline.document.studies.knowledge_correction import StudyKnowledgeCorrection, runs_of
 from pipeline.document.tables import Cell, read_table
 from pipeline.errors import Interrupted
+from pipeline.evaluation.comparison import weight_bytes
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.inference.score import score
@@ -33,7 +34,6 @@ from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.load import Params
 from pipeline.project.params.schema import hints
 from pipeline.project.runner import Event, Job, Progress, input_facts, run
-from pipeline.stages.evaluate import weight_bytes
 from pipeline.stages.searches import grids
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
+from pipeline.project.gate import RETAIN
 from pipeline.project.new_project import write_project
 from pipeline.project.status import Status
 from pipeline.workbench import open_project
@@ -45,10 +46,7 @@ def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Pat
     assert {(one["variant"], one["limit"], one["wanted"]) for one in gate["broken"]} <= {
         (variant, "answers_kept", 1.0) for variant in ("lora", "full")
     }
-    assert err.endswith(
-        f"error: evaluate.limits: {len(gate['broken'])} limits are broken, by lora, full. Train again with other "
-        "settings, or change the limits.\n"
-    )
+    assert err.endswith(f"error: evaluate.limits: {len(gate['broken'])} limits are broken, by lora, full. {RETAIN}\n")
     for one in gate["broken"]:
         assert any(line.split()[:2] == [one["variant"], one["limit"]] for line in out.splitlines())
     assert {name: metrics(limited)[name] for name in before} == before, "the numbers are what they are"
@@ -61,6 +59,72 @@ def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Pat
     assert "| Full fine-tuning | answers_kept | at least 1 |" in report
     code, out, _ = cli("report", cwd=limited)
     assert (code, "limits broken:" in out) == (0, True), "to look at it is no failure"
+
+
+def test_an_adapter_beside_the_pipelines_is_judged_too(limited: Path, cli: Lora) -> None:
+    """As a variant is: its tasks and the limits that it breaks are printed, and the command ends with 1."""
+    shutil.copytree(limited / "artifacts/lora_adapter", limited / "artifacts/tried/copy")
+    command = ("evaluate", "--adapter", "artifacts/tried/copy", "--set")
+    code, out, err = cli(*command, BROKEN, cwd=limited)
+    assert code == 1
+    assert err.endswith(f"error: evaluate.limits: 1 limit is broken, by artifacts/tried/copy. {RETAIN}\n")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["artifacts/tried/copy", "answers_kept", "at", "least", "1"] in [line[:5] for line in lines]
+    for name in ("base", "artifacts/tried/copy"):
+        assert ["currencies", name] in [line[:2] for line in lines]
+    kept = KEPT.replace("variants: lora", "variants: full")
+    code, out, _ = cli(*command, kept, cwd=limited)
+    assert (code, "limits: kept by artifacts/tried/copy" in out) == (0, True), "it is named, so it is judged"
+    heading, *rows = cli("adapters", cwd=limited)[1].splitlines()
+    assert heading.startswith("adapter") and len(rows) == 2, "one table, also with the limits"
+    assert "passed" in next(row for row in rows if row.startswith("tried/copy"))
+
+
+def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: Lora) -> None:
+    """The file has all that were measured, each with its verdict."""
+    for name in ("one", "other"):
+        shutil.copytree(limited / "artifacts/lora_adapter", limited / f"artifacts/tried/{name}")
+    (limited / "artifacts/tried/other/README.md").write_text("so that it has a digest of its own", encoding="utf-8")
+    (limited / "artifacts/tried/other/manifest.json").unlink()
+    command = ("evaluate", "--set", BROKEN, "--adapter")
+    assert cli(*command, "artifacts/tried/one", cwd=limited)[0] == 1
+    code, out, _ = cli(*command, "artifacts/tried/other", "--json", cwd=limited)
+    printed = json.loads(out)
+    assert (code, printed["gate"]["variants"]) == (1, ["artifacts/tried/other"])
+    assert {*printed} == {"base", "artifacts/tried/one", "artifacts/tried/other", "gate"}
+    assert printed["artifacts/tried/one"]["trainable"] > 0 and "trainable" not in printed["artifacts/tried/other"]
+    file = json.loads((limited / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))
+    assert file["gate"]["variants"] == ["artifacts/tried/one", "artifacts/tried/other"]
+
+
+def test_json_is_one_document_with_the_verdict(limited: Path, cli: Lora) -> None:
+    code, out, err = cli("evaluate", "--json", "--set", BROKEN, cwd=limited)
+    assert (code, json.loads(out)) == (1, metrics(limited))
+    assert "error: evaluate.limits:" in err
+    code, out, _ = cli("evaluate", "--json", cwd=limited)
+    assert (code, "gate" in json.loads(out)) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "ADAPTER", "--format", "peft", "--out", "out"),
+        ("export", "ADAPTER", "--format", "merged", "--out", "out"),
+        ("merge", "--adapter", "ADAPTER", "--out", "out"),
+        ("push", "ADAPTER", "me/mine", "--base-name", "me/base", "--dry-run", "--out", "out"),
+    ],
+    ids=lambda command: " ".join(command[:4:3]),
+)
+def test_what_ships_an_adapter_names_its_broken_limits(limited: Path, cli: Lora, command: tuple[str, ...]) -> None:
+    words = [word.replace("ADAPTER", "artifacts/lora_adapter") for word in command]
+    cli("evaluate", "--set", BROKEN, cwd=limited)
+    code, _, err = cli(*words, cwd=limited)
+    assert code == 0
+    assert "artifacts/lora_adapter breaks evaluate.limits: answers_kept 0." in err and RETAIN in err
+    cli("evaluate", "--set", KEPT, cwd=limited)
+    shutil.rmtree(limited / "out")
+    code, _, err = cli(*words, cwd=limited)
+    assert (code, "evaluate.limits" in err) == (0, False)
 
 
 def test_two_evaluations_give_the_same_bytes(limited: Path, cli: Lora) -> None:
@@ -81,12 +145,13 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
     assert "gate" not in cli("adapters", cwd=limited)[1]
     assert cli("evaluate", "--set", KEPT, cwd=limited)[0] == 0
     assert badges() == ["passed", None], "full had none to keep"
-    assert "gate, the limits that were set for it: passed" in card(adapter)
+    assert "gate, the limits that were set for it: passed\n" in card(adapter)
     assert "task currencies: score" in card(adapter)
     heading, row = cli("adapters", cwd=limited)[1].splitlines()
     assert ("gate" in heading, "passed" in row) == (True, True)
     cli("evaluate", "--set", BROKEN, cwd=limited)
     assert badges() == ["failed: 1 limit", "failed: 1 limit"]
+    assert "gate, the limits that were set for it: failed: 1 limit (answers_kept 0." in card(adapter)
     assert json.loads(cli("adapters", "--json", cwd=limited)[1])[0]["gate"] == "failed: 1 limit"
     assert (
         cli("finetune", "lora", "--set", "finetune_lora.seed=5", cwd=limited)[0] == 0
@@ -98,6 +163,7 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
 def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli: Lora) -> None:
     def state() -> tuple[str, tuple[str, ...]]:
         now = Status().of(open_project(limited / "params.yaml"))["evaluate"]
+        assert (now.broken is not None) == any("failed" in reason for reason in now.reasons)
         return now.state, now.reasons
 
     save(limited / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})

@@ -1,6 +1,7 @@
 """Each limit is kept at its number and broken beyond; what was not measured keeps none."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.evaluation.kinds import KINDS
 from pipeline.evaluation.limits import verdict
-from pipeline.project.gate import badge
+from pipeline.project.gate import AGAIN, RETAIN, Verdict, read_verdict
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.project.params.sections import LIMITS, Evaluate
 from tests.helpers.projects import ROOT
@@ -69,20 +70,51 @@ def test_only_the_named_variants_must_keep_them() -> None:
     assert verdict({"new_loss": 2.0}, metrics, ["lora"])["passed"]
     gate = verdict({"new_loss": 2.0, "variants": ["lora", "full"]}, metrics, ["full", "lora"])
     assert [one["variant"] for one in gate["broken"]] == ["full"]
-    assert [badge({"gate": gate}, name) for name in ("full", "lora", "freeze", None)] == [
-        "failed: 1 limit",
-        "passed",
-        None,
-        "failed: 1 limit",
-    ]
+    verdicts = [read_verdict({"gate": gate}, name) for name in ("full", "lora", "freeze", None)]
+    assert [each and each.badge for each in verdicts] == ["failed: 1 limit", "passed", None, "failed: 1 limit"]
 
 
 @pytest.mark.parametrize(
-    "gate", [None, [], "passed", 1, {}, {"variants": 1, "broken": []}, {"variants": ["lora"], "broken": [1]}]
+    "gate",
+    [
+        *(None, [], "passed", 1, {}),
+        *({"variants": 1, "broken": []}, {"variants": ["lora"], "broken": [1]}),
+        {"variants": ["lora"], "broken": [{"variant": "lora", "limit": "new_loss", "wanted": 10**999, "value": 1}]},
+    ],
 )
-def test_a_manifest_from_elsewhere_gives_no_badge(gate: Any) -> None:
-    assert badge({"gate": gate}, "lora") is None
-    assert badge({}, "lora") is None
+def test_a_manifest_from_elsewhere_gives_no_verdict(gate: Any) -> None:
+    assert read_verdict({"gate": gate}, "lora") is None
+    assert read_verdict({}, "lora") is None
+
+
+def judged(limits: Mapping[str, Any], *variants: str) -> Verdict:
+    """The verdict on variants that measured the same."""
+    found = read_verdict({"gate": verdict(limits, dict.fromkeys(variants, MEASURED), variants)})
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("limit", ["answers_kept", "old_loss_rise", "divergence", "must_keep", "task_drop"])
+def test_a_broken_limit_of_forgetting_names_retention_as_the_next_step(limit: str) -> None:
+    broken = judged({limit: AT[limit][1]}, "lora")
+    assert "retention_data" in RETAIN and broken.next_step == RETAIN
+    assert broken.error == f"evaluate.limits: 1 limit is broken, by lora. {RETAIN}"
+    assert judged({limit: AT[limit][1], "new_loss": 1}, "lora").next_step == RETAIN
+
+
+def test_a_broken_limit_of_learning_does_not() -> None:
+    assert judged({"new_loss": 1}, "lora").next_step == judged({"tasks": {"sums": 2}}, "lora").next_step == AGAIN
+
+
+def test_a_verdict_says_what_was_wanted_and_measured() -> None:
+    broken = judged({"answers_kept": 0.95, "new_loss": 1.5, "must_keep": 1, "divergence": 0.1}, "lora")
+    assert broken.reasons[:2] == ["answers_kept 0.9, wanted at least 0.95", "new_loss 2, wanted at most 1.5"]
+    assert broken.warning("x").startswith(
+        "x breaks evaluate.limits: answers_kept 0.9, wanted at least 0.95; new_loss 2"
+    )
+    assert broken.warning("x").endswith(f"; 1 more. {RETAIN}")
+    both = judged({"new_loss": 1.5}, "lora", "full")
+    assert (both.badge, both.reasons[1]) == ("failed: 2 limits", "full: new_loss 2, wanted at most 1.5")
 
 
 def limits(value: Any) -> Any:

@@ -21,6 +21,7 @@ from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.workbench import open_project
+from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one
 
@@ -90,6 +91,33 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
         wanted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
         found = load(project / "artifacts/expanded", folder).model(ids)
     assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_it_is_evaluated(
+    project: Path, cli: Lora
+) -> None:
+    pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
+    write(project / "data/turned.jsonl", turned)
+    for changes, fell in (({}, False), ({"eval_share": 0, "eval_data": "data/turned.jsonl"}, True)):
+        flags = [word for setting in given(**changes) for word in ("--set", setting)]
+        code, out, err = cli("finetune", "dpo", *flags, cwd=project)
+        measured = artifact.read_manifest(project / OUTPUT)["preferences"]
+        before, after = (f"{measured[when]['accuracy']:.0%}" for when in ("before", "after"))
+        assert (code, f"  accuracy {before} → {after} on held-out pairs  loss " in out) == (0, True)
+        assert ("finetune_dpo: the accuracy fell. Lower finetune_dpo.learning_rate" in err) == fell
+        code, out, err = cli("report", cwd=project)
+        row = next(line.split() for line in out.splitlines() if line.startswith("dpo "))
+        assert (code, " ".join(row[3:6])) == (0, f"{before} → {after}")
+        assert f"dpo is not evaluated yet. Run `lora evaluate --adapter {OUTPUT}`." in err
+    listed = json.loads(cli("adapters", "--json", cwd=project)[1])
+    assert [(adapter["path"], adapter["method"]) for adapter in listed] == [(OUTPUT, "dpo")]
+    limits = "evaluate.limits={new_loss: 0}"
+    assert cli("evaluate", "--adapter", OUTPUT, "--set", limits, cwd=project)[0] == 1
+    code, out, err = cli("report", cwd=project)
+    measured = json.loads((project / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))[OUTPUT]
+    assert f"{measured['new_loss']:.3f}" in next(line for line in out.splitlines() if line.startswith("dpo "))
+    assert "dpo breaks evaluate.limits: new_loss " in err
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,20 @@ def _of_verdict(name: str) -> Callable[[Entry], Any]:
     return lambda entry: getattr(entry.verdict, name) if entry.verdict else None
 
 
+def breaks_limits(entry: Entry) -> bool:
+    """Whether an evaluation found that it breaks evaluate.limits."""
+    return bool(entry.verdict and entry.verdict.broken)
+
+
 def _sign(entry: Entry, colors: Colors) -> Text:
-    broken = bool(entry.verdict and entry.verdict.gate and entry.verdict.gate != PASSED)
-    return Text(SIGNS[entry.state], colors.get("warning" if broken else STATE_COLORS[entry.state], ""))
+    if breaks_limits(entry):
+        return Text(SIGNS[REFUSED], colors.get("error", ""))
+    return Text(SIGNS[entry.state], colors.get(STATE_COLORS[entry.state], ""))
 
 
-def _state(entry: Entry, _: Colors) -> Text:
+def _state(entry: Entry, colors: Colors) -> Text:
     gate = entry.gate.replace(f", gate {PASSED}", ", gate ✓").replace("gate failed: ", "breaks ")
-    return Text(f"{STATES[entry.state]}{gate}")
+    return Text(f"{STATES[entry.state]}{gate}", colors.get("error", "") if breaks_limits(entry) else "")
 
 
 @dataclass(frozen=True)

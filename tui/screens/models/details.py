@@ -116,8 +116,9 @@ def format_sentences(details: Details) -> Text:
         text.append(f"{measured}\n")
     elif verdict and entry.model.kind == "adapter" and entry.state != REFUSED:
         text.append("Not evaluated: E measures what it keeps and what it learned.\n")
-    if gate := verdict and verdict.gate:
-        text.append(f"evaluate.limits: {gate}.\n")
+    if verdict and verdict.gate:
+        reasons = f", {'; '.join(verdict.broken)}" if verdict.broken else ""
+        text.append(f"evaluate.limits: {verdict.gate}{reasons}.\n", "bold" if verdict.broken else "")
     if sentence := {
         VERIFIED: "Intact: its files, and an adapter's base, are those of its manifest.",
         UNBOUND: "No manifest: its base is compared by names and shapes only, when it is loaded.",
@@ -134,7 +135,8 @@ def _kind(details: Details) -> str:
         return "Its files are being read."
     if model.kind == "adapter" and model.rank is not None:
         alpha = config.get("lora_alpha")
-        name = "DoRA" if model.method == "dora" else "LoRA" if model.method == "lora" else model.method
+        other = f"LoRA by {model.method.upper()}" if config.get("peft_type") == "LORA" else model.method
+        name = {"dora": "DoRA", "lora": "LoRA"}.get(model.method, other)
         also = config.get("modules_to_save")
         whole = f"; {' and '.join(map(str, also))} trained in full" if isinstance(also, list) and also else ""
         scale = f", α {alpha:g}" if isinstance(alpha, int | float) else ""

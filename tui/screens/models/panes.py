@@ -29,7 +29,8 @@ class ModelsPane(Pane):
         "* **kept**: share of the base's answers to old sentences that are still the same; **forgot**: how much the "
         "loss on them rose, in nats per token.\n"
         "* **loss**: mean loss of the last epoch of training.\n"
-        "* **state**: `✓` the files are those that training wrote, `✗` they are not, `?` there is no manifest.\n\n"
+        "* **state**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a limit of "
+        "`evaluate.limits`; `?` there is no manifest.\n\n"
         "Sorted or filtered, all models are in one list, whatever folder they are in."
     )
     FILTER = True

@@ -14,7 +14,7 @@ from textual.widget import Widget
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import MUTED, SIGNS, short_name
+from tui.screens.pipeline.tree import MUTED, look_of, short_name
 
 LABEL_MARGIN = 3  # symbol and space before a name, a space after it
 STUDIES = "studies "
@@ -148,8 +148,7 @@ class DagView(Widget):
         for (row, column), character in self.drawing.lines.items():
             cells[row][column] = character, MUTED
         for name, position in self.drawing.positions.items():
-            state = self._states.get(name)
-            sign, style = SIGNS[state.state] if state else ("·", MUTED)
+            sign, style = look_of(self._states.get(name))
             label = "" if position.width == 2 else short_name(self._stages[name])  # a study is a sign alone
             reverse = "reverse" if name == self._chosen else ""
             cells[position.row][position.column] = sign, style if label else f"{style} {reverse}"

@@ -10,13 +10,14 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import MUTED, SIGNS
+from tui.screens.pipeline.tree import MUTED, look_of
 from tui.services.pipeline_process import Running
 from tui.widgets.pane import Pane
 from tui.widgets.plot.sparkline import sparkline
 from tui.widgets.text import duration
 
 STATES = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+BROKEN = "breaks evaluate.limits"  # in place of up to date
 LABEL = 5  # cells of the labels
 CURVE = 24  # cells of the losses
 NEXT = {  # what to press
@@ -49,8 +50,8 @@ def headline(state: StageState | None) -> Content:
     """The state, and of a run its progress."""
     if state is None:
         return Content.styled("…", MUTED)
-    sign, style = SIGNS[state.state]
-    text, run = f"{sign} {STATES.get(state.state, state.state)}", state.run
+    sign, style = look_of(state)
+    text, run = f"{sign} {BROKEN if state.broken else STATES.get(state.state, state.state)}", state.run
     if state.state == "running" and run and run.total:
         left = "" if run.eta is None else f"  {duration(run.eta)} left"
         text = f"{sign} {run.done / run.total:.0%}{left}  {run.done:,}/{run.total:,}"
@@ -60,11 +61,13 @@ def headline(state: StageState | None) -> Content:
 def facts_of(state: StageState, running: Running | None, losses: Sequence[float]) -> list[Fact]:
     """What is to say of a stage, the most important first."""
     run, rows = state.run, list[Fact]()
-    style = SIGNS[state.state][1] if state.state in ("failed", "died", "changed") else ""
-    reasons = [*state.reasons]
+    style = look_of(state)[1] if state.broken or state.state in ("failed", "died", "changed") else ""
+    reasons = [*state.reasons, *(state.broken.reasons if state.broken else ())]
     if run and run.message and run.message not in reasons and state.state != "running":
         reasons.append(f"its last run: {run.message}")
     rows += [("why", reason, style) for reason in reasons[:1]] + [("", reason, style) for reason in reasons[1:]]
+    if state.broken:
+        rows.append(("next", state.broken.next_step, MUTED))
     if state.state in NEXT:
         rows.append(("next", NEXT[state.state], MUTED))
     if losses:

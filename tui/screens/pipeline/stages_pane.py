@@ -14,7 +14,7 @@ from textual.widgets import OptionList
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import SIGNS, STUDIES, URGENCY, Row, draw_rows, group_state, tree_rows
+from tui.screens.pipeline.tree import SIGNS, STUDIES, URGENCY, Row, draw_rows, group_state, look_of, tree_rows
 from tui.widgets.pane import Pane
 from tui.widgets.text import KeyedList
 
@@ -91,7 +91,7 @@ DAG as a picture."""
         self._draw()
 
     def _draw(self) -> None:
-        counts = Counter(SIGNS[state.state] for state in self._states.values())
+        counts = Counter(look_of(state) for state in self._states.values())
         order = dict.fromkeys(SIGNS[state] for state in URGENCY)  # failed and died have one sign
         signs = [(f"{counts[sign]} {sign[0]}", sign[1]) for sign in order if counts[sign]]
         self.show_title()

@@ -23,6 +23,7 @@ SIGNS: Mapping[State, tuple[str, str]] = {
     "died": ("✗", "bold $text-error"),
 }
 URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
+BROKEN = SIGNS["failed"]  # of an evaluation whose models break evaluate.limits
 WORDS: Mapping[State, str] = {"missing": "not made", "waits": "waits"}
 BAR, MIN_BAR = 8, 3  # cells of a progress bar
 
@@ -36,6 +37,13 @@ class Row:
     label: str
     after: tuple[str, ...] = ()
     members: tuple[str, ...] = ()  # of the group
+
+
+def look_of(state: StageState | None) -> tuple[str, str]:
+    """The sign of a state and its style; a dot while none is known."""
+    if state is None:
+        return "·", MUTED
+    return BROKEN if state.broken else SIGNS[state.state]
 
 
 def short_name(stage: Stage) -> str:
@@ -106,7 +114,7 @@ def draw_rows(rows: Sequence[Row], states: Mapping[str, StageState], width: int)
 def _draw_row(row: Row, states: Mapping[str, StageState], names: int, width: int) -> Content:
     state = group_state(row.members, states) if row.members else states.get(row.key)
     label = pad_or_truncate(row.label, max(1, names - cell_len(row.guides)))
-    sign, style = SIGNS[state.state] if state else ("·", MUTED)
+    sign, style = look_of(state)
     line = Content.assemble((f"{sign} ", style), (row.guides, MUTED), label)
     took, room = _took(row, state), width - line.cell_length - 2
     if room < 4:
@@ -126,7 +134,7 @@ def _describe(row: Row, state: StageState | None, states: Mapping[str, StageStat
     """What is to say of a row in about `room` cells: progress, why its state is as it is, or what else it needs."""
     if state is None:
         return Content.styled("…", MUTED)
-    style, reasons = SIGNS[state.state][1], ", ".join(state.reasons)
+    style, reasons = look_of(state)[1], ", ".join(state.reasons)
     if row.members:
         known = [states[name] for name in row.members if name in states]
         text = Content.styled(f"{sum(one.state == 'current' for one in known)}/{len(row.members)}", MUTED)
@@ -140,7 +148,7 @@ def _describe(row: Row, state: StageState | None, states: Mapping[str, StageStat
     if state.state == "changed":
         return Content.styled(reasons, style)
     if state.state == "current" and reasons:  # of an evaluation: whether its limits are kept
-        return Content.styled(reasons, SIGNS["failed" if "failed" in reasons else "current"][1])
+        return Content.styled(reasons, style)
     words = WORDS.get(state.state, "")
     if state.state == "missing" and reasons and not reasons.startswith("needs "):  # the tree shows what it needs
         return Content.styled(f"{words}: {reasons}", MUTED)

@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.comparison import (
     MISSING,
-    broken_limits,
     by_variant,
     comparison,
     stages_by_variant,
@@ -18,6 +17,7 @@ from pipeline.evaluation.comparison import (
 from pipeline.evaluation.selection import choose, loss_of, pareto
 from pipeline.files.artifact import read_json, read_manifest, sealed_digest
 from pipeline.inference.catalog import BASES, Measurements, measured
+from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage
 
@@ -79,7 +79,7 @@ def _task_measure(task: str) -> Measure:
 
 @dataclass(frozen=True)
 class Method:
-    """A model that was evaluated. `cells`: heading of `comparison` → its text. `broken`: the limits that it breaks."""
+    """A model that was evaluated. `cells`: heading of `comparison` → its text. `verdict`: None without limits."""
 
     name: str
     stage: Stage
@@ -87,7 +87,12 @@ class Method:
     base: Path | None  # of an adapter; of others the expanded base beside which they are prompted
     numbers: Numbers
     cells: Mapping[str, str]
-    broken: tuple[str, ...]
+    verdict: Verdict | None
+
+    @property
+    def broken(self) -> list[str]:
+        """The limits that it breaks, each with what was measured."""
+        return self.verdict.reasons if self.verdict else []
 
     @property
     def trained(self) -> bool:
@@ -103,7 +108,7 @@ class Evaluation:
     learned: Sequence[Measure]
     kept: Sequence[Measure]
     tasks: Sequence[Measure]
-    gate: Mapping[str, Any] | None
+    limits: Verdict | None
 
     @property
     def forgot_least(self) -> Method | None:
@@ -119,11 +124,11 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """The gate's badge: whose limits were kept, or by how many they were broken; empty without limits."""
-        if self.gate is None:
+        if self.limits is None:
             return ""
-        broken = len(self.gate["broken"])
-        kept = f"limits kept by {', '.join(self.gate['variants'])}"
-        return f"✗ {broken} limit{'s' * (broken != 1)} broken" if broken else f"✓ {kept}"
+        if self.limits.broken:
+            return f"✗ {self.limits.counted} broken"
+        return f"✓ limits kept by {', '.join(self.limits.models)}"
 
 
 def read_evaluation(project: Project) -> Evaluation | None:
@@ -134,29 +139,29 @@ def read_evaluation(project: Project) -> Evaluation | None:
     metrics = read_json(path, "Run `lora evaluate` again")
     try:
         columns, rows = comparison(by_variant(metrics))
-        gate = metrics.get("gate")
-        broken = broken_limits(gate)[1] if gate else []
+        limits = read_verdict(metrics)
+        if limits is None and "gate" in metrics:
+            raise ValueError("a gate of another shape")
         texts = {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
         methods = [
-            _method(project, name, stage, metrics[name], texts[name], broken)
+            _method(project, name, stage, metrics[name], texts[name], read_verdict(metrics, name))
             for name, stage in stages_by_variant(project).items()
             if name in texts
         ]
         tasks = dict.fromkeys(task for method in methods for task in method.numbers.get("tasks", {}))
         every = [method.numbers for method in methods]
         evaluation = Evaluation(
-            methods, _distinct(LEARNED, every), _distinct(KEPT, every), [_task_measure(name) for name in tasks], gate
+            methods, _distinct(LEARNED, every), _distinct(KEPT, every), [_task_measure(name) for name in tasks], limits
         )
         # what has another shape is met here, and not while a screen is drawn
         task_scores(by_variant(metrics))
-        _ = evaluation.verdict
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
         raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
     return evaluation
 
 
 def _method(
-    project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], broken: Sequence[list[str]]
+    project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], verdict: Verdict | None
 ) -> Method:
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
         raise TypeError(f"{name} has counts that are none")
@@ -165,8 +170,7 @@ def _method(
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None
-    limits = tuple(f"{limit} {value}, {wanted}" for variant, limit, wanted, value in broken if variant == name)
-    return Method(name, stage, path, base, numbers, cells, limits)
+    return Method(name, stage, path, base, numbers, cells, verdict)
 
 
 def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Measure]:

@@ -207,7 +207,7 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
     def _show_facts(self, evaluation: Evaluation) -> None:
         variables, facts = self.app.theme_variables, list[str | Text]()
         if verdict := evaluation.verdict:
-            color = variables["success" if evaluation.gate and evaluation.gate["passed"] else "error"]
+            color = variables["error" if evaluation.limits and evaluation.limits.broken else "success"]
             facts.append(Text(verdict, f"bold {color}"))
         if least := evaluation.forgot_least:
             kept = evaluation.kept[0]
@@ -318,7 +318,9 @@ chance.
         numbers, variables = method.numbers, self.app.theme_variables
         for limit in method.broken:
             yield Text(f"✗ breaks {limit}", variables["error"])
-        if evaluation.gate and method.name in evaluation.gate["variants"] and not method.broken:
+        if method.verdict and method.broken:
+            yield Text(method.verdict.next_step)
+        elif method.verdict:
             yield Text("✓ keeps evaluate.limits", variables["success"])
         size = _size(method, evaluation).plain.strip()
         if "trainable" in numbers:

@@ -1,12 +1,12 @@
 """The curves screen: which runs are on, what is drawn of them, the keys and the mouse."""
 
+import json
 import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-import json
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.logs.runs import discover_runs
 from tests.helpers.curves import (

@@ -21,7 +21,7 @@ from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
 from tests.helpers.pilot import until
-from tests.helpers.projects import new_houses
+from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.models.screen import ModelsScreen
@@ -41,7 +41,9 @@ async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project:
         assert "intact, gate ✓" in s.row("full")
         assert "intact" in s.row("freeze") and "gate" not in s.row("freeze")
         await s.point("lora")
-        assert "evaluate.limits: failed: 2 limits." in s.details()
+        assert "evaluate.limits: failed: 2 limits, answers_kept 0, wanted at least 1; must_keep 0" in s.details()
+        await s.pilot.resize_terminal(120, 40)
+        assert s.row("lora").endswith("✗") and s.row("full").endswith("✓"), "also where there is no room for the state"
 
 
 async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
@@ -230,6 +232,15 @@ async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_k
             assert f"{metrics[f'artifacts/{name}']['forgetting']['answers_kept']:.0%}" in s.row(name)
         await s.press("E")
         assert s.messages().count("what was evaluated stays") == 2
+
+
+async def test_an_adapter_that_is_evaluated_and_breaks_a_limit_is_no_failure(project: Path) -> None:
+    save(project / "params.yaml", {"evaluate.limits": {"new_loss": 0}})
+    async with open_models(project) as s:
+        await s.press("end", "E")
+        await until(s.pilot, lambda: "evaluate.limits: 1 limit is broken, by artifacts/sweep/rank-2" in s.messages())
+        assert "Not evaluated" not in s.messages()
+        await until(s.pilot, lambda: s.row("sweep/rank-2").endswith("✗"))
 
 
 async def test_an_evaluation_that_fails_says_why(project: Path) -> None:

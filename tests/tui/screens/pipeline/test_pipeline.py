@@ -31,6 +31,7 @@ from tui.screens.pipeline.metrics_pane import MetricsPane
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stages_pane import StageTree
 from tui.screens.pipeline.tree import STUDIES, short_name
+from tui.widgets.header import Header
 from tui.widgets.pane import Pane
 
 SIZES = ((80, 24), (120, 40), (200, 60), (60, 16), (30, 8))
@@ -72,7 +73,14 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
     save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
     make(project, ["evaluate"])
     async with open_screen(project, (200, 60)) as (pilot, screen):
-        await until(pilot, lambda: "gate failed: 1 limit" in row(screen, "evaluate"))
+        await until(pilot, lambda: row(screen, "evaluate").startswith("✗ evaluate gate failed: 1 limit"))
+        await choose(pilot, screen, "evaluate")
+        await until(pilot, lambda: facts(screen)[0] == "evaluate  ✗ breaks evaluate.limits")
+        assert facts(screen)[1] == "why gate failed: 1 limit" and facts(screen)[2].startswith("answers_kept 0.")
+        assert "retention_data" in facts(screen)[3]
+        header = screen.query_one(Header)
+        await until(pilot, lambda: header.state[0] == "✗ 1 limit broken")
+        assert screen.app.theme_variables["error"] in header.state[2]
         save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 0.0}})
         await until(pilot, lambda: row(screen, "evaluate").startswith("● evaluate limits"))
 

@@ -5,11 +5,12 @@ from typing import get_args
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState, State
 from tests.helpers.projects import SHIPPED, STAGES
-from tui.screens.pipeline.tree import STUDIES, brief, draw_rows, tree_rows
+from tui.screens.pipeline.tree import MUTED, SIGNS, STUDIES, brief, draw_rows, tree_rows
 
 NEEDS = {name: [need for need in stage.needs if need in SHIPPED] for name, stage in SHIPPED.items()}
 
@@ -90,7 +91,15 @@ def test_what_a_row_says_of_each_state() -> None:
     assert line("missing", 40, ("needs expand_vocab",)) == "○ lora  not made"
     assert line("missing", 60, ("base must be minigpt",)) == "○ lora  not made: base must be minigpt"
     assert line("failed", 60, ("rank must be at least 1",)) == "✗ lora  failed: rank must be at least 1"
-    assert line("current", 40, ("gate failed: 1 limit",)) == "✓ lora  gate failed: 1 limit"
+    assert line("current", 40, ("gate passed",)) == "✓ lora  gate passed"
+
+
+def test_a_stage_whose_models_break_limits_is_red_though_it_is_up_to_date() -> None:
+    verdict = Verdict(("lora",), (Broken("lora", "new_loss", 1.0, 2.0),))
+    states = {"evaluate": StageState(STAGES["evaluate"], "current", ("gate failed: 1 limit",), None, verdict)}
+    (text,) = draw_rows(tree_rows({"evaluate": STAGES["evaluate"]}, {"evaluate": ()}, False), states, 40).values()
+    assert text.plain == "✗ evaluate  gate failed: 1 limit"
+    assert {str(span.style) for span in text.spans} - {MUTED} == {SIGNS["failed"][1]}
 
 
 def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:

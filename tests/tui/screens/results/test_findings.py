@@ -107,7 +107,7 @@ def test_the_gate_names_each_broken_limit(empty_project: Project) -> None:
     gate = {"passed": False, "variants": ["lora"], "broken": broken}
     found = evaluation(empty_project, base=kept(1), lora=kept(0.8), gate=gate)
     assert found.verdict == "✗ 1 limit broken"
-    assert [method.broken for method in found.methods] == [(), ("answers_kept 0.8, at least 0.9",)]
+    assert [method.broken for method in found.methods] == [[], ["answers_kept 0.8, wanted at least 0.9"]]
     found = evaluation(empty_project, base=kept(1), lora=kept(1), gate={**gate, "passed": True, "broken": []})
     assert found.verdict == "✓ limits kept by lora"
 

@@ -170,7 +170,8 @@ async def test_a_broken_limit_is_named(project: Path) -> None:
     async with results(project) as user:
         assert "✗ 1 limit broken" in user.title(MethodsPane)
         user.screen.query_one(MethodsPane).point("lora")
-        await until(user.pilot, lambda: "✗ breaks answers_kept 0.5, at least 0.99" in user.drawn(DetailPane))
+        await until(user.pilot, lambda: "✗ breaks answers_kept 0.5, wanted at least 0.99" in user.drawn(DetailPane))
+        assert "retention_data" in user.drawn(DetailPane)
         user.screen.query_one(MethodsPane).point("full")
         await until(user.pilot, lambda: "✓ keeps evaluate.limits" in user.drawn(DetailPane))
 
