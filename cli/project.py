@@ -117,7 +117,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
-    from pipeline.evaluation.comparison import TASKS, by_variant, comparison, legend, task_scores
+    from pipeline.evaluation.comparison import TASKS, by_variant, certified, comparison, legend, task_scores
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
 
@@ -130,7 +130,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
-    print_line(f"\n{legend(columns)}\n")
+    print_line("\n".join(["", legend(columns), *certified(by_variant(metrics)), ""]))
     if task_rows:
         print_table(task_columns, task_rows, right=task_columns[2:])
         print_line(f"\n{TASKS}\n")

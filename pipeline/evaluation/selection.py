@@ -43,8 +43,8 @@ def choose(rows: Rows, max_divergence: float | None = None) -> str:
         divergences = {name: float(rows[name].get("divergence", nan)) for name in losses}
         if any(map(isnan, divergences.values())):
             raise UserError(
-                "--max-divergence needs the divergence from the base, which was not measured. Set "
-                "finetune_sweep.old_data to a file of texts."
+                "--max-divergence needs the divergence from the base, which was not measured. Set evaluate.old_data, "
+                "or finetune_sweep.old_data, to a file of texts."
             )
         losses = {name: loss for name, loss in losses.items() if divergences[name] <= max_divergence}
         if not losses:

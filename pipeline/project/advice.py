@@ -25,6 +25,7 @@ class Facts(NamedTuple):
 
     `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples`, and
     `tokens` with a label, once each; `more`: there are more than these. `cut`: share that max_length truncates.
+    `measured`: the swept keys, if the settings are those of the best adapter of the project's sweep.
     """
 
     section: str
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
     tokens: int | None = None
     cut: float | None = None
     more: bool = False
+    measured: tuple[str, ...] = ()
 
 
 class Advice(NamedTuple):
@@ -70,7 +72,8 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
     settings, imports = project.params.section(facts.section), project.params.origin.imports
     advice = []
     for keys, imported_only, source, function in RULES:
-        if (imports or not imported_only) and all(hasattr(settings, key) for key in keys):
+        applies = (imports or not imported_only) and keys[0] not in facts.measured  # what was measured here counts more
+        if applies and all(hasattr(settings, key) for key in keys):
             answer = function(settings, facts)
             if answer:
                 advice.append(Advice(key_path(facts.section, keys[0]), getattr(settings, keys[0]), *answer, source))

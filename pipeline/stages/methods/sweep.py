@@ -6,6 +6,7 @@ The searches in `stages/searches` say which combinations, `evaluation/selection`
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -134,7 +135,9 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     )
     generation: Annotated[Count, "combinations that Optuna's sampler draws at once, for one pass"] = 8
     old_data: Annotated[
-        File, "texts on which each adapter's divergence from the base is measured at the end; empty: it is not"
+        File,
+        "texts on which each adapter's divergence from the base is measured at the end; empty: those of "
+        "evaluate.old_data",
     ] = ""
 
     def __post_init__(self) -> None:
@@ -200,7 +203,7 @@ STAGE = Stage(
     method="sweep",
     settings=FinetuneSweep,
     needs=("expand_vocab",),
-    data=("data", "eval_data", "retention_data", "finetune_sweep.old_data"),
+    data=("data", "eval_data", "retention_data", "finetune_sweep.old_data", "evaluate.old_data"),
     settings_from="finetune_lora",
     summary="Train one adapter per combination of a grid",
     title="LoRA sweep",
@@ -303,7 +306,8 @@ def _train_pass(
     dataset, held_out = yield from build_datasets(job, settings, base)
     max_weight = max(lora.retention_weight for _, lora in adapters.values())
     texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
-    kept = structs.replace(settings, retention_data=sweep.old_data, retention_weight=float(bool(sweep.old_data)))
+    old_data = sweep.old_data or params.section("evaluate").old_data
+    kept = structs.replace(settings, retention_data=old_data, retention_weight=float(bool(old_data)))
     old = yield from load_retention_texts(job, kept, base)
     specs = {}
     for name, (_, lora) in adapters.items():
@@ -386,6 +390,56 @@ def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
             "finetune_sweep.grid."
         )
     return {key: known[key] for key in keys}
+
+
+def beyond(rows: Mapping[str, Any], best: str, grid: Any) -> dict[str, tuple[str, list[Any]]]:
+    """Swept key → "lowest" or "highest", and values to go on with, where the best adapter has the last number tried.
+
+    Left out: a key that may go no further, such as rank 1; the seed, whose numbers have no order; what was drawn from
+    the middle of a range, of which the last number is chance.
+    """
+    searched = [grid] if isinstance(grid, Mapping) else grid
+    ranges = {key: options for each in searched for key, options in each.items() if isinstance(options, Mapping)}
+    found: dict[str, tuple[str, list[Any]]] = {}
+    for key, value in rows[best]["values"].items():
+        tried = sorted({row["values"][key] for row in rows.values() if _is_number(row["values"].get(key))})
+        if key == "seed" or len(tried) < 2 or value not in (tried[0], tried[-1]):
+            continue
+        if key in ranges and not _is_near_end(value, **ranges[key]):
+            continue
+        edge, near = ("lowest", tried[1]) if value == tried[0] else ("highest", tried[-2])
+        further = [*dict.fromkeys([value, *filter(partial(_is_valid, key), _steps(near, value))])]
+        if len(further) > 1:
+            found[key] = edge, further
+    return found
+
+
+def _is_near_end(value: float, low: float, high: float, log: bool) -> bool:
+    """Whether a number is in the outer tenths of a range."""
+    if log:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return not 0.1 < (value - low) / (high - low) < 0.9
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _steps(near: Any, value: Any) -> list[Any]:
+    """The two numbers that go on from `near` to `value` and beyond, by the same factor."""
+    ratio = value / near if near and value else 0
+    numbers = [value * ratio, value * ratio**2] if ratio else [value + (value - near)]
+    if isinstance(value, int):
+        return [round(number) for number in numbers]
+    return [float(f"{number:.2g}") for number in numbers]
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    try:
+        check_value(hints(FinetuneLora)[key], value, key, ValueSource(""))
+    except UserError:
+        return False
+    return True
 
 
 def _adapter_name(values: Values) -> str:

@@ -1,6 +1,7 @@
 """What an evaluation and a sweep measured: their files, read as plain values for the panes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -20,6 +21,8 @@ from pipeline.files.artifact import read_json, read_manifest, sealed_digest
 from pipeline.inference.catalog import BASES, Measurements, measured
 from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage
+from pipeline.project.status import apart
+from pipeline.stages.methods.sweep import beyond
 
 METRICS, SWEEP = "metrics.json", "finetune_sweep"
 SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
@@ -86,6 +89,7 @@ class Method:
     numbers: Numbers
     cells: Mapping[str, str]
     broken: tuple[str, ...]
+    apart: tuple[str, ...] = ()  # how its settings differ from the params file's
 
     @property
     def trained(self) -> bool:
@@ -125,19 +129,26 @@ class Evaluation:
 
 
 def read_evaluation(project: Project) -> Evaluation | None:
-    """The project's last evaluation; None if there is none. Raises UserError for a file that holds something else."""
+    """The project's last evaluation, and what is known of adapters that ran unlisted; None if there is nothing.
+
+    Raises UserError for a file that holds something else.
+    """
     path = project.artifact("evaluate") / METRICS
-    if not path.is_file():
+    unlisted = {stage: numbers for stage in project.unlisted().values() if (numbers := _numbers_of(project, stage))}
+    if not path.is_file() and not unlisted:
         return None
-    metrics = read_json(path, "Run `lora evaluate` again")
+    metrics = read_json(path, "Run `lora evaluate` again") if path.is_file() else {}
     try:
-        columns, rows = comparison(by_variant(metrics))
+        every_variant = {**by_variant(metrics), **{stage.variant: numbers for stage, numbers in unlisted.items()}}
+        stages = {**stages_by_variant(project), **{stage.variant: stage for stage in unlisted}}
+        marks = apart(project)
+        columns, rows = comparison(every_variant)
         gate = metrics.get("gate")
         broken = broken_limits(gate)[1] if gate else []
         texts = {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
         methods = [
-            _method(project, name, stage, metrics[name], texts[name], broken)
-            for name, stage in stages_by_variant(project).items()
+            _method(project, name, stage, every_variant[name], texts[name], broken, marks.get(stage.name, ()))
+            for name, stage in stages.items()
             if name in texts
         ]
         tasks = dict.fromkeys(task for method in methods for task in method.numbers.get("tasks", {}))
@@ -153,18 +164,42 @@ def read_evaluation(project: Project) -> Evaluation | None:
     return evaluation
 
 
+def _numbers_of(project: Project, stage: Stage) -> Numbers:
+    """Of what the project's evaluation does not have: its manifest's numbers, and what `lora evaluate --adapter`
+    measured of exactly these files. Empty for a sweep, and where there is none."""
+    folder = project.artifact(stage.name)
+    try:
+        manifest = read_manifest(folder)
+        total, trained = (int(manifest["parameters"][key]) for key in ("total", "trainable"))
+        numbers = {**measured([project.root / ARTIFACTS]).get(sealed_digest(manifest), {})}
+    except (UserError, KeyError, TypeError, ValueError):
+        return {}
+    if not stage.variant or not total:
+        return {}
+    numbers.pop("gate", None)  # its own limits are not those of the project's evaluation
+    numbers |= {"parameters": total, "trainable": trained, "trainable_percent": 100 * trained / total}
+    numbers |= {"preferences": manifest["preferences"]} if "preferences" in manifest else {}
+    return {**numbers, "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
+
+
 def _method(
-    project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], broken: Sequence[list[str]]
+    project: Project,
+    name: str,
+    stage: Stage,
+    numbers: Numbers,
+    cells: Mapping[str, str],
+    broken: Sequence[list[str]],
+    marks: tuple[str, ...],
 ) -> Method:
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
         raise TypeError(f"{name} has counts that are none")
     path = project.artifact(stage.name)
-    base: Path | None = project.artifact(project.variants[name][0])
+    base: Path | None = project.artifact(project.variants.get(name, ("expand_vocab", None))[0])
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None
     limits = tuple(f"{limit} {value}, {wanted}" for variant, limit, wanted, value in broken if variant == name)
-    return Method(name, stage, path, base, numbers, cells, limits)
+    return Method(name, stage, path, base, numbers, cells, limits, marks)
 
 
 def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Measure]:
@@ -200,6 +235,7 @@ class Sweep:
     keys: Sequence[str]
     held_out: bool
     base: Path
+    edges: Sequence[str] = ()  # such as `learning_rate highest`: where the best has the last value tried
 
     @property
     def diverges(self) -> bool:
@@ -209,8 +245,6 @@ class Sweep:
 
 def read_sweep(project: Project) -> Sweep | None:
     """The project's sweep; None if it has none. Raises UserError for a file that holds something else."""
-    if SWEEP not in project.readable:
-        return None
     folder = project.artifact(SWEEP)
     path = folder / TABLE
     if not path.is_file():
@@ -240,9 +274,13 @@ def read_sweep(project: Project) -> Sweep | None:
         held_out = any(row["eval_loss"] is not None for row in rows.values())
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} holds no sweep. Run `lora finetune sweep` again.") from None
+    edges: list[str] = []
+    with suppress(UserError, KeyError, TypeError, ValueError, AttributeError):  # what it searched is not known
+        found = beyond(rows, best, read_manifest(folder)["params"]["grid"])
+        edges = [f"{key} {edge}" for key, (edge, _) in found.items()]
     names = dict.fromkeys(key for trial in trials for key in trial.values)
     keys = [key for key in names if len({repr(trial.values.get(key)) for trial in trials}) > 1]
-    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"))
+    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"), edges)
 
 
 def _kept(adapter: Path, measurements: Measurements) -> float | None:
