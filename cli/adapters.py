@@ -10,6 +10,7 @@ from typer import Argument, Context, Option
 
 from cli.export import HELP, export
 from cli.options import (
+    DEFAULT_PARAMS,
     AdapterArgument,
     BaseNameOption,
     BaseOption,
@@ -19,6 +20,7 @@ from cli.options import (
     TrustOption,
     finite,
     group,
+    project_of,
 )
 from pipeline.weights import foreign
 
@@ -60,8 +62,10 @@ def show(
     store = DigestStore()
     found = list_adapters(folder, store.fingerprint, store.contents)
     store.save()
+    marks = _marks()
     if as_json:
-        print_json([{**asdict(adapter), "path": str(adapter.path)} for adapter in found])
+        rows_of = ((adapter, marks.get(adapter.path.resolve(), ())) for adapter in found)
+        print_json([{**asdict(adapter), "path": str(adapter.path), "apart": apart} for adapter, apart in rows_of])
         return
     if not found:
         print_line(f"No adapters in {folder}. Make one with `lora finetune lora`, or look elsewhere with --folder.")
@@ -81,12 +85,28 @@ def show(
             number(adapter.final_loss, ".3f"),
             number(adapter.forgetting, "+.3f"),
             adapter.gate or "",
-            adapter.problem or "verified",
+            "; ".join([adapter.problem or "verified", *marks.get(adapter.path.resolve(), ())]),
         )
         rows.append(row)
     shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
     cells = [[row[n] for n in shown] for row in rows]
     print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"), optional=OPTIONAL)
+    if any(adapter.path.resolve() in marks for adapter in found):
+        print_line(
+            f"\nrank 8 → 4: it was trained with 8, {DEFAULT_PARAMS} says 4. The next run of its stage replaces it."
+        )
+
+
+def _marks() -> dict[Path, tuple[str, ...]]:
+    """Folder → how its settings differ from those of params.yaml, if the working folder is a project."""
+    from pipeline.errors import UserError
+    from pipeline.project.status import apart
+
+    try:
+        project = project_of(DEFAULT_PARAMS)
+    except UserError:
+        return {}
+    return {project.artifact(name).resolve(): reasons for name, reasons in apart(project).items()}
 
 
 @adapters.command()

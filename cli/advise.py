@@ -90,6 +90,7 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
             **_count_parameters(project, stage, model),
             **_count_data(project, stage, tokenizer),
             left=_leaves_alpha(project, stage.section),
+            measured=_measured_keys(project, stage),
         )
         for stage in stages
     ]
@@ -102,6 +103,31 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
     params = project.params
     changed = hasattr(params.section(section), "rank") and params.source(section, "rank") == OVERRIDE
     return changed and params.source(section, "alpha") not in (OVERRIDE, PRETRAINED)
+
+
+def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
+    """The keys that the project's sweep varied, if the settings are those of its best adapter, or one of its front."""
+    from pipeline.errors import UserError
+    from pipeline.evaluation.selection import choose, pareto
+    from pipeline.files.artifact import read_json
+    from pipeline.project.logs.run_log import TABLE
+
+    sweep = next((each for each in project.graph.product.values() if each.kind == "adapters"), None)
+    if sweep is None or sweep.section != stage.name:
+        return ()
+    settings = project.section(stage)
+    with suppress(UserError, KeyError, TypeError, AttributeError, ValueError):  # there is none, or it is not ours
+        rows = read_json(project.artifact(sweep.name) / TABLE, "")
+        for name in {choose(rows), *pareto(rows)}:
+            values = rows[name]["values"]
+            if all(_plain(getattr(settings, key)) == value for key, value in values.items()):
+                return tuple(values)
+    return ()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shapes(project: "Project", base: str) -> "Architecture | None":
@@ -164,5 +190,6 @@ def _describe(facts: "Facts") -> str:
         f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
         f"{facts.tokens:,} trained tokens" if facts.tokens is not None else "tokens unknown until the base is there",
         f"{facts.cut:.0%} truncated" if facts.cut else "",
+        f"{', '.join(facts.measured)} as the best of the sweep" if facts.measured else "",
     ]
     return ", ".join(filter(None, parts))

@@ -188,7 +188,7 @@ def print_metrics(metrics: Mapping[str, Any], path: Path, others: Mapping[str, A
     """
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
-    from pipeline.evaluation.comparison import TASKS, by_variant, comparison, legend, task_scores
+    from pipeline.evaluation.comparison import TASKS, by_variant, certified, comparison, legend, task_scores
 
     try:
         models = {**by_variant(metrics), **(others or {})}
@@ -197,7 +197,7 @@ def print_metrics(metrics: Mapping[str, Any], path: Path, others: Mapping[str, A
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
-    print_line(f"\n{legend(columns)}\n")
+    print_line("\n".join(["", legend(columns), *certified(models), ""]))
     if task_rows:
         print_table(task_columns, task_rows, right=task_columns[2:])
         print_line(f"\n{TASKS}\n")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 app = group()
-runs = group(help="List training runs; send finished ones to a tracker.", invoke_without_command=True)
+runs = group(help="List training runs; take one again; send them to a tracker.", invoke_without_command=True)
 app.add_typer(runs, name="runs")
 
 
@@ -31,8 +31,8 @@ def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: 
     from datetime import datetime
 
     from cli.console import print_json, print_line, print_table
+    from pipeline.project.cache import SHORT_KEY
     from pipeline.project.logs.run_log import final_loss, read_steps
-    from pipeline.project.logs.runs import SHORT_KEY
 
     rows = []
     for run in _find(project_of(params)):
@@ -54,7 +54,35 @@ def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: 
         for row in rows
     ]
     print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
-    print_line("\nSend finished ones with `lora runs export KEY --to TRACKER`.")
+    print_line("\nTake one again with `lora runs apply KEY`; send one with `lora runs export KEY --to TRACKER`.")
+
+
+@runs.command()
+def apply(
+    name: Annotated[str, Argument(metavar="RUN", help="Its key in `lora runs`.")],
+    params: ParamsOption = DEFAULT_PARAMS,
+) -> None:
+    """Take an earlier run again: its settings into the params file, its artifact from the cache.
+
+    The one that it replaces stays in the cache.
+    """
+    from cli.applied import apply as write
+    from cli.console import print_line
+    from pipeline.errors import UserError
+    from pipeline.project.reapply import restore, settings_to_write
+
+    project = project_of(params)
+    run = _select(_find(project), name)[0]
+    if not run.key:
+        raise UserError(f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the others.")
+    if project.home(run.stage) is not project:
+        raise UserError(
+            f"{run.stage} is a stage of {project.params.project}. Run this in {project.home(run.stage).root}."
+        )
+    values = settings_to_write(project, run)
+    restore(project, run)
+    write(project, values, name)
+    print_line(f"{project.artifact_name(run.stage)} is the one of {run.label}.")
 
 
 @runs.command()
@@ -109,7 +137,7 @@ def _find(project: Project) -> list[Run]:
 def _select(found: list[Run], name: str | None) -> list[Run]:
     """The runs that are meant. Raises UserError if there is none."""
     from pipeline.errors import UserError
-    from pipeline.project.logs.runs import SHORT_KEY
+    from pipeline.project.cache import SHORT_KEY
 
     last = {run.stage: run for run in reversed(found)}
     chosen = [run for run in found if run.key[:SHORT_KEY] == name] or ([last[name]] if name in last else [])

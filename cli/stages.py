@@ -118,11 +118,15 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         dry_run: Annotated[
             bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")
         ] = False,
+        apply: Annotated[bool, Option("--apply", help="Then write the values of --set into the params file.")] = False,
         _device: DeviceOption = None,
     ) -> None:
         from pipeline.errors import UserError
         from pipeline.project.process import world
 
+        if apply and (dry_run or not overrides):
+            why = "--dry-run makes nothing" if dry_run else "there are none"
+            raise UserError(f"--apply writes the values of --set once they have trained, but {why}. Leave it out.")
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return
@@ -138,8 +142,9 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             given += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
+            given += ["--apply"] * apply
             raise Exit(launch(devices, ["finetune", stage.method, *given], nodes, endpoint or ""))
-        run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
+        run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
 
     return command
 
@@ -149,7 +154,7 @@ def _print_plan(project: Project, stage: Stage) -> None:
     from cli.console import duration, follow, print_line
     from pipeline.models.device import available_memory, device_info
     from pipeline.project.logs.run_log import in_units
-    from pipeline.project.status import Status
+    from pipeline.project.status import Status, apart
     from pipeline.stages.quickstart import try_stage
 
     project.stage(stage.name)
@@ -164,6 +169,9 @@ def _print_plan(project: Project, stage: Stage) -> None:
     states = Status().of(project)
     waiting = [one.command for name, one in project.stages.items() if states[name].state != "current"]
     print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
+    for name, reasons in apart(project).items():
+        if name in project.stages:
+            print_line(f"  it replaces {project.artifact_name(name)}, made with other settings: {', '.join(reasons)}")
 
 
 def _sweep(
@@ -192,15 +200,20 @@ def _sweep(
         overrides.append(f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}")
     run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
     if not UNDER_DVC:
-        _choose(project_of(params, overrides), max_divergence, apply)
+        from pipeline.project.params.load import read_overrides
+
+        _choose(project_of(params, overrides), read_overrides(overrides), max_divergence, apply)
 
 
-def _choose(project: Project, max_divergence: float | None, apply: bool) -> None:
-    """Print the table of a sweep's adapters and which of them to take; write its values into the params file."""
+def _choose(project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool) -> None:
+    """Print the table of a sweep's adapters and which of them to take; write its values into the params file, and those
+    that --set gave all of them."""
+    from cli.applied import apply as write
     from cli.console import print_line, print_table
-    from pipeline.evaluation.selection import choose, loss_of, pareto
+    from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
+    from pipeline.project.params.edit import dump_inline
 
     table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
     front = pareto(table)
@@ -218,26 +231,16 @@ def _choose(project: Project, max_divergence: float | None, apply: bool) -> None
     print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
     if row["eval_loss"] is None:
         print_line("No example is held out: the training loss decides. Set finetune_lora.eval_share.")
+    grid, lora = project.params.finetune_sweep.grid, type(project.params.finetune_lora)
+    for key, (edge, further) in beyond(table, best, grid, lora).items():
+        longer = dump_inline({key: further})
+        print_line(
+            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one may be beyond it. "
+            f"Sweep on with --set 'finetune_sweep.grid={longer}'."
+        )
     if apply:
-        _apply(project, row["values"])
-
-
-def _apply(project: Project, values: Mapping[str, Any]) -> None:
-    """Write an adapter's values into finetune_lora of the params file, and print the lines that changed."""
-    from difflib import unified_diff
-
-    from cli.console import print_line
-    from pipeline.errors import UserError
-    from pipeline.project.params.edit import save
-
-    path = project.params_path
-    if project.parent and "finetune_lora" in project.parent.params.written - project.params.written:
-        raise UserError(f"--apply: finetune_lora is a section of {project.params.project}. Set it there by hand.")
-    before = path.read_text(encoding="utf-8")
-    save(path, {f"finetune_lora.{key}": value for key, value in values.items()}, project.graph.sections)
-    lines = unified_diff(before.splitlines(), path.read_text(encoding="utf-8").splitlines(), n=0, lineterm="")
-    changed = [line for line in [*lines][2:] if line[0] in "+-"]
-    print_line("\n".join([f"{path.name}:", *changed]) if changed else f"{path.name} has these values already.")
+        shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
+        write(project, {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}})
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
@@ -402,8 +405,12 @@ def run_stage(
     checkpoint_every: int | None = None,
     shard: bool | None = None,
     silent: bool = False,
+    apply: bool = False,
 ) -> None:
-    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent` on stdout."""
+    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent` on stdout.
+
+    `apply`: then write the overrides into the params file.
+    """
     from cli.advise import advice_notes
     from cli.console import follow, print_line, print_note
     from pipeline.errors import UserError
@@ -466,3 +473,31 @@ def run_stage(
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
     if preferences and after < before:
         print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")
+    if apply:
+        from cli.applied import apply as write
+        from pipeline.project.params.load import read_overrides
+
+        write(project, read_overrides(overrides or ()))
+    elif overrides and stage.trains and not UNDER_DVC:
+        _note_overrides(project, stage)
+
+
+def _note_overrides(project: Project, stage: Stage) -> None:
+    """Say how what --set made differs from the params file, and what replaces it."""
+    from cli.console import print_note
+    from pipeline.errors import UserError
+    from pipeline.project.runner import changed_params, settings_of
+
+    file = project.params.file
+    try:
+        plain = project_of(project.params_path)
+    except UserError:  # the file is valid with these values only
+        return
+    has_dvc = (project.root / "dvc.yaml").is_file()
+    again = "`dvc repro`" if has_dvc else f"`{stage.command}` without --set"
+    can_apply = stage.name.startswith("finetune_") and stage.kind != "adapters"
+    keep = " --apply writes what was --set into it." * can_apply
+    if stage.name not in plain.readable:
+        print_note(f"{file} has no section {stage.name}{', so `dvc repro` does not make it' * has_dvc}.{keep}")
+    elif changed := changed_params(settings_of(project, stage), settings_of(plain, stage)):
+        print_note(f"{file} says otherwise: {', '.join(changed)}. {again} replaces this result.{keep}")

@@ -46,6 +46,7 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from textual.command import Provider
 
+    from pipeline.project.stage_graph import Project
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
@@ -289,7 +290,10 @@ class Workbench(App[None]):
                 from pipeline.project.new_project import renew_code_yaml  # not before the first paint
 
                 await asyncio.to_thread(renew_code_yaml, project)
+            replaced = await asyncio.to_thread(_replaced_by, project, arguments) if project else ""
             running = self.runner.start(arguments)
+            if replaced:
+                self.log_message(f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the earlier.")
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.look_now()
 
@@ -466,6 +470,15 @@ class Workbench(App[None]):
         """Warn that a key of the config was already taken: its former action has no key now."""
         lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
         self.log_message(f"{config_path().name}: conflicting keys on {node}; no key is left for {lost}.", "warning")
+
+
+def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
+    """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other settings."""
+    from pipeline.project.status import apart
+
+    one = arguments[-1] if "--single-item" in arguments else ""
+    marks = {name: reasons for name, reasons in apart(project).items() if name in project.stages}
+    return "; ".join(f"{name} {', '.join(reasons)}" for name, reasons in marks.items() if one in ("", name))
 
 
 def _abbreviate_home(path: Path) -> str:

@@ -41,6 +41,12 @@ class Answers:
             self._base.setdefault(task.name, scores)
         return {"tasks": measured} if measured else {}
 
+    def copy(self, model: str, other: str) -> None:
+        """The answers of one model stand for those of another, which is the same in other files."""
+        for rows in self._rows.values():
+            for row in rows:
+                row["answers"][other] = row["answers"][model]
+
     def predictions(self) -> dict[str, Any]:
         """Their part of predictions.json."""
         return {"tasks": self._rows} if self.tasks else {}

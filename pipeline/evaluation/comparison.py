@@ -119,6 +119,12 @@ def legend(columns: Sequence[str]) -> str:
     return "\n".join(line for heading, line in LEGEND if not heading or heading in columns)
 
 
+def certified(metrics: Mapping[str, Any]) -> list[str]:
+    """A line for each variant whose numbers are another's, as its certificate says that both answer alike."""
+    copies = {name: numbers["measured_as"] for name, numbers in metrics.items() if "measured_as" in numbers}
+    return [f"{name}: the numbers of {other}, by the certificate of the merge." for name, other in copies.items()]
+
+
 def _cells(numbers: Mapping[str, Any]) -> list[str]:
     trained, forgetting, preferences = map(numbers.get, ("trainable", "forgetting", "preferences"))
     return [

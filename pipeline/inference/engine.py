@@ -2,7 +2,7 @@
 terminal app and evaluate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,11 @@ def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
     return {name: pair for name, pair in folders.items() if all(each is None or each.is_dir() for each in pair)}
 
 
-def variants(project: Project) -> Iterator[LoadedModel]:
-    """The models of `variant_folders`."""
+def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
+    """The models of `variant_folders`, but for those `without`."""
     for name, folders in variant_folders(project).items():  # a generator: one large model is in memory at a time
-        yield load(*folders, name, project.params.origin.trust_remote_code)
+        if name not in without:
+            yield load(*folders, name, project.params.origin.trust_remote_code)
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:

@@ -27,7 +27,8 @@ class Facts(NamedTuple):
 
     `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples`, and
     `tokens` with a label, once each; `more`: there are more than these. `cut`: share that max_length truncates. `left`:
-    the rank is changed by --set, and alpha stays as a file sets it.
+    the rank is changed by --set, and alpha stays as a file sets it. `measured`: the swept keys, if the settings are
+    those of the best adapter of the project's sweep.
     """
 
     section: str
@@ -39,6 +40,7 @@ class Facts(NamedTuple):
     cut: float | None = None
     more: bool = False
     left: bool = False
+    measured: tuple[str, ...] = ()
 
 
 class Advice(NamedTuple):
@@ -85,7 +87,8 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
     continues = bool(getattr(settings, "init_from", ""))
     answers: list[tuple[float, Advice]] = []
     for keys, imported_only, source, function in RULES:
-        if (imported_only and not imports) or (continues and keys[0] in TAKEN_OVER):
+        applies = (imports or not imported_only) and keys[0] not in facts.measured  # what was measured here counts more
+        if not applies or (continues and keys[0] in TAKEN_OVER):
             continue
         if all(hasattr(settings, key) for key in keys) and (answer := function(settings, facts)):
             key, yours = key_path(facts.section, keys[0]), getattr(settings, keys[0])

@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 
+SHORT_KEY = 8  # characters of a key that name an entry to a user
 FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")  # that determine an artifact
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -79,6 +80,10 @@ class Cache:
             if not entry.is_dir():
                 with artifact.writing(entry) as folder:
                     _copy(source, folder)
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether there is an entry; it may be damaged."""
+        return bool(key) and (self.root / stage / key).is_dir()
 
     def entries(self) -> list[CacheEntry]:
         """All entries, most recently used first."""

@@ -1,6 +1,7 @@
 """Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy in the cache."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project import provenance
-from pipeline.project.cache import Cache, Damaged, cache_key
+from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
+from pipeline.project.logs.run_state import Settings
 from pipeline.project.stage_graph import Project, Stage
 
 
@@ -83,6 +85,20 @@ def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list
     return [name for name, digest in now.items() if made_from.get(name) != digest]
 
 
+def changed_params(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How params differ from those in a manifest: `rank 4 → 8`."""
+    plain = json.loads(json.dumps(now))  # tuples are lists in a manifest
+    return [
+        f"{key} {_abbreviate(before.get(key))} → {_abbreviate(value)}"
+        for key, value in plain.items()
+        if before.get(key) != value
+    ]
+
+
+def _abbreviate(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")  # org/name, with a revision and a split
 Work = Callable[[Job], Generator[Event, None, Facts]]
 
@@ -96,6 +112,7 @@ class Digests:
 
 
 DIGESTS = Digests()
+MOST = 4  # changed params that a note names
 
 
 def run(
@@ -129,9 +146,13 @@ def _make(
     manifest = input_facts(project, stage)
     key = cache_key(manifest)
     cache = Cache(project.cache)
+    settings = Settings(key, manifest["params"])
+    yield from _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
+        run_state.write_settings(folder, made=settings)
         _discard_checkpoints_of(key, folder)  # of a process that was killed right after it had stored the result
         return
+    run_state.write_settings(folder, run=settings)
     with artifact.writing(target) as out:  # whole or not at all: a stage that fails leaves the last result in place
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
         for name, digest in _inputs(project, stage).items():
@@ -142,7 +163,35 @@ def _make(
         cache.store(stage.name, key, target)
     except OSError as error:
         yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
+    run_state.write_settings(folder, made=settings)
     discard_checkpoints(folder)
+
+
+def _keep_replaced(
+    cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings
+) -> Generator[Event, None, None]:
+    """Note which trained model is replaced by one with other settings; the cache then has it."""
+    if not stage.look:
+        return
+    try:
+        manifest = artifact.read_manifest(target)
+        before: Settings | None = Settings(cache_key(manifest), dict(manifest["params"]))
+    except (UserError, KeyError, TypeError, ValueError):  # DVC removes an output before it runs the stage
+        before = run_state.read_settings(folder, "made")
+    changed = changed_params(before.params, settings.params) if before else []
+    if not before or not changed:
+        return
+    keep(cache, stage, target)
+    more = f" and {len(changed) - MOST} more" * (len(changed) > MOST)
+    back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back" * cache.has(stage.name, before.key)
+    yield Note(f"{stage.name}: replaces the earlier one: {', '.join(changed[:MOST])}{more}{back}")
+
+
+def keep(cache: Cache, stage: Stage, target: Path) -> None:
+    """Store the artifact in place, if it is whole and not in the cache any more."""
+    with suppress(UserError, OSError, KeyError, TypeError, ValueError):
+        if key := cache_key(artifact.verify(target)):
+            cache.store(stage.name, key, target)
 
 
 def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
@@ -170,18 +219,23 @@ def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> F
     # are. Code counts as the modules that the stage imports, not as a commit: an edit elsewhere makes nothing again.
     # Libraries count because another torch rounds differently. Folders do not, so that a project can move and two can
     # share a cache; nor do the device and the number of processes: what one made is a result for all.
-    section = project.stage_params(stage)
+    section = settings_of(project, stage)
     extra = ["bitsandbytes"] if _uses_quantization(stage, section) else []
     return {
         "kind": stage.kind,
         "method": stage.method,
         "stage": stage.name,
         "seed": section.get("seed"),
-        "params": {key: _without_paths(value) for key, value in section.items()},
+        "params": section,
         "inputs": _inputs(project, stage, digests),
         "code": digests.code(*stage.code),
         "versions": provenance.versions(*extra),
     }
+
+
+def settings_of(project: Project, stage: Stage) -> Facts:
+    """The params that affect the stage's output, as its manifest has them."""
+    return {key: _without_paths(value) for key, value in project.stage_params(stage).items()}
 
 
 def _uses_quantization(stage: Stage, section: Facts) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from msgspec import Struct
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section, effective
 
@@ -241,6 +242,23 @@ class Project:
         """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's order."""
         inherited = self.parent.stages if self.parent else {}
         return {name: self.graph.stages[name] for name in self.graph.stages.among({*self.stages, *inherited})}
+
+    def unlisted(self) -> dict[str, Stage]:
+        """The methods that ran here and have no section in the params file, as by `--set`, by name.
+
+        The files say so each time: a run may begin while the project is open.
+        """
+        taken = {stage.output for stage in self.readable.values()}
+        methods = (stage for stage in self.graph.product.values() if stage.look and stage.output not in taken)
+        return {stage.name: stage for stage in methods if self._ran(stage)}
+
+    def _ran(self, stage: Stage) -> bool:
+        return (self.root / stage.path / MANIFEST).is_file() or (self.root / RUNS / stage.name).is_dir()
+
+    @property
+    def shown(self) -> dict[str, Stage]:
+        """All of which there is something to show: those that it can read, then what is unlisted."""
+        return self.readable | self.unlisted()
 
     def stage(self, name: str) -> Stage:
         """One of its own stages. Raises UserError if it does not have it."""

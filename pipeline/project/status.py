@@ -17,7 +17,7 @@ from pipeline.project import provenance
 from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.runner import Digests, changed_inputs, input_facts
+from pipeline.project.runner import Digests, changed_inputs, changed_params, input_facts, settings_of
 from pipeline.project.stage_graph import Project, Stage
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
@@ -47,7 +47,7 @@ class Status:
     _cache: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
     def of(self, project: Project, each: Callable[[StageState], object] = lambda _: None) -> dict[str, StageState]:
-        """The state of every stage of the project and its parent, in the DAG's order.
+        """The state of every stage of the project and its parent, in the DAG's order, and of what ran unlisted.
 
         `each` is called with every state as soon as it is computed: large files take seconds to hash.
         """
@@ -61,7 +61,7 @@ class Status:
 
         digests = Digests(digest_of, code_of)
         states: dict[str, StageState] = {}
-        for stage in project.readable.values():
+        for stage in project.shown.values():
             states[stage.name] = self._state(project.home(stage.name), stage, digests, states)
             each(states[stage.name])
         return states
@@ -82,7 +82,8 @@ class Status:
         # What a stage reads is compared once that is itself up to date: it may be made again as it was.
         outdated_needs = [need for need in project.needs(stage) if before[need].state != "current"]
         missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
-        if outdated_needs and (state == "current" or (state == "changed" and missing)):
+        runs_again = stage.name in project.stages  # what is unlisted is not made again with what it reads
+        if runs_again and outdated_needs and (state == "current" or (state == "changed" and missing)):
             return StageState(stage, "waits", (f"after {', '.join(outdated_needs)}",), run)
         if state != "current" or stage.kind != "evaluation":
             return StageState(stage, state, reasons, run)
@@ -101,6 +102,8 @@ class Status:
         if problem := self._cached(("verified", folder), signature(folder), verify):
             return "changed", (problem,)
         try:
+            if stage.name not in project.readable:
+                return self._compare_unlisted(project, stage, digests)
             now = input_facts(project, stage, digests)
         except UserError as error:
             return "changed", (str(error),)
@@ -109,6 +112,17 @@ class Status:
         manifest = artifact.read_manifest(folder)
         reasons = tuple(differences(manifest, now))
         return ("changed" if reasons else "current"), reasons
+
+    def _compare_unlisted(self, project: Project, stage: Stage, digests: Digests) -> tuple[State, tuple[str, ...]]:
+        """No setting of the params file contradicts it, and its data may be named nowhere: what it was trained on
+        counts."""
+        manifest = artifact.read_manifest(project.artifact(stage.name))
+        needs = {project.artifact_name(need): project.artifact(need) for need in project.needs(stage)}
+        now = {name: digests.path(path) for name, path in needs.items() if path.is_dir()}
+        reasons = [f"{name} changed" for name in changed_inputs(manifest.get("inputs", {}), now)]
+        if manifest.get("code") != digests.code(*stage.code):
+            reasons.append("code changed")
+        return "changed" if reasons else "current", (f"not in {project.params.file}", *reasons)
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)
@@ -128,11 +142,7 @@ def _error_of(call: Callable[[], object]) -> str:
 
 def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What changed since an artifact was made: params, inputs, code, libraries."""
-    now = json.loads(json.dumps(now))  # tuples are lists in a manifest
-    for key, value in now["params"].items():
-        before = manifest.get("params", {}).get(key)
-        if before != value:
-            yield f"{key} {_abbreviate(before)} → {_abbreviate(value)}"
+    yield from changed_params(manifest.get("params", {}), now["params"])
     for name in changed_inputs(manifest.get("inputs", {}), now["inputs"]):
         yield f"{name} changed"
     if manifest.get("code") != now["code"]:
@@ -170,15 +180,28 @@ def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...
     return outdated_stages
 
 
-def _abbreviate(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def apart(project: Project) -> dict[str, tuple[str, ...]]:
+    """Method → how the settings of its artifact differ from those of the params file, such as `rank 16 → 4`, or that it
+    is not in there. A method without an artifact, and one that is as the file says, is left out."""
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in (stage for stage in project.shown.values() if stage.look):
+        try:
+            params = dict(artifact.read_manifest(project.artifact(stage.name))["params"])
+        except (UserError, KeyError, TypeError, ValueError):  # there is none, or it is not ours
+            continue
+        if stage.name not in project.readable:
+            found[stage.name] = (f"not in {project.params.file}",)
+        elif changed := changed_params(params, settings_of(project.home(stage.name), stage)):
+            found[stage.name] = tuple(changed)
+    return found
 
 
 def project_signature(project: Project) -> tuple[Signature, ...]:
     """A value that changes when anything changes that a state depends on."""
     data = {project.root / name for stage in project.readable.values() for name in project.data_files(stage)}
-    runs = [project.run_folder(name) / run_state.JOURNAL for name in project.readable]
-    artifacts = [project.artifact(name) for name in project.readable]
+    shown = project.shown
+    runs = [project.run_folder(name) / run_state.JOURNAL for name in shown]
+    artifacts = [project.artifact(name) for name in shown]
     base = base_model.files_to_watch(project.params.origin.base, project.home("import").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))
 

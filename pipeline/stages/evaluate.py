@@ -39,9 +39,12 @@ from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.report import draw_comparison, write_report
 from pipeline.training.data import held_out_examples, training_examples
+from pipeline.weights.merge import CERTIFICATE
 
 MEASURED = "measured"  # the folder below artifacts/ of what `measure` writes
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
+TRAINED = ("trainable", "trainable_percent", "preferences")  # of `_cost`: what training an adapter took and gave
+ALIKE = 1e-3  # nats per token: reports have three digits. Rounding to 16 bits may exceed it, which is measured
 REPORT, PICTURE = "report.md", "finetuning_comparison.png"
 
 
@@ -63,14 +66,20 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     predictions: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     before: EvalScores | None = None
-    for done, loaded in enumerate(engine.variants(project), 1):
+    same = _certified(project)
+    for done, loaded in enumerate(engine.variants(project, without=same), 1):
         numbers, before = _scores(job, loaded, before, new, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         samples[loaded.name] = sample_answers(loaded, new, settings.sample_answers)
         numbers |= {**_count_prompts(predictions[loaded.name]), **count_answers(samples[loaded.name])}
         numbers |= {**answers.add(loaded), **_cost(project, loaded.name)}
         metrics[loaded.name] = numbers
-        yield Progress(done, len(project.variants), loaded.name)
+        yield Progress(done, len(project.variants) - len(same), loaded.name)
+    for merged, adapter in same.items():
+        metrics[merged] = {**_comparable(metrics[adapter]), "measured_as": adapter, **_cost(project, merged)}
+        predictions[merged], samples[merged] = predictions[adapter], samples[adapter]
+        answers.copy(adapter, merged)
+    metrics, predictions, samples = (_in_order(project, each) for each in (metrics, predictions, samples))
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
     curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
     for variant, steps in curves.items():
@@ -83,6 +92,39 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     write_report(job.out / REPORT, project, {**metrics, **gate}, predictions, samples)
     measured = {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}
     return {"variants": measured, **gate}
+
+
+def _certified(project: Project) -> dict[str, str]:
+    """Merged variant → the variant of its adapter, where the merge's certificate says that both answer alike.
+
+    That it was made from this adapter, `Job.artifact` has checked.
+    """
+    by_adapter = {adapter: name for name, (_, adapter) in project.variants.items() if adapter}
+    same: dict[str, str] = {}
+    for stage in (stage for stage in project.readable.values() if stage.method == "merge"):
+        certificate = artifact.read_json(project.artifact(stage.name) / CERTIFICATE, "Run `lora merge` again")
+        adapter = next((by_adapter[need] for need in project.needs(stage) if need in by_adapter), None)
+        if adapter and _answers_alike(certificate):
+            same[stage.variant] = adapter
+    return same
+
+
+def _answers_alike(certificate: Mapping[str, Any]) -> bool:
+    """Whether a merge changed no first choice on its prompts, and probabilities by less than its numbers show."""
+    try:
+        same = certificate["same_first_choices"] == certificate["prompts_checked"] > 0
+        return bool(same and certificate["divergence"] <= ALIKE)
+    except (KeyError, TypeError):
+        return False
+
+
+def _comparable(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an adapter without those of its training, which a merged model has not."""
+    return {key: value for key, value in numbers.items() if key not in TRAINED}
+
+
+def _in_order(project: Project, by_variant: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: by_variant[name] for name in project.variants if name in by_variant}
 
 
 def measure(

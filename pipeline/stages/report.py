@@ -155,6 +155,12 @@ def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Eval
             ]
         ),
         *([SCRATCH] if "scratch" in metrics else []),
+        *(
+            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its certificate says that both "
+            "answer alike, so it was not measured again.\n"
+            for name, numbers in metrics.items()
+            if "measured_as" in numbers
+        ),
         *(_curve_line(titles[name], numbers) for name, numbers in metrics.items() if "final_loss" in numbers),
         "",
     ]

@@ -91,3 +91,26 @@ def test_a_broken_line_of_data_and_a_project_without_fine_tuning_are_one_message
     assert data.name in refusal(cli("advise", cwd=tmp_path))
     (tmp_path / "params.yaml").write_text("pretrain: {}\n", encoding="utf-8")
     assert "no section that fine-tunes" in refusal(cli("advise", cwd=tmp_path))
+
+
+def test_what_a_sweep_measured_is_not_argued_with(cli: Lora, llama: Path) -> None:
+    """The rate is far from the advised one, and it is the best of those that were tried."""
+    rates = {"lr-0.01": (0.01, 0.5), "lr-0.0002": (0.0002, 0.9)}
+    rows = {
+        name: {"values": {"learning_rate": rate}, "state": "done", "eval_loss": loss, "final_loss": 1.0}
+        for name, (rate, loss) in rates.items()
+    }
+    (llama / "artifacts/sweep").mkdir(parents=True)
+    (llama / "artifacts/sweep/sweep.json").write_text(json.dumps(rows))
+    facts, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.01")
+    assert "finetune_lora.learning_rate" not in [one["key"] for one in broken]
+    assert facts["finetune_lora"]["measured"] == ["learning_rate"]
+    assert (
+        "learning_rate as the best of the sweep"
+        in cli("advise", "--set", "finetune_lora.learning_rate=0.01", cwd=llama)[2]
+    )
+
+    _, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.02")  # not what was measured
+    assert "finetune_lora.learning_rate" in [one["key"] for one in broken]
+    (llama / "artifacts/sweep/sweep.json").write_text("[]")
+    assert advice(cli, llama)[1]

@@ -26,6 +26,7 @@ from pipeline.inference.catalog import (
     scored,
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.project.status import apart
 from tui.services.model_cache import ModelCache, model_facts, model_of, stamp_of, verdict_of
 
 CHECKING = "checking"
@@ -48,6 +49,7 @@ class Entry:
     shown_path: str = ""  # relative to the project if it is inside, else absolute
     group: str = ""
     number: int = 0  # among the pipeline's models
+    apart: tuple[str, ...] = ()  # how its settings differ from the params file's
 
     @property
     def state(self) -> str:
@@ -124,6 +126,7 @@ class Library:
         folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
         variants = self.project_variants()
         numbers = {path: number for number, path in enumerate(variants)}
+        marks = {self.project.artifact(name): reasons for name, reasons in apart(self.project).items()}
         for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
             folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
@@ -134,7 +137,8 @@ class Library:
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
             group = "" if path in variants else self._group(path)
             label = variants.get(path) or self.label(path)
-            yield Entry(label, models[path][1], verdict, shown_path, group, numbers.get(path, 0))
+            mark = marks.get(path, ())
+            yield Entry(label, models[path][1], verdict, shown_path, group, numbers.get(path, 0), mark)
         self._models, self._folder_stamps = models, folder_stamps
 
     def _known(self, path: Path, now: Signature) -> Model | None:

@@ -69,8 +69,11 @@ class ProjectWatch:
 
     @property
     def stages(self) -> Mapping[str, Stage]:
-        """The stages that the project can read; of a broken one, those of the product."""
-        return (self.project.readable if self.project else None) or GRAPH.stages
+        """The stages that the project can read, and what ran unlisted; of a broken one, those of the product."""
+        if self.project is None:
+            return GRAPH.stages
+        unlisted = {name: state.stage for name, state in self.states.items() if name not in self.project.readable}
+        return {**self.project.readable, **unlisted} or GRAPH.stages
 
     @property
     def running(self) -> StageState | None:

@@ -27,9 +27,10 @@ from pipeline.errors import UserError, install_command
 from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import FileTail, file_stamp
 from pipeline.files.text import printable
+from pipeline.project.cache import SHORT_KEY
 from pipeline.project.logs import run_state, trackers
 from pipeline.project.logs.run_log import Sample, Step, Telemetry, parse_sample, parse_telemetry, step_parser
-from pipeline.project.logs.runs import SHORT_KEY, LogFiles, curves
+from pipeline.project.logs.runs import LogFiles, curves
 from pipeline.project.logs.trackers import TrackedRun, Tracker
 
 POLL = 1.0  # seconds between two looks at the logs

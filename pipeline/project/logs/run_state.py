@@ -4,16 +4,16 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import Interrupted, explain
 from pipeline.files.artifact import write_file
 
-JOURNAL, LOCK = "run.json", "lock"
+JOURNAL, LOCK, SETTINGS = "run.json", "lock", "settings.json"
 PAUSE = 0.2  # seconds between two writes of progress
 WARM_UP = 2.0  # seconds before a rate counts
 MAX_NOTES = 20
@@ -136,6 +136,33 @@ class Writer:
                 self._marks = earlier, later = later, (now, done)
             rate = (done - earlier[1]) / (now - earlier[0]) if elapsed >= WARM_UP else 0.0
             self.change(done=done, total=total, text=text, rate=rate)
+
+
+class Settings(NamedTuple):
+    """What a run was told: the params of its stage, and the key of the artifact that they make."""
+
+    key: str
+    params: Mapping[str, Any]
+
+
+def write_settings(folder: Path, **moments: Settings) -> None:
+    """Keep the settings of a moment: `run`, with which the logs were written; `made`, of the artifact in place.
+
+    If that fails, the stage continues without.
+    """
+    with suppress(OSError):
+        before = {name: settings for name in ("run", "made") if (settings := read_settings(folder, name))}
+        document = {name: settings._asdict() for name, settings in {**before, **moments}.items()}
+        write_file(folder / SETTINGS, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_settings(folder: Path, moment: Literal["run", "made"]) -> Settings | None:
+    """The settings of a moment, or None if there are no readable ones."""
+    try:
+        kept = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))[moment]
+        return Settings(str(kept["key"]), dict(kept["params"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 @contextmanager

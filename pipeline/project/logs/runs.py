@@ -11,11 +11,11 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
-from pipeline.project.cache import cache_key
+from pipeline.project.cache import SHORT_KEY, cache_key
+from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import DIVERGED, LOSS, SAMPLES, TELEMETRY, read_run_outcomes
+from pipeline.project.logs.run_state import Settings
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
-
-SHORT_KEY = 8  # characters of a cache key in a label
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) 
 
 
 def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
-    """The stages that train, which the project has itself or from its parent; without a project, all of the graph."""
+    """The stages that train, which the project has itself or from its parent, or which ran without a section; without
+    a project, all of the graph."""
     every = sorted((stage for stage in graph.product.values() if stage.trains), key=lambda stage: not stage.look)
-    return [stage for stage in every if project is None or stage.name in project.readable]
+    shown = graph.product if project is None else project.shown
+    return [stage for stage in every if stage.name in shown]
 
 
 def _stat(path: Path) -> tuple[int, int]:
@@ -140,21 +142,22 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     """The runs of a stage, each once: the one in runs/, then the one in artifacts/, then the cache's, newest first."""
     home = project.home(stage.name) if project else None
     home_root, cache = home.root if home else root, project.cache if project else cache_folder(root)
-    now = json.loads(json.dumps(home.stage_params(stage))) if home else {}
     entries = [entry for entry in (cache / stage.name).glob("[!.]*") if entry.is_dir()]
     cached = [logs for entry in entries if (logs := _artifact_logs(entry, stage))]
     last = _artifact_logs(home_root / ARTIFACTS / stage.output, stage)
     finished = [*([last] if last else []), *sorted(cached, key=lambda logs: logs.when, reverse=True)]
     reference = finished[0].manifest if finished else {}
     candidates = finished
-    # A run folder has no manifest. Its settings are those of the artifact with the same logs, else the current ones.
+    # A run folder has no manifest. Its settings are those of the artifact with the same logs, else those that it noted.
     folder, sweeps = home_root / RUNS / stage.name, stage.kind == "adapters"
+    noted = run_state.read_settings(folder, "run")
+    now = _current_params(home, stage, noted, reference)
     found, digests = curves(folder, sweeps), dict[str, str | None]()
     for curve in found:
         with suppress(OSError):
             digests[curve.name] = artifact.file_digest(curve.loss)
     if digests:
-        running = _Logs(folder, found, digests, {"params": now})
+        running = _Logs(folder, found, digests, {"params": noted.params if noted else now})
         manifest = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
         candidates = [replace(running, manifest=manifest), *finished]
     # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run folder has no key.
@@ -183,6 +186,19 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         key = cache_key(logs.manifest)
         digest = artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else ""
         yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps, key, digest)
+
+
+def _current_params(
+    home: Project | None, stage: Stage, noted: Settings | None, last: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The params from which a run's differ: those of the params file; where it has no such section, the last run's."""
+    if home and stage.name in home.readable:
+        current: Mapping[str, Any] = json.loads(json.dumps(home.stage_params(stage)))
+        return current
+    if home and noted:
+        return noted.params
+    params = last.get("params") if home else {}
+    return params if isinstance(params, dict) else {}
 
 
 def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:

@@ -186,6 +186,17 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     return _build(params, origin)
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`section.key`, or a key above the sections → the value that an override gives it. Raises UserError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        tree: dict[str, Any] = {}
+        path = _apply_override(tree, override)
+        section, dot, key = path.partition(".")
+        values[path] = tree[section][key] if dot else tree[section]
+    return values
+
+
 def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str) -> Params:
     """`params` with the parent's block of training defaults beneath its own, and the parent's sections where it has
     none itself.

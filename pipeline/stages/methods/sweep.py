@@ -135,7 +135,9 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     )
     generation: Annotated[Count, "combinations that Optuna's sampler draws at once, for one pass"] = 8
     old_data: Annotated[
-        File, "texts on which each adapter's divergence from the base is measured at the end; empty: it is not"
+        File,
+        "texts on which each adapter's divergence from the base is measured at the end; empty: those of "
+        "evaluate.old_data",
     ] = ""
 
     def __post_init__(self) -> None:
@@ -201,7 +203,7 @@ STAGE = Stage(
     method="sweep",
     settings=FinetuneSweep,
     needs=("expand_vocab",),
-    data=("data", "eval_data", "retention_data", "finetune_sweep.old_data"),
+    data=("data", "eval_data", "retention_data", "finetune_sweep.old_data", "evaluate.old_data"),
     settings_from="finetune_lora",
     summary="Train one adapter per combination of a grid",
     title="LoRA sweep",
@@ -304,7 +306,8 @@ def _train_pass(
     dataset, held_out = yield from build_datasets(job, settings, base)
     max_weight = max(lora.retention_weight for _, lora in adapters.values())
     texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
-    kept = structs.replace(settings, retention_data=sweep.old_data, retention_weight=float(bool(sweep.old_data)))
+    old_data = sweep.old_data or params.section("evaluate").old_data
+    kept = structs.replace(settings, retention_data=old_data, retention_weight=float(bool(old_data)))
     old = yield from load_retention_texts(job, kept, base)
     specs = {}
     for name, (_, lora) in adapters.items():

@@ -10,10 +10,10 @@ from pipeline.data.examples import content_digest
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.preferences import PairEncoder
+from pipeline.data.questions import prompt_and_answer
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError
-from pipeline.inference.score import prompt_and_answer
 from pipeline.stages.evaluate import trained_in_template
 from pipeline.workbench import open_project
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with

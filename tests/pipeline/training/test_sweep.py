@@ -24,6 +24,7 @@ from pipeline.adapters.batched import (
 )
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
+from pipeline.evaluation.selection import beyond
 from pipeline.files import artifact
 from pipeline.inference.catalog import adapters, check, describe
 from pipeline.models.transformers_model import TransformersModel
@@ -467,3 +468,31 @@ def attach_one(model: Any, spec: Any) -> None:
 
     torch.manual_seed(0)
     attach(model, spec)
+
+
+def rows_of(best: object, *others: object) -> dict[str, object]:
+    values = [best, *others]
+    return {str(n): {"values": {"rank": value} if isinstance(value, int) else value} for n, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid", "found"),
+    [
+        (rows_of(8, 4, 2), {"rank": [2, 4, 8]}, {"rank": ("highest", [8, 16, 32])}),
+        (rows_of(2, 4, 8), {"rank": [2, 4, 8]}, {"rank": ("lowest", [2, 1])}),
+        (rows_of(4, 2, 8), {"rank": [2, 4, 8]}, {}),
+        (rows_of(1, 4, 8), {"rank": [1, 4, 8]}, {}),  # there is no rank below 1
+        (rows_of(8), {"rank": [8]}, {}),
+        (rows_of({"seed": 2}, {"seed": 1}), {"seed": [1, 2]}, {}),
+        (rows_of({"dora": True}, {"dora": False}), {"dora": [False, True]}, {}),
+        (rows_of({"target_modules": ["a"]}, {"target_modules": ["b"]}), {"target_modules": [["a"], ["b"]]}, {}),
+        (rows_of({"lora_dropout": 0.0}, {"lora_dropout": 0.1}), {"lora_dropout": [0.0, 0.1]}, {}),
+        (rows_of(6, 5, 4), {"rank": {"low": 1, "high": 100, "log": False}}, {"rank": ("highest", [6, 7, 9])}),
+        (rows_of(60, 50, 40), {"rank": {"low": 1, "high": 100, "log": False}}, {}),  # chance: 100 could be drawn
+        (rows_of(90, 50, 9), {"rank": {"low": 1, "high": 100, "log": True}}, {"rank": ("highest", [90, 162, 292])}),
+    ],
+)
+def test_the_best_of_a_sweep_at_the_edge_of_what_was_tried_says_how_to_go_on(
+    rows: dict[str, object], grid: dict[str, object], found: dict[str, object]
+) -> None:
+    assert beyond(rows, "0", grid, FinetuneLora) == found

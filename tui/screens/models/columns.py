@@ -22,6 +22,7 @@ STATES = {VERIFIED: "intact", UNBOUND: "no manifest", REFUSED: "refused", CHECKI
 STATE_COLORS = {VERIFIED: "success", UNBOUND: "warning", REFUSED: "error", CHECKING: ""}
 SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}  # folder → method
 MIN_NAME, MAX_NAME = 10, 40  # cells
+APART = " ●"  # after the name of a model whose settings are not those of params.yaml
 BAR, SHARE = 7, 5  # cells of a bar, of the number after it
 Colors = Mapping[str, str]  # theme variable → colour
 
@@ -90,7 +91,8 @@ def _sign(entry: Entry, colors: Colors) -> Text:
 
 def _state(entry: Entry, colors: Colors) -> Text:
     gate = entry.gate.replace(f", gate {PASSED}", ", gate ✓").replace("gate failed: ", "breaks ")
-    return Text(f"{STATES[entry.state]}{gate}", colors.get("error", "") if breaks_limits(entry) else "")
+    text = ", ".join([f"{STATES[entry.state]}{gate}", *entry.apart])
+    return Text(text, colors.get("error", "") if breaks_limits(entry) else "")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Column:
 
 _kept, _learned, _forgot = map(_of_verdict, ("kept", "learned", "forgetting"))
 COLUMNS = (
-    Column("name", 0, lambda e, _: Text(e.label), lambda e: natural_sort_key(e.label), 0),
+    Column("name", 0, lambda e, _: Text(f"{e.label}{APART * bool(e.apart)}"), lambda e: natural_sort_key(e.label), 0),
     Column("rank", 6, lambda e, _: Text(_size(e)), lambda e: e.model.rank, 3),
     Column("learned", BAR + SHARE, lambda e, c: share_bar(_learned(e), c), _learned, 2, falls=True),
     Column("kept", BAR + SHARE, lambda e, c: share_bar(_kept(e), c), _kept, 1, falls=True),
@@ -150,7 +152,7 @@ def searched(entry: Entry) -> str:
     """What the filter searches: all words of the columns, also of those that are not shown."""
     model = entry.model
     words = (entry.label, model.kind, model.method, _size(entry), model.base, *model.targets, STATES[entry.state])
-    return "\n".join((*map(str, words), entry.gate, entry.shown_path)).casefold()
+    return "\n".join((*map(str, words), entry.gate, *entry.apart, entry.shown_path)).casefold()
 
 
 def sorted_entries(entries: Sequence[Entry], column: Column, reverse: bool) -> list[Entry]:

@@ -111,6 +111,10 @@ def format_sentences(details: Details) -> Text:
     text = Text()
     if entry.state == REFUSED and verdict:
         text.append(f"✗ Refused: {verdict.reason}\n", "bold")
+    if entry.apart:
+        replaced = any("→" in reason for reason in entry.apart)
+        then = " R trains it again, as params.yaml says; `lora runs apply` brings this one back." * replaced
+        text.append(f"● {', '.join(entry.apart)}.{then}\n")
     text.append(f"{_kind(details)}\n")
     if measured := _measured(entry):
         text.append(f"{measured}\n")

@@ -150,8 +150,8 @@ params and its log stand beside it. A param that is written makes its stage, and
         stage = self.stages.get(name)
         if stage is None:
             return
-        if project and name in project.readable:
-            self.params_pane.show(name, params_of(project, stage))
+        if project:  # of an unlisted stage no file says the params
+            self.params_pane.show(name, params_of(project, stage) if name in project.readable else [])
         folder = project.run_folder(name) if project else self.workbench.runner.runs / name
         if self._steps is None or self._steps.folder != folder:
             self._steps = StepLog(folder)

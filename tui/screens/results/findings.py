@@ -1,6 +1,7 @@
 """What an evaluation and a sweep measured: their files, read as plain values for the panes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.comparison import (
     MISSING,
+    beside,
     by_variant,
     comparison,
     stages_by_variant,
     task_scores,
 )
-from pipeline.evaluation.selection import choose, loss_of, pareto
+from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
 from pipeline.files.artifact import read_json, read_manifest, sealed_digest
-from pipeline.inference.catalog import BASES, Measurements, measured
+from pipeline.inference.catalog import BASES, VERDICT, Measurements, measured
 from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import ARTIFACTS, Project, Stage
+from pipeline.project.status import apart
 
 METRICS, SWEEP = "metrics.json", "finetune_sweep"
 SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
@@ -88,6 +91,7 @@ class Method:
     numbers: Numbers
     cells: Mapping[str, str]
     verdict: Verdict | None
+    apart: tuple[str, ...] = ()  # how its settings differ from the params file's
 
     @property
     def broken(self) -> list[str]:
@@ -132,20 +136,29 @@ class Evaluation:
 
 
 def read_evaluation(project: Project) -> Evaluation | None:
-    """The project's last evaluation; None if there is none. Raises UserError for a file that holds something else."""
+    """The project's last evaluation, and what is known of adapters that ran unlisted; None if there is nothing.
+
+    Raises UserError for a file that holds something else.
+    """
     path = project.artifact("evaluate") / METRICS
-    if not path.is_file():
+    metrics = read_json(path, "Run `lora evaluate` again") if path.is_file() else {}
+    others = beside(project, metrics)
+    if not metrics and not others:
         return None
-    metrics = read_json(path, "Run `lora evaluate` again")
     try:
-        columns, rows = comparison(by_variant(metrics))
+        every_variant = {**by_variant(metrics), **{stage.variant: numbers for stage, numbers in others.items()}}
+        stages = {**stages_by_variant(project), **{stage.variant: stage for stage in others}}
+        marks = apart(project)
+        columns, rows = comparison(every_variant)
         limits = read_verdict(metrics)
         if limits is None and "gate" in metrics:
             raise ValueError("a gate of another shape")
         texts = {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
+        verdicts = {name: read_verdict(metrics, name) for name in metrics}
+        verdicts |= {stage.variant: numbers.get(VERDICT) for stage, numbers in others.items()}
         methods = [
-            _method(project, name, stage, metrics[name], texts[name], read_verdict(metrics, name))
-            for name, stage in stages_by_variant(project).items()
+            _method(project, stage, every_variant[name], texts[name], verdicts[name], marks.get(stage.name, ()))
+            for name, stage in stages.items()
             if name in texts
         ]
         tasks = dict.fromkeys(task for method in methods for task in method.numbers.get("tasks", {}))
@@ -161,16 +174,21 @@ def read_evaluation(project: Project) -> Evaluation | None:
 
 
 def _method(
-    project: Project, name: str, stage: Stage, numbers: Numbers, cells: Mapping[str, str], verdict: Verdict | None
+    project: Project,
+    stage: Stage,
+    numbers: Numbers,
+    cells: Mapping[str, str],
+    verdict: Verdict | None,
+    marks: tuple[str, ...],
 ) -> Method:
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
-        raise TypeError(f"{name} has counts that are none")
+        raise TypeError(f"{stage.variant} has counts that are none")
     path = project.artifact(stage.name)
-    base: Path | None = project.artifact(project.variants[name][0])
+    base: Path | None = project.artifact(project.variants.get(stage.variant, ("expand_vocab", None))[0])
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None
-    return Method(name, stage, path, base, numbers, cells, verdict)
+    return Method(stage.variant, stage, path, base, numbers, cells, verdict, marks)
 
 
 def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Measure]:
@@ -206,6 +224,7 @@ class Sweep:
     keys: Sequence[str]
     held_out: bool
     base: Path
+    edges: Sequence[str] = ()  # such as `learning_rate highest`: where the best has the last value tried
 
     @property
     def diverges(self) -> bool:
@@ -215,8 +234,6 @@ class Sweep:
 
 def read_sweep(project: Project) -> Sweep | None:
     """The project's sweep; None if it has none. Raises UserError for a file that holds something else."""
-    if SWEEP not in project.readable:
-        return None
     folder = project.artifact(SWEEP)
     path = folder / TABLE
     if not path.is_file():
@@ -246,9 +263,14 @@ def read_sweep(project: Project) -> Sweep | None:
         held_out = any(row["eval_loss"] is not None for row in rows.values())
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} holds no sweep. Run `lora finetune sweep` again.") from None
+    edges: list[str] = []
+    with suppress(UserError, KeyError, TypeError, ValueError, AttributeError):  # what it searched is not known
+        grid = read_manifest(folder)["params"]["grid"]
+        found = beyond(rows, best, grid, type(project.params.finetune_lora))
+        edges = [f"{key} {edge}" for key, (edge, _) in found.items()]
     names = dict.fromkeys(key for trial in trials for key in trial.values)
     keys = [key for key in names if len({repr(trial.values.get(key)) for trial in trials}) > 1]
-    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"))
+    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"), edges)
 
 
 def _kept(adapter: Path, measurements: Measurements) -> float | None:

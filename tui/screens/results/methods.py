@@ -169,7 +169,8 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
 - **kept**: next-token choices on old sentences that are still the base's. Green: more than half; red: little.
 - **trained**: share of all parameters. **size**: weights to store; an adapter's are beside one copy of its base.
 - **task**: `··──●──·` is the score from 0 to 1 with its 95% bootstrap interval.
-- `{LEAST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which.
+- `{LEAST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which. `●`: its settings are
+  not those of params.yaml, as after `--set`.
 
 `c` or Enter prompts the model beside the base. `o` shows its loss curve, `i` all its numbers, `E` evaluates again.
 ← → move to the columns that do not fit.
@@ -244,6 +245,8 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
         name = Text(f"{sign_of(method)} {method.name}", style_of(method, self), no_wrap=True)
         if method.broken:
             name.append(" ✗", self.app.theme_variables["error"])
+        if method.apart:
+            name.append(" ●", self.app.theme_variables["warning"])
         return name.append(f" {LEAST}", f"bold {self.app.theme_variables['success']}") if method == least else name
 
     def _bar(self, measure: Measure, evaluation: Evaluation, kept: bool) -> Callable[[Method], Text]:
@@ -322,6 +325,10 @@ chance.
             yield Text(method.verdict.next_step)
         elif method.verdict:
             yield Text("✓ keeps evaluate.limits", variables["success"])
+        if method.apart:
+            yield Text(f"● {', '.join(method.apart)}", variables["warning"])
+        if other := numbers.get("measured_as"):
+            yield Text(f"numbers of {other}: by the merge's certificate, both answer alike", "dim")
         size = _size(method, evaluation).plain.strip()
         if "trainable" in numbers:
             count, share = numbers["trainable"], method.cells.get("share\nof all", "")

@@ -32,7 +32,7 @@ class Results:
 
 def read_results(project: Project, before: Results) -> Iterator[Results]:
     """Read everything again, the comparison first; nothing if no file changed."""
-    stages = [stage for stage in project.readable.values() if stage.kind in KINDS]
+    stages = [stage for stage in project.shown.values() if stage.kind in KINDS or stage.look]
     # of a sweep the table alone: its adapters are many files
     paths = [project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "") for stage in stages]
     seen = project.params, *map(signature, (*paths, project.root / ARTIFACTS / MEASURED))

@@ -1,6 +1,6 @@
 """Results: which adapter to ship, then the sweep, the report, figures, studies and the document's claims."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -255,10 +255,16 @@ other stages wrote.
             self._ship(row)
         elif what == "fields":
             self.app.push_screen(PageReader(fields(row), row.name))
-        elif what == "evaluate" and isinstance(row, Trial):
+        elif what == "evaluate" and (isinstance(row, Trial) or row.stage.name not in self._listed):
             self._evaluate(row)
         elif what == "evaluate":
             self.workbench.start_pipeline("repro", "evaluate")
+
+    @property
+    def _listed(self) -> Collection[str]:
+        """The stages that the pipeline runs."""
+        project = self.workbench.project_watch.project
+        return project.readable if project else ()
 
     @work(group="ship")
     async def _ship(self, row: Method | Trial) -> None:
@@ -269,8 +275,8 @@ other stages wrote.
             self.warn(f"Only adapters are exported; {row.name} is none.")
 
     @work(group="evaluate")
-    async def _evaluate(self, trial: Trial) -> None:
-        """Measure what an adapter of the sweep learned and kept."""
+    async def _evaluate(self, trial: Trial | Method) -> None:
+        """Measure what an adapter that the pipeline does not evaluate learned and kept."""
         with self.workbench.errors_shown():
             self.evaluation = self.evaluation or Evaluator(self.workbench.params_path)
             running = self.evaluation.run([trial.path])

@@ -18,7 +18,8 @@ from tui.widgets.pane import Pane
 from tui.widgets.plot.scatter import Axis, Point, draw
 
 NOTHING = (
-    "No sweep yet. Add finetune_sweep to params.yaml, such as finetune_sweep: {grid: {rank: [1, 4, 16]}}, and press R."
+    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section of params.yaml such "
+    "as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
 )
 FRONT, BEST = "◆", "◂"
 MAX_NAME = 28  # cells
@@ -31,11 +32,12 @@ class SweepPane(RowsPane[Trial]):
     TITLE = "Sweep"
     HELP = f"""\
 A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last epoch of training
-(nats per token). **divergence**: KL from the base on `finetune_sweep.old_data` (nats per token). Less is better of
-both.
+(nats per token). **divergence**: KL from the base on `finetune_sweep.old_data`, else `evaluate.old_data` (nats per
+token). Less is better of both.
 
 - `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss without diverging
   more.
+- *best at the edge*: it has the highest or lowest value that was tried, so a better one may be beyond it.
 - An adapter that diverged, or that the search stopped early, has no loss.
 
 `c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is then the share of old
@@ -62,7 +64,8 @@ answers that are still the base's.
             return
         loss = "held-out loss" if sweep.held_out else "training loss: no data is held out"
         self.fill(sweep.trials, self._columns(sweep), next((trial.name for trial in sweep.trials if trial.best), ""))
-        self.show_title(f"{len(sweep.trials)} adapters", loss)
+        edge = f"best at the edge: {', '.join(sweep.edges)}" if sweep.edges else ""
+        self.show_title(*filter(None, (edge, f"{len(sweep.trials)} adapters", loss)))
 
     def _columns(self, sweep: Sweep) -> Iterable[Column]:
         yield Column("adapter", self._name_cell, lambda trial: natural_sort_key(trial.name))
