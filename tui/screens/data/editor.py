@@ -14,7 +14,7 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Input, Static, TextArea
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain
 from tui.screens.data.row_view import visible
 
 MAX_FIELDS = 40  # more texts are edited as JSON
@@ -22,12 +22,12 @@ DELAY = 0.3  # seconds of rest before what was typed is read
 CONTENTS = ("content", "value")  # the text of a turn
 Path = tuple[str | int, ...]
 Read = Callable[[str], Awaitable[Mapping[str, Any]]]
+Write = Callable[[str, str], Awaitable[Mapping[str, Any]]]
 
 
-class Edited(NamedTuple):
-    """The row as a line of .jsonl, the file that it is for, and how it reads there."""
+class Written(NamedTuple):
+    """The file that the row was written to, and what the writer answered."""
 
-    line: str
     out: str
     answer: Mapping[str, Any]
 
@@ -56,15 +56,21 @@ def put(record: Any, path: Path, text: str) -> None:
     record[path[-1]] = text
 
 
-class Editor(ModalScreen[Edited | None]):
-    """Returns the edited row; None if it was cancelled. `line`: the row, which may be no JSON yet.
+class Editor(ModalScreen[Written | None]):
+    """Returns where the edited row was written; None if it was cancelled. `line`: the row, which may be no JSON yet.
 
-    `read` says how a line would be read from the file. `changes`: what is written besides the row, in words.
+    `read` says how a line would be read from the file. `write` writes a line to a file of this name, or raises
+    UserError or OSError: the dialog then says so and stays, with what was typed. `changes`: what is written besides the
+    row, in words.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "save", "Save"),
         Binding("ctrl+t", "as_json", "Fields or JSON"),
+        # Tab leaves out the file's name: after the last text, where the cursor begins, what is typed belongs to a text.
+        Binding("tab", "next_field(1)", "Next field"),
+        Binding("shift+tab", "next_field(-1)", "Previous field"),
+        Binding("ctrl+o", "file", "File"),
         Binding("escape", "cancel", "Cancel"),
     ]
     CSS = """
@@ -80,19 +86,19 @@ class Editor(ModalScreen[Edited | None]):
     Editor #reading { max-height: 3; }
     """
 
-    def __init__(self, line: str, out: str, changes: str, read: Read) -> None:
+    def __init__(self, line: str, out: str, changes: str, read: Read, write: Write) -> None:
         super().__init__()
-        self._line, self._out, self._changes, self._read = line, out, changes, read
+        self._line, self._out, self._changes, self._read, self._write = line, out, changes, read, write
         self._record: Any = _loaded(line)
         self._fields = text_fields(self._record) if isinstance(self._record, dict) else {}
         self._rest: Timer | None = None
         self._first = line
-        self._warned = False
+        self._asked = ""  # the action that was asked to be confirmed by its key: save or cancel
 
     def compose(self) -> ComposeResult:
         dialog = Vertical(classes="dialog")
         dialog.border_title = "Edit the row"
-        dialog.border_subtitle = "Ctrl+S save  Ctrl+T fields or JSON  Tab next field  Esc cancel"
+        dialog.border_subtitle = "Ctrl+S save  Ctrl+O file  Ctrl+T fields or JSON  Tab next field  Esc cancel"
         with dialog:
             yield Static(self._changes, markup=False)
             yield Input(self._out, id="out", compact=True, select_on_focus=False)
@@ -150,7 +156,7 @@ class Editor(ModalScreen[Edited | None]):
 
     @on(TextArea.Changed)
     def _typed(self) -> None:
-        self._warned = False
+        self._asked = ""
         self._read_soon()
 
     def _read_soon(self) -> None:
@@ -187,23 +193,41 @@ class Editor(ModalScreen[Edited | None]):
     def _submitted(self) -> None:
         self.action_save()
 
+    def action_next_field(self, step: int) -> None:
+        """The next text, and after the last one the first; from the file's name the first or the last."""
+        areas = [*self.query(TextArea)]
+        here = next((n for n, area in enumerate(areas) if area.has_focus), -1 if step > 0 else 0)
+        self.set_focus(areas[(here + step) % len(areas)])
+
+    def action_file(self) -> None:
+        self.set_focus(self.query_one("#out", Input))
+
     @work(exclusive=True, group="reading")
     async def action_save(self) -> None:
         """Save; a row with a problem only when it is asked for twice."""
         read = await self._reading()
-        out = self.query_one("#out", Input).value.strip()
-        if read is None or not out:
+        if read is None:
             return
         line, answer = read
-        if answer["problem"] and not self._warned:
-            self._warned = True
+        out = self.query_one("#out", Input).value.strip()
+        if not out:
+            self._say("✗ The file has no name. Ctrl+O names one.", "error")
+            return
+        if answer["problem"] and self._asked != "save":
+            self._asked = "save"
             self._say(f"✗ {visible(answer['problem'])} Ctrl+S again writes it all the same.", "error")
             return
-        self.dismiss(Edited(line, out, answer))
+        try:
+            written = await self._write(line, out)
+        except (UserError, OSError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            self._say(f"✗ {reason} Nothing was written; Ctrl+O names another file.", "error")
+            return
+        self.dismiss(Written(out, written))
 
     def action_cancel(self) -> None:
-        if self.is_changed() and not self._warned:
-            self._warned = True
+        if self.is_changed() and self._asked != "cancel":
+            self._asked = "cancel"
             self._say("Esc again drops what you typed; Ctrl+S saves it.", "warning")
             return
         self.dismiss(None)

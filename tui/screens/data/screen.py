@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.project.stage_graph import Project
 from tui.dialogs import Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
-from tui.screens.data.editor import Edited, Editor
+from tui.screens.data.editor import Editor
 from tui.screens.data.files import (
     CORRECTIONS,
     DataFile,
@@ -366,22 +366,26 @@ from here, so that the next run (`R`) trains on them."""
         out = edited_name(file.name)
         again = out == file.name
         changes = f"Row {row['row']:,} of {file.name}, all others as they are, {'in it' if again else 'is written to'}:"
-        edited = await self.app.push_screen_wait(Editor(row["line"], out, changes, self._draft_reader(file)))
-        if edited is None:
+
+        async def write(line: str, out: str) -> Mapping[str, Any]:
+            replace = again and out == file.name
+            fields = {"position": row["position"], "line": line, "out": out, "replace": replace}
+            if answer := await self.reader.ask("copy", file, **fields):
+                return answer
+            raise UserError("The process that writes the copy has ended.")
+
+        written = await self.app.push_screen_wait(Editor(row["line"], out, changes, self._draft_reader(file), write))
+        if written is None:
             return
         with self.workbench.errors_shown():
-            replace = edited.out == file.name if again else False
-            fields = {"position": row["position"], "line": edited.line, "out": edited.out, "replace": replace}
-            answer = await self.reader.ask("copy", file, **fields)
-            if answer:
-                left = f" {answer['left_out']:,} rows that cannot be read are left out." if answer["left_out"] else ""
-                kept = "" if again else f" {file.name} is as it was."
-                self.workbench.log_message(f"Written: {edited.out}, row {row['row']:,} changed.{left}{kept}")
-                instead_of = "" if again else file.name
-                copy = self._files.get(edited.out) or other_file(self._project, edited.out)
-                self._files[copy.name] = copy
-                self.open_file(copy, ("position", row["position"]))
-                await self._offer_training(edited.out, instead_of)
+            name, left_out = written.out, written.answer["left_out"]
+            left = f" {left_out:,} rows that cannot be read are left out." if left_out else ""
+            kept = "" if again else f" {file.name} is as it was."
+            self.workbench.log_message(f"Written: {name}, row {row['row']:,} changed.{left}{kept}")
+            copy = self._files.get(name) or other_file(self._project, name)
+            self._files[copy.name] = copy
+            self.open_file(copy, ("position", row["position"]))
+            await self._offer_training(name, "" if again else file.name)
 
     def _draft_reader(self, file: DataFile) -> Any:
         async def read(line: str) -> Mapping[str, Any]:
@@ -394,19 +398,23 @@ from here, so that the next run (`R`) trains on them."""
         """Edit an answer of the chat, and append it to a file of corrections."""
         file = other_file(self._project, CORRECTIONS)
         read = self._draft_reader(file)
+
+        async def write(line: str, out: str) -> Mapping[str, Any]:
+            append_row(self.workbench.root / out, out, line)
+            return {}
+
         with self.workbench.errors_shown():
             record = await self._fitting(record, read)
             changes = "This row is appended to a file that the next run can train on:"
-            edited: Edited | None = await self.app.push_screen_wait(
-                Editor(json.dumps(record, ensure_ascii=False), CORRECTIONS, changes, read)
-            )
-            if edited is None:
+            line = json.dumps(record, ensure_ascii=False)
+            written = await self.app.push_screen_wait(Editor(line, CORRECTIONS, changes, read, write))
+            if written is None:
                 return
-            append_row(self.workbench.root / edited.out, edited.out, edited.line)
-            self.workbench.log_message(f"Added to {edited.out}.")
-            self._files[edited.out] = self._files.get(edited.out) or other_file(self._project, edited.out)
-            self.open_file(self._files[edited.out], ("position", sys.maxsize))
-            await self._offer_training(edited.out)
+            name = written.out
+            self.workbench.log_message(f"Added to {name}.")
+            self._files[name] = self._files.get(name) or other_file(self._project, name)
+            self.open_file(self._files[name], ("position", sys.maxsize))
+            await self._offer_training(name)
 
     async def _fitting(self, record: dict[str, Any], read: Any) -> dict[str, Any]:
         """The record, for a model without a chat template as prompt and completion."""

@@ -252,6 +252,76 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
 
 
+async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_of_its_own(root: Path) -> None:
+    async with open_data(root) as (pilot, _):
+        pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        question, answer = editor.query(TextArea)
+        await pilot.press("tab", "end", *" Now")
+        assert question.text == "Where is Varna? Now", "Tab after the last text goes to the first"
+        await pilot.press("tab", "end", *" Or not.", "shift+tab")
+        assert answer.text == "In the west. Or not." and question.has_focus
+        await pilot.press("ctrl+o")
+        assert editor.query_one("#out", Input).has_focus
+        await pilot.press("tab")
+        assert question.has_focus and editor.query_one("#out", Input).value == "data/corrections.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("corrections.txt", "rows are added to a .jsonl file"),
+        ("base/config.json/rows.jsonl", "File exists"),
+    ],
+)
+async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
+    root: Path, name: str, reason: str
+) -> None:
+    async with open_data(root) as (pilot, _):
+        pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        editor.query(TextArea).last().text = "By the sea."
+        out, said = editor.query_one("#out", Input), editor.query_one("#reading", Static)
+        out.value = name
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: reason in str(said.content))
+        assert pilot.app.screen is editor and editor.query(TextArea).last().text == "By the sea."
+        out.value = "data/mine.jsonl"
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        written = (root / "data/mine.jsonl").read_text(encoding="utf-8")
+        assert json.loads(written)["messages"][1]["content"] == "By the sea."
+
+
+async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path) -> None:
+    async with open_data(root) as (pilot, _):
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        await pilot.press("end", *" Yes.")
+        editor.query_one("#out", Input).value = "data/heldout.csv"
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: "✗" in str(editor.query_one("#reading", Static).content))
+        assert pilot.app.screen is editor and editor.query(TextArea).last().text == "In the west. Yes."
+
+
+async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_problem(root: Path) -> None:
+    async with open_data(root) as (pilot, _):
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        editor = pilot.app.screen
+        editor.query(TextArea).last().text = ""
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content))
+        await pilot.press("escape")
+        assert pilot.app.screen is editor, "the question was about writing, not about dropping"
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content))
+        assert pilot.app.screen is editor, "nor does the one answer the other"
+
+
 @pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
 @pytest.mark.sampled(3)
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
