@@ -187,7 +187,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
 
     Raises UserError for any option that is invalid or not supported.
     """
-    config = _Config(read_config(folder), folder / CONFIG)
+    config = AdapterConfig.read(folder)
     config.refuse_options()
     return AdapterSpec(
         rank=config.number("r", config.get("r"), whole=True),
@@ -226,11 +226,15 @@ def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, An
 
 
 @dataclass(frozen=True)
-class _Config:
+class AdapterConfig:
     """The values of adapter_config.json, validated one by one. Raises UserError."""
 
     values: dict[str, Any]
     path: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        return cls(read_config(folder), folder / CONFIG)
 
     def get(self, key: str) -> Any:
         return self.values.get(key)
@@ -238,8 +242,9 @@ class _Config:
     def refuse_options(self) -> None:
         kind = self.get("peft_type") or LORA
         if kind != LORA:
+            *others, last = LORA, *OTHER_KINDS, *VIRTUAL
             raise UserError(
-                f"{self.path}: peft_type must be {LORA}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
+                f"{self.path}: peft_type must be {', '.join(others)} or {last}, got {abbreviate_repr(kind, 200)}. "
                 "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
         init = self.values.get("init_lora_weights", True)
