@@ -20,6 +20,7 @@ from pipeline.files.text import abbreviate_repr
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
+LAYOUT = "0.19.1"  # the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
 # Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56 ms per step on
 # MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to avoid.
@@ -168,8 +169,8 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
         "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
-        # PEFT below 0.17 does not know the key
-        **({"target_parameters": list(spec.parameters)} if spec.parameters else {}),
+        # PEFT below 0.17 does not know the first key; from the second it is known how A and B are stored
+        **({"target_parameters": list(spec.parameters), "peft_version": LAYOUT} if spec.parameters else {}),
     }
 
 
