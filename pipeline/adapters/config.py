@@ -20,6 +20,7 @@ from pipeline.files.text import abbreviate_repr
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
+LAYOUT = "0.19.1"  # the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
 # Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56 ms per step on
 # MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to avoid.
@@ -168,8 +169,8 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
         "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
-        # PEFT below 0.17 does not know the key
-        **({"target_parameters": list(spec.parameters)} if spec.parameters else {}),
+        # PEFT below 0.17 does not know the first key; from the second it is known how A and B are stored
+        **({"target_parameters": list(spec.parameters), "peft_version": LAYOUT} if spec.parameters else {}),
     }
 
 
@@ -187,7 +188,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
 
     Raises UserError for any option that is invalid or not supported.
     """
-    config = _Config(read_config(folder), folder / CONFIG)
+    config = AdapterConfig.read(folder)
     config.refuse_options()
     return AdapterSpec(
         rank=config.number("r", config.get("r"), whole=True),
@@ -226,11 +227,15 @@ def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, An
 
 
 @dataclass(frozen=True)
-class _Config:
+class AdapterConfig:
     """The values of adapter_config.json, validated one by one. Raises UserError."""
 
     values: dict[str, Any]
     path: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        return cls(read_config(folder), folder / CONFIG)
 
     def get(self, key: str) -> Any:
         return self.values.get(key)
@@ -238,8 +243,9 @@ class _Config:
     def refuse_options(self) -> None:
         kind = self.get("peft_type") or LORA
         if kind != LORA:
+            *others, last = LORA, *OTHER_KINDS, *VIRTUAL
             raise UserError(
-                f"{self.path}: peft_type must be {LORA}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
+                f"{self.path}: peft_type must be {', '.join(others)} or {last}, got {abbreviate_repr(kind, 200)}. "
                 "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
         init = self.values.get("init_lora_weights", True)

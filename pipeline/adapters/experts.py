@@ -3,21 +3,26 @@
 Each token's update is computed with the A and B of its own experts: no (E, O, I) update is ever formed.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.attach import PREFIX
+from pipeline.adapters.config import CONFIG, LAYOUT, AdapterSpec
 from pipeline.adapters.lora import LINEAR_KEYS, AdapterLayer, initialize
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 from pipeline.models.kernels import runs_flash_attention
 from pipeline.project.params.sections import Init
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+_VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(.*)")
 
 
 class ExpertUpdate(nn.Module):
@@ -158,16 +163,91 @@ def nesting(count: int) -> list[str]:
     return [".base_layer" * depth for depth in reversed(range(count))]
 
 
-def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises UserError."""
-    shapes = dict[str, tuple[int, ...]]()
+class Stack(NamedTuple):
+    """A parameter (E, O, I) that gets LoRA of rank R, (E, I, O) if `transposed`; `key`: PEFT's, without its end."""
+
+    key: str
+    transposed: bool
+    experts: int
+    rank: int
+    outputs: int
+    inputs: int
+
+
+def stacks(model: nn.Module, spec: AdapterSpec) -> Iterator[Stack]:
+    """All that `spec` names. Raises UserError."""
     for name, parameters in resolve_parameters(model, spec.parameters).items():
         module = model.get_submodule(name)
+        transposed = bool(module.is_transposed)
         for nested, parameter in zip(nesting(len(parameters)), parameters, strict=True):
             experts, *sides = module.get_parameter(parameter).shape
-            inputs = sides[0 if module.is_transposed else 1]
-            shapes[f"{name}{nested}{LINEAR_KEYS[0]}"] = (experts * spec.rank_of(f"{name}.{parameter}"), inputs)
-    return shapes
+            outputs, inputs = reversed(sides) if transposed else sides
+            rank = spec.rank_of(f"{name}.{parameter}")
+            yield Stack(f"{name}{nested}", transposed, experts, rank, outputs, inputs)
+
+
+def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises UserError."""
+    return {f"{each.key}{LINEAR_KEYS[0]}": (each.experts * each.rank, each.inputs) for each in stacks(model, spec)}
+
+
+def in_this_layout(
+    model: nn.Module, spec: AdapterSpec, values: Mapping[str, Tensor], version: object, folder: Path
+) -> dict[str, Tensor]:
+    """The adapter's tensors, with A and B of experts as they are since PEFT 0.19.1: A (E·R, I) and B (O, R·E).
+
+    Before, the two had changed sides: A was (E·R, O) and B (I, R·E), with ΔW = (BA)ᵀ. In a square stack the shapes do
+    not tell: `version` does, the `peft_version` of the adapter in `folder`. Raises UserError if nothing does.
+    """
+    changed, fitting = dict(values), {False, True}
+    known = {False, True}
+    for stack in stacks(model, spec):
+        known &= _may_be_swapped(version, stack.transposed)
+        fitting &= {swapped for swapped in (False, True) if _fits(stack, swapped, values)}
+    if not fitting:
+        return changed  # the shapes are those of no layout, which is said with those that are expected
+    if len(fitting & known) != 1:
+        raise UserError(
+            f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell how A and B of experts "
+            f"are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT that wrote the adapter; if "
+            f"that wrote none, to 0.17.1; if `lora` wrote the adapter, to {LAYOUT}."
+        )
+    if fitting & known == {False}:
+        return changed
+    for stack in stacks(model, spec):
+        E, R, O, I = stack.experts, stack.rank, stack.outputs, stack.inputs  # noqa: E741 (the letters of the shapes)
+        a_key, b_key = (f"{PREFIX}{stack.key}{end}" for end in LINEAR_KEYS)
+        A, B = values[a_key].view(E, R, O), values[b_key].view(I, R, E)
+        changed[a_key] = B.permute(2, 1, 0).reshape(E * R, I)
+        changed[b_key] = A.permute(2, 1, 0).reshape(O, R * E)
+    return changed
+
+
+def _fits(stack: Stack, swapped: bool, values: Mapping[str, Tensor]) -> bool:
+    """Whether A and B of the stack have the shapes of this layout."""
+    sides = (stack.outputs, stack.inputs)
+    outputs, inputs = reversed(sides) if swapped else sides
+    rows = stack.experts * stack.rank
+    shapes = [(rows, inputs), (outputs, rows)]
+    stored = [values.get(f"{PREFIX}{stack.key}{end}") for end in LINEAR_KEYS]
+    return [None if tensor is None else tuple(tensor.shape) for tensor in stored] == shapes
+
+
+def _may_be_swapped(version: object, transposed: bool) -> set[bool]:
+    """Whether A and B have changed sides in a file of this version of PEFT; both if that cannot be known.
+
+    Up to 0.18 they have in a stack (E, O, I), in 0.19.0 in every stack. 0.17 writes no version, nor did this project.
+    """
+    match = _VERSION.fullmatch(version) if isinstance(version, str) else None
+    if match is None:
+        return {False} if version is None and transposed else {False, True}
+    *numbers, rest = match.groups()
+    number, latest = tuple(map(int, numbers)), tuple(map(int, LAYOUT.split(".")))
+    if number > latest or (number == latest and not rest):
+        return {False}
+    if rest:  # a version in development, before or after the change
+        return {False, True}
+    return {number == (0, 19, 0) or not transposed}
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, LoRAExperts]]:

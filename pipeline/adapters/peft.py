@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_embedding_or_head, targeted, tensors, untie
 from pipeline.adapters.config import (
     CONFIG,
+    LAYOUT,
     LORA,
     OTHER_KINDS,
     VIRTUAL,
@@ -147,12 +148,25 @@ def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
             continue
         if value.shape != weight.shape or not torch.equal(weight, value.to(weight)):
             raise other_embedding(folder, name)
+    if spec.parameters:
+        from pipeline.adapters.experts import in_this_layout  # most models have none
+
+        values = in_this_layout(model, spec, values, _layout_of(folder), folder)
     _refuse_large_ranks(model, spec, names, values, folder / WEIGHTS)
     # PEFT saves a tied pair twice: it was untied if embedding and head were trained in full to different weights
     pair = [values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)]
     if model.shape.tied and all(w is not None for w in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
         untie(model)
     return StoredLora(spec, values, folder)
+
+
+def _layout_of(folder: Path) -> object:
+    """The version of PEFT whose layout of experts' A and B the adapter has; None if its files do not tell."""
+    version = read_config(folder).get("peft_version")
+    if version is None and (folder / artifact.MANIFEST).exists():  # trained or made here, before we wrote a version
+        imported = artifact.read_manifest(folder).get("method") == "import"
+        return None if imported else LAYOUT
+    return version
 
 
 def load_adapter(model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> Any:

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
 FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj", "dense_4h_to_h")
 SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
+PEFT_OPTIONS = {  # those that are read, or without effect once the vectors are trained
+    *("target_modules", "feedforward_modules", "exclude_modules"),
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "init_ia3_weights"),
+    "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
+}
 
 
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
@@ -95,19 +101,9 @@ def _layer() -> type[AdapterLayer]:
 
 
 def wrap(
-    model: CausalLM, targets: Sequence[str], feed_forward: Sequence[str], dtype: torch.dtype | None = None
+    model: CausalLM, outputs: Sequence[str], inputs: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, AdapterLayer]:
-    """Freeze `model` and scale the linears whose names end so. Returns full name → layer.
-
-    Raises UserError for a name that matches nothing, and for a linear that would be scaled on both sides.
-    """
-    from pipeline.adapters.attach import resolve
-
-    inputs, outputs = (resolve(model, names) if names else [] for names in (feed_forward, targets))
-    if both := sorted({*inputs} & {*outputs}):
-        raise UserError(
-            f"finetune_ia3.target_modules and feedforward_modules both match {both[0]}. Name it in one of them."
-        )
+    """Freeze `model` and scale the outputs or the inputs of the linears with these full names: full name → layer."""
     model.requires_grad_(False)
     layers: dict[str, Any] = {}
     for name in [*outputs, *inputs]:
@@ -117,17 +113,33 @@ def wrap(
 
 
 def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, None, Attached]:
+    from pipeline.adapters.attach import resolve, short_targets
     from pipeline.models.load import DTYPES
     from pipeline.stages.finetune import Attached
 
     yield from ()
-    dtype = DTYPES[settings.adapter_precision]
-    layers = wrap(base.model, settings.target_modules, settings.feedforward_modules, dtype)
-    return Attached(COUNTED, lambda out: save(out, layers, settings))
+    model, dtype = base.model, DTYPES[settings.adapter_precision]
+    outputs = resolve(model, settings.target_modules)
+    inputs = resolve(model, settings.feedforward_modules) if settings.feedforward_modules else []
+    if both := sorted({*inputs} & {*outputs}):
+        raise UserError(
+            f"finetune_ia3.target_modules and feedforward_modules both match {both[0]}. Name it in one of them."
+        )
+
+    # groups and aliases are names of ours alone: PEFT gets those of the modules
+    scaled_inputs = short_targets(model, inputs)
+    if any(name.endswith(scaled_inputs) for name in outputs):  # PEFT's rule for them, a plain end
+        scaled_inputs = tuple(inputs)
+    named = {
+        "target_modules": [*short_targets(model, outputs), *scaled_inputs],
+        "feedforward_modules": [*scaled_inputs],
+    }
+    layers = wrap(model, outputs, inputs, dtype)
+    return Attached(COUNTED, lambda out: save(out, layers, named))
 
 
-def save(out: Path, layers: Mapping[str, AdapterLayer], settings: FinetuneIA3) -> Facts:
-    """Write the vectors and their config as PEFT does."""
+def save(out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequence[str]]) -> Facts:
+    """Write the vectors and their config as PEFT does; `named`: the modules, by PEFT's settings."""
     from pipeline.adapters.attach import PREFIX
     from pipeline.adapters.config import CONFIG, WEIGHTS
     from pipeline.files.artifact import write_json
@@ -140,8 +152,7 @@ def save(out: Path, layers: Mapping[str, AdapterLayer], settings: FinetuneIA3) -
         "peft_type": STAGE.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "artifacts/expanded",
-        "target_modules": [*settings.target_modules, *settings.feedforward_modules],
-        "feedforward_modules": [*settings.feedforward_modules],
+        **named,
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "inference_mode": True,
     }
@@ -150,34 +161,55 @@ def save(out: Path, layers: Mapping[str, AdapterLayer], settings: FinetuneIA3) -
 
 
 def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
-    """Scale `model` by the vectors in `folder`, ours or PEFT's; returns the names of the scaled linears.
+    """Scale `model`, or its skeleton, by the vectors in `folder`, ours or PEFT's; returns the scaled linears' names.
 
     Raises UserError for a config that says more than this, and for tensors that it does not call for.
     """
+    import torch
+
     from pipeline.adapters.attach import PREFIX
-    from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
+    from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft import read_tensors
     from pipeline.files.safetensors_file import refuse_difference
 
-    config = read_config(folder)
-    named = {key: config.get(key) or [] for key in ("target_modules", "feedforward_modules")}
-    for key, names in named.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{folder / CONFIG}: {key} must be a list of module names, got {names!r}.")
-    for key in ("modules_to_save", "exclude_modules"):
-        if config.get(key):
-            raise UserError(f"{folder / CONFIG}: {key} is not supported with IA3. Train without it.")
-    feed_forward = named["feedforward_modules"]
-    targets = [name for name in named["target_modules"] if not any(matches_suffix(name, end) for end in feed_forward)]
-    values, layers = read_tensors(folder), wrap(model, targets, feed_forward)
+    outputs, inputs = _scaled(model, folder)
+    values, layers = read_tensors(folder), wrap(model, outputs, inputs)
     expected = {f"{PREFIX}{name}{SUFFIX}": layer for name, layer in layers.items()}
     shapes = {key: tuple(layer.adapter_parameters()[SUFFIX].shape) for key, layer in expected.items()}
     refuse_difference(shapes, {key: tuple(value.shape) for key, value in values.items()}, str(folder / WEIGHTS))
     for key, layer in expected.items():
-        p = layer.adapter_parameters()[SUFFIX]
-        p.data = values[key].to("cpu" if p.is_meta else p.device, copy=True)
-    model.requires_grad_(False)
+        device = layer.adapter_parameters()[SUFFIX].device
+        vector = values[key].to("cpu" if device.type == "meta" else device, copy=True)
+        layer.register_parameter(SUFFIX.removeprefix("."), torch.nn.Parameter(vector, requires_grad=False))
     return list(layers)
+
+
+def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
+    """Full names of the linears whose outputs and whose inputs the adapter in `folder` scales. Raises UserError."""
+    from pipeline.adapters.attach import adaptable, targeted
+    from pipeline.adapters.config import AdapterConfig, AdapterSpec, refuse_options
+    from pipeline.files.patterns import full_match, one_budget
+
+    config = AdapterConfig.read(folder)
+    if saved := config.get("modules_to_save"):
+        raise UserError(f"{config.path}: modules_to_save is {saved!r}; it is not supported with IA3. Train without it.")
+    refuse_options(config.values, config.path, {}, PEFT_OPTIONS)
+    targets = config.names("target_modules", needed=True, may_be_pattern=True)
+    feed_forward = config.names("feedforward_modules", may_be_pattern=True)
+    if not isinstance(targets, str):  # PEFT passes over names that the model has not
+        linears = [name for name, module in model.named_modules() if adaptable(module)]
+        targets = tuple(end for end in targets if any(matches_suffix(name, end) for name in linears)) or targets
+
+    def scales_inputs(name: str) -> bool:
+        if isinstance(feed_forward, str):
+            return full_match(feed_forward, name, "feedforward_modules")
+        return name.endswith(feed_forward)  # a plain end, as in PEFT, where target_modules needs a whole part of a name
+
+    with one_budget():
+        excluded = config.names("exclude_modules", may_be_pattern=True)
+        names = targeted(model, AdapterSpec(1, 1.0, targets, excluded=excluded))
+        inputs = [name for name in names if scales_inputs(name)]
+    return [name for name in names if name not in inputs], inputs
 
 
 # What the calculator counts, and what it adds to a simulated step.

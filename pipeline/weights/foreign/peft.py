@@ -71,6 +71,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
         # tools list those of many architectures, and PEFT asks for one of them to be there
         settings["target_modules"] = [name for name in targets if name in names] or targets
     _take_embeddings(settings, tensors, model, base, source)
+    if config.get("target_parameters"):
+        tensors = _in_todays_layout(settings, tensors, model, folder)
     if not config.get("use_dora") and any(key.endswith(".lora_magnitude_vector") for key in tensors):
         raise UserError(
             f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would leave them out. Set "
@@ -79,6 +81,22 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     if source.name == WEIGHTS and tensors.keys() == stored.keys() and settings == config:
         return None
     return Converted(settings, tensors, (source, folder / CONFIG))
+
+
+def _in_todays_layout(
+    settings: dict[str, Any], tensors: dict[str, "Tensor"], model: "CausalLM", folder: Path
+) -> dict[str, "Tensor"]:
+    """A and B of experts as PEFT stores them since it changed that; the settings then name a version that does.
+
+    Raises UserError.
+    """
+    from pipeline.adapters.config import LAYOUT, read_spec
+    from pipeline.adapters.experts import in_this_layout
+
+    changed = in_this_layout(model, read_spec(folder), tensors, settings.get("peft_version"), folder)
+    if any(changed[key] is not tensors[key] for key in tensors):
+        settings["peft_version"] = LAYOUT
+    return changed
 
 
 def _why_none(folder: Path) -> str:

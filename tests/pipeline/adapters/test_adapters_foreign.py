@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, IA3Config, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -204,6 +204,86 @@ def test_lora_ga_changes_the_base_and_is_taken_once_it_is_converted(cli: Lora, t
     assert_answers_as_in_peft(cli, tied)
 
 
+# (IA)³
+
+
+BLOCK = "model.decoder.layers"
+VECTORS: dict[str, dict[str, Any]] = {  # IA3Config's arguments
+    "names": {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]},
+    "outputs alone": {"target_modules": ["k_proj", "fc1"], "feedforward_modules": []},
+    "a pattern": {"target_modules": r".*\.(k_proj|fc2)", "feedforward_modules": r".*fc2"},
+    "a pattern and names": {"target_modules": r".*\.1\.(self_attn\.k_proj|fc2)", "feedforward_modules": ["fc2"]},
+    "all-linear": {"target_modules": "all-linear", "feedforward_modules": ["fc2"]},
+    "some blocks": {
+        "target_modules": [f"{BLOCK}.0.self_attn.k_proj", f"{BLOCK}.1.fc2"],
+        "feedforward_modules": [f"{BLOCK}.1.fc2"],
+    },
+    "names of other models, and a plain end": {
+        "target_modules": ["k_proj", "fc2", "c2", "down_proj"],
+        "feedforward_modules": ["c2", "down_proj"],
+    },
+    "without some": {
+        "target_modules": ["k_proj", "fc2"],
+        "feedforward_modules": ["fc2"],
+        "exclude_modules": ["1.self_attn.k_proj"],
+    },
+    "without a pattern": {
+        "target_modules": ["k_proj", "fc2"],
+        "feedforward_modules": ["fc2"],
+        "exclude_modules": r".*\.0\.fc2",
+    },
+}
+
+
+def made_vectors(root: Path, **options: Any) -> Any:
+    """`theirs`: vectors that PEFT made on `base`; returns its model."""
+    return saved(get_peft_model(stock(root), IA3Config(task_type="CAUSAL_LM", **options)), root / "theirs")
+
+
+@torch.no_grad()
+def assert_vectors_answer_as_in_peft(cli: Lora, root: Path, model: Any) -> None:
+    there = logits(model)  # not opened again: PEFT cannot open those of all-linear with feedforward_modules
+    assert (there - logits(stock(root))).abs().max() > 1e-2, "the vectors change nothing"
+    code, said, errors = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root)
+    assert code == 0 and "fits base" in said, errors
+    for folder in ("theirs", "mine"):
+        torch.testing.assert_close(load(root / "base", root / folder).model(IDS), there, atol=1e-4, rtol=1e-4)
+    assert cli("adapters", "verify", "mine", cwd=root)[0] == 0
+
+
+@pytest.mark.parametrize("options", VECTORS.values(), ids=VECTORS)
+def test_vectors_of_ia3_answer_as_in_peft(cli: Lora, tied: Path, options: dict[str, Any]) -> None:
+    assert_vectors_answer_as_in_peft(cli, tied, made_vectors(tied, **options))
+
+
+def test_vectors_of_ia3_on_a_gpt_2_answer_as_in_peft(cli: Lora, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "base", "gpt2")
+    model = made_vectors(tmp_path, fan_in_fan_out=True)  # on the modules that PEFT chooses
+    assert_vectors_answer_as_in_peft(cli, tmp_path, model)
+
+
+WRONG_VECTORS: dict[str, tuple[dict[str, Any], str]] = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']; it is not supported with"),
+    "an unknown option": ({"use_dora": True}, "use_dora is True; it is not supported so far"),
+    "a bad pattern": ({"target_modules": "("}, "target_modules must be a regular expression"),
+    "no list": ({"feedforward_modules": {"fc2": 1}}, "feedforward_modules must be a list of names"),
+    "no targets": ({"target_modules": None}, "target_modules must be a list of names"),
+    "vectors of another side": ({"feedforward_modules": []}, "has shape [1, 256], expected [64, 1]"),
+    "a pattern that matches nothing": ({"target_modules": ".*w_proj"}, "matches no layer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VECTORS)
+def test_vectors_that_do_not_fit_their_config_are_one_message(cli: Lora, tied: Path, name: str) -> None:
+    change, message = WRONG_VECTORS[name]
+    made_vectors(tied, **VECTORS["names"])
+    config = json.loads((tied / "theirs" / CONFIG).read_text())
+    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, **change}))
+    ways = (("import", "theirs", "--base", "base", "--out", "out"), ("verify", "theirs", "--base", "base"))
+    (said,) = {refusal(cli("adapters", *way, cwd=tied)) for way in ways}
+    assert message in said and not (tied / "out").exists()
+
+
 # What is refused says why
 
 
@@ -213,7 +293,7 @@ def test_another_method_is_refused_with_those_that_are_supported(cli: Lora, tied
     config = json.loads((tied / "theirs" / CONFIG).read_text())
     (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "peft_type": kind}))
     (said,) = refusals(cli, tied)
-    assert f"peft_type must be LORA, PREFIX_TUNING or PROMPT_TUNING, got {kind!r}" in said
+    assert f"peft_type must be LORA, IA3, PREFIX_TUNING or PROMPT_TUNING, got {kind!r}" in said
 
 
 def test_a_pickle_is_read_by_the_import_alone_which_the_others_name(cli: Lora, tied: Path) -> None:

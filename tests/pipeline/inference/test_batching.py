@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import adapter_layers, attach
+from pipeline.adapters.attach import adapter_layers, attach, resolve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.mixed import MixedAdapter
 from pipeline.adapters.peft import attach_virtual_tokens, save_adapter, save_virtual
@@ -61,11 +61,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_virtual(made[kind], model, str(base))
     made["ia3"] = root / "ia3"
     made["ia3"].mkdir()
-    layers = ia3.wrap(load_base(base).model, ("k_proj", "v_proj"), ("fc2",))
+    model = load_base(base).model
+    layers = ia3.wrap(model, resolve(model, ["k_proj", "v_proj"]), resolve(model, ["fc2"]))
     for layer in layers.values():
         for vector in layer.adapter_parameters().values():
             nn.init.normal_(vector, 1, 0.5)
-    ia3.save(made["ia3"], layers, ia3.FinetuneIA3())
+    named = {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
+    ia3.save(made["ia3"], layers, named)
     return {"base": base, **made}
 
 
