@@ -3,7 +3,7 @@
 import os
 import sys
 from importlib import import_module
-from io import TextIOWrapper
+from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -94,9 +94,7 @@ def root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by signal n."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
+    sys.stdout, sys.stderr = map(_unbroken, (sys.stdout, sys.stderr))
     # before torch is loaded. Batches differ in length: CUDA's allocator otherwise keeps gaps that no tensor fits into
     if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -122,6 +120,39 @@ def main() -> None:
         )
     except OSError as error:
         _exit(f"{explain(error)} Existing results are unchanged.", 1)
+
+
+class _Unbroken(FileIO):
+    """Standard output or error that may be closed by its reader, such as `head`: what follows is lost, and no error.
+
+    The command goes on: `lora train | head` trains, and whether a reader was quicker changes no exit code.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def _unbroken(stream: Any) -> Any:
+    """The same stream, which outlives its reader and prints ? for characters that the terminal cannot encode."""
+    if not isinstance(stream, TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="replace")
+    if not isinstance(getattr(stream.buffer, "raw", stream.buffer), FileIO):  # in tests
+        return stream
+    stream.flush()
+    return TextIOWrapper(
+        BufferedWriter(_Unbroken(stream.fileno(), "wb", closefd=False)),
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _exit(message: str, code: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,17 +109,20 @@ def train(
     Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory here, each with a
     reason; --set replaces any of them. After a stop, the same command goes on.
     """
+    from cli.console import follow
     from cli.project import refuse_broken
     from cli.stages import run_stage
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
-    from pipeline.workbench import open_project
+    from pipeline.stages.quickstart import place_files
+    from pipeline.workbench import GRAPH, open_project
 
     params = out / "params.yaml"
     chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
     if params.exists():
-        project, given = open_project(params), _read_values(values, chosen)
-        _refuse_other(project, base, data)
+        project = open_project(params)
+        given = follow(place_files(_read_values(values or [], chosen), out, GRAPH), "")
+        _refuse_other(project, base, [*(data or ()), *filter(None, [eval_data])])
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
                 raise UserError(
@@ -230,8 +233,8 @@ def _print_foreign(foreign: Foreign) -> None:
         print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
 
 
-def _refuse_other(project: Project, base: str | None, data: list[str] | None) -> None:
-    """Raises UserError if a project trains another base or other data than is asked for."""
+def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
+    """Raises UserError if a project trains another base, or trains or evaluates on other data, than is asked for."""
     from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
@@ -241,7 +244,7 @@ def _refuse_other(project: Project, base: str | None, data: list[str] | None) ->
         if (asked.hub_id, asked.path.resolve()) != (there.hub_id, there.path.resolve()):
             raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
     files = {(project.root / name).resolve() for stage in project.stages.values() for name in project.data_files(stage)}
-    if other := [name for name in data or () if Path(name).exists() and Path(name).resolve() not in files]:
+    if other := [name for name in data if Path(name).exists() and Path(name).resolve() not in files]:
         raise UserError(f"{project.params_path} does not train on {other[0]}. Name another folder with --out.")
 
 

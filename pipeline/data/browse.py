@@ -25,6 +25,7 @@ from pipeline.data.containers import (
     read_rows,
     row_of_json,
     row_of_text,
+    skip_blank_lines,
     suffix_of,
     table_rows,
 )
@@ -90,13 +91,16 @@ class RowFile:
         with self.path.open("rb") as file:
             while raw := read_piece(file):
                 size = len(raw) + _skip_rest(file, raw)
-                if not raw.isspace():
-                    if self.count % STEP == 0:
-                        self._places.extend((number, start))
-                        yield self.count
-                        if stopped():
-                            return
-                    self.count += 1
+                if raw.isspace():
+                    count, blank = skip_blank_lines(file)
+                    number, start = number + 1 + count, start + size + blank
+                    continue
+                if self.count % STEP == 0:
+                    self._places.extend((number, start))
+                    yield self.count
+                    if stopped():
+                        return
+                self.count += 1
                 number, start = number + 1, start + size
 
     def read(self, first: int, count: int, stopped: Stopped = lambda: False) -> list[Entry]:
@@ -151,7 +155,10 @@ class RowFile:
             file.seek(start)
             while raw := read_piece(file):
                 size, number = len(raw) + _skip_rest(file, raw), number + 1
-                if not raw.isspace():
+                if raw.isspace():
+                    count, blank = skip_blank_lines(file)
+                    number, size = number + count, size + blank
+                else:
                     yield self._line(raw, number, start) if keep is None or keep(raw) else UNREAD
                 start += size
 
@@ -219,6 +226,7 @@ def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
         number = 0
         while raw := read_piece(file):
             if raw.isspace():
+                skip_blank_lines(file)
                 continue
             if number == position:
                 _skip_rest(file, raw)

@@ -192,20 +192,53 @@ def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
     return line
 
 
-def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+def skip_blank_lines(file: BinaryIO, blank: bytes | None = None) -> tuple[int, int]:
+    """Skip the blank lines that come next, which may be millions. Returns how many, and their bytes.
+
+    `blank`: the characters that they consist of, by default all white space.
+    """
+    assert isinstance(file, io.BufferedReader)
+    lines = size = 0
+    while ahead := file.peek():
+        end = ahead.rfind(b"\n", 0, len(ahead) - len(ahead.lstrip(blank))) + 1
+        if not end:
+            break
+        file.read(end)
+        lines, size = lines + ahead.count(b"\n", 0, end), size + end
+    return lines, size
+
+
+class _Lines:
     """Numbered lines with their line ends, as text. Raises UserError for a line that is long, binary or not UTF-8."""
-    start = 0
-    for number, raw in enumerate(iter(lambda: read_piece(file), b""), 1):
-        yield number, decode_line(raw, number, start, name)
-        start += len(raw)
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self.number = self._start = 0  # lines that were read or skipped, and their bytes
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        if not (raw := read_piece(self._file)):
+            raise StopIteration
+        self.number += 1
+        line = decode_line(raw, self.number, self._start, self._name)
+        self._start += len(raw)
+        return self.number, line
+
+    def skip_blank(self, blank: bytes | None = None) -> int:
+        """As `skip_blank_lines`; returns how many."""
+        count, size = skip_blank_lines(self._file, blank)
+        self.number, self._start = self.number + count, self._start + size
+        return count
 
 
 def _filled_lines(file: BinaryIO, name: str, reading: Reading) -> Iterator[tuple[int, str]]:
     """The numbered lines that are not blank; the blank ones before them are counted."""
-    waiting = 0  # blank lines at the end of the file are of no interest
-    for number, line in _numbered_lines(file, name):
+    lines, waiting = _Lines(file, name), 0  # blank lines at the end of the file are of no interest
+    for number, line in lines:
         if not line.strip():
-            waiting += 1
+            waiting += 1 + lines.skip_blank()
             continue
         reading.blank, waiting = reading.blank + waiting, 0
         yield number, line
@@ -371,11 +404,11 @@ def _too_large(name: str) -> UserError:
 
 def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
     """Rows under a header, each with a text for every column. A cell may hold turns or tools as JSON."""
-    size = 0
+    size, numbered = 0, _Lines(file, name)
 
     def lines() -> Iterator[str]:
         nonlocal size
-        for at, line in _numbered_lines(file, name):
+        for at, line in numbered:
             size += len(line)
             if size > MAX_LINE_BYTES:  # of a row, whose texts may have many lines
                 raise UserError(
@@ -388,7 +421,7 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        number, size = reader.line_num + 1, 0
+        number, size = numbered.number + 1, 0
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -400,7 +433,7 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
         if not header:
             header = _read_header(cells, name, number)
         elif not cells:
-            reading.blank += 1
+            reading.blank += 1 + numbered.skip_blank(b"\r\n")
         elif len(cells) != len(header):
             ragged = (
                 f"{name}:{number}: {len(cells)} values, but the header has {len(header)} columns. Quote texts that "

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from shlex import quote
@@ -28,8 +29,8 @@ from pipeline.models.device import LARGE, available_memory, device_for_size, dev
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
-from pipeline.project.params.schema import Section, hints
-from pipeline.project.params.sections import GENERAL, PRETRAINED, ExpandVocab, Merge, Training
+from pipeline.project.params.schema import Section, ValueSource, check_value, hints
+from pipeline.project.params.sections import GENERAL, PRETRAINED, ExpandVocab, Merge, Training, change_paths
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -46,7 +47,7 @@ SHOWN = 3  # problems of the data in an error
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. Paths are relative to the current folder; `given`: section.key → value."""
+    """What the user asks for. Paths are relative to the current folder, in `given` too: section.key → value."""
 
     folder: Path
     base: str
@@ -79,7 +80,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
     base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
     stages = _stages_of(graph, request.methods)
-    given = _shared(request.given, stages)
+    given = _shared((yield from place_files(request.given, folder, graph)), stages)
     files = []
     for name in request.data:
         files.append((yield from _fetched(name, folder)))
@@ -122,6 +123,40 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     yield Note("trying a few steps")
     trial = yield from _trial(project, stages[0], report.examples, recipe)
     return Started(request.base, model, report, recipe, machine, trial, copied + write_project(project, text))
+
+
+def place_files(given: Mapping[str, Any], folder: Path, graph: StageGraph) -> Generator[Event, None, dict[str, Any]]:
+    """The given values, with the files that they name as the params file in `folder` has to name them.
+
+    Raises UserError for a file that is not there.
+    """
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **{name: s.settings for name, s in graph.product.items()}}
+    named = {key if "." in key else f"{s.section}.{key}" for s in graph.product.values() for key in s.data}
+    named |= {f"{TRAINING}.{key}" for key in hints(Training) if f"finetune_lora.{key}" in named}
+    placed, notes = dict(given), list[str]()
+    for key in named & given.keys():
+        section, _, name = key.partition(".")
+        value = check_value(hints(kinds[section])[name], given[key], key, ValueSource(PARAMS, frozenset([key])))
+        placed[key] = change_paths(value, partial(_place_file, key=key, folder=folder, notes=notes))
+    yield from map(Note, notes)
+    return placed
+
+
+def _place_file(name: str, key: str, folder: Path, notes: list[str]) -> str:
+    if not name:
+        return name
+    path = Path(name).expanduser()
+    if path.exists():
+        return os.path.relpath(path.resolve(), folder.resolve())
+    inside = Path(os.path.normpath(folder.resolve() / path))
+    if not inside.exists():
+        raise UserError(f"{key}: {name} does not exist. Name a file as it is seen from the current folder.")
+    # before all paths counted from the current folder, these counted from the project's
+    notes.append(
+        f"{key}: {name} counts from {folder} here. Name it {os.path.relpath(inside)}: paths count from the current "
+        "folder."
+    )
+    return name
 
 
 def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:

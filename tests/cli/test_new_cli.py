@@ -200,6 +200,60 @@ def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: P
     dvc(here / "two", "status")  # every key that dvc.yaml names is in the params file
 
 
+def test_every_path_that_is_given_counts_from_the_current_folder(here: Path, cli: Lora) -> None:
+    (here / "keep.txt").write_text("The capital is Sofia.\nTwo and two are four.\n", encoding="utf-8")
+    (here / "more.txt").write_text("It is four.\n", encoding="utf-8")
+    files = ("--eval-data", "pairs.jsonl", "--set", "retention_data=keep.txt", "--set", "evaluate.old_data=./more.txt")
+    asked = ("--base", "toy", "--data", "pairs.jsonl", *files, "--columns", "prompt=question,completion=answer")
+    code, _, err = cli("new", "deep/project", *asked, "--set", "expand_vocab.data=[keep.txt, more.txt]", cwd=here)
+    assert code == 0, err
+    params = load(here / "deep/project/params.yaml")
+    assert params.finetune_lora.retention_data == "../../keep.txt" and params.evaluate.old_data == "../../more.txt"
+    assert params.finetune_lora.eval_data == "../../pairs.jsonl"
+    assert params.expand_vocab.data == ("../../keep.txt", "../../more.txt")
+
+
+def test_a_path_that_counts_from_the_new_project_is_taken_with_a_note(here: Path, cli: Lora) -> None:
+    """As it was before the current folder counted, in scripts and notes of others."""
+    (here / "old.txt").write_text("Two and two are four.\n", encoding="utf-8")
+    asked = ("new", "earlier", "--base", "toy", "--data", "chats.json", "--set", "retention_data=../old.txt")
+    code, _, err = cli(*asked, cwd=here)
+    assert code == 0 and "retention_data: ../old.txt counts from earlier here. Name it old.txt: " in err
+    assert load(here / "earlier/params.yaml").finetune_lora.retention_data == "../old.txt"
+
+
+def test_a_path_that_leads_nowhere_is_refused_before_the_base_is_imported(here: Path, cli: Lora) -> None:
+    for given, name in (
+        (("--set", "retention_data=gone.txt"), "finetune_lora.retention_data: gone.txt"),
+        (("--set", "eval_data=gone.jsonl"), "training.eval_data: gone.jsonl"),
+        (("--set", "init_from=gone"), "finetune_lora.init_from: gone"),
+        (("--set", "evaluate.tasks=[pairs.jsonl, gone.yaml]"), "evaluate.tasks: gone.yaml"),
+        (("--set", "merge.prompts=gone.txt"), "merge.prompts: gone.txt"),
+        (("--set", "finetune_lora.data=[{path: gone.txt}]"), "finetune_lora.data: gone.txt"),
+    ):
+        said = refusal(cli("train", "--base", "toy", "--data", "chats.json", "--out", "lost", *given, cwd=here))
+        assert f"{name} does not exist" in said and "the current folder" in said
+        assert not (here / "lost").exists()
+    for wrong, rule in (
+        ("finetune_lora.data=[{weight: 2}]", "must be a path"),
+        ("retention_data=[1]", "must be a text"),
+    ):
+        said = refusal(cli("train", "--base", "toy", "--data", "chats.json", "--out", "lost", "--set", wrong, cwd=here))
+        assert rule in said
+        assert not (here / "lost").exists()
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_project_that_is_there_is_compared_with_the_same_paths(here: Path, cli: Lora) -> None:
+    asked = ("train", "--base", "toy", "--data", "chats.json", "--out", "run")
+    assert "does not train on pairs.jsonl" in refusal(cli(*asked, "--eval-data", "pairs.jsonl", cwd=here))
+    (here / "kept.txt").write_text("Two and two are four.\n", encoding="utf-8")
+    assert "retention_data is not ../kept.txt" in refusal(cli(*asked, "--set", "retention_data=kept.txt", cwd=here))
+    heldout = "evaluate.old_data=run/data/heldout.en.txt"
+    code, _, err = cli(*asked, "--set", heldout, cwd=here)
+    assert code == 0, err
+
+
 def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli: Lora) -> None:
     rows = [{"prompt": q, "chosen": a, "rejected": f"I think {a}"} for (_, q), (_, a), *_ in CHATS]
     (here / "prefers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

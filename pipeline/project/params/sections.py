@@ -253,7 +253,8 @@ class Training(Section, frozen=True, kw_only=True):
         "unless long answers are taught",
     ] = 0.0
     schedule: Annotated[
-        Literal["constant", "linear", "cosine"], "learning rate after warm-up: constant, or down to 0 at the last step"
+        Literal["constant", "linear", "cosine"],
+        "learning rate after warm-up: constant, or down towards 0, which the step after the last would have",
     ] = "constant"
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
     warmup_ratio: Annotated[Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"] = 0.0

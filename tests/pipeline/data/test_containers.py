@@ -89,6 +89,34 @@ def test_blank_lines_are_skipped_and_counted_once(tmp_path: Path, name: str, raw
     assert notes == [f"{name}: {count} blank lines skipped"]
 
 
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl", "d.csv", "d.txt.gz"])
+def test_a_million_blank_lines_are_not_read_one_by_one(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[int]()
+    piece = containers.read_piece
+    monkeypatch.setattr(containers, "read_piece", lambda file: read.append(1) or piece(file))
+    first, last = ('{"text": "a"}', '{"text": "b"}') if name == "d.jsonl" else ("text\na", "b")
+    raw = first + "\n" * 1_000_001 + last + "\r\n" * 100_000
+    if name.endswith(".gz"):
+        compressed(raw, tmp_path / name)
+    else:
+        (tmp_path / name).write_text(raw, encoding="utf-8")
+    rows = [*read_rows(tmp_path / name, name)]
+    assert rows[-1].number == raw.count("\n", 0, raw.index(last)) + 1
+    assert len(read) < 100
+
+
+@given(st.text(st.sampled_from("\n\r \ta")), st.integers(1, 9))
+def test_lines_that_are_skipped_change_neither_rows_nor_numbers(text: str, size: int) -> None:
+    reading = containers.Reading()
+    file = io.BufferedReader(io.BytesIO(text.encode()), size)  # type: ignore[type-var]
+    rows = [*containers._text_rows(file, "d.txt", reading)]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    assert [row.number for row in rows] == [n for n, _ in lines]
+    assert reading.blank == (lines[-1][0] - len(lines) if lines else 0)
+
+
 def html(path: Path) -> None:
     path.write_text("<!DOCTYPE html>\n<html><body>404</body></html>\n", encoding="utf-8")
 

@@ -21,17 +21,35 @@ def series(values: Sequence[float], strength: float = 0.0) -> Series:
 
 
 def weighted_means(values: Sequence[float], strength: float) -> list[float]:
-    """For each value, the mean of all values up to it, with weights strength^age."""
+    """For each value, the mean of all up to it: the last has the weight 1 - strength or, if more, 8/(n + 7) of n, and
+    those before share the rest as they did."""
     means = []
     for end in range(1, len(values) + 1):
-        weights = [strength ** (end - 1 - i) for i in range(end)]
-        means.append(sum(w * v for w, v in zip(weights, values[:end], strict=True)) / sum(weights))
+        lasts = [max(1 - strength, 8 / (n + 7)) for n in range(1, end + 1)]
+        weights = [last * math.prod(1 - later for later in lasts[n + 1 :]) for n, last in enumerate(lasts)]
+        assert sum(weights) == pytest.approx(1)
+        means.append(sum(w * v for w, v in zip(weights, values[:end], strict=True)))
     return means
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_the_smoothed_line_is_the_weighted_mean_of_all_before(values: list[float], strength: float) -> None:
     assert list(series(values, strength).smooth) == pytest.approx(weighted_means(values, strength), abs=1e-9)
+
+
+def test_a_short_run_is_not_shown_as_the_mean_of_its_steps() -> None:
+    falling = [2.13 * (0.114 / 2.13) ** (step / 12) for step in range(13)]
+    smooth = series(falling, 0.9).smooth
+    assert smooth[0] == falling[0]
+    assert falling[-1] < smooth[-1] < 2 * falling[-1] < sum(falling) / 13
+
+
+def test_a_long_run_has_the_exponential_moving_average() -> None:
+    values = [math.sin(i * i) for i in range(2000)]
+    mean = 0.0
+    for value in values:
+        mean = 0.9 * mean + 0.1 * value
+    assert series(values, 0.9).smooth[-1] == pytest.approx(mean)
 
 
 def test_changing_the_smoothing_equals_smoothing_from_the_start() -> None:
