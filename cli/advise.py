@@ -37,7 +37,7 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     facts = gather_facts(project, stages)
     advice = [one for each in facts for one in advice_of(project, each)]
     if as_json:
-        shown = [name for name in Facts._fields if name not in ("section", "left")]
+        shown = [name for name in Facts._fields if name not in ("section", "left", "bf16")]
         known = {each.section: {name: getattr(each, name) for name in shown} for each in facts}
         print_json({"facts": known, "advice": [one._asdict() for one in advice]})
         return
@@ -84,6 +84,8 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
         tokenizer = load_tokenizer(folder)
     with suppress(UserError, OSError):  # not there yet, or a family that the calculator does not know
         model = _shapes(project, str(folder or project.params.origin.base))
+    in_bf16 = any(project.section(stage).precision == "bf16" for stage in stages)
+    bf16 = _multiplies_bf16(model) if in_bf16 and project.params.origin.imports else None
     return [
         Facts(
             stage.name,
@@ -91,9 +93,16 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
             **_count_data(project, stage, tokenizer),
             left=_leaves_alpha(project, stage.section),
             measured=_measured_keys(project, stage),
+            bf16=bf16,
         )
         for stage in stages
     ]
+
+
+def _multiplies_bf16(model: "Architecture | None") -> bool:
+    from pipeline.models.device import LARGE, device_for_size, multiplies_bf16  # imports torch
+
+    return multiplies_bf16(device_for_size(model.total if model else LARGE))
 
 
 def _leaves_alpha(project: "Project", section: str) -> bool:

@@ -19,6 +19,7 @@ MANY, EPOCHS, EPOCHS_OF_FEW = 1000, 4, 15  # examples; epochs on at least as man
 HIGH_RANK, FIXED_ALPHA = 64, 32
 CUT = 0.05  # share of the examples
 SMALL_BASE = 10**9  # parameters
+SLOWER = 8  # times that products in bf16 take of those in fp32, measured on a CPU with AVX2
 TAKEN_OVER = ("rank", "alpha", "target_modules", "train_embeddings")  # from the adapter that init_from names
 
 
@@ -28,7 +29,7 @@ class Facts(NamedTuple):
     `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples`, and
     `tokens` with a label, once each; `more`: there are more than these. `cut`: share that max_length truncates. `left`:
     the rank is changed by --set, and alpha stays as a file sets it. `measured`: the swept keys, if the settings are
-    those of the best adapter of the project's sweep.
+    those of the best adapter of the project's sweep. `bf16`: whether the device multiplies in bf16.
     """
 
     section: str
@@ -41,6 +42,7 @@ class Facts(NamedTuple):
     more: bool = False
     left: bool = False
     measured: tuple[str, ...] = ()
+    bf16: bool | None = None
 
 
 class Advice(NamedTuple):
@@ -110,6 +112,16 @@ def window(settings: Any, _: Facts) -> Answer | None:
         return None
     why = f"a pretrained model would see {settings.window} tokens at a time, whatever else is set"
     return Answer("0 (whole examples)", why, inf)
+
+
+@rule("precision", source="docs/how-to/new-project.md", imported_only=True)
+def precision(settings: Any, facts: Facts) -> Answer | None:
+    """A CPU without instructions for bf16 computes in it several times more slowly than in fp32."""
+    if settings.precision != "bf16" or facts.bf16 is not False:
+        return None
+    return Answer(
+        "fp32, if the memory suffices", "this device has no instructions for bf16, and is slower in it", SLOWER
+    )
 
 
 @rule("train_embeddings", "rank", source="docs/how-to/new-project.md", imported_only=True)

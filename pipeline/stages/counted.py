@@ -57,7 +57,7 @@ def options_of_stage(project: Project, stage: Stage) -> dict[str, Any]:
         "checkpointing": settings.gradient_checkpointing,
         "optimizer": settings.optimizer,
         "neftune_alpha": settings.neftune_alpha,
-        "loss": "chunked" if project.params.origin.imports else "full",
+        "loss": "chunked" if project.params.origin.imports else None,  # None: by method
     }
 
 

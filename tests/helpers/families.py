@@ -100,14 +100,19 @@ PARAMS: dict[str, dict[str, Any]] = {
     "expand_vocab": {"data": [], "tokens": [NEW], "special_tokens": [TOOL], "audit_data": "data/old.jsonl"},
     "train_from_scratch": {"data": ["data/texts.jsonl", "data/all.jsonl"]},
     "finetune_full": {"data": "data/texts.jsonl"},
-    "finetune_freeze": {"data": "data/asked.jsonl"},
-    "finetune_lora": {"data": "data/all.jsonl", "rank": 4, "alpha": 8, "target_modules": ["all-linear"]},
+    "finetune_freeze": {"data": "data/asked.jsonl", "train_embeddings": True},
+    "finetune_lora": {
+        **{"data": "data/all.jsonl", "rank": 4, "alpha": 8, "target_modules": ["all-linear"]},
+        "train_embeddings": "all",
+    },
     "finetune_prefix": {"data": "data/asked.jsonl", "virtual_tokens": 5},
     "finetune_prompt": {"data": "data/texts.jsonl", "virtual_tokens": 5},
     "finetune_sweep": {"grid": {"rank": [2, 4]}},
-    "merge": {"prompts": "data/prompts.yaml"},
+    "merge": {"prompts": "data/prompts.yaml", "max_logit_difference": 1e-5},
     "evaluate": {"old_data": "data/old.jsonl", "new_data": "data/asked.jsonl", "prompts": "data/prompts.yaml"},
 }
+# not what a pretrained base has by default: fp32 and a constant rate, to compare numbers
+BLOCK = {"precision": "fp32", "epochs": 50, "schedule": "constant", "warmup_ratio": 0, "max_grad_norm": 0}
 TRAINING = {"epochs": 2, "batch_size": 2, "window": 0, "learning_rate": 3e-3}
 
 
@@ -159,5 +164,5 @@ def new_project(root: Path, family: Family, dtype: torch.dtype = torch.float32) 
         name: {**section, **(TRAINING if "data" in section and name.startswith(("train_", "finetune_")) else {})}
         for name, section in PARAMS.items()
     }
-    (root / "params.yaml").write_text(yaml.safe_dump({"base": "base", **trained}), encoding="utf-8")
+    (root / "params.yaml").write_text(yaml.safe_dump({"base": "base", "training": BLOCK, **trained}), encoding="utf-8")
     return root

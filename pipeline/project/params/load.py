@@ -105,9 +105,22 @@ class Params:
         kind = self._kind(section)
         if not (kind.pretrained({}) and self.origin.imports):
             return DEFAULT
+        return PRETRAINED if key in kind.pretrained(self._set_keys(section)) else DEFAULT
+
+    def following(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults of a section that become others where `values` are set too, as alpha does with the rank."""
+        if not self.origin.imports:
+            return {}
+        kind, section = self._kind(name), self.section(name)
+        given = {**self._set_keys(name), **values}
+        default = kind(**kind.pretrained(given))
+        free = (key for key in hints(kind) if key not in given)
+        return {key: getattr(default, key) for key in free if getattr(default, key) != getattr(section, key)}
+
+    def _set_keys(self, section: str) -> dict[str, Any]:
+        """Key → value of those that are no defaults."""
         values = self.section(section)
-        given = {name: getattr(values, name) for name in hints(kind) if self._where_set(section, name)}
-        return PRETRAINED if key in kind.pretrained(given) else DEFAULT
+        return {key: getattr(values, key) for key in hints(self._kind(section)) if self._where_set(section, key)}
 
     def _where_set(self, section: str, key: str) -> str:
         """The file, its training block or --set; empty for a default."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta, field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.params.load import PRETRAINED, Params
+from pipeline.project.params.load import Params
 from pipeline.project.params.schema import (
     Count,
     File,
@@ -192,7 +192,7 @@ def check(project: Project) -> None:
             "train alone. Unset it, or use `lora finetune lora`."
         )
     if search.passes(sweep) == 1:
-        variants(settings, sweep, alpha_follows(project.params))
+        variants(settings, sweep, project.params)
 
 
 STAGE = Stage(
@@ -230,7 +230,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         asked = search.ask(sweep, tried)
         if not asked:
             break
-        adapters = _adapters(settings, asked, rows, alpha_follows(job.project.params))
+        adapters = _adapters(settings, asked, rows, job.project.params)
         if passes == 1:
             made = yield from _train_pass(job, adapters, {})
         else:
@@ -351,22 +351,18 @@ def _train_pass(
     return _save_adapters(job, base, adapters, specs, learners, measured)
 
 
-def variants(base: FinetuneLora, sweep: FinetuneSweep, follows: bool = False) -> dict[str, FinetuneLora]:
+def variants(base: FinetuneLora, sweep: FinetuneSweep, params: Params | None = None) -> dict[str, FinetuneLora]:
     """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the grid is empty.
 
-    `follows`: a rank of the grid changes alpha too. Raises UserError for an invalid or duplicate combination.
+    `params`: those of the project, whose defaults may follow what the grid sets. Raises UserError for an invalid or
+    duplicate combination.
     """
-    adapters = _adapters(base, search_of(sweep.search).ask(sweep, ()), (), follows)
+    adapters = _adapters(base, search_of(sweep.search).ask(sweep, ()), (), params)
     return {name: lora for name, (_, lora) in adapters.items()}
 
 
-def alpha_follows(params: Params) -> bool:
-    """Whether alpha is the default that follows the rank, as it does where `finetune_lora.rank` is set."""
-    return params.source("finetune_lora", "alpha") == PRETRAINED
-
-
 def _adapters(
-    base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str], follows: bool
+    base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str], params: Params | None
 ) -> dict[str, Adapter]:
     """Name → values and settings of each combination; a name is none of `taken`. Raises UserError as `variants`."""
     twice = next((values for n, values in enumerate(combinations) if values in combinations[:n]), None)
@@ -376,8 +372,8 @@ def _adapters(
     adapters: dict[str, Adapter] = {}
     for name, values in zip(names, combinations, strict=True):
         with _add_name_to_error(name):
-            alpha = FinetuneLora.ALPHA_PER_RANK * values["rank"] if follows and "rank" in values else base.alpha
-            adapters[name] = values, structs.replace(base, **{"alpha": alpha, **values})
+            follows = params.following("finetune_lora", values) if params else {}
+            adapters[name] = values, structs.replace(base, **follows, **values)
     return adapters
 
 

@@ -38,6 +38,9 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"learning_rate": 2e-3}, {}, ["learning_rate"]),
         ({"learning_rate": 2e-3, "rank": 64, "alpha": 128}, {}, ["learning_rate"]),
         ({"learning_rate": 0.1, "optimizer": "sgd"}, {}, []),
+        ({"precision": "bf16"}, {"bf16": False}, ["precision"]),
+        ({"precision": "bf16"}, {"bf16": True}, []),
+        ({"precision": "fp32"}, {"bf16": False}, []),
         ({"window": 63}, {}, ["window"]),
         ({"window": 64}, {}, []),
         ({"train_embeddings": "all"}, {}, ["train_embeddings"]),
@@ -118,13 +121,13 @@ def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_param
 def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
     broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["attention"], "batch_size": 64, "alpha": 1}
     broken |= {"window": 4, "train_embeddings": "all"}
-    facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5)
+    facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5, bf16=False)
     assert keys(advised("minigpt", facts, **broken, epochs=90)) == ["rank", "max_length"]
     assert len(advised("org/model", facts, **broken, epochs=90, quantization="nf4")) == len(RULES)
 
 
 def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
-    facts = Facts("finetune_lora", base=10, trained=1, adapted=0.2, examples=3, tokens=100, cut=0.5)
+    facts = Facts("finetune_lora", base=10, trained=1, adapted=0.2, examples=3, tokens=100, cut=0.5, bf16=False)
     broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["q_proj"], "batch_size": 64, "alpha": 1}
     broken |= {"window": 4, "train_embeddings": "all"}
     for one in advised(facts=facts, **broken, epochs=90, quantization="nf4"):

@@ -118,6 +118,7 @@ ON_LLAMA = (  # what further methods need on another family
     *(f"{stage.name}.data=data/all.jsonl" for stage in MORE),
     *("finetune_dpo.data=data/pairs.jsonl", "finetune_dpo.target_modules=all-linear"),
     "finetune_dpo.train_embeddings=new_rows",
+    *("finetune_dpo.rank=4", "finetune_dpo.alpha=1", "finetune_dpo.learning_rate=5e-4"),
 )
 TRAINED = ("train_from_scratch", *FINETUNED)
 HELD = 0.3  # of the examples, held out: what was saved must have the loss that the last step had on them

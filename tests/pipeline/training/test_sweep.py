@@ -31,7 +31,7 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Note, run
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.methods.sweep import FinetuneSweep, alpha_follows, variants
+from pipeline.stages.methods.sweep import FinetuneSweep, variants
 from pipeline.stages.methods.sweep import run as sweep
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.workbench import open_project
@@ -71,21 +71,22 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
     return root / "artifacts" / "lora_adapter"
 
 
-def test_on_a_pretrained_base_alpha_follows_a_rank_of_the_grid_unless_it_is_set(tmp_path: Path) -> None:
+def test_on_a_pretrained_base_defaults_follow_what_the_grid_sets(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("base: model.gguf\nfinetune_lora: {}\nfinetune_sweep: {grid: {rank: [2, 16]}}\n", encoding="utf-8")
 
-    def alphas(*overrides: str) -> list[float]:
-        params = load(path, overrides).section
-        own = variants(params("finetune_lora"), params("finetune_sweep"), alpha_follows(load(path, overrides)))
-        return [lora.alpha for lora in own.values()]
+    def swept_over(*overrides: str) -> list[FinetuneLora]:
+        params = load(path, overrides)
+        return [*variants(params.finetune_lora, params.finetune_sweep, params).values()]
 
-    assert alphas() == [4, 32]
-    assert alphas("finetune_lora.alpha=8") == [8, 8]
-    assert alphas("finetune_sweep.grid={rank: [2, 16], alpha: [1]}") == [1, 1]
-    assert alphas("base=minigpt") == [FinetuneLora().alpha] * 2
+    assert [lora.alpha for lora in swept_over()] == [4, 32]
+    assert [lora.alpha for lora in swept_over("finetune_lora.alpha=8")] == [8, 8]
+    assert [lora.alpha for lora in swept_over("finetune_sweep.grid={rank: [2, 16], alpha: [1]}")] == [1, 1]
+    assert [lora.alpha for lora in swept_over("base=minigpt")] == [FinetuneLora().alpha] * 2
+    (warmed,) = swept_over("finetune_sweep.grid={warmup_steps: [5]}")
+    assert (warmed.warmup_steps, warmed.warmup_ratio) == (5, 0)
     study = load(path).replaced({"finetune_lora": FinetuneLora(rank=4, alpha=8.0)})
-    assert not alpha_follows(study), "what a study sets is set"
+    assert not study.following("finetune_lora", {"rank": 2}), "what a study sets is set"
 
 
 def assert_each_as_alone(root: Path, grid: Grid, overrides: Sequence[str] = (), within: float = 1e-5) -> None:
