@@ -80,7 +80,7 @@ def new(
             raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
         start_project(_request(folder, base, data, eval_data, chosen or ["lora"], columns, values))
     else:
-        given = {"--data": data, "--eval-data": eval_data, "--columns": columns}
+        given: dict[str, Any] = {"--data": data, "--eval-data": eval_data, "--columns": columns}
         given |= {"--no-template": no_template, "--set": values}
         if unused := [name for name, value in given.items() if value]:
             raise UserError(f"{unused[0]} goes with a new project of --base and --data. Edit {folder}/params.yaml.")
