@@ -217,7 +217,7 @@ class _Check:
             self._labels += labels
             self._truncated += kept < length
             self._longest = max(self._longest, (length, example.location), key=lambda each: each[0])
-            if labels and not self._rendered:
+            if labels and not self._rendered and self._tokenizer:
                 self._rendered = rendered(example, self._tokenizer, self._max_length)
         if self._positions is not None and kept > self._positions:
             text = (

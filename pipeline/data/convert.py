@@ -98,8 +98,8 @@ def convert(
             new.replace(out)
     except OSError as error:  # what is wrong with the input is a UserError
         raise OSError(error.errno, error.strerror or str(error), str(out)) from None
-    written = rows.formats.pop() if len(rows.formats) == 1 else "mixed"
-    return Conversion(len(rows.numbers), written, tuple(rows.notes()), rows.skipped.groups())
+    format_written = rows.formats.pop() if len(rows.formats) == 1 else "mixed"
+    return Conversion(len(rows.numbers), format_written, tuple(rows.notes()), rows.skipped.groups())
 
 
 class _Rows:

@@ -11,7 +11,7 @@ from pipeline.data.masking import Encoder
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import tokenizer_with
 
-GOOD = [
+GOOD: list[dict[str, Any]] = [
     {"q": "Where is my parcel?", "a": "It left on Monday."},
     {"q": "How do I return a lamp?", "a": "With the label in the box."},
 ]
@@ -28,7 +28,7 @@ def cleaned(folder: Path, rows: list[dict[str, Any]], drop: str, **how: Any) -> 
 
 
 def test_empty_rows_are_those_without_a_text_where_one_must_be(tmp_path: Path) -> None:
-    rows = [*GOOD, {"q": "", "a": "x"}, {"q": "Hm?", "a": "  "}, {"q": "Hm?", "a": None}]
+    rows: list[dict[str, Any]] = [*GOOD, {"q": "", "a": "x"}, {"q": "Hm?", "a": "  "}, {"q": "Hm?", "a": None}]
     kept, done = cleaned(tmp_path, rows, "empty")
     assert kept == [row["q"] for row in GOOD] and done.dropped == {"empty": 3} and done.rows == 5
     assert [row.row for row in done.examples["empty"]] == [3, 4, 5]
@@ -38,7 +38,7 @@ def test_empty_rows_are_those_without_a_text_where_one_must_be(tmp_path: Path) -
 
 
 def test_what_is_invalid_is_an_error_or_skipped_and_counted(tmp_path: Path) -> None:
-    rows = [*GOOD, {"q": 5, "a": "x"}]
+    rows: list[dict[str, Any]] = [*GOOD, {"q": 5, "a": "x"}]
     with pytest.raises(UserError, match=r"in\.jsonl:3: prompt must be a string, got a number"):
         cleaned(tmp_path, rows, "empty")
     _, done = cleaned(tmp_path, rows, "empty", skip_invalid=True)
@@ -48,7 +48,7 @@ def test_what_is_invalid_is_an_error_or_skipped_and_counted(tmp_path: Path) -> N
 def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:
     long = "my order of the third of May arrived with a broken shade and without the screws that hold it to the wall"
     near = [{"q": f"Hello, {long}", "a": "Sorry!"}, {"q": f"hello {long.upper()}.", "a": "Sorry!"}]
-    rows = [*GOOD, GOOD[0], *near]
+    rows: list[dict[str, Any]] = [*GOOD, GOOD[0], *near]
     kept, done = cleaned(tmp_path, rows, "duplicates")
     assert len(kept) == 4 and done.dropped == {"duplicates": 1}
     assert (done.examples["duplicates"][0].row, done.examples["duplicates"][0].why) == (3, "the same as row 1")
@@ -61,7 +61,7 @@ def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:
 
 def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
     encoder = Encoder(tokenizer_with(tmp_path / "model"))
-    rows = [*GOOD, {"q": "Why?", "a": "because " * 100}]
+    rows: list[dict[str, Any]] = [*GOOD, {"q": "Why?", "a": "because " * 100}]
     kept, done = cleaned(tmp_path, rows, "too-long", encoder=encoder, max_length=100)
     assert kept == [row["q"] for row in GOOD] and done.dropped == {"too-long": 1}
     assert done.examples["too-long"][0].why.endswith(" tokens, more than 100")
@@ -81,7 +81,11 @@ def test_what_the_evaluation_asks_is_a_leak_whatever_its_case_and_answer(tmp_pat
 
 
 def test_likely_personal_data_is_counted_in_what_is_kept_and_not_repeated(tmp_path: Path) -> None:
-    rows = [*GOOD, {"q": "I am jo@example.org", "a": "Hi"}, {"q": "I am jo@example.org", "a": "Hi"}]
+    rows: list[dict[str, Any]] = [
+        *GOOD,
+        {"q": "I am jo@example.org", "a": "Hi"},
+        {"q": "I am jo@example.org", "a": "Hi"},
+    ]
     _, done = cleaned(tmp_path, rows, "duplicates")
     assert done.personal == {"e-mail address": 1} and done.personal_rows == {"e-mail address": [3]}
 
