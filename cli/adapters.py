@@ -91,7 +91,7 @@ def show(
     shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
     cells = [[row[n] for n in shown] for row in rows]
     print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"), optional=OPTIONAL)
-    if any(adapter.path.resolve() in marks for adapter in found):
+    if any("→" in reason for reasons in marks.values() for reason in reasons):
         print_line(
             f"\nrank 8 → 4: it was trained with 8, {DEFAULT_PARAMS} says 4. The next run of its stage replaces it."
         )

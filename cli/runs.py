@@ -69,6 +69,7 @@ def apply(
     from cli.applied import apply as write
     from cli.console import print_line
     from pipeline.errors import UserError
+    from pipeline.project.cache import SHORT_KEY
     from pipeline.project.reapply import restore, settings_to_write
 
     project = project_of(params)
@@ -82,7 +83,7 @@ def apply(
     values = settings_to_write(project, run)
     restore(project, run)
     write(project, values, name)
-    print_line(f"{project.artifact_name(run.stage)} is the one of {run.label}.")
+    print_line(f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {' '.join(run.label.split())}")
 
 
 @runs.command()

@@ -125,8 +125,8 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         from pipeline.project.process import world
 
         if apply and (dry_run or not overrides):
-            why = "--dry-run makes nothing" if dry_run else "there are none"
-            raise UserError(f"--apply writes the values of --set once they have trained, but {why}. Leave it out.")
+            reason = "--dry-run makes nothing" if dry_run else "there are none"
+            raise UserError(f"--apply writes the values of --set once they have trained, but {reason}. Leave it out.")
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return

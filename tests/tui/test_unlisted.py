@@ -87,7 +87,7 @@ def test_results_have_an_adapter_that_no_evaluation_measured(unlisted: Path) -> 
     ],
 )
 def test_what_a_run_replaces_is_marked_and_said_before(project: Path, arguments: Sequence[str], said: str) -> None:
-    ours = [setting.partition("=") for setting in BRIEF if setting.startswith("finetune_")]
+    ours = [setting.partition("=") for setting in BRIEF if setting.startswith(("finetune_", "train_from_scratch"))]
     save(project / "params.yaml", {key: json.loads(value) for key, _, value in ours if value.isdigit()})
     save(project / "params.yaml", {"finetune_sweep.grid": {"rank": [1, 2]}})
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=2"])
