@@ -208,9 +208,9 @@ def in_this_layout(
         return changed  # the shapes are those of no layout, which is said with those that are expected
     if len(fitting & known) != 1:
         raise UserError(
-            f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell how A and B of experts "
-            f"are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT that wrote the adapter; if "
-            f"that wrote none, to 0.17.1; if `lora` wrote the adapter, to {LAYOUT}."
+            f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell how A and B of "
+            f"experts are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT that wrote the "
+            f"adapter; if that wrote none, to 0.17.1; if `lora` wrote the adapter, to {LAYOUT}."
         )
     if fitting & known == {False}:
         return changed

@@ -62,7 +62,7 @@ def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
 
 class Origin(NamedTuple):
     """Where a base was imported from: its id and commit on the hub, if it is from there; the number of tokens added
-    since; the license on its card; the quantization of the GGUF file whose weights were dequantized, if it was one."""
+    since; the license on its card; the quantization of its weights there, if the import dequantized them."""
 
     hub_id: str | None
     revision: str | None

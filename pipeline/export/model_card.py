@@ -229,7 +229,7 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
     if (kind := quantization_of(adapter)) != "none" and not merged:
         yield f"{quantization_note(kind)}. Load the base in {kind}, or merge the adapter into it"
     if origin and origin.dequantized:
-        yield f"the weights of the base were dequantized from a GGUF file in {origin.dequantized}"
+        yield f"the weights of the base were dequantized from {origin.dequantized}"
     if origin and origin.added and origin.hub_id:
         yield f"on {origin.hub_id}, tokens added: {origin.added}"
     if params.get("init_from"):

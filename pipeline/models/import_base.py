@@ -6,7 +6,7 @@ imports of one base write the same bytes, whatever its path.
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,15 @@ from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.safetensors_file import as_os_error
 from pipeline.models.device import move_for_inference
-from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_gguf
+from pipeline.models.load import (
+    DTYPES,
+    refuse_implausible,
+    refuse_implausible_gguf,
+    refuse_integers,
+    refuse_not_finite,
+    refuse_quantized,
+)
+from pipeline.models.quantized_linear import require_bitsandbytes
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -54,9 +62,9 @@ def import_base(
             if source.kind != base_model.FOLDER:
                 folder = _download(source, trust_remote_code)
                 revision = folder.name
-            model = _import_folder(folder, f"base: {source.text}", out, dtype, trust_remote_code)
-            license = base_model.license_of(folder)
-            more = {"license": license} if license else {}
+            model, more = _import_folder(folder, f"base: {source.text}", out, dtype, trust_remote_code)
+            if license := base_model.license_of(folder):
+                more["license"] = license
         if (out / "tokenizer_config.json").is_file():
             clean(out / "tokenizer_config.json")
         _refuse_unusable(model, out, f"base: {source.text}", trust_remote_code)
@@ -109,18 +117,32 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
     return folder
 
 
-def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """Copy a checkpoint folder through transformers; returns the model. Errors call it `name`."""
+def _import_folder(
+    folder: Path, name: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Copy a checkpoint folder through transformers; returns the model, and the manifest's entry of a quantized one.
+
+    Errors call it `name`.
+    """
     from transformers import AutoTokenizer
 
-    quantization = read_json(folder / "config.json", "Copy it again").get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown method")
-        raise UserError(
-            f"base: {folder} is quantized ({method}); training needs unquantized weights. Use the 16-bit model."
-        )
-    refuse_implausible(folder, base_model.weight_files(folder))  # it also rejects damaged files, with a reason
-    model = load_strict(folder, name, trust_remote_code, dtype=dtype or "auto")
+    config, more = read_json(folder / "config.json", "Copy it again"), dict[str, Any]()
+    kind = _bitsandbytes_kind(config)
+    if kind is None:
+        refuse_quantized(config, f"base: {folder}")
+    files = base_model.weight_files(folder)
+    refuse_implausible(folder, files)  # it also rejects damaged files, with a reason
+    if kind is None:
+        model = load_strict(folder, name, trust_remote_code, dtype=dtype or "auto")
+    else:
+        require_bitsandbytes(f"{name} is quantized ({kind}), which")
+        model = load_strict(folder, name, trust_remote_code, dtype="auto", device_map="cpu")
+        with reported(name, trust_remote_code):
+            model = model.dequantize(dtype or model.dtype)
+        more["dequantized"] = kind
+    if kind is None:
+        refuse_integers(model, files, name)
+    refuse_not_finite(model, name)
     with reported(name, trust_remote_code):
         save_checkpoint(model, out, generation_of(folder))
 
@@ -128,7 +150,7 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
         for pattern in base_model.TOKENIZER:
             for path in folder.glob(pattern):
                 shutil.copyfile(path, out / path.name)
-        return model
+        return model, more
     # Without tokenizer.json transformers converts the older files.
     if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
         raise UserError(f"{name} has no tokenizer: no tokenizer.json or older file. Copy it too.")
@@ -141,7 +163,18 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
             f"{name} has a tokenizer ({type(tokenizer).__name__}) that cannot be saved as "
             "tokenizer.json. Add a tokenizer.json to the folder, or choose another base."
         )
-    return model
+    return model, more
+
+
+def _bitsandbytes_kind(config: Mapping[str, Any]) -> str | None:
+    """The quantization of a checkpoint of bitsandbytes: nf4, fp4 or int8; None if it is none."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return None
+    in_8_bits, in_4_bits = settings.get("load_in_8bit") is True, settings.get("load_in_4bit") is True
+    if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or in_8_bits == in_4_bits:
+        return None
+    return "int8" if in_8_bits else str(settings.get("bnb_4bit_quant_type", "fp4"))[:20]
 
 
 def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> tuple[Any, dict[str, Any]]:
@@ -162,6 +195,7 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
         model = load_strict(scratch, name, False, hint, **how)
     finally:
         modeling_gguf_pytorch_utils.tqdm = bar
+    refuse_not_finite(model, name)
     with reported(name, False, hint):
         save_checkpoint(model, out, model.generation_config.to_json_string())
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file, local_files_only=True)

@@ -12,17 +12,19 @@ from torch.overrides import TorchFunctionMode
 from pipeline.calc.families import architecture
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.files.artifact import read_json, refuse_untrusted
+from pipeline.files.artifact import MANIFEST, read_json, refuse_untrusted
 from pipeline.files.base_model import TensorLocation, tensor_locations, weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
+from pipeline.files.text import abbreviate_repr
 from pipeline.models.base import CausalLM
 from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
-from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
+from pipeline.models.save import CONFIG, HARMLESS, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
 from pipeline.project.process import world
 
 SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INTEGERS = {"I8", "U8", "I16", "I32", "I64", "BOOL"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sizes in a config, by the names that different families give them.
@@ -57,8 +59,9 @@ def load_base(
     Raises UserError; never loads a checkpoint partially.
     """
     asked_device()  # a device that is not there is said before a large base is read
-    config = read_config(folder)
-    refuse_implausible(folder, weight_files(folder))
+    config, files = read_config(folder), weight_files(folder)
+    refuse_quantized(config, str(folder))
+    refuse_implausible(folder, files)
     tokenizer = load_tokenizer(folder)
     requested = DTYPES[precision] if precision else None
     dtype = requested if quantization == "none" else None  # quantization starts from the weights as they are stored
@@ -74,6 +77,9 @@ def load_base(
         model = load_pretrained(folder, dtype, trust_remote_code)
         if world().world_size > 1 and quantization == "none":
             model.stored = _stored(model, folder)
+    refuse_integers(model, files, str(folder))
+    if not (folder / MANIFEST).exists():  # else it was imported, which checked it, or made here
+        refuse_not_finite(model, str(folder))
     rows, tokens = model.shape.rows, len(tokenizer)
     if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
         raise UserError(
@@ -135,6 +141,7 @@ def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
     """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's default generator.
     Raises UserError."""
     config = read_config(folder)
+    refuse_quantized(config, str(folder))
     refuse_implausible(folder, weight_files(folder))
     if MiniGPTConfig.describes(config):
         return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
@@ -160,6 +167,51 @@ def count(model: torch.nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
+
+
+def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+    """Raises UserError if the weights of a checkpoint with this config.json are quantized."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
+        return
+    method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else "unknown method"
+    hint = "Use the 16-bit model"
+    if method == "bitsandbytes":
+        hint = (
+            "Import it, which dequantizes it: `lora new` or `lora import` with it as the base; or use the 16-bit model"
+        )
+    raise UserError(f"{name} is quantized ({abbreviate_repr(method)}); unquantized weights are needed. {hint}.")
+
+
+def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) -> None:
+    """Raises UserError if a weight of `model` is stored as integers, which would be taken for its numbers."""
+    buffers = [f".{buffer}" for buffer, _ in model.named_buffers()]  # such as position_ids
+    for path in files:
+        for tensor, info in read_header(path).items():
+            if info.dtype not in INTEGERS or HARMLESS.search(tensor):
+                continue
+            full = f".{tensor}"  # with or without the prefix of the model's body
+            if not any(full.endswith(buffer) or buffer.endswith(full) for buffer in buffers):
+                raise UserError(
+                    f"{name}: {tensor} holds integers ({info.dtype}), but config.json names no quantization. "
+                    "Use the 16-bit model, or copy its config.json again."
+                )
+
+
+def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
+    """Raises UserError if a weight holds NaN or infinity: logits show it only for the tokens that it concerns.
+
+    The least and the largest number tell: reading a weight once, without a copy, takes a GB in half a second.
+    """
+    for tensor, weight in model.named_parameters():
+        if not weight.is_floating_point() or not weight.numel():
+            continue
+        if not torch.stack(torch.aminmax(weight)).isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {tensor} is not finite in {dtype}. Copy its weights again, or set a precision with a larger "
+                "range."
+            )
 
 
 def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:

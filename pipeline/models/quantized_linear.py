@@ -176,11 +176,15 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
-def _require_bitsandbytes() -> Any:
+def require_bitsandbytes(what: str, other: str = "") -> Any:
+    """bitsandbytes.functional. Raises UserError if it is not installed, with another way out if there is one."""
     functional = _bitsandbytes()
     if functional is None:
-        raise UserError(
-            f"quantization int8 needs bitsandbytes. Run `{install_command('qlora')}`, or set "
-            "quantization to nf4-dq, which does not need it, or to none."
-        )
+        raise UserError(f"{what} needs bitsandbytes. Run `{install_command('qlora')}`{other}.")
     return functional
+
+
+def _require_bitsandbytes() -> Any:
+    return require_bitsandbytes(
+        "quantization int8", ", or set quantization to nf4-dq, which does not need it, or to none"
+    )

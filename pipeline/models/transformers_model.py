@@ -1,7 +1,8 @@
 """Any causal language model that transformers opens, split into body and head."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,23 @@ class TransformersModel(CausalLM):
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config it also keeps what a sliding window drops
-        self.run_body(ids, cache=cache)
+        with self._experts_of_any_dtype(ids.device):
+            self.run_body(ids, cache=cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
+
+    @contextmanager
+    def _experts_of_any_dtype(self, device: torch.device) -> Iterator[None]:
+        """On meta torch knows the grouped product of experts in bf16 alone, unlike the kernels: not in a skeleton's
+        fp32."""
+        model = self._model[0]
+        if device.type != "meta" or getattr(self.config, "_experts_implementation", None) != "grouped_mm":
+            yield
+            return
+        model.set_experts_implementation("batched_mm")
+        try:
+            yield
+        finally:
+            model.set_experts_implementation("grouped_mm")
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {**self._model[0].config.to_dict(), **self._stored}

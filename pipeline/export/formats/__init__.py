@@ -112,8 +112,8 @@ def note_on_quantization(export: Export) -> Iterator[Note]:
         yield Note(f"{export.adapter} was {quantization_note(kind, base)}. {advice}")
     if origin and origin.dequantized and export.base_name:
         yield Note(
-            f"{export.adapter} was trained on weights that an import dequantized from a GGUF file in "
-            f"{origin.dequantized}; on {base} in 16 bits it answers slightly differently."
+            f"{export.adapter} was trained on weights that an import dequantized from {origin.dequantized}; on {base} "
+            "in 16 bits it answers slightly differently."
         )
 
 

@@ -132,7 +132,7 @@ def test_a_version_that_does_not_tell_is_refused_where_shapes_do_not_either(vers
 def test_shapes_that_contradict_the_version_are_refused(tmp_path: Path) -> None:
     saved(tmp_path, mixture("qwen3_moe", 24), [DOWN])
     edit(tmp_path, peft_version="0.18.1")
-    with pytest.raises(UserError, match="peft_version is '0.18.1', which does not tell"):
+    with pytest.raises(UserError, match=r"peft_version is '0\.18\.1', which does not tell"):
         asked(mixture("qwen3_moe", 24), tmp_path)
 
 

@@ -20,6 +20,7 @@ from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.training.batches import collate
 from pipeline.training.step import loss_of
+from pipeline.weights.import_adapter import import_adapter
 from tests.helpers import families
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.real import loss_alone
@@ -108,9 +109,11 @@ def test_peft_opens_what_is_saved_here_with_our_logits(bases: Bases, tmp_path: P
 @torch.no_grad()
 def test_what_peft_saved_loads_here_with_its_logits(bases: Bases, tmp_path: Path, name: str, kind: str) -> None:
     theirs = peft_of(bases(name), kind)
-    theirs.save_pretrained(tmp_path)
-    model = load(bases(name), tmp_path).model
-    assert_close(model(IDS), their_logits(theirs.eval()), atol=1e-4, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_adapter(tmp_path / "theirs", bases(name), tmp_path / "mine")
+    expected = their_logits(theirs.eval())
+    for adapter in ("theirs", "mine"):
+        assert_close(load(bases(name), tmp_path / adapter).model(IDS), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
