@@ -30,7 +30,7 @@ from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_fol
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints
-from pipeline.project.params.sections import GENERAL, PRETRAINED, ExpandVocab, Merge, Training, change_paths
+from pipeline.project.params.sections import GENERAL, PRETRAINED, RETAIN, ExpandVocab, Merge, Training, change_paths
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -117,7 +117,8 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     recipe = choose(model, report, held_out, machine, stages, given)
     text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
-    copied = copy_data(folder, {GENERAL: DEFAULTS / GENERAL})
+    packaged = {GENERAL, RETAIN} & {name for stage in project.stages.values() for name in project.data_files(stage)}
+    copied = copy_data(folder, {name: DEFAULTS / name for name in sorted(packaged)})
     if "expand_vocab" in project.stages:
         yield from run(project, graph.stages["expand_vocab"])
     yield Note("trying a few steps")

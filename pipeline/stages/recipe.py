@@ -17,7 +17,7 @@ from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.schema import hints
-from pipeline.project.params.sections import AdapterTraining, Training
+from pipeline.project.params.sections import RETAIN, AdapterTraining, Training
 from pipeline.stages.registry import COUNTED
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from pipeline.project.stage_graph import Stage
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
-RANKS = (1, 2, 4, 8, 16)  # times the default
+RANKS = (1, 2, 4, 8)  # times the default
+# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one takes less, with
+# the exponent that the authors of LoRA Without Regret fitted to Llama models (tinker-cookbook, get_lora_lr).
+RATE, WIDTH, FALL = 1e-3, 576, 0.78
+RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
+ANSWERS = 8  # held-out examples that are answered at each evaluation
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
 
@@ -88,21 +93,39 @@ def choose(
     if not data.evaluation:
         why = "held out, for the loss on what is not trained on" if held_out else "too few examples to hold one out"
         recipe.set(f"{TRAINING}.eval_share", held_out, why)
+    if (held_out or data.evaluation) and not all(map(_compares, stages)):
+        recipe.set(f"{TRAINING}.samples", {"held_out": ANSWERS}, "held-out answers are compared after each epoch")
     for stage in stages:
         _choose_method(recipe, model, data, stage)
     _fit(recipe, model, machine, stages, data)
     return recipe
 
 
+def rate_for(width: int) -> float:
+    """LoRA's learning rate for a base whose hidden states have this width, in one digit."""
+    return float(f"{RATE * min(1.0, WIDTH / width) ** FALL:.0e}")
+
+
+def _compares(stage: Stage) -> bool:
+    return issubclass(stage.settings, Training) and stage.settings.COMPARES
+
+
 def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
     """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the data."""
-    name, defaults = stage.section, stage.settings.PRETRAINED
+    name, defaults = stage.section, dict(stage.settings.PRETRAINED)
     low_rank = "rank" in defaults
     reasons = {}
     if low_rank:
         reasons["target_modules"] = "learns more than attention alone (LoRA Without Regret)"
-        reasons["learning_rate"] = "10 × full fine-tuning's, at any rank"
-    if issubclass(stage.settings, Training) and stage.settings.COMPARES:
+    if low_rank and not _compares(stage):
+        reasons["learning_rate"] = "of a large base: the width of this one is not known"
+        if model:
+            defaults["learning_rate"] = rate_for(model.hidden)
+            reasons["learning_rate"] = f"for a base of width {model.hidden:,} (bench recipe)"
+        if recipe.given.get(f"{name}.retention_weight") != 0:
+            defaults |= RETENTION
+            reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
+    if _compares(stage):
         reasons["learning_rate"] = "a tenth of what examples take: an answer that is pushed away takes others along"
         reasons["epochs"] = "preferences are learned in one pass, or a few"
     for key, value in defaults.items():

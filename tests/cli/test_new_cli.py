@@ -10,6 +10,7 @@ import yaml
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.export.formats import FORMATS
 from pipeline.stages.methods.dpo import FinetuneDpo
+from pipeline.stages.recipe import rate_for
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
@@ -195,7 +196,7 @@ def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: P
         assert section.columns == {"prompt": "question", "completion": "answer"}
         assert (section.data, section.eval_data, section.eval_share) == ("../pairs.jsonl", "../pairs.jsonl", 0)
     assert (params.finetune_lora.rank, params.finetune_full.epochs) == (4, 1)
-    assert params.finetune_lora.learning_rate == 10 * params.finetune_full.learning_rate
+    assert params.finetune_lora.learning_rate == rate_for(32) and params.finetune_full.learning_rate == 2e-5
     assert "40 to evaluate on" in out and "Next: cd two; dvc repro; lora-tui" in out
     dvc(here / "two", "status")  # every key that dvc.yaml names is in the params file
 

@@ -48,6 +48,7 @@ PRETRAINED: Mapping[str, Any] = {
     "max_grad_norm": 1.0,
     "precision": "bf16",
 }
+RETAIN = "data/retain.en.jsonl"  # everyday English, packaged: answers on it stay the base's until there is better
 GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
 
 

@@ -47,8 +47,8 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 2e-4,
-        "rank": 8,
+        "learning_rate": 2e-4,  # of a base of 8 billion parameters: `lora train` takes more for a narrower one
+        "rank": 16,
         "target_modules": ("all-linear",),  # whatever their names in the model family
         "train_embeddings": "new_rows",
     }

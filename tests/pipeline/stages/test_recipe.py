@@ -8,7 +8,8 @@ import pytest
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
-from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
+from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.recipe import ROOM, Machine, Recipe, choose, rate_for
 from pipeline.stages.registry import COUNTED, METHODS
 from tests.helpers.projects import load
 
@@ -36,7 +37,10 @@ def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memo
     (tmp_path / "params.yaml").write_text(f"base: model.gguf\n{stage.section}: {{}}\n", encoding="utf-8")
     bare = load(tmp_path / "params.yaml").section(stage.section)
     recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
-    by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share"}
+    by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share", "samples"}
+    by_data |= {"retention_data", "retention_weight", "retention_batch_size"}  # the texts are copied into the project
+    if stage.method == "lora":
+        by_data.add("learning_rate")  # the base's width is known once it is imported
     chosen_values = {key.partition(".")[2]: value for key, value in recipe.values.items()}
     assert {"window", "epochs", "schedule"} <= chosen_values.keys()
     for key in chosen_values.keys() - by_data:
@@ -77,10 +81,23 @@ def test_what_the_user_set_is_never_replaced() -> None:
 def test_the_rank_grows_with_the_data_and_alpha_with_the_rank() -> None:
     ranks = [
         chosen(64, replace(DATA, trained_tokens=tokens)).values["finetune_lora.rank"]
-        for tokens in (10**4, 2 * 10**7, 4 * 10**7, 10**9)
+        for tokens in (10**4, 4 * 10**7, 8 * 10**7, 10**9)
     ]
-    assert ranks == sorted(ranks) and ranks[0] == 8 < ranks[1] < ranks[2] and ranks[3] == 128
-    assert chosen(64).values["finetune_lora.alpha"] == 16
+    assert ranks == sorted(ranks) and ranks[0] == 16 < ranks[1] < ranks[2] and ranks[3] == 128
+    assert chosen(64).values["finetune_lora.alpha"] == 32
+
+
+def test_a_wider_base_takes_a_lower_rate_and_one_of_8_billion_that_of_a_bare_section() -> None:
+    assert [rate_for(width) for width in (64, 576, 1024, 2048, 4096, 8192)] == [1e-3, 1e-3, 6e-4, 4e-4, 2e-4, 1e-4]
+    assert rate_for(4096) == FinetuneLora.PRETRAINED["learning_rate"]
+
+
+def test_answers_on_other_texts_are_retained_unless_the_user_says_otherwise() -> None:
+    names = ("retention_data", "retention_weight", "retention_batch_size")
+    assert [chosen(64).values[f"finetune_lora.{name}"] for name in names] == ["data/retain.en.jsonl", 1, 4]
+    given = {"finetune_lora.retention_weight": 0}
+    off = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), STAGES, given)
+    assert not {"finetune_lora.retention_data", "finetune_lora.retention_batch_size"} & off.values.keys()
 
 
 def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
