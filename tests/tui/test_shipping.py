@@ -50,7 +50,7 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(pr
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, PathScreen))
         await pilot.press("enter")
-        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."))
+        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."), 120)
         assert (
             "lora_adapter breaks evaluate.limits: answers_kept 0.5, wanted at least 1." in app.message_history[-1].text
         )
