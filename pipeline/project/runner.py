@@ -88,11 +88,10 @@ def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list
 def changed_params(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How params differ from those in a manifest: `rank 4 → 8`."""
     plain = json.loads(json.dumps(now))  # tuples are lists in a manifest
-    return [
-        f"{key} {_abbreviate(before.get(key))} → {_abbreviate(value)}"
-        for key, value in plain.items()
-        if before.get(key) != value
-    ]
+    if "grid" in before:  # a sweep has no value of a key that its grid has
+        plain = {key: value for key, value in plain.items() if key in before}
+    changed = [key for key, value in plain.items() if before.get(key) != value]
+    return [f"{key} {_abbreviate(before.get(key))} → {_abbreviate(plain[key])}" for key in changed]
 
 
 def _abbreviate(value: Any) -> str:
