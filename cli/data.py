@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from pipeline.data.check import DataReport
-    from pipeline.data.clean import Cleaned, Dropped, Leaks
     from pipeline.data.convert import Conversion
     from pipeline.data.examples import Example
     from pipeline.data.masking import Encoded
-    from pipeline.data.problems import Group
+    from pipeline.data.quality.clean import Cleaned, Dropped, Leaks
+    from pipeline.data.quality.problems import Group
     from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
@@ -325,9 +325,9 @@ def clean(
     personal data is counted and stays.
     """
     from cli.console import print_json
-    from pipeline.data.clean import REASONS
-    from pipeline.data.clean import clean as clean_file
     from pipeline.data.masking import Encoder
+    from pipeline.data.quality.clean import REASONS
+    from pipeline.data.quality.clean import clean as clean_file
     from pipeline.errors import UserError
 
     reasons = [reason.strip() for reason in drop.split(",")]
@@ -366,7 +366,7 @@ def clean(
 
 def _leaks(eval_files: list[Path], tasks: list[Path], columns: dict[str, str]) -> "Leaks":
     """The questions of evaluation files and tasks."""
-    from pipeline.data.clean import Leaks
+    from pipeline.data.quality.clean import Leaks
     from pipeline.evaluation.tasks import task_prompts
 
     leaks = Leaks()

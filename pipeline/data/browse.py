@@ -29,7 +29,7 @@ from pipeline.data.containers import (
     suffix_of,
     table_rows,
 )
-from pipeline.data.problems import without_location
+from pipeline.data.quality.problems import without_location
 from pipeline.errors import UserError
 
 LINES = (".txt", ".jsonl")

@@ -21,7 +21,7 @@ from pipeline.data.examples import Example, content_digest, is_held_out, joins_w
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.preferences import pair
-from pipeline.data.problems import Group, Level, Problem, Problems, shortened, without_location
+from pipeline.data.quality.problems import Group, Level, Problem, Problems, shortened, without_location
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError

@@ -22,7 +22,7 @@ from pipeline.data.containers import COMPRESSED, Reading, suffix_of
 from pipeline.data.examples import Example, Message
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.formats.messages import text_of
-from pipeline.data.problems import Group, Problem, Problems, shortened, without_location
+from pipeline.data.quality.problems import Group, Problem, Problems, shortened, without_location
 from pipeline.errors import UserError, first_line
 from pipeline.files import artifact
 

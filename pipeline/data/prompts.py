@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from pipeline.errors import UserError
+from pipeline.files import strict_yaml
+from pipeline.files.text import abbreviate_repr
 
 Rule = Literal["must_change", "must_keep", "must_learn"]
 
@@ -29,23 +29,23 @@ class Prompt:
 def read_prompts(path: Path, name: str) -> list[Prompt]:
     """Group → rule → list of {prompt, answer[, corrected]}. Raises UserError."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{name} must map groups to rules and their prompts, got {tree!r}.")
+        raise UserError(f"{name} must map groups to rules and their prompts, got {abbreviate_repr(tree)}.")
     prompts = []
     for group, rules in tree.items():
         if not isinstance(rules, dict):
             known = ", ".join(get_args(Rule))
-            raise UserError(f"{name}: {group} must map rules ({known}) to prompts, got {rules!r}.")
+            raise UserError(f"{name}: {group} must map rules ({known}) to prompts, got {abbreviate_repr(rules)}.")
         for rule, entries in rules.items():
             if not isinstance(entries, list):
-                raise UserError(f"{name}: {group}.{rule} must be a list of prompts, got {entries!r}.")
+                raise UserError(f"{name}: {group}.{rule} must be a list of prompts, got {abbreviate_repr(entries)}.")
             prompts += [_read_prompt(entry, str(group), rule, name) for entry in entries]
     if not prompts:
         raise UserError(f"{name} contains no prompts. Add at least one.")
@@ -61,12 +61,13 @@ def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
     location = f"{name}: {group}.{rule}"
     if rule not in get_args(Rule):
         raise UserError(f"{location}: unknown rule. Use one of {', '.join(get_args(Rule))}.")
+    shown = abbreviate_repr(entry, 200)
     required = {"prompt", "answer"} | ({"corrected"} if rule == "must_change" else set())
     if not isinstance(entry, dict) or set(entry) != required:
-        raise UserError(f"{location}: each prompt needs exactly {', '.join(sorted(required))}, got {entry!r}.")
+        raise UserError(f"{location}: each prompt needs exactly {', '.join(sorted(required))}, got {shown}.")
     if not all(isinstance(value, str) and value.strip() for value in entry.values()):
         raise UserError(
-            f"{location}: every value must be a string that is not empty (quote yes, no and numbers), got {entry!r}."
+            f"{location}: every value must be a string that is not empty (quote yes, no and numbers), got {shown}."
         )
     # NFC: an answer with a combining accent looks the same, and no token of a model would ever equal it.
     words = {key: unicodedata.normalize("NFC", value.strip()) for key, value in entry.items() if key != "prompt"}

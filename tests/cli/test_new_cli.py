@@ -269,7 +269,7 @@ def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli
 
 def test_plain_questions_train_and_are_asked_in_the_chat_template_unless_it_is_left_out(here: Path, cli: Lora) -> None:
     given = ("--base", "toy", "--data", "pairs.jsonl", "--columns", "prompt=question,completion=answer")
-    code, out, err = cli("train", *given, "--set", "max_steps=1", "--out", "asked", cwd=here)
+    code, out, err = cli("train", *given, "--set", "epochs=1", "--out", "asked", cwd=here)
     assert code == 0, err
     assert "pairs.jsonl (prompt_completion, in the base's chat template)" in out
     (sample, *_) = json.loads((here / "asked/artifacts/evaluation/samples.json").read_text(encoding="utf-8"))["lora"]

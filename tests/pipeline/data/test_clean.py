@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.clean import Cleaned, Leaks, clean
 from pipeline.data.masking import Encoder
+from pipeline.data.quality.clean import Cleaned, Leaks, clean
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import tokenizer_with
 

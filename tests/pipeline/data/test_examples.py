@@ -1,6 +1,7 @@
 """Data files, prompts and windows."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,11 @@ def test_there_are_22_sentences_to_learn_first_and_8_new_ones() -> None:
     ("text", "message"),
     [
         ("", "must map groups to rules and their prompts"),
+        # nine aliases of nine aliases of nine …
+        (
+            "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+            "stand for more than 1,000,000 values",
+        ),
         ("a: {must_keep: []}", "contains no prompts"),
         ("a: [b]", "a must map rules \(must_change, must_keep, must_learn\) to prompts"),
         ("a: {must_keep: x}", "a.must_keep must be a list of prompts"),

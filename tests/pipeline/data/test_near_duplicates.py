@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from pipeline.data.near_duplicates import SIMILAR, MinHashes, ShingleCounts, shingles
+from pipeline.data.quality.near_duplicates import SIMILAR, MinHashes, ShingleCounts, shingles
 
 WORDS = [f"word{n}" for n in range(5000)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.personal import personal_data
+from pipeline.data.quality.personal import personal_data
 
 FOUND = {
     "e-mail address": ["write to jo.doe+x@mail.example.org.", "<a_b@c.de>"],

@@ -12,9 +12,9 @@ from pipeline.data.convert import Conversion, convert
 from pipeline.data.examples import Example, content_digest
 from pipeline.data.formats import EmptyValue, iter_examples
 from pipeline.data.masking import Encoder
-from pipeline.data.near_duplicates import MinHashes, ShingleCounts, shingles, words
-from pipeline.data.personal import personal_data
-from pipeline.data.problems import shortened, without_location
+from pipeline.data.quality.near_duplicates import MinHashes, ShingleCounts, shingles, words
+from pipeline.data.quality.personal import personal_data
+from pipeline.data.quality.problems import shortened, without_location
 from pipeline.errors import UserError
 
 REASONS = ("empty", "duplicates", "near-duplicates", "too-long", "leaks")
