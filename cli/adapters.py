@@ -122,13 +122,15 @@ def verify(
     """
     from cli.console import print_line
     from pipeline.adapters.folder import base_of
-    from pipeline.files.artifact import MANIFEST
+    from pipeline.files.artifact import MANIFEST, read_manifest
     from pipeline.inference.engine import load
 
     base = base or base_of(path)
     load(base, path, trust_remote_code=trust_remote_code)
     if (path / MANIFEST).exists():
-        proof = "files, names, shapes and base are those it was trained with"
+        imported = read_manifest(path).get("method") == "import"
+        how = "imported with; what it was trained on is not known" if imported else "trained with"
+        proof = f"files, names, shapes and base are those it was {how}"
     else:
         proof = f"names and shapes fit; it has no {MANIFEST}, so that its base cannot be checked"
     print_line(f"{path} on {base}: {proof}.")

@@ -135,9 +135,10 @@ def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
         )
     only_one = saves_embedding_or_head(model, spec) or model.embedding_name in names
     if model.shape.tied and only_one and read_config(folder).get("ensure_weight_tying"):
+        embedding, head = model.embedding_and_head
         raise UserError(
-            f"{folder / CONFIG}: ensure_weight_tying with only one of {' and '.join(model.embedding_and_head)} is not "
-            "supported. Train without it, or on both."
+            f"{folder / CONFIG}: ensure_weight_tying is not supported with LoRA on {embedding}, nor with only one of "
+            f"{embedding} and {head} in modules_to_save. Train without it."
         )
     values = read_tensors(folder)
     base_parameters = dict(model.named_parameters(remove_duplicate=False))

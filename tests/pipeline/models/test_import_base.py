@@ -27,7 +27,7 @@ from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
 from pipeline.models.import_base import import_base
 from pipeline.models.load import load_base, skeleton
-from pipeline.models.quantized_linear import dequantized
+from pipeline.models.quantized_linear import Quantization, dequantized
 from tests.helpers.bases import (
     FAMILIES,
     ROWS,
@@ -430,6 +430,9 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
 }
 
 
+OURS: dict[str, Quantization] = {"nf4": "nf4", "nf4, double": "nf4-dq", "int8": "int8"}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_a_checkpoint_of_bitsandbytes_is_dequantized_once(
@@ -450,7 +453,7 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantized_once(
     out, entries = imported("model", tmp_path)
     assert capfd.readouterr() == ("", "")
     assert entries["dequantized"] == kind.partition(",")[0] and entries["precision"] == "bfloat16"
-    ours = {"nf4": "nf4", "nf4, double": "nf4-dq", "int8": "int8"}.get(kind)
+    ours = OURS.get(kind)
     for name, weight in load_base(out).model.state_dict().items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(weight, plain[name])
