@@ -80,6 +80,7 @@ class VerificationResult:
     gate: str | None = None  # "passed", or how many of evaluate.limits it breaks
     kept: float | None = None  # share of the answers to old sentences that are still the base's
     learned: float | None = None  # share of the new sentences that it completes
+    preferred: float | None = None  # share of the pairs in which it prefers the chosen answer
     new_loss: float | None = None  # on the new sentences, in nats per token
     digest: str = ""  # of its files, by which evaluations name it; "" if that is not known
 
@@ -273,6 +274,7 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
         gate=metrics.get("gate"),
         kept=number(lambda: metrics["forgetting"]["answers_kept"]),
         learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
+        preferred=number(lambda: metrics["preferences"]["after"]["accuracy"]),
         new_loss=number(lambda: metrics["new_loss"]),
     )
 
