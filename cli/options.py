@@ -1,6 +1,7 @@
 """Options that several commands share, and the project that --params names."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -98,6 +99,15 @@ def finite(value: float | None) -> float | None:
     if value is not None and not isfinite(value):
         raise BadParameter(f"{value} is not a finite number.")
     return value
+
+
+def size_of(text: str) -> int:
+    """Parser of options that are a size: the bytes of 5GB, 1.5 GiB or 500MB."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kmgt])(i?)b", str(text).strip(), re.IGNORECASE | re.ASCII)
+    if not match:
+        raise BadParameter(f"{text!r} must be a size such as 500MB, 5GB or 1.5GiB.")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix.lower()) + 1))
 
 
 def columns_of(text: str | None) -> dict[str, str]:

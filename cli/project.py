@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
-from cli.options import DEFAULT_PARAMS, DeviceOption, JsonOption, ParamsOption, SetOption, finite, group, project_of
+from cli.options import (
+    DEFAULT_PARAMS,
+    DeviceOption,
+    JsonOption,
+    ParamsOption,
+    SetOption,
+    finite,
+    group,
+    project_of,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
@@ -20,6 +30,7 @@ settings = group(help="Show every setting, its source and its meaning.", no_args
 app.add_typer(settings, name="params")
 
 MOST = 3  # commands that are named one by one
+MUCH = 500_000_000  # bytes of a cache that are worth a hint
 SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 
@@ -129,22 +140,23 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     path = folder / "metrics.json"
     # without an evaluation, what training itself measured is there, such as the accuracy of preferences
     has_others = not path.exists() and beside(project, {})
-    metrics = {} if has_others else read_json(path, "Run `dvc repro`, or `lora evaluate`")
+    metrics = {} if has_others else read_json(path, f"Run {project.command('evaluate')}")
     others = beside(project, metrics)
     print_metrics(metrics, path, {stage.variant: numbers for stage, numbers in others.items()})
     for stage, numbers in others.items():
         _note_on(project, stage, numbers)
     if metrics:
         there = (folder / "report.md").exists()
+        yours = f"These came with the project; {project.command('evaluate')} makes yours."
         made = f"report: {folder / 'report.md'}"
-        print_line(made if there else "These came with the project; `dvc repro` makes yours.")
+        print_line(made if there else yours)
     claims = folder.parent / "claims/report.md"
     if claims.exists():
         print_line(f"what the document claims, and what was measured: {claims}")
     for name in ("evaluate", *["claims"] * claims.exists()):
         old = outdated(project, [name])
         if name in old:
-            warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
+            warn_outdated(project, f"{project.artifact_name(name)} is", old[name], old)
 
 
 def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -245,13 +257,12 @@ def refuse_verdict(metrics: Mapping[str, Any]) -> None:
         raise UserError(verdict.error)
 
 
-def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
+def warn_outdated(project: "Project", subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
     """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
     from cli.console import print_note
-    from pipeline.workbench import GRAPH
 
-    commands = [f"`{GRAPH.stages[name].command}`" for name in stages]
-    again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
+    commands = [f"`{project.graph.stages[name].command}`" for name in stages]
+    again = "`dvc repro`" if len(commands) > MOST and project.has_dvc else ", then ".join(commands)
     print_note(f"{subject} out of date: {', '.join(reasons)}. Run {again}.")
 
 
@@ -261,17 +272,24 @@ def show_cache(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json:
     if context.invoked_subcommand:
         return
     from cli.console import print_json, print_line, print_table
+    from pipeline.project.logs.run_log import in_units
 
     entries = _cache_of(params).entries()
     if as_json:
-        print_json([{"stage": e.stage, "key": e.key, "bytes": e.size, "used": e.used} for e in entries])
+        print_json(
+            [{"stage": e.stage, "key": e.key, "bytes": e.size, "shared": e.shared, "used": e.used} for e in entries]
+        )
         return
     rows = [
-        (e.stage, e.key[:12], f"{e.size / 1000:,.0f} kB", datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"))
+        (e.stage, e.key[:12], in_units(e.size), datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"))
         for e in entries
     ]
     print_table(("stage", "key", "size", "last used"), rows, right=("size",))
-    print_line(f"{len(entries)} kept, {sum(e.size for e in entries) / 1000:,.0f} kB")
+    size, shared = sum(e.size for e in entries), sum(e.shared for e in entries)
+    links = f", of which artifacts share {in_units(shared)} by hard links" * bool(shared)
+    print_line(f"{len(entries)} kept, {in_units(size)}{links}")
+    if size > MUCH:
+        print_line("`lora cache prune --max-size 1GB` keeps what was used last.")
 
 
 @cache.command()
@@ -281,12 +299,16 @@ def prune(
     older_than: Annotated[
         float, Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days.")
     ] = 0.0,
+    max_size: Annotated[
+        int | None, Option(parser=size_of, metavar="SIZE", help="Keep what was used last, up to SIZE: 5GB, 500MB.")
+    ] = None,
 ) -> None:
     """Remove cached results; artifacts stay."""
     from cli.console import print_line
+    from pipeline.project.logs.run_log import in_units
 
-    removed = _cache_of(params).prune(keep, older_than)
-    print_line(f"{len(removed)} removed, {sum(e.size for e in removed) / 1000:,.0f} kB")
+    removed = _cache_of(params).prune(keep, older_than, max_size or 0)
+    print_line(f"{len(removed)} removed, {in_units(sum(e.size for e in removed))}")
 
 
 def _cache_of(params: Path) -> "Cache":

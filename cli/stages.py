@@ -168,7 +168,7 @@ def _print_plan(project: Project, stage: Stage) -> None:
     print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
     states = Status().of(project)
     waiting = [one.command for name, one in project.stages.items() if states[name].state != "current"]
-    print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
+    print_line(f"{'dvc repro would run' if project.has_dvc else 'to run'}: {', '.join(waiting) or 'nothing'}")
     for name, reasons in apart(project).items():
         if name in project.stages:
             print_line(f"  it replaces {project.artifact_name(name)}, made with other settings: {', '.join(reasons)}")
@@ -388,7 +388,7 @@ def _run_harness(
         project = project_of(params, overrides)
         models, trust_remote_code = variant_folders(project), project.params.origin.trust_remote_code
     if not models:
-        raise UserError("There is no model yet. Run `dvc repro`, or name one with --base or --adapter.")
+        raise UserError("There is no model yet. Make one, as with `lora import`, or name one with --base or --adapter.")
     document = run(models, options, trust_remote_code, print_note)
     if as_json:
         print_json(document)

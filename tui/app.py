@@ -270,9 +270,14 @@ class Workbench(App[None]):
     # Run, stop, undo, quit
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
-        """`X` is offered while something runs, `R` while nothing does."""
+        """Without a project there is nothing to run or to stop."""
+        return action not in ("run", "stop") or self._current_mode != WELCOME
+
+    @property
+    def hidden_key(self) -> str:
+        """Which of `R` and `X` is not offered now. It is answered all the same: the watch learns later what ended."""
         busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
-        return {"stop": busy, "run": not busy and self._current_mode != WELCOME}.get(action, True)
+        return "app.run" if busy else "app.stop"
 
     def action_run(self) -> None:
         """Run the pipeline."""
@@ -300,7 +305,10 @@ class Workbench(App[None]):
     @work(group="ask")
     async def action_stop(self) -> None:
         running, pipeline = self.project_watch.running, self.project_watch.pipeline
-        what = running.stage.name if running else pipeline.command if pipeline else ""
+        if not self.runner.groups():
+            self.log_message("Nothing is running.", "warning")
+            return
+        what = running.stage.name if running else pipeline.command if pipeline else "the run"
         question = f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
         if await self.push_screen_wait(Ask(question, {"y": "stop it"}, "Stop")):
             with self.errors_shown():

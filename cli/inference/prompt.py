@@ -133,9 +133,7 @@ def compare(
         else:
             answers[loaded.name] = _answer(loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens))
     if not answers:
-        raise UserError(
-            "There is no model yet. Run `dvc repro` for all of them, or `lora pretrain` or `lora import` to begin."
-        )
+        raise UserError(f"There is no model yet. Run {project.command('pretrain')}.")
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
         raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
@@ -145,7 +143,9 @@ def compare(
         answer["outdated"] = list(old.get(stage_of[name], ()))
     if outdated_names := [name for name in answers if answers[name]["outdated"]]:
         reasons = dict.fromkeys(reason for name in outdated_names for reason in answers[name]["outdated"])
-        warn_outdated(f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old)
+        warn_outdated(
+            project, f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old
+        )
     if as_json:
         print_json(answers)
         return

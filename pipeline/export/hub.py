@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError, first_line
-from pipeline.export.formats import FORMATS, Export, write
+from pipeline.export.formats import FORMATS, Export, unnamed_base, write
 from pipeline.files import artifact
 from pipeline.files.base_model import CARD, HUB, parse_source
 from pipeline.project.runner import Event, Note
@@ -65,22 +65,12 @@ def check(publication: Publication, form: str, export: Export, dry_run: bool) ->
 
 def _refuse_unnamed_base(form: str, export: Export, dry_run: bool) -> None:
     """Raises UserError for an adapter whose base others cannot find by its name."""
-    from pipeline.adapters.folder import origin_of
-    from pipeline.export.model_card import hub_name
-
     if export.base_name:
         if not dry_run and parse_source(export.base_name, Path()).kind != HUB:
             raise UserError(f"--base-name must be a hub id such as org/name, got {export.base_name!r}, a path here.")
         return
-    origin = origin_of(export.adapter, export.base)
-    if FORMATS[form].relation != "adapter" or (origin and origin.hub_id and not origin.added):
+    if FORMATS[form].relation != "adapter" or not (reason := unnamed_base(export)):
         return
-    if not (export.adapter / artifact.MANIFEST).exists() and hub_name(export.adapter, None, {}):
-        return  # trained elsewhere, and its config names a model of the hub
-    if origin and origin.added:
-        reason = f"its base has {origin.added} tokens more than {origin.hub_id or 'the model it was imported from'}"
-    else:
-        reason = "its base was not imported from the hub"
     raise UserError(
         f"{export.adapter}: {reason}. Name the base on the hub with --base-name org/name, or push with --format merged."
     )

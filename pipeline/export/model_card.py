@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 TAG = "lora-workbench"  # marks a card as written by this project
+MERGED = ", merged"  # after the adapter's name in the title
 TAGS = f"tags: [lora, {TAG}]"  # in the cards of earlier versions
+UNNAMED = (
+    "`adapter_config.json` names the base by a folder of the machine that it was exported on. Write the base's hub id "
+    "there, or its folder here."
+)
 LICENSE = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # the form of the hub's identifiers
 BITSANDBYTES = {  # transformers' options for each of our quantizations
     "int8": "load_in_8bit=True",
@@ -84,8 +89,9 @@ def card(
         made_with.append(f"code: commit `{manifest['commit']}`")
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
-        f"# {name}{', merged' * merged}",
+        f"# {name}{MERGED * merged}",
         _shell(commands) if library else _usage(adapter, folder_name or name, merged),
+        "" if known or library or merged else UNNAMED,
         _section("Method", _method(adapter, manifest, origin, merged)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
         _section("Evaluation", _evaluation(adapter, metrics, manifest)),
@@ -101,6 +107,15 @@ def has_card(folder: Path) -> bool:
     return path.is_file() and not {f"- {TAG}", TAGS}.isdisjoint(
         path.read_text(encoding="utf-8", errors="replace").splitlines()
     )
+
+
+def title(folder: Path) -> str:
+    """The name of the adapter in a folder that was exported here; empty if no card of this project is there."""
+    if not has_card(folder):
+        return ""
+    lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
+    heading = next((line for line in lines if line.startswith("# ")), "")
+    return heading.removeprefix("# ").removesuffix(MERGED)
 
 
 def hub_name(

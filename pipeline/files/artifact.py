@@ -20,6 +20,12 @@ LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35
 LARGEST_JSON = 50_000_000  # bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)  # target, process id, start time, kind
+# What commands write into a folder of their own. A folder with anything else in it is not replaced.
+_WRITTEN = re.compile(
+    r".*\.(json|jinja|safetensors|gguf|model|tiktoken|py)|loss\.csv|README\.md|Modelfile|merges\.txt|vocab\.txt|"
+    + MORE_TEMPLATES,
+    re.DOTALL,
+)
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 
@@ -102,6 +108,11 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
             raise UserError(f"{out} and the input {source} contain one another. Name another folder with --out.")
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if others := sorted(name for name in names if not _WRITTEN.fullmatch(name)):
+        raise UserError(
+            f"{out} holds {others[0]}, which lora did not write. Move it, or name another folder with --out."
+        )
 
 
 def is_temporary(name: str) -> bool:
@@ -246,7 +257,7 @@ def digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist. Run the stage that makes it, or `dvc repro` for all of them.")
+        raise UserError(f"{path} does not exist. Run the stage that makes it.")
     return contents_digest(contents(path))
 
 

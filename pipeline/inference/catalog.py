@@ -82,6 +82,7 @@ class VerificationResult:
     broken: tuple[str, ...] = ()  # these limits, each with what was measured
     kept: float | None = None  # share of the answers to old sentences that are still the base's
     learned: float | None = None  # share of the new sentences that it completes
+    preferred: float | None = None  # share of the pairs in which it prefers the chosen answer
     new_loss: float | None = None  # on the new sentences, in nats per token
     digest: str = ""  # of its files, by which evaluations name it; "" if that is not known
 
@@ -282,6 +283,7 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
         broken=tuple(limits.reasons) if limits else (),
         kept=number(lambda: metrics["forgetting"]["answers_kept"]),
         learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
+        preferred=number(lambda: metrics["preferences"]["after"]["accuracy"]),
         new_loss=number(lambda: metrics["new_loss"]),
     )
 

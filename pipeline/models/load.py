@@ -154,7 +154,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
     refuse_untrusted(folder)
     adapter = (folder / "adapter_config.json").exists()
-    hint = "It is an adapter: pass it with --adapter" if adapter else "Make the models with `dvc repro`"
+    hint = (
+        "It is an adapter: pass it with --adapter"
+        if adapter
+        else "Name a model's folder, or run the stage that makes it"
+    )
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.")
     return read_json(folder / CONFIG, hint)

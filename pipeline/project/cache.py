@@ -40,13 +40,17 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One cached artifact: its size in bytes and when it was last used (seconds since the epoch)."""
+    """One cached artifact: its size in bytes and when it was last used (seconds since the epoch).
+
+    `shared`: bytes that it has in common with an artifact, by hard links, so that removing it frees them not yet.
+    """
 
     stage: str
     key: str
     path: Path
     size: int
     used: float
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,18 @@ class Cache:
 
     def _entries(self) -> list[CacheEntry]:
         entries = [
-            CacheEntry(path.parent.name, path.name, path, _size(path), _last_used(path))
+            CacheEntry(path.parent.name, path.name, path, _size(path), _last_used(path), _size(path, shared=True))
             for path in self.root.glob("*/*")
             if path.is_dir() and not path.name.startswith(".")
         ]
         return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
-    def prune(self, keep: int = 0, older_than_days: float = 0.0) -> list[CacheEntry]:
-        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage. Returns them."""
+    def prune(self, keep: int = 0, older_than_days: float = 0.0, max_size: int = 0) -> list[CacheEntry]:
+        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage, and those that were
+        used last, as far as they have `max_size` bytes together. Returns what was removed."""
         limit = time.time() - older_than_days * 86_400
         seen: dict[str, int] = {}  # stage → entries so far
+        size = 0  # of the entries so far
         removed: list[CacheEntry] = []
         if not self.root.is_dir():
             return removed
@@ -112,7 +118,8 @@ class Cache:
                 shutil.rmtree(unfinished)
             for entry in self._entries():
                 seen[entry.stage] = seen.get(entry.stage, 0) + 1
-                if seen[entry.stage] > keep and entry.used <= limit:
+                size += entry.size
+                if seen[entry.stage] > keep and entry.used <= limit and size > max_size:
                     _remove(entry.path)
                     removed.append(entry)
         return removed
@@ -159,8 +166,10 @@ def _try_link(path: Path, target: Path) -> bool:
     return True
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(folder: Path, shared: bool = False) -> int:
+    """Bytes of its files; with `shared`, of those that have another name too."""
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(file.st_size for file in files if file.st_nlink > 1 or not shared)
 
 
 def _last_used(folder: Path) -> float:

@@ -66,18 +66,25 @@ class Job:
         """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
         stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
+        _refuse_missing(self.project, stage)
         made_from = artifact.verify(folder)["inputs"]
         needs = home.needs(home.graph.stages[stage])
         now = {home.artifact_name(need): artifact.digest(home.artifact(need)) for need in needs}
         for name in changed_inputs(made_from, now):
             raise UserError(
                 f"{self.project.artifact_name(stage)} was made from another {name} than the current "
-                f"one. Run {stage} again, or `dvc repro` for everything out of date."
+                f"one. Run {self.project.command(stage)}."
             )
         return folder
 
     def path(self, name: str) -> Path:
         return self.project.root / name
+
+
+def _refuse_missing(project: Project, stage: str) -> None:
+    """Raises UserError if a stage's artifact was not made."""
+    if not project.artifact(stage).exists():
+        raise UserError(f"{project.artifact_name(stage)} does not exist. Run {project.command(stage)}.")
 
 
 def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -264,6 +271,8 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
                 f"{name} is not a file. Name an existing one in section {stage.name} of the params."
                 f"{convert if is_hub_id else ''}"
             )
+    for need in project.needs(stage):
+        _refuse_missing(project, need)
     inputs: dict[str, str] = {}
     if stage.name == "import":
         source = base_model.resolve(project.params.origin.base, project.root)

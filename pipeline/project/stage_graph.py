@@ -270,13 +270,13 @@ class Project:
         if name in ("import", "pretrain"):
             other = "pretrain" if name == "import" else "import"
             raise UserError(
-                f"base is {base} in {file}: run `lora {other}` instead of `lora {name}`. For `dvc repro`, remove "
-                "dvc.yaml and run `lora new .`."
+                f"base is {base} in {file}: run `lora {other}` instead of `lora {name}`."
+                f"{' For `dvc repro`, remove dvc.yaml and run `lora new .`.' * self.has_dvc}"
             )
         if name not in self.params.written:
             raise UserError(
                 f"{name} is not a stage of this project: {file} has no such section. "
-                f"Add `{name}: {{}}` to it; for `dvc repro`, remove dvc.yaml and run `lora new .`."
+                f"Add `{name}: {{}}` to it{'; for `dvc repro`, remove dvc.yaml and run `lora new .`' * self.has_dvc}."
             )
         if not self._has_data(self.graph.stages[name]):
             raise UserError(f"{name}.data names no file. Name one in {file}.")
@@ -305,6 +305,17 @@ class Project:
     def artifact(self, stage: str) -> Path:
         stage = self.standing_for(stage)
         return self.home(stage).root / self.graph.stages[stage].path
+
+    @property
+    def has_dvc(self) -> bool:
+        """Whether `dvc repro` can make its artifacts."""
+        return (self.root / "dvc.yaml").is_file()
+
+    def command(self, stage: str) -> str:
+        """How the artifact of a stage is made: `lora import`, or `dvc repro` for all."""
+        home, command = self.home(stage), self.graph.stages[self.standing_for(stage)].command
+        where = "" if home is self else f" in {home.root}"
+        return f"`{command}`{where}{', or `dvc repro` for all' * home.has_dvc}"
 
     def artifact_name(self, stage: str) -> str:
         """The artifact's path relative to the project's folder: artifacts/base, or ../artifacts/base."""

@@ -315,21 +315,26 @@ def test_verify_says_what_it_checked_or_why_it_refuses(cli: Lora, project: Path)
     assert "no manifest" in cli("adapters", cwd=project)[1]
 
 
-def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_dvc", [False, True])
+def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path, has_dvc: bool) -> None:
+    """`dvc repro` is named only where there is a dvc.yaml."""
     from tests.helpers.projects import new_project
 
     root = new_project(tmp_path / "p")
+    if has_dvc:
+        (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     assert "Make one with `lora finetune lora`" in cli("adapters", cwd=root)[1]
     for arguments, message in (
-        (["report"], "metrics.json: No such file or directory. Run `dvc repro`"),
-        (["compare", "der"], "There is no model yet. Run `dvc repro`"),
-        (["merge"], "expanded does not exist. Run the stage that makes it, or `dvc repro`"),
-        (["prompt", "der"], "has no config.json. Make the models with `dvc repro`"),
-        (["evaluate"], "base does not exist. Run the stage that makes it, or `dvc repro`"),
+        (["report"], "metrics.json: No such file or directory. Run `lora evaluate`"),
+        (["compare", "der"], "There is no model yet. Run `lora pretrain`"),
+        (["merge"], "expanded does not exist. Run `lora expand-vocab`"),
+        (["evaluate"], "base does not exist. Run `lora pretrain`"),
+        (["finetune", "lora", "--dry-run"], "expanded does not exist. Run `lora expand-vocab`"),
     ):
-        code, out, err = cli(*arguments, cwd=root)
-        assert (code, out) == (1, "")
-        assert message in err
+        said = refusal(cli(*arguments, cwd=root))
+        assert message in said and ("or `dvc repro`" in said) is has_dvc
+    said = refusal(cli("prompt", "der", cwd=root))
+    assert "has no config.json. Name a model's folder, or run the stage that makes it" in said
 
 
 @pytest.mark.parametrize(
@@ -371,6 +376,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["finetune", "qlora"], 2, "No such command 'qlora'"),
         (["finetune"], 2, ""),
         (["adapters", "verify", "nowhere"], 1, "nowhere/adapter_config.json: No such file"),
+        (["cache", "prune", "--max-size", "5"], 2, "'5' must be a size such as 500MB"),
         (["cache", "prune", "--keep", "-1"], 2, "Invalid value for '--keep'"),
         (["cache", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
         (["cache", "prune", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
@@ -628,11 +634,45 @@ def test_the_report_has_a_line_per_model_in_80_columns(
     assert rows[1].endswith("(MB)") and "134.5M" in rows[2] and rows[2].endswith(" 538")
 
 
+@pytest.mark.parametrize("arguments", ["params explain finetune_lora", "cache --json", "--help", "params show", "nope"])
+def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, arguments: str) -> None:
+    """As `| head -1` does; whether it is quicker than the command is a matter of chance."""
+
+    def code(streams: list[int]) -> int:
+        command = [LORA, *arguments.split()]
+        return subprocess.run(command, cwd=project, stdout=streams[0], stderr=streams[1], check=False).returncode
+
+    reading, closed = os.pipe()
+    os.close(reading)
+    with open(os.devnull, "wb") as null:  # noqa: PTH123
+        read = code([null.fileno()] * 2)
+        assert code([closed, null.fileno()]) == code([closed, closed]) == read == (2 if arguments == "nope" else 0)
+    os.close(closed)
+
+
+def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/merged", ignore_errors=True)
+    shutil.rmtree(project / ".lora-cache/finetune_lora")
+    reading, closed = os.pipe()
+    os.close(reading)
+    command = [LORA, "finetune", "lora", "--set", "finetune_lora.epochs=1", "--force"]
+    done = subprocess.run(command, cwd=project, stdout=closed, stderr=closed, check=False)
+    os.close(closed)
+    assert done.returncode == 0
+    assert json.loads((project / "artifacts/lora_adapter/manifest.json").read_text())["params"]["epochs"] == 1
+
+
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
     entries = json.loads(cli("cache", "--json", cwd=project)[1])
     assert {entry["stage"] for entry in entries} == set(PIPELINE)
     assert f"{len(entries)} kept" in cli("cache", cwd=project)[1]
     assert "0 removed" in cli("cache", "prune", "--keep", "1", cwd=project)[1]
+    assert "0 removed" in cli("cache", "prune", "--max-size", "1 GiB", cwd=project)[1]
+    assert (
+        "1 removed"
+        in cli("cache", "prune", "--max-size", f"{(sum(e['bytes'] for e in entries) - 1) / 1000}kB", cwd=project)[1]
+    )
+    entries = json.loads(cli("cache", "--json", cwd=project)[1])
     assert f"{len(entries)} removed" in cli("cache", "prune", cwd=project)[1]
     assert "0 kept" in cli("cache", cwd=project)[1]
 

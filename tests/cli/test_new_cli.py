@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
     assert f"steps   {steps // 2 * 3}, {steps // 2} per epoch" in out
     assert "dvc repro would run: lora finetune lora, lora merge, lora evaluate" in out
     assert folder_bytes(folder) == before
+
+
+def test_a_dry_run_without_a_base_says_how_it_is_imported(trained: tuple[Path, str], cli: Lora) -> None:
+    folder, root = trained[0], trained[0].with_name("unmade")
+    root.mkdir()
+    shutil.copy(folder / "params.yaml", root)
+    shutil.copytree(folder / "data", root / "data")
+    said = refusal(cli("finetune", "lora", "--dry-run", cwd=root))
+    assert said == "error: artifacts/base does not exist. Run `lora import`.\n"
+    assert "Run `lora import`." in refusal(cli("finetune", "lora", cwd=root))
 
 
 def test_what_it_takes_is_said_of_all_data_where_a_part_was_tried(

@@ -48,7 +48,7 @@ class Runner:
         """Run `dvc ARGUMENTS`. Raises UserError if a pipeline already runs here, OSError if it cannot be started."""
         if not (self.root / "dvc.yaml").is_file():
             raise UserError(
-                f"{self.root} has no dvc.yaml, so there is no pipeline to run. Open a clone of the project."
+                f"{self.root} has no dvc.yaml, so there is no pipeline to run. Write one with `lora new .` there."
             )
         if self.running():
             raise UserError("The pipeline is already running. Stop it first, or wait for it.")

@@ -43,6 +43,8 @@ class KeyBar(Widget):
             in_border = isinstance(node, Pane) and binding.action in node.actions_in_border and not typing
             if not enabled or (typing and (len(key) == 1 or key in NAMED)):
                 continue
+            if binding.id == getattr(self.app, "hidden_key", ""):
+                continue
             entry = self.app.get_key_display(binding), binding.description.lower(), key
             if binding.id in ALWAYS:
                 fixed.setdefault(binding.id, entry)

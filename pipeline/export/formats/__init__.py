@@ -44,13 +44,22 @@ class Format(NamedTuple):
 
 
 def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[str]]:
-    """Export as the format `name`. Raises UserError, also for an option that the format does not read."""
+    """Export as the format `name`. Raises UserError, also for an option that the format does not read, and where `out`
+    holds an export of another adapter."""
+    from pipeline.export.model_card import title
+
     for option, default in Export._field_defaults.items():
         if getattr(export, option) != default and option not in FORMATS[name].options:
             readers = " or ".join(other for other, format in FORMATS.items() if option in format.options)
             raise UserError(f"--{option.replace('_', '-')} needs --format {readers}, got {name}.")
     yield from note_on_verdict(export.adapter)
-    return (yield from FORMATS[name].write(export, out))
+    earlier, adapter = title(out), export.adapter.resolve().name
+    if earlier and earlier != adapter and out.resolve() != export.adapter.resolve():
+        raise UserError(f"{out} holds an export of {earlier}. Name another folder with --out, or remove it.")
+    lines = yield from FORMATS[name].write(export, out)
+    if earlier:
+        yield Note(f"{out}: the earlier export of {earlier} there is replaced.")
+    return lines
 
 
 @contextmanager
@@ -115,6 +124,35 @@ def note_on_quantization(export: Export) -> Iterator[Note]:
             f"{export.adapter} was trained on weights that an import dequantized from {origin.dequantized}; on {base} "
             "in 16 bits it answers slightly differently."
         )
+
+
+def note_on_base(export: Export) -> Iterator[Note]:
+    """A note if the files name the base by a folder, which nobody else has."""
+    from pipeline.adapters.config import CONFIG, read_config
+
+    if reason := unnamed_base(export):
+        named = read_config(export.adapter).get("base_model_name_or_path")
+        yield Note(
+            f"{CONFIG} names the base by a folder of this machine, {named}: {reason}. Name the base on the hub with "
+            "--base-name org/name, or export with --format merged."
+        )
+
+
+def unnamed_base(export: Export) -> str:
+    """Why others cannot find the adapter's base by its name; empty if they can."""
+    from pipeline.adapters.folder import origin_of
+    from pipeline.export.model_card import hub_name
+
+    origin = origin_of(export.adapter, export.base)
+    if export.base_name or (origin and origin.hub_id and not origin.added):
+        return ""
+    if not (export.adapter / artifact.MANIFEST).exists() and hub_name(export.adapter, None, {}):
+        return ""  # trained elsewhere, and its config names a model of the hub
+    if origin and origin.added:
+        return f"its base has {origin.added} tokens more than {origin.hub_id or 'the model it was imported from'}"
+    if origin and origin.dequantized:
+        return "its base was imported from a GGUF file, not from the hub"
+    return "its base was not imported from the hub"
 
 
 _FOUND = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, install_command, missing_libraries
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
+from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
 from pipeline.project.runner import Event, Note
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         }
         write_json(folder / CONFIG, config)
         compared = yield from _compared(export, base, folder)
+    yield from note_on_base(export)
     return [
         f"{out}  for MLX. Use it with:",
         command.format(out),

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
+from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
 from pipeline.project.runner import Event
 
 
@@ -21,6 +21,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             if not (export.adapter / name).is_file():
                 raise UserError(f"{export.adapter} is not an adapter folder: it has no {name}.")
             shutil.copyfile(export.adapter / name, folder / name)
+    yield from note_on_base(export)
     return [f"{out}  for PEFT"]
 
 

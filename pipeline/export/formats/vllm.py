@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_quantization
+from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
 from pipeline.project.runner import Event
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         named = read_config(export.adapter).get("base_model_name_or_path") or str(base)
         uniform = {name: padded(update, widest) for name, update in updates.items()}
         write_updates(folder, uniform, skeleton(base, export.trust_remote_code), named)
+    yield from note_on_base(export)
     rank = next(rank for rank in RANKS if rank >= widest)
     modules = f"--max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
     return [

@@ -6,6 +6,7 @@ import json
 import random
 import tracemalloc
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -93,9 +94,13 @@ def test_blank_lines_are_skipped_and_counted_once(tmp_path: Path, name: str, raw
 def test_a_million_blank_lines_are_not_read_one_by_one(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = list[int]()
-    piece = containers.read_piece
-    monkeypatch.setattr(containers, "read_piece", lambda file: read.append(1) or piece(file))
+    read, piece = list[bytes](), containers.read_piece
+
+    def counted(file: BinaryIO) -> bytes:
+        read.append(piece(file))
+        return read[-1]
+
+    monkeypatch.setattr(containers, "read_piece", counted)
     first, last = ('{"text": "a"}', '{"text": "b"}') if name == "d.jsonl" else ("text\na", "b")
     raw = first + "\n" * 1_000_001 + last + "\r\n" * 100_000
     if name.endswith(".gz"):
@@ -110,7 +115,7 @@ def test_a_million_blank_lines_are_not_read_one_by_one(
 @given(st.text(st.sampled_from("\n\r \ta")), st.integers(1, 9))
 def test_lines_that_are_skipped_change_neither_rows_nor_numbers(text: str, size: int) -> None:
     reading = containers.Reading()
-    file = io.BufferedReader(io.BytesIO(text.encode()), size)  # type: ignore[type-var]
+    file = io.BufferedReader(io.BytesIO(text.encode()), size)
     rows = [*containers._text_rows(file, "d.txt", reading)]
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     assert [row.number for row in rows] == [n for n, _ in lines]

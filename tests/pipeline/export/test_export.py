@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.export.formats import FORMATS
-from pipeline.files.artifact import read_json
+from pipeline.files.artifact import read_json, seal
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter
@@ -29,6 +29,7 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 FORMS = ("peft", "vllm", "merged")
 FOLDERS = (*FORMS, "gguf", "gguf-adapter")  # which write a folder atomically
+UNNAMED = "adapter_config.json names the base by a folder of this machine"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SPECS: dict[str, tuple[str, bool, AdapterSpec]] = {  # family, whether it is tied, adapter
     "plain": ("llama", True, AdapterSpec(4, 8, ATTENTION)),
@@ -59,9 +60,9 @@ def export(cli: Lora, form: str, source: Path, out: Path, *more: str) -> tuple[i
 
 
 def exported(cli: Lora, form: str, source: Path, out: Path, *more: str) -> str:
-    """Export successfully; returns the output."""
+    """Export successfully, with no note but on the name of the base; returns the output."""
     code, said, errors = export(cli, form, source, out, *more)
-    assert (code, errors) == (0, "")
+    assert (code, [line for line in errors.splitlines() if UNNAMED not in line]) == (0, [])
     return said
 
 
@@ -296,14 +297,33 @@ def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path
 
 
 @pytest.mark.parametrize("form", FOLDERS)
-def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_path: Path) -> None:
+def test_a_second_export_takes_the_place_of_the_first_and_says_so(cli: Lora, form: str, tmp_path: Path) -> None:
     source, out = made(tmp_path), tmp_path / "out"
     out.mkdir()
-    assert export(cli, form, source, out)[0] == 0
+    code, _, said = export(cli, form, source, out)
+    assert code == 0 and "is replaced" not in said
     first = folder_bytes(out)
-    (out / "left-over.txt").write_text("of an older version", encoding="utf-8")
-    assert export(cli, form, source, out)[0] == 0
+    (out / "left_over.json").write_text("of an older version", encoding="utf-8")
+    code, _, said = export(cli, form, source, out)
+    assert code == 0 and f"{out}: the earlier export of adapter there is replaced." in said
     assert folder_bytes(out) == first
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_neither_files_of_others_nor_another_adapters_export_are_replaced(cli: Lora, form: str, tmp_path: Path) -> None:
+    source, out = made(tmp_path), tmp_path / "out"
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    assert export(cli, form, source, out)[0] == 0
+    before = folder_bytes(tmp_path)
+    assert "holds an export of adapter. Name another folder" in refusal(export(cli, form, other, out))
+    assert folder_bytes(tmp_path) == before
+    for name in ("notes.txt", ".git/config"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine", encoding="utf-8")
+        before = folder_bytes(tmp_path)
+        assert f"holds {name.partition('/')[0]}, which lora did not write" in refusal(export(cli, form, source, out))
+        assert folder_bytes(tmp_path) == before
+        (out / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -383,8 +403,33 @@ def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_
     root = from_hub("expand_vocab.tokens=[zloty, lev]")
     found = base_names(cli, root)
     assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
+    said = export(cli, "peft", root / "artifacts/lora_adapter", root / "peft")[2]
+    assert f"{UNNAMED}, artifacts/expanded: its base has" in said
     start, stop = read_json(root / "artifacts/expanded/manifest.json", "")["new_rows"]
+    assert f"its base has {stop - start} tokens more than org/toy. Name the base" in said
     assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_an_export_whose_base_others_cannot_find_says_so(cli: Lora, form: str, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    code, _, said = export(cli, form, source, tmp_path / form)
+    assert code == 0 and said.count(UNNAMED) == 1
+    assert "its base was not imported from the hub. Name the base on the hub with --base-name org/name" in said
+    card = (tmp_path / form / "README.md").read_text(encoding="utf-8")
+    assert "`adapter_config.json` names the base by a folder" in card
+    code, _, said = export(cli, form, source, tmp_path / form, "--base-name", "org/name")
+    card = (tmp_path / form / "README.md").read_text(encoding="utf-8")
+    assert code == 0 and UNNAMED not in said and "by a folder" not in card
+
+
+def test_an_export_of_a_gguf_base_says_what_its_base_is(cli: Lora, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    base = tmp_path / "project/base"
+    facts = {"stage": "import", "source": "gguf", "dequantized": "Q4_1", "params": {"base": "../toy.gguf"}}
+    seal(base, {**facts, "inputs": {}})
+    said = export(cli, "peft", source, tmp_path / "peft")[2]
+    assert "its base was imported from a GGUF file, not from the hub." in said
 
 
 def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Path) -> None:

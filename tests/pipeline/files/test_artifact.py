@@ -509,6 +509,19 @@ def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
     assert cache.entries() == []
 
 
+def test_pruning_to_a_size_keeps_what_was_used_last(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    for when, (stage, size) in enumerate([("merge", 500), ("import", 400), ("merge", 300), ("merge", 200)]):
+        fill(tmp_path / "made", "x" * size)
+        cache.store(stage, f"key-{when}", tmp_path / "made")
+        os.utime(cache.root / stage / f"key-{when}" / "manifest.json", (when, when))
+    sizes = {entry.key: entry.size for entry in cache.entries()}
+    assert [*sizes] == ["key-3", "key-2", "key-1", "key-0"]
+    assert cache.prune(max_size=sum(sizes.values())) == []
+    assert [e.key for e in cache.prune(max_size=sizes["key-3"] + sizes["key-2"])] == ["key-1", "key-0"]
+    assert [e.key for e in cache.prune(max_size=1, keep=1)] == ["key-2"]
+
+
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with one file that counts as large, and one that does not."""
@@ -528,6 +541,8 @@ def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_pa
     inodes = {name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")} for name in before}
     assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == ["model.safetensors"]
     assert (large / "model.safetensors").stat().st_nlink == 3
+    (entry,) = cache.entries()
+    assert entry.shared == 1000 < entry.size
     for folder in (large, tmp_path / "back", tmp_path / "cache/s/k"):
         assert not (folder / "model.safetensors").stat().st_mode & 0o222, "an edit in place would change all three"
         assert (folder / "config.json").stat().st_mode & stat.S_IWUSR

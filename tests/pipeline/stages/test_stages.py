@@ -238,7 +238,7 @@ def test_a_changed_input_is_refused_before_it_is_used(project: Path) -> None:
 
 def test_a_missing_input_names_the_next_step(project: Path) -> None:
     shutil.rmtree(project / "artifacts/expanded")
-    with pytest.raises(UserError, match=r"expanded does not exist. Run the stage that makes it, or `dvc repro`"):
+    with pytest.raises(UserError, match=r"expanded does not exist. Run `lora expand-vocab`\.$"):
         make(project, ["finetune_lora"], BRIEF)
 
 

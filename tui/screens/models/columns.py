@@ -83,6 +83,25 @@ def breaks_limits(entry: Entry) -> bool:
     return bool(entry.verdict and entry.verdict.broken)
 
 
+def _learned_share(entry: Entry) -> float | None:
+    """New sentences completed, or chosen answers preferred."""
+    verdict = entry.verdict
+    if verdict is None:
+        return None
+    return verdict.preferred if verdict.learned is None else verdict.learned
+
+
+def _learned_cell(entry: Entry, colors: Colors) -> Text:
+    """A bar for a share; of a model whose new sentences were held out, the loss on them."""
+    share, loss = _learned_share(entry), _new_loss(entry)
+    return share_bar(share, colors) if share is not None or loss is None else Text(f"loss {loss:.3f}")
+
+
+def _learned_order(entry: Entry) -> float | None:
+    share, loss = _learned_share(entry), _new_loss(entry)
+    return -loss if share is None and loss is not None else share
+
+
 def _sign(entry: Entry, colors: Colors) -> Text:
     if breaks_limits(entry):
         return Text(SIGNS[REFUSED], colors.get("error", ""))
@@ -111,11 +130,11 @@ class Column:
     right: bool = False
 
 
-_kept, _learned, _forgot = map(_of_verdict, ("kept", "learned", "forgetting"))
+_kept, _forgot, _new_loss = map(_of_verdict, ("kept", "forgetting", "new_loss"))
 COLUMNS = (
     Column("name", 0, lambda e, _: Text(f"{e.label}{APART * bool(e.apart)}"), lambda e: natural_sort_key(e.label), 0),
     Column("rank", 6, lambda e, _: Text(_size(e)), lambda e: e.model.rank, 3),
-    Column("learned", BAR + SHARE, lambda e, c: share_bar(_learned(e), c), _learned, 2, falls=True),
+    Column("learned", BAR + SHARE, _learned_cell, _learned_order, 2, falls=True),
     Column("kept", BAR + SHARE, lambda e, c: share_bar(_kept(e), c), _kept, 1, falls=True),
     Column("forgot", 6, lambda e, _: _number(_forgot(e), "+.2f"), _forgot, 5, right=True),
     Column("loss", 6, lambda e, _: _number(e.model.final_loss, ".3f"), lambda e: e.model.final_loss, 6, right=True),

@@ -168,6 +168,8 @@ def _measured(entry: Entry) -> str:
     if verdict.learned is not None:
         loss = "" if verdict.new_loss is None else f" (loss {verdict.new_loss:.3f})"
         parts.append(f"Completes {verdict.learned:.0%} of the new sentences{loss}.")
+    elif verdict.preferred is not None:
+        parts.append(f"Prefers {verdict.preferred:.0%} of the chosen answers.")
     elif verdict.new_loss is not None:
         parts.append(f"Loss on the new sentences {verdict.new_loss:.3f} nats per token.")
     return " ".join(parts)

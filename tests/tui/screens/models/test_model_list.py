@@ -24,6 +24,7 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen, Reader
+from tui.screens.models.columns import BY_LABEL, sorted_entries
 from tui.screens.models.screen import ModelsScreen
 from tui.screens.models.table import ModelTable
 from tui.services.model_library import Entry, Library
@@ -94,6 +95,34 @@ async def test_what_a_model_keeps_and_learned_are_bars_with_numbers(brief: Path)
         assert "–" in s.row("sweep/rank-1")
         await s.point("lora")
         assert f"Keeps {metrics['lora']['forgetting']['answers_kept']:.0%} of the base's answers" in s.details()
+
+
+async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown_too(project: Path) -> None:
+    """As Results does: without sentences that can be completed, the loss; of answers that were compared, the share."""
+    metrics = rewrite_metrics(project)
+    async with open_models(project) as s:
+        assert f"loss {metrics['full']['new_loss']:.3f}" in s.row("full")
+        assert "75%" in s.row("lora")
+        await s.point("lora")
+        assert "Prefers 75% of the chosen answers." in s.details()
+        column = BY_LABEL["learned"]
+        order = [entry.label for entry in sorted_entries(s.screen.entries, column, False) if column.value(entry)]
+        losses = sorted((numbers["new_loss"], name) for name, numbers in metrics.items() if name != "lora")
+        assert order == ["lora", *(name for _, name in losses if name in order)]
+
+
+def rewrite_metrics(project: Path) -> dict[str, Any]:
+    """The evaluation as if nothing could be completed, and one model had learned preferences."""
+    path = project / "artifacts/evaluation/metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    variants = {
+        name: numbers for name, numbers in metrics.items() if isinstance(numbers, dict) and "new_loss" in numbers
+    }
+    for numbers in variants.values():
+        numbers.pop("new_completed", None)
+    variants["lora"]["preferences"] = {"after": {"accuracy": 0.75}}
+    path.write_text(json.dumps(metrics), encoding="utf-8")
+    return variants
 
 
 async def test_the_least_forgetful_model_is_on_top_after_one_key(brief: Path) -> None:

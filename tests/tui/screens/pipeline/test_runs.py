@@ -99,6 +99,26 @@ def printed(screen: PipelineScreen, text: str) -> bool:
     return text in log_lines(screen)
 
 
+async def test_run_is_answered_while_something_runs_and_starts_what_the_watch_has_not_seen_end(
+    runnable: Path, dvc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc(WAIT)
+    async with open_screen(runnable) as (pilot, screen):
+        await pilot.press("X")
+        await until(pilot, lambda: "Nothing is running" in messages(screen))
+        await pilot.press("R")
+        await until(pilot, lambda: screen.workbench.project_watch.pipeline)
+        await pilot.press("R")
+        await until(pilot, lambda: "already running" in messages(screen))
+        await stop(pilot, screen)
+        ended = Running(1, "dvc repro", 0.0)
+        monkeypatch.setattr(screen.workbench.project_watch, "look_now", lambda: None)
+        screen.workbench.project_watch.pipeline = ended
+        await pilot.press("R")
+        await until(pilot, lambda: messages(screen).count("Started: dvc repro") == 2)
+        screen.workbench.runner.stop()
+
+
 async def test_a_stage_without_its_inputs_says_which(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "merge")
