@@ -211,6 +211,9 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
                 f"{name} is not a file. Name an existing one in section {stage.name} of the params."
                 f"{convert if is_hub_id else ''}"
             )
+    for need in project.needs(stage):
+        if need not in project.readable and not project.artifact(need).is_dir():
+            project.stage(need)  # says which section is missing
     inputs: dict[str, str] = {}
     if stage.name == "import":
         source = base_model.resolve(project.params.origin.base, project.root)
