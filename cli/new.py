@@ -322,25 +322,29 @@ def _print_results(project: Project, folder: Path) -> None:
     evaluation = project.artifact("evaluate")
     metrics = read_json(evaluation / "metrics.json", "Run `lora evaluate`")
     samples = read_json(evaluation / "samples.json", "Run `lora evaluate`")
-    base, stages = metrics["base"], [stage for stage in project.stages.values() if stage.look and stage.variant]
-    names = [stage.variant for stage in stages if stage.variant in metrics]
+    # MiniGPT's base has no rows for new words, so its loss on them is that of the model that training starts from
+    base = next((metrics[name] for name in ("base", "expanded") if "new_loss" in metrics.get(name, {})), {})
+    stages = [stage for stage in project.stages.values() if stage.look and stage.variant]
+    names = [stage.variant for stage in stages if "new_loss" in metrics.get(stage.variant, {})]
     held_out = any(section.eval_share or section.eval_data for section in map(project.section, stages))
     where = "held-out examples" if held_out else "the examples trained on"
     print_line("")
     for name in names:
         numbers = metrics[name]
-        print_line(f"{name}: loss on {where} {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token")
+        before = f"{base['new_loss']:.3f} → " if base else ""
+        print_line(f"{name}: loss on {where} {before}{numbers['new_loss']:.3f} nats per token")
         if forgetting := numbers.get("forgetting"):
             print_line(
                 f"{' ' * len(name)}  other text: loss {forgetting['loss_rise']:+.3f}, "
                 f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
             )
         print_line(f"{' ' * len(name)}  {_describe_run(project, name)}")
-    for number, before in enumerate(samples["base"]):
-        print_line(f"\n> {before['question']}")
-        print_line(f"  base: {before['answer']}")
-        for name in names:
-            print_line(f"  {name}: {samples[name][number]['answer']}")
+    # by their prompts: a model is not asked what has words that it does not know
+    for sample in samples[names[0]] if names else ():
+        print_line(f"\n> {sample['question']}")
+        for name in ("base", *names):
+            same = [each["answer"] for each in samples[name] if each["prompt"] == sample["prompt"]]
+            print_line(f"  {name}: {same[0] if same else 'not asked: it does not know all of these words'}")
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
     where = os.path.relpath(folder)
     print_line(f"\nNext: cd {where}; lora-tui   or: lora chat, lora serve; {_dvc()} repro after an edit")
