@@ -75,4 +75,4 @@ def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs
     chat = f"{shlex.quote(LORA)} chat --base artifacts/base"
     ended = sh(f"{chat} <&- && printf 'der \\377 hund\\n/quit\\n' | {chat}", brief)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-    assert "not in the vocabulary: \ufffd" in ended.stderr
+    assert "does not know: \ufffd" in ended.stderr
