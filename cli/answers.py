@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # samples.json: model → its answers, to the same questions
+UNKNOWN_WORDS = "not asked: it does not know all of these words"
 MOST_CHARACTERS = 300  # of a text; report.md has all of it
 
 
 def count_lines(metrics: Mapping[str, Any], name: str, where: str) -> list[str]:
     """How many answers of the model `name` are as expected, beside the base's, and where the others differ."""
-    from pipeline.data.answer_match import describe
+    from pipeline.data.answers.match import describe
 
     counts, before = (metrics.get(model, {}).get("answers", {}) for model in (name, "base"))
     if not (found := describe(counts)):
@@ -40,8 +41,10 @@ def print_answers(samples: Samples, names: Sequence[str], most: int | None = Non
         print_line(f"\n> {_shorten(last[number]['question'])}")
         print_line(f"  {'expected':{width}}  {_shorten(last[number]['reference'])}")
         for name in models:
-            answer = samples[name][number]
-            print_line(f"{match_of(answer).sign} {name:{width}}  {_shorten(answer['answer'])}")
+            # by its prompt: a model is not asked what has words that it does not know
+            same = [row for row in samples[name] if row["prompt"] == last[number]["prompt"]]
+            sign, answer = (match_of(same[0]).sign, same[0]["answer"]) if same else (" ", UNKNOWN_WORDS)
+            print_line(f"{sign} {name:{width}}  {_shorten(answer)}")
 
 
 def _shorten(text: str) -> str:

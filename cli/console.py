@@ -1,6 +1,8 @@
 """stdout carries results, stderr carries progress and messages."""
 
 import json
+import os
+import re
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,8 +32,18 @@ class _Console(Console):
             yield Segment(text if control else printable(text), style, control)
 
 
+def _terminal_environment() -> dict[str, str]:
+    """The environment without a size that no table fits into, such as the COLUMNS=0 of some CI systems."""
+    sizes = {name: os.environ.get(name, "") for name in ("COLUMNS", "LINES")}
+    least = {"COLUMNS": NARROW, "LINES": 1}
+    unusable = [name for name, text in sizes.items() if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least[name]]
+    return {name: value for name, value in os.environ.items() if name not in unusable}
+
+
 # `:name:` in a text stays as it is: it is no emoji
-stdout, stderr = (_Console(stderr=error, highlight=False, emoji=False) for error in (False, True))
+stdout, stderr = (
+    _Console(stderr=error, highlight=False, emoji=False, _environ=_terminal_environment()) for error in (False, True)
+)
 
 
 def print_line(text: str, style: str | None = None) -> None:

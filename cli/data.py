@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pipeline.data.examples import Example
     from pipeline.data.masking import Encoded
     from pipeline.data.quality.clean import Cleaned, Dropped, Leaks
-    from pipeline.data.quality.problems import Group
     from pipeline.data.tokenizers.word import Tokenizer
+    from pipeline.files.problems import Group
 
 app = group()
 data = group(help="Check, show, clean and convert data files.", no_args_is_help=True)

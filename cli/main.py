@@ -4,7 +4,7 @@ import os
 import sys
 from importlib import import_module
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Exit, Option
@@ -12,7 +12,7 @@ from typer import Exit, Option
 from cli.options import UNDER_DVC, Group, Lazy, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
-from pipeline.project.process import world
+from pipeline.project.process import open_streams, world
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
@@ -94,18 +94,25 @@ def root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by signal n."""
+    open_streams()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # ? for what is no text
     sys.stdout, sys.stderr = map(_unbroken, (sys.stdout, sys.stderr))
     # before torch is loaded. Batches differ in length: CUDA's allocator otherwise keeps gaps that no tensor fits into
     if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if world().world_size > 1 or UNDER_DVC:
+    try:
+        rank = world()
+    except UserError as error:
+        _exit(str(error), 1)
+    if rank.world_size > 1 or UNDER_DVC:
         from pipeline.training.parallel.launch import end_with_launcher
 
         end_with_launcher()
     try:
         app()
     except (UserError, Interrupted) as error:
-        if not world().reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
+        if not rank.reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
             raise SystemExit(0) from None
         if isinstance(error, Interrupted):
             _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
@@ -155,7 +162,7 @@ def _unbroken(stream: Any) -> Any:
     )
 
 
-def _exit(message: str, code: int) -> None:
+def _exit(message: str, code: int) -> NoReturn:
     message = printable(message)
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)

@@ -335,15 +335,20 @@ def _print_results(project: Project, folder: Path) -> None:
     evaluation = project.artifact("evaluate")
     metrics = read_json(evaluation / "metrics.json", "Run `lora evaluate`")
     samples = read_json(evaluation / "samples.json", "Run `lora evaluate`")
-    base, stages = metrics["base"], [stage for stage in project.stages.values() if stage.look and stage.variant]
-    names = [stage.variant for stage in stages if stage.variant in metrics]
+    # MiniGPT's base has no rows for new words, so its loss on them is that of the model that training starts from
+    base: dict[str, Any] = next(
+        (metrics[name] for name in ("base", "expanded") if "new_loss" in metrics.get(name, {})), {}
+    )
+    stages = [stage for stage in project.stages.values() if stage.look and stage.variant]
+    names = [stage.variant for stage in stages if "new_loss" in metrics.get(stage.variant, {})]
     held_out = any(section.eval_share or section.eval_data for section in map(project.section, stages))
     where = "held-out examples" if held_out else "the examples trained on"
     print_line("")
     for name in names:
         numbers = metrics[name]
         lines = count_lines(metrics, name, where)
-        lines.append(f"loss on {where} {base['new_loss']:.3f} → {numbers['new_loss']:.3f} nats per token")
+        before = f"{base['new_loss']:.3f} → " if base else ""
+        lines.append(f"loss on {where} {before}{numbers['new_loss']:.3f} nats per token")
         if forgetting := numbers.get("forgetting"):
             kept = f"{forgetting['answers_kept']:.0%} of the base's first choices kept"
             lines.append(f"other text: loss {forgetting['loss_rise']:+.3f}, {kept}")

@@ -1,6 +1,7 @@
 """`lora-tui`: reads the arguments, and starts the app, the web server or the demo."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from pathlib import Path
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
     gc.disable()  # until the first paint, which takes a tenth longer with it
+    from pipeline.project.process import open_streams
+
+    open_streams()
     from pipeline.errors import UserError, require
     from tui.app import PARAMS, Workbench
     from tui.config import config_path, load_config
@@ -27,6 +31,7 @@ def main() -> None:
 
             serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
             return
+        _require_terminal()
         if arguments.demo:
             from tui.services.projects.demo import greet, open_demo
 
@@ -37,6 +42,20 @@ def main() -> None:
     app = Workbench(params, config, greeting)
     app.run()
     sys.exit(app.return_code or 0)
+
+
+def _require_terminal() -> None:
+    """Raises UserError if keys cannot be read, or nothing can be shown. Textual draws on stderr."""
+    if os.environ.get("TEXTUAL_DRIVER"):  # --web: a browser is the terminal
+        return
+    for stream, name in ((sys.stdin, "input"), (sys.stderr, "error output")):
+        if not stream.isatty():
+            from pipeline.errors import UserError
+
+            raise UserError(
+                f"lora-tui needs a terminal, but its {name} is none. Run it in a terminal without redirecting it, or "
+                "use `lora-tui --web` for a browser."
+            )
 
 
 class Arguments:

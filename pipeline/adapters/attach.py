@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
+from pipeline.adapters.config import PREFIX, AdapterSpec, enclosing_names, lies_in
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
@@ -25,8 +25,6 @@ from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
 from pipeline.models.base import CausalLM, LowBitLinear, is_linear
 from pipeline.project.params.sections import Init
-
-PREFIX = "base_model.model."
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:

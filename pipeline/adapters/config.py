@@ -19,6 +19,7 @@ from pipeline.files.text import abbreviate_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
+PREFIX = "base_model.model."  # of the names of tensors in WEIGHTS
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
 LAYOUT = "0.19.1"  # the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight

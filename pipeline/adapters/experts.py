@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import CONFIG, LAYOUT, AdapterSpec
+from pipeline.adapters.config import CONFIG, LAYOUT, PREFIX, AdapterSpec
 from pipeline.adapters.lora import LINEAR_KEYS, AdapterLayer, initialize
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec, refuse_experts
+from pipeline.adapters.config import EMBEDDING, PREFIX, WEIGHTS, AdapterSpec, read_spec, refuse_experts
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.adapters.peft import read_tensors

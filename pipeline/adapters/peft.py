@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_embedding_or_head, targeted, tensors, untie
+from pipeline.adapters.attach import adapter_layers, attach, saves_embedding_or_head, targeted, tensors, untie
 from pipeline.adapters.config import (
     CONFIG,
     LAYOUT,
     LORA,
     OTHER_KINDS,
+    PREFIX,
     VIRTUAL,
     WEIGHTS,
     AdapterSpec,

@@ -29,8 +29,8 @@ from pipeline.data.containers import (
     suffix_of,
     table_rows,
 )
-from pipeline.data.quality.problems import without_location
 from pipeline.errors import UserError
+from pipeline.files.problems import without_location
 
 LINES = (".txt", ".jsonl")
 STEP = 64  # rows between two that the index knows the place of

@@ -22,8 +22,8 @@ from pipeline.data.browse import Entry, RowFile, as_json, copied, find
 from pipeline.data.containers import Row, suffix_of
 from pipeline.data.examples import Example
 from pipeline.data.formats import example_of
-from pipeline.data.quality.problems import without_location
 from pipeline.errors import UserError, explain, first_line
+from pipeline.files.problems import without_location
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer

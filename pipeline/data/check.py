@@ -21,10 +21,10 @@ from pipeline.data.examples import Example, content_digest, is_held_out, joins_w
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.preferences import pair
-from pipeline.data.quality.problems import Group, Level, Problem, Problems, shortened, without_location
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError
+from pipeline.files.problems import Group, Level, Problem, Problems, shortened, without_location
 
 DataFile = Path | str | tuple[Path | str, Mapping[str, str]]  # with its own columns
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}

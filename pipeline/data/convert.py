@@ -22,9 +22,9 @@ from pipeline.data.containers import COMPRESSED, Reading, suffix_of
 from pipeline.data.examples import Example, Message
 from pipeline.data.formats import iter_examples, notes
 from pipeline.data.formats.messages import text_of
-from pipeline.data.quality.problems import Group, Problem, Problems, shortened, without_location
 from pipeline.errors import UserError, first_line
 from pipeline.files import artifact
+from pipeline.files.problems import Group, Problem, Problems, shortened, without_location
 
 Record = dict[str, Any]
 GROUP_ROWS = 1024  # of a table: what a reader must hold at once

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from pipeline.data.answers.prompts import Prompt, read_prompts
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.project.runner import Job
 

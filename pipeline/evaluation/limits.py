@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.answer_match import share
+from pipeline.data.answers.match import share
 from pipeline.project.gate import MINIMUMS, Broken
 
 

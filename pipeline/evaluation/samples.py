@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.answer_match import Match, count, match
+from pipeline.data.answers.match import Match, count, match
+from pipeline.data.answers.questions import questions
 from pipeline.data.examples import Example
-from pipeline.data.questions import questions
 from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel
 

@@ -88,7 +88,7 @@ def certify(
     """
     if not is_installed():
         return {}, [NOT_COMPARED]
-    from pipeline.data.prompts import prompt_texts
+    from pipeline.data.answers.prompts import prompt_texts
     from pipeline.export.certificate import compare, describe
 
     certificate = yield from compare(load, tokenizer, files, prompt_texts(prompts))

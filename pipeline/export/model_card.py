@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.config import OTHER_KINDS, VIRTUAL, read_config
 from pipeline.adapters.folder import Origin, base_of, origin_of, quantization_of
-from pipeline.data.answer_match import describe, share
+from pipeline.data.answers.match import describe, share
 from pipeline.data.tokenizers.chat_template import has_template
 from pipeline.errors import UserError
 from pipeline.files import artifact

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
+from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
-from pipeline.data.questions import prompt_and_answer
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -199,9 +200,9 @@ def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def _threads() -> int:
-    """OMP_NUM_THREADS, else this process's share of the cores."""
+    """OMP_NUM_THREADS if it is a plausible number, else this process's share of the cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(setting) if setting.isdigit() else cores() // world().local_world_size)
+    return int(setting) if re.fullmatch("[1-9][0-9]{0,3}", setting) else max(1, cores() // world().local_world_size)
 
 
 def cores() -> int:

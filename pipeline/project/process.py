@@ -9,9 +9,14 @@ stage, so it is in no cache key: what one device made is a result for all.
 import os
 import re
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from pipeline.errors import UserError
+
+MOST_PROCESSES = 2**20
 
 
 class ProcessRank(NamedTuple):
@@ -34,11 +39,38 @@ class ProcessRank(NamedTuple):
 
 
 def world() -> ProcessRank:
-    """This process's rank; rank 0 of 1 without torchrun."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return ProcessRank(
-        rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    )
+    """This process's rank; rank 0 of 1 without torchrun. Raises UserError for variables that it would not set."""
+    size = _number("WORLD_SIZE", 1, least=1)
+    rank = _number("RANK", 0, below=size)
+    local_size = _number("LOCAL_WORLD_SIZE", size, least=1, below=size + 1)
+    return ProcessRank(rank, size, _number("LOCAL_RANK", rank, below=local_size), local_size)
+
+
+def _number(variable: str, default: int, least: int = 0, below: int = MOST_PROCESSES) -> int:
+    """The value of an environment variable of torchrun's."""
+    text = os.environ.get(variable, "").strip()
+    number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+    if text and not least <= number < below:
+        raise UserError(
+            f"{variable} must be a whole number from {least} to {below - 1}, got {text!r}. torchrun sets it: start "
+            "with it, or unset the variable."
+        )
+    return number if text else default
+
+
+def open_streams() -> None:
+    """Open the null device in place of a standard stream that is closed, as by `<&-`.
+
+    The next file that is opened would get its number, and what is printed would go into that file.
+    """
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+            stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def hangs_up() -> bool:

@@ -272,6 +272,8 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
                 f"{convert if is_hub_id else ''}"
             )
     for need in project.needs(stage):
+        if need not in project.readable and not project.artifact(need).is_dir():
+            project.stage(need)  # says which section is missing
         _refuse_missing(project, need)
     inputs: dict[str, str] = {}
     if stage.name == "import":

@@ -267,7 +267,7 @@ class Project:
         if self.parent and name in self.parent.stages:
             raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
         file, base = self.params.file, self.params.origin.base
-        if name in ("import", "pretrain"):
+        if name == ("pretrain" if self.params.origin.imports else "import"):
             other = "pretrain" if name == "import" else "import"
             raise UserError(
                 f"base is {base} in {file}: run `lora {other}` instead of `lora {name}`."
@@ -292,10 +292,10 @@ class Project:
         }
 
     def standing_for(self, name: str) -> str:
-        """The stage whose output is read as `name`'s: an imported base stands for the pretrained one, and for the
-        expanded one in a project that adds no tokens."""
-        imported = name == "pretrain" or (name == "expand_vocab" and name not in self.readable)
-        return "import" if imported and self.params.origin.imports else name
+        """The stage whose output is read as `name`'s: an imported base stands for the pretrained one, and either of
+        them for the expanded one in a project that adds no tokens."""
+        is_base = name == "pretrain" or (name == "expand_vocab" and name not in self.readable)
+        return ("import" if self.params.origin.imports else "pretrain") if is_base else name
 
     def home(self, name: str) -> "Project":
         """The project that has a stage: itself, or its parent."""

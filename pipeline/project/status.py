@@ -80,7 +80,8 @@ class Status:
         if state != "current" and run and run.state == "running":
             return StageState(stage, "died", ("the process died (no error recorded)", *reasons), run)
         # What a stage reads is compared once that is itself up to date: it may be made again as it was.
-        outdated_needs = [need for need in project.needs(stage) if before[need].state != "current"]
+        needs = [need for need in project.needs(stage) if need in before]  # a params file may lack a section
+        outdated_needs = [need for need in needs if before[need].state != "current"]
         missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
         runs_again = stage.name in project.stages  # what is unlisted is not made again with what it reads
         if runs_again and outdated_needs and (state == "current" or (state == "changed" and missing)):
@@ -94,7 +95,10 @@ class Status:
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
             missing = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
+            unknown = [need for need in missing if need not in project.readable]
             reason = f"needs {', '.join(missing)}" if missing else ""
+            if unknown:
+                reason = _error_of(lambda: project.stage(unknown[0]))
             if stage.name == "import":  # can the base be imported? Its weights are not read for that
                 reason = _error_of(lambda: base_model.resolve(project.params.origin.base, project.root))
             return "missing", (reason,) if reason else ()

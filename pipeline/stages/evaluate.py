@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.answers.prompts import Prompt, read_prompts
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.comparison import cost, stages_by_variant, weight_bytes

@@ -2,8 +2,8 @@
 
 from collections.abc import Generator
 
-from pipeline.data.prompts import read_prompts
-from pipeline.data.questions import prompt_and_answer
+from pipeline.data.answers.prompts import read_prompts
+from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.score import SameLogits

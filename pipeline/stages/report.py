@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.answer_match import Match, describe
+from pipeline.data.answers.match import Match, describe
 from pipeline.evaluation.comparison import (
     TASKS,
     by_variant,

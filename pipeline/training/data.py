@@ -10,10 +10,10 @@ from typing import TypedDict
 
 import torch
 
+from pipeline.data.answers.questions import Question, questions
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoder
-from pipeline.data.questions import Question, questions
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.calc.method import FinetuningMethod
-from pipeline.data.answer_match import match
+from pipeline.data.answers.match import match
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of, refuse_experts
+from pipeline.adapters.attach import short_targets
+from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS, AdapterSpec, config_of, refuse_experts
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank, svd, tensors_of, truncated
 from pipeline.errors import UserError

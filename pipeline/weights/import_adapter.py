@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, config_of, read_config
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, PREFIX, VIRTUAL, WEIGHTS, config_of, read_config
 from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import ROWS
 from pipeline.adapters.low_rank import LowRankUpdate, tensors_of

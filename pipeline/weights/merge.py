@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
-from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.attach import adapter_layers, tensors
+from pipeline.adapters.config import PREFIX, WEIGHTS, AdapterSpec
 from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, TokenRows, factors, fan_in_fan_out

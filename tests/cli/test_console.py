@@ -97,3 +97,13 @@ def test_a_line_of_the_result_is_printed_as_it_is(
 def test_a_heading_that_a_terminal_would_obey_takes_the_room_of_what_is_shown() -> None:
     lines = drawn(40, ["\x1b[31m" + "x" * 20, "n"], [["a", "12,345"]], ["n"])
     assert lines[0].split() == ["␛[31m" + "x" * 20, "n"] and lines[1].split() == ["a", "12,345"]
+
+
+@pytest.mark.parametrize(("variable", "value"), [("COLUMNS", "0"), ("COLUMNS", "1"), ("COLUMNS", "²"), ("LINES", "0")])
+def test_a_size_that_no_table_fits_into_is_not_taken(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert variable not in console._terminal_environment()
+    monkeypatch.setenv(variable, "40")
+    assert console._terminal_environment()[variable] == "40"

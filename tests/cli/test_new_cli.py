@@ -331,3 +331,12 @@ def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lor
     assert yaml.safe_load((here / "run/dvc.yaml").read_text(encoding="utf-8"))["stages"]["import"]["deps"] == [
         "${base}"
     ]
+
+
+def test_a_project_of_minigpt_goes_on_and_its_losses_are_shown_from_the_model_with_the_new_words(
+    project: Path, cli: Lora
+) -> None:
+    code, out, err = cli("train", "--out", str(project), cwd=project.parent)
+    assert code == 0, err
+    assert re.search(r"^lora: loss on the examples trained on \d+\.\d{3} → \d+\.\d{3} nats per token$", out, re.M)
+    assert "not asked: it does not know all of these words" in out

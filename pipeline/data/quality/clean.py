@@ -14,8 +14,8 @@ from pipeline.data.formats import EmptyValue, iter_examples
 from pipeline.data.masking import Encoder
 from pipeline.data.quality.near_duplicates import MinHashes, ShingleCounts, shingles, words
 from pipeline.data.quality.personal import personal_data
-from pipeline.data.quality.problems import shortened, without_location
 from pipeline.errors import UserError
+from pipeline.files.problems import shortened, without_location
 
 REASONS = ("empty", "duplicates", "near-duplicates", "too-long", "leaks")
 SHOWN = 3  # rows of each reason in the report

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from msgspec.structs import replace
 
+from pipeline.data.answers.prompts import Prompt
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import Prompt
 from pipeline.document.measures import NextTokenAnswers, ask, check_words, document, prompts_of
 from pipeline.document.report import Figure, Findings, min_max
 from pipeline.document.runner import (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from msgspec.structs import replace
 
+from pipeline.data.answers.prompts import Prompt, read_prompts
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.document.measures import check_words
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import PARTS, Run, Trained, by, drain, sweep_run, train

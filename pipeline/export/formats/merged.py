@@ -17,7 +17,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     """The merge, and the check of its logits if there are prompts. Raises UserError."""
     from pipeline.adapters.folder import base_of
-    from pipeline.data.prompts import prompt_texts
+    from pipeline.data.answers.prompts import prompt_texts
     from pipeline.inference.score import SameLogits
     from pipeline.weights.merge import Merging
 

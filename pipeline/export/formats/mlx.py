@@ -169,7 +169,7 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
         return [*lines, f"Nothing was compared with mlx-lm, which is not installed: {install_command('mlx')}"]
     from torch import device
 
-    from pipeline.data.prompts import prompt_texts
+    from pipeline.data.answers.prompts import prompt_texts
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.export.certificate import Candidate, compare, describe
     from pipeline.files.base_model import weight_files

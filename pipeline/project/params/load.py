@@ -157,7 +157,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     """Check the `text` of `path`, then apply `section.key=value` overrides. Raises UserError."""
     tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
-    if not isinstance(project, str):
+    if not isinstance(project, str) or "\0" in project:
         raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
     written = set(tree)
     overridden = {_apply_override(tree, override) for override in overrides}

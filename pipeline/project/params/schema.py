@@ -128,6 +128,10 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
     """`value`, as YAML loads it, as the annotated type. Raises UserError with key, rule, value and next step."""
     kind, notes = _split(hint)
     container = get_origin(kind)
+    if (text := _unwritable(value)) is not None:
+        raise UserError(
+            f"{key} must not have a NUL or half a surrogate pair in a text, got {text!r}. {origin.edit(key)}"
+        )
     if value in (None, "", [], {}) and ALLOW_EMPTY in notes:
         return {tuple: (), Mapping: {}}.get(container, "")
     own = next((note for note in notes if isinstance(note, ReadBy)), None)
@@ -147,6 +151,16 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
         because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
         raise UserError(f"{key} must be {wrong}, got {value!r}{because}. {origin.edit(key)}")
     return typed
+
+
+def _unwritable(value: Any) -> str | None:
+    """A text in a value that can be no file's name and no line of a file: with a NUL, or not in UTF-8."""
+    if isinstance(value, str):
+        return value if "\0" in value or value.encode(errors="replace").decode() != value else None
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        return None
+    return next((text for text in map(_unwritable, parts) if text is not None), None)
 
 
 def _check_list(item: Any, values: Any, key: str, origin: ValueSource, duplicates: bool) -> tuple[Any, ...]:

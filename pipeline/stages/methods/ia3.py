@@ -140,8 +140,7 @@ def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, Non
 
 def save(out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequence[str]]) -> Facts:
     """Write the vectors and their config as PEFT does; `named`: the modules, by PEFT's settings."""
-    from pipeline.adapters.attach import PREFIX
-    from pipeline.adapters.config import CONFIG, WEIGHTS
+    from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS
     from pipeline.files.artifact import write_json
     from pipeline.models.base import is_conv1d
     from pipeline.models.save import save_tensors
@@ -167,8 +166,7 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     """
     import torch
 
-    from pipeline.adapters.attach import PREFIX
-    from pipeline.adapters.config import WEIGHTS
+    from pipeline.adapters.config import PREFIX, WEIGHTS
     from pipeline.adapters.peft import read_tensors
     from pipeline.files.safetensors_file import refuse_difference
 

@@ -26,7 +26,8 @@ def end_with_launcher() -> None:
     thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on macOS, misses a launcher that died
     earlier, and sends only one signal: SIGTERM writes a checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
     """
-    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    given = os.environ.get(LAUNCHER, "")
+    launcher = int(given) if given.isdecimal() else os.getppid()
     shell = dvc = None
     if LAUNCHER not in os.environ and "DVC_STAGE" in os.environ:
         import psutil  # 10 ms that only this case pays

@@ -114,6 +114,11 @@ def _process_group() -> Iterator[None]:
     device = torch.device("cuda", rank.local_rank) if on_gpus else None  # NCCL connects here at once
     try:
         dist.init_process_group(backend, timeout=MEET, device_id=device)
+    except ValueError as error:
+        raise UserError(
+            f"the environment does not say how the processes meet ({first_line(error)}). Start them with torchrun or "
+            "--devices, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+        ) from None
     except RuntimeError as error:
         raise UserError(
             f"the {rank.world_size} processes of this run do not reach each other ({first_line(error)}). Start all of "

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import PREFIX, disable_adapter
-from pipeline.adapters.config import OTHER_KINDS
+from pipeline.adapters.attach import disable_adapter
+from pipeline.adapters.config import OTHER_KINDS, PREFIX
 from pipeline.adapters.lora import AdapterLayer
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import AdapterSpec, config_of
+from pipeline.adapters.config import PREFIX, AdapterSpec, config_of
 from pipeline.adapters.low_rank import (
     LowRank,
     Spectrum,

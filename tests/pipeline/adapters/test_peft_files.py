@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import PREFIX, adapter_layers, attach, tensors
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.attach import adapter_layers, attach, tensors
+from pipeline.adapters.config import PREFIX, AdapterSpec
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft import (
     attach_virtual_tokens,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.answer_match import Match, count, describe, match, rouge_l, share
+from pipeline.data.answers.match import Match, count, describe, match, rouge_l, share
 
 LONG = (
     "The refund was sent on Monday, and it takes three to five working days until the bank shows it in the account of "

@@ -15,10 +15,10 @@ from pipeline.data.check import NEAR, STEP, DataReport, _histogram, check, sugge
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
-from pipeline.data.quality.problems import KEPT, MAX_GROUPS
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.windows import Corpus
 from pipeline.errors import UserError
+from pipeline.files.problems import KEPT, MAX_GROUPS
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 Rows = list[Any]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.answers.prompts import read_prompts
 from pipeline.data.examples import Example, in_evaluation, windows
 from pipeline.data.formats import iter_examples, read_examples
-from pipeline.data.prompts import read_prompts
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT
 

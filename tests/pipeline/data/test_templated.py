@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import content_digest
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.preferences import PairEncoder
-from pipeline.data.questions import prompt_and_answer
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
+from pipeline.data.answers.prompts import read_prompts
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import read_prompts
 from pipeline.inference import engine
 from pipeline.inference.score import score, score_answers
 from tests.helpers.projects import make

@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import nn
 
+from pipeline.data.answers.prompts import read_prompts
 from pipeline.data.formats import read_examples
-from pipeline.data.prompts import read_prompts
 from pipeline.document import runner
 from pipeline.document.measures import NextTokenAnswers, ask
 from pipeline.document.runner import METHODS, Trained

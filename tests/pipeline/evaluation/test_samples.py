@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.answers.questions import MOST_TOKENS, questions
 from pipeline.data.examples import Example
-from pipeline.data.questions import MOST_TOKENS, questions
 from pipeline.evaluation import samples
 from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.limits import verdict

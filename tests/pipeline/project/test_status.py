@@ -17,7 +17,7 @@ from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status, outdated, project_signature
 from pipeline.workbench import open_project
-from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, save
+from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, new_project, save
 
 
 def project_of(root: Path) -> Project:
@@ -69,6 +69,36 @@ def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project
     assert found["expand_vocab"].state == "missing"
     assert (found["finetune_lora"].state, found["finetune_lora"].reasons) == ("waits", ("after expand_vocab",))
     assert found["evaluate"].state == "waits"
+
+
+@pytest.mark.parametrize(
+    ("params", "stage", "reason"),
+    [
+        ("base: minigpt\nmerge: {}\n", "merge", "finetune_lora is not a stage of this project"),
+        ("finetune_lora: {data: data/pretrain.de.txt}\n", "finetune_lora", "pretrain is not a stage of this project"),
+    ],
+)
+def test_a_stage_that_needs_one_without_a_section_says_which_section_to_add(
+    tmp_path: Path, params: str, stage: str, reason: str
+) -> None:
+    root = new_project(tmp_path)
+    (root / "params.yaml").write_text(params, encoding="utf-8")
+    project = open_project(root / "params.yaml")
+    found = Status().of(project)
+    assert found[stage].state == "missing" and found[stage].reasons[0].startswith(reason)
+    with pytest.raises(UserError, match=reason):
+        make(root, [stage])
+
+
+def test_without_a_section_for_new_words_the_trained_base_is_fine_tuned(tmp_path: Path) -> None:
+    root = new_project(tmp_path)
+    text = "base: minigpt\npretrain: {epochs: 1}\nfinetune_lora: {data: data/pretrain.de.txt, epochs: 1}\nmerge: {}\n"
+    (root / "params.yaml").write_text(text, encoding="utf-8")
+    project = open_project(root / "params.yaml")
+    assert {state.state for state in Status().of(project).values()} == {"missing"}
+    make(root, ["pretrain", "finetune_lora", "merge"])
+    assert {state.state for state in Status().of(project).values()} == {"current"}
+    assert project.variants["lora"] == ("pretrain", "finetune_lora")
 
 
 def test_running_it_makes_it_current_again(project: Path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data.prompts import read_prompts
+from pipeline.data.answers.prompts import read_prompts
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest
 from pipeline.inference.catalog import measured

@@ -494,6 +494,6 @@ def rows_of(best: object, *others: object) -> dict[str, object]:
     ],
 )
 def test_the_best_of_a_sweep_at_the_edge_of_what_was_tried_says_how_to_go_on(
-    rows: dict[str, object], grid: dict[str, object], found: dict[str, object]
+    rows: dict[str, dict[str, object]], grid: dict[str, object], found: dict[str, object]
 ) -> None:
     assert beyond(rows, "0", grid, FinetuneLora) == found

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual.color import Color
 
-from pipeline.data.answer_match import match
+from pipeline.data.answers.match import match
 from pipeline.files.text import printable
 from pipeline.project.logs.run_log import DIVERGED, STOPPED, in_units
 from pipeline.project.stage_graph import Look

@@ -419,3 +419,16 @@ def printed(widget: Static) -> str:
     console.print(widget.content)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+async def test_a_project_without_a_section_that_others_need_is_shown_with_what_to_add(empty: Path) -> None:
+    (empty / "params.yaml").write_text("base: minigpt\nfinetune_lora: {}\nmerge: {}\n", encoding="utf-8")
+    async with open_screen(empty) as (pilot, screen):
+        assert [line.split()[1] for line in rows(screen)] == ["pretrain", "lora", "merge"]
+        (empty / "params.yaml").write_text("base: minigpt\nmerge: {}\n", encoding="utf-8")
+        screen.workbench.project_watch.look_now()
+        await until(pilot, lambda: len(rows(screen)) == 2)
+        await choose(pilot, screen, "merge")
+        await until(pilot, lambda: any("Add `finetune_lora: {}`" in line for line in facts(screen)))
+        await pilot.press("r")
+        await until(pilot, lambda: "finetune_lora" in messages(screen))

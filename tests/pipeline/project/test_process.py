@@ -1,0 +1,78 @@
+"""What a process is told by its environment, and what it does without standard streams."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.project.process import ProcessRank, world
+from tests.helpers.projects import LORA
+
+BIN = Path(sys.executable).parent
+SET = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def sh(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "1e3"),
+        ("WORLD_SIZE", "9" * 20),
+        ("RANK", "-1"),
+        ("RANK", "4"),
+        ("LOCAL_RANK", "²"),
+        ("LOCAL_RANK", "2"),
+        ("LOCAL_WORLD_SIZE", "5"),
+    ],
+)
+def test_a_variable_that_torchrun_would_not_set_is_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, right in SET.items():
+        monkeypatch.setenv(name, right)
+    assert world() == ProcessRank(1, 4, 1, 2)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable} must be a whole number from .*, got '{value}'"):
+        world()
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SET:
+        monkeypatch.setenv(name, "")
+    assert world() == ProcessRank(0, 1, 0, 1)
+
+
+def test_the_command_says_which_variable_is_wrong(tmp_path: Path) -> None:
+    ended = sh(f"WORLD_SIZE=abc {shlex.quote(LORA)} runs", tmp_path)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: WORLD_SIZE must be a whole number")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_with_closed_streams_nothing_is_printed_into_a_file_that_is_written(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    convert = f"{shlex.quote(LORA)} data convert in.jsonl"
+    ended = sh(f"{convert} open.csv && {convert} closed.csv <&- >&- 2>&-", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "closed.csv").read_bytes() == (tmp_path / "open.csv").read_bytes()
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "</dev/null"])
+def test_the_terminal_app_without_a_terminal_is_one_message(redirection: str, tmp_path: Path) -> None:
+    ended = sh(f"{shlex.quote(str(BIN / 'lora-tui'))} {redirection}", tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: lora-tui needs a terminal") and ended.stderr.count("\n") == 1
+
+
+def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs(brief: Path) -> None:
+    chat = f"{shlex.quote(LORA)} chat --base artifacts/base"
+    ended = sh(f"{chat} <&- && printf 'der \\377 hund\\n/quit\\n' | {chat}", brief)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert "does not know: \ufffd" in ended.stderr
