@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipeline.adapters.attach import (
-    PREFIX,
     AdapterScale,
     adapter_layers,
     attach,
@@ -19,7 +18,7 @@ from pipeline.adapters.attach import (
     targeted,
     tensors,
 )
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.config import PREFIX, AdapterSpec
 from pipeline.adapters.lora import DoRALinear, EmbeddingRows, HeadRows, LoRAEmbedding, LoRALinear, weight_of
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
