@@ -230,7 +230,7 @@ def _trial(project: Project, stage: Stage, examples: int, recipe: Recipe) -> Gen
         return (yield from try_stage(project, stage))
     settings = project.params.section(stage.section)
     # of a part, none may be held out
-    alone = structs.replace(settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0)
+    alone = structs.replace(settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0, samples={})
     part = replace(project, params=project.params.replaced({stage.section: alone}))
     trial = (yield from try_stage(part, stage, SAMPLE)).of_all(
         SAMPLE / (examples * (1 - settings.eval_share)), settings.max_steps

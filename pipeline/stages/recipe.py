@@ -93,7 +93,8 @@ def choose(
     if not data.evaluation:
         why = "held out, for the loss on what is not trained on" if held_out else "too few examples to hold one out"
         recipe.set(f"{TRAINING}.eval_share", held_out, why)
-    if (held_out or data.evaluation) and not all(map(_compares, stages)):
+    is_held_out = data.evaluation or recipe.values[f"{TRAINING}.eval_share"]
+    if is_held_out and not all(map(_compares, stages)):
         recipe.set(f"{TRAINING}.samples", {"held_out": ANSWERS}, "held-out answers are compared after each epoch")
     for stage in stages:
         _choose_method(recipe, model, data, stage)

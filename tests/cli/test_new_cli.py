@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.export.formats import FORMATS
+from pipeline.project.logs.run_log import read_steps
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.recipe import rate_for
 from pipeline.workbench import open_project
@@ -88,8 +89,9 @@ def test_the_report_shows_every_answer_beside_the_expected_one(trained: tuple[Pa
 def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_training(trained: tuple[Path, str]) -> None:
     folder, _ = trained
     metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-    last = (folder / "artifacts/lora_adapter/loss.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")
-    assert metrics["lora"]["new_loss"] == pytest.approx(float(last[-1]), rel=0.02)  # bf16 in training
+    last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
+    assert metrics["lora"]["new_loss"] == pytest.approx(last.eval_loss, rel=0.02)  # bf16 in training
+    assert last.eval_answers is not None
 
 
 def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:
@@ -100,7 +102,7 @@ def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Pat
     project = open_project(folder / "params.yaml")
     assert list(project.stages) == ["import", "finetune_lora", "merge", "evaluate"]
     assert project.params.finetune_lora.epochs == 2 and project.params.finetune_lora.target_modules == ("all-linear",)
-    assert [path.name for path in (folder / "data").iterdir()] == ["heldout.en.txt"]
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["heldout.en.txt", "retain.en.jsonl"]
 
 
 def test_what_is_added_to_the_project_takes_the_defaults_of_its_base_and_alpha_follows_the_rank(
