@@ -16,6 +16,7 @@ from bench.measure import Row
 from bench.recipe_settings import CHOSEN, Setting
 
 RUNS = Path(__file__).with_name("recipe.csv")
+WIDTH = 160  # of the table, on any terminal
 LEAST_RIGHT, LEAST_KEPT = 0.75, 0.85  # of the best setting's right answers; of the base's first choices on other text
 
 
@@ -141,9 +142,10 @@ def recipe() -> Iterator[Row]:
 
 
 def _print_tables(measured: Sequence[Measured], found: Outcomes) -> None:
-    console, good = Console(), good_settings(found)
+    console, good = Console(width=WIDTH), good_settings(found)
+    console.print("right, share of the best setting's right, other first choices kept; ×: not good; Σ: seconds")
     untrained = {each.task: each for each in measured if not each.epoch}
-    table = Table("right, share of the best, kept", *untrained, "seconds", "", box=None)
+    table = Table("", *untrained, "Σ", "", box=None)
     table.add_row("untrained", *(f"{each.right:.0%}" for each in untrained.values()))
     for setting in sorted(found):
         own = found[setting]
@@ -152,7 +154,7 @@ def _print_tables(measured: Sequence[Measured], found: Outcomes) -> None:
         table.add_row(describe(setting), *cells, f"{seconds:,.0f}", "good on all" if setting in good else "")
     console.print(table)
 
-    rules = Table("the weights of", "right", box=None)
+    rules = Table("stopping at", "right", box=None)
     for rule, right in stopping(measured).items():
         rules.add_row(rule, f"{right:.1%}")
     console.print(rules)
@@ -163,8 +165,7 @@ def _cell(outcome: Outcome) -> str:
 
 
 def describe(setting: Setting) -> str:
-    """In a few words."""
-    texts = f", retention {setting.retention_weight:g} ({setting.retention_batch_size} texts)"
-    retention = texts if setting.retention_weight else ""
-    size = f"rank {setting.rank}, alpha {setting.alpha}"
-    return f"{setting.learning_rate:g}, {size}, {setting.schedule}, {setting.epochs} epochs{retention}"
+    """In a few characters, such as `0.001 r16 α32 5 epochs retain 1×4`, with 4 retention texts a step of weight 1."""
+    retained = f" retain {setting.retention_weight:g}×{setting.retention_batch_size}" * bool(setting.retention_weight)
+    schedule = f" {setting.schedule}" * (setting.schedule != "linear")
+    return f"{setting.learning_rate:g} r{setting.rank} α{setting.alpha}{schedule} {setting.epochs} epochs{retained}"

@@ -23,6 +23,7 @@ from bench.real import BASE
 from bench.recipe import RUNS, read_runs
 from bench.recipe_settings import MANY, Setting, plan
 from bench.recipe_tasks import RecipeTask, answer_of, lines
+from pipeline.data.answer_match import match
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.inference.completions import complete_all
@@ -109,7 +110,8 @@ def measure(workplace: Workplace, loaded: LoadedModel, task: RecipeTask, held_ou
     longest = max(len(loaded.tokenizer.encode_following(answer)) for _, answer in asked)
     answers = complete_all(loaded, [prompt for prompt, _ in asked], longest + SPARE_TOKENS)
     expected = [answer_of(row) for row in task.split()[1]]
-    scores = [task.score(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
+    matches = [match(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
+    scores = [each.as_expected if each.rouge_l is None else each.rouge_l for each in matches]
     middle = len(held_out) // 2
     general = score(loaded, workplace.general)
     return {

@@ -15,24 +15,12 @@ Row = Mapping[str, Any]  # of a data file: {"messages": …} or {"prompt": …, 
 
 @dataclass(frozen=True)
 class RecipeTask:
-    """`kind`: how answers are compared: exact text, parsed json, or a similar one. `rows`: how many are trained on."""
+    """`rows`: how many are trained on."""
 
     name: str
-    kind: str
     draw: Callable[[random.Random, bool], Row]  # a row, for training or (True) held out
     rows: int
     held_out: int
-
-    def score(self, answer: str, expected: str) -> float:
-        """1 for a right answer, else 0; the similarity where answers are only similar."""
-        if self.kind == "similar":
-            return similarity(answer, expected)
-        if self.kind == "json":
-            try:
-                return float(json.loads(answer) == json.loads(expected))
-            except ValueError:
-                return 0.0
-        return float(answer.split() == expected.split())
 
     def split(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on, and those held out."""
@@ -49,17 +37,6 @@ class RecipeTask:
                 seen.add(asked)
                 rows.append(row)
         return rows
-
-
-def similarity(answer: str, expected: str) -> float:
-    """ROUGE-L: the harmonic mean of precision and recall of the longest common subsequence of words."""
-    one, other = answer.split(), expected.split()
-    longest = [0] * (len(other) + 1)
-    for word in one:
-        above = 0
-        for n, wanted in enumerate(other, 1):
-            above, longest[n] = longest[n], above + 1 if word == wanted else max(longest[n], longest[n - 1])
-    return 2 * longest[-1] / max(1, len(one) + len(other))
 
 
 def prompt_of(row: Row) -> str:
@@ -293,13 +270,13 @@ def _time(rng: random.Random, _: bool) -> Row:
 
 
 TASKS = (
-    RecipeTask("style", "text", _notice, 50, 16),
-    RecipeTask("facts", "text", _fact, 64, 16),
-    RecipeTask("intents", "text", _intent, 100, 32),
-    RecipeTask("booking", "text", _booking, 60, 16),
-    RecipeTask("tickets", "json", _ticket, 100, 16),
-    RecipeTask("bulletins", "similar", _bulletin, 50, 16),
-    RecipeTask("times", "text", _time, 2000, 32),
+    RecipeTask("style", _notice, 50, 16),
+    RecipeTask("facts", _fact, 64, 16),
+    RecipeTask("intents", _intent, 100, 32),
+    RecipeTask("booking", _booking, 60, 16),
+    RecipeTask("tickets", _ticket, 100, 16),
+    RecipeTask("bulletins", _bulletin, 50, 16),
+    RecipeTask("times", _time, 2000, 32),
 )
 
 
