@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Row
-from bench.recipe_settings import CHOSEN, Setting
+from bench.recipe_settings import CHOSEN, Setting, of_rows
 
 RUNS = Path(__file__).with_name("recipe.csv")
 WIDTH = 160  # of the table, on any terminal
@@ -22,10 +22,11 @@ LEAST_RIGHT, LEAST_KEPT = 0.75, 0.85  # of the best setting's right answers; of 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model after an epoch of a run."""
+    """A model after an epoch of a run; `rows` are trained on."""
 
     task: str
-    setting: Setting
+    rows: int
+    setting: Setting  # as it trained
     seed: int
     epoch: int
     right: float  # share of the held-out answers; mean similarity where answers are only similar
@@ -59,7 +60,9 @@ def _measured(row: Mapping[str, str]) -> Measured:
     scores = tuple(float(score) / 100 for score in row["scores"].split()) or (0.0, 0.0)
     seconds = float(row["train_seconds"] or 0)
     numbers = float(row["right"]), float(row["kept"]), seconds
-    return Measured(row["task"], setting, int(row["seed"]), int(row["epoch"]), *numbers, losses, scores)
+    return Measured(
+        row["task"], int(row["rows"]), setting, int(row["seed"]), int(row["epoch"]), *numbers, losses, scores
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def outcomes(measured: Sequence[Measured]) -> Outcomes:
     runs: dict[str, dict[Setting, list[Measured]]] = {}
     for each in measured:
         if each.is_last and each.epoch:
-            runs.setdefault(each.task, {}).setdefault(each.setting, []).append(each)
+            runs.setdefault(each.task, {}).setdefault(of_rows(each.setting, each.rows), []).append(each)
 
     found: Outcomes = {}
     for task, by_setting in runs.items():

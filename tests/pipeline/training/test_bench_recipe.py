@@ -11,7 +11,7 @@ from msgspec import structs
 from bench import recipe_runs
 from bench.recipe import Measured, describe, good_settings, outcomes, read_runs, stopping
 from bench.recipe_runs import COLUMNS, UNTRAINED
-from bench.recipe_settings import CHOSEN, Setting, batch_size, plan, setting
+from bench.recipe_settings import CHOSEN, Setting, batch_size, for_rows, of_rows, plan, setting
 from bench.recipe_tasks import TASKS, TIMES, RecipeTask, Row, _halves, _spoken, answer_of, prompt_of
 from pipeline.data.answer_match import match
 from pipeline.data.formats import read_examples
@@ -61,13 +61,13 @@ def test_settings_are_those_of_finetune_lora_and_no_run_is_planned_twice() -> No
     assert len(set(keys)) == len(keys)
     for _, each, _ in runs:
         structs.replace(FinetuneLora(), **each.params(50))
-    assert CHOSEN in {each for _, each, _ in runs}
+    assert {(task.name, CHOSEN) for task in TASKS} <= {(t.name, of_rows(each, t.rows)) for t, each, _ in runs}
     assert [batch_size(rows) for rows in (50, 100, 200, 2000)] == [2, 4, 8, 16]
 
 
 def _measured(task: str, own: Setting, right: float, kept: float = 1.0, **more: int) -> Measured:
     epoch, seed = more.get("epoch", own.epochs), more.get("seed", 0)
-    return Measured(task, own, seed, epoch, right, kept, 1.0, (1.0, 1.0), (right, right))
+    return Measured(task, 50, own, seed, epoch, right, kept, 1.0, (1.0, 1.0), (right, right))
 
 
 def test_a_setting_is_good_where_it_reaches_the_shares_on_every_task() -> None:
@@ -86,9 +86,16 @@ def test_a_setting_is_good_where_it_reaches_the_shares_on_every_task() -> None:
     assert good_settings(outcomes([*rows, _measured("c", FAST, 0.0)])) == [], "a share of nothing is none"
 
 
+def test_many_rows_train_for_fewer_epochs_in_the_same_setting() -> None:
+    assert (for_rows(SLOW, 2000).epochs, for_rows(FAST, 2000).epochs, for_rows(FAST, 100)) == (2, 3, FAST)
+    assert all(of_rows(for_rows(each, rows), rows) == each for each in (SLOW, FAST) for rows in (100, 2000))
+    many = Measured("many", 2000, for_rows(FAST, 2000), 0, 3, 0.5, 1.0, 1.0, (1.0, 1.0), (0.5, 0.5))
+    assert outcomes([many])[FAST]["many"].right == 0.5
+
+
 def test_an_epoch_is_chosen_on_one_half_of_the_answers_and_counted_on_the_other() -> None:
     def after(epoch: int, loss: float, first: float, second: float) -> Measured:
-        return Measured("a", FAST, 0, epoch, 0.0, 1.0, 1.0, (loss, 0.0), (first, second))
+        return Measured("a", 50, FAST, 0, epoch, 0.0, 1.0, 1.0, (loss, 0.0), (first, second))
 
     run = [after(5, 0.3, 0.6, 0.4), after(2, 0.1, 0.2, 0.1), after(3, 0.2, 0.9, 0.5), after(4, 0.25, 0.1, 0.8)]
     assert stopping(run) == {
@@ -110,7 +117,7 @@ def test_what_was_measured_twice_counts_once(tmp_path: Path) -> None:
         writer.writerow({**told, "right": 0.5, "kept": 0.8, "train_seconds": 8, "scores": "0 100"})
         writer.writerow({**told, "seed": 1, "right": 0, "kept": 0})  # diverged
     once, diverged = read_runs(path)
-    assert once == Measured("a", FAST, 0, 5, 0.5, 0.8, 8.0, (1.0, 2.0), (0.0, 1.0))
+    assert once == Measured("a", 50, FAST, 0, 5, 0.5, 0.8, 8.0, (1.0, 2.0), (0.0, 1.0))
     assert once.is_last and once.halves == (0.0, 1.0) and diverged.halves == (0.0, 0.0)
     assert describe(FAST) == "0.001 r16 α32 5 epochs retain 1×4"
 
