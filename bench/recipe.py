@@ -168,7 +168,8 @@ def _cell(outcome: Outcome) -> str:
 
 
 def describe(setting: Setting) -> str:
-    """In a few characters, such as `0.001 r16 α32 5 epochs retain 1×4`, with 4 retention texts a step of weight 1."""
+    """In a few characters, such as `0.001 r16 5 ep retain 1×4`, with 4 retention texts a step of weight 1."""
     retained = f" retain {setting.retention_weight:g}×{setting.retention_batch_size}" * bool(setting.retention_weight)
+    alpha = f" α{setting.alpha}" * (setting.alpha != 2 * setting.rank)
     schedule = f" {setting.schedule}" * (setting.schedule != "linear")
-    return f"{setting.learning_rate:g} r{setting.rank} α{setting.alpha}{schedule} {setting.epochs} epochs{retained}"
+    return f"{setting.learning_rate:g} r{setting.rank}{alpha}{schedule} {setting.epochs} ep{retained}"

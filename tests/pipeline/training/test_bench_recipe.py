@@ -119,7 +119,7 @@ def test_what_was_measured_twice_counts_once(tmp_path: Path) -> None:
     once, diverged = read_runs(path)
     assert once == Measured("a", 50, FAST, 0, 5, 0.5, 0.8, 8.0, (1.0, 2.0), (0.0, 1.0))
     assert once.is_last and once.halves == (0.0, 1.0) and diverged.halves == (0.0, 0.0)
-    assert describe(FAST) == "0.001 r16 α32 5 epochs retain 1×4"
+    assert describe(FAST) == "0.001 r16 5 ep retain 1×4"
 
 
 @pytest.mark.slow
