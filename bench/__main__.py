@@ -24,6 +24,7 @@ from bench.packing import packing
 from bench.preferences import preferences
 from bench.quantized import quantized
 from bench.real import real
+from bench.recipe import recipe
 from bench.serve import serve
 from bench.several import several
 from bench.sweep import sweep
@@ -32,7 +33,7 @@ from bench.training import training
 
 BENCHMARKS = (
     *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
-    *(real, packing, methods_real, preferences, quantized, merge, several, serve, gpu),
+    *(real, packing, methods_real, preferences, quantized, merge, several, serve, gpu, recipe),
 )
 
 
