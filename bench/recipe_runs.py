@@ -23,7 +23,7 @@ from bench.real import BASE
 from bench.recipe import RUNS, read_runs
 from bench.recipe_settings import MANY, Setting, plan
 from bench.recipe_tasks import RecipeTask, answer_of, lines
-from pipeline.data.answer_match import match
+from pipeline.data.answers.match import match
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.inference.completions import complete_all

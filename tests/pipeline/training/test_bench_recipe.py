@@ -13,7 +13,7 @@ from bench.recipe import Measured, describe, good_settings, outcomes, read_runs,
 from bench.recipe_runs import COLUMNS, UNTRAINED
 from bench.recipe_settings import CHOSEN, Setting, batch_size, for_rows, of_rows, plan, setting
 from bench.recipe_tasks import TASKS, TIMES, RecipeTask, Row, _halves, _spoken, answer_of, prompt_of
-from pipeline.data.answer_match import match
+from pipeline.data.answers.match import match
 from pipeline.data.formats import read_examples
 from pipeline.stages.methods.lora import FinetuneLora
 from tests.helpers.bases import toy_checkpoint
