@@ -1,5 +1,6 @@
 """`lora adapters`: list, verify, compare, combine, compress, import and export adapters."""
 
+from collections.abc import Sequence
 from math import isfinite
 from os.path import commonprefix
 from pathlib import Path
@@ -62,7 +63,7 @@ def show(
     store = DigestStore()
     found = list_adapters(folder, store.fingerprint, store.contents)
     store.save()
-    marks = _marks()
+    marks = _marks([adapter.path.resolve() for adapter in found])
     if as_json:
         rows_of = ((adapter, marks.get(adapter.path.resolve(), ())) for adapter in found)
         print_json([{**asdict(adapter), "path": str(adapter.path), "apart": apart} for adapter, apart in rows_of])
@@ -97,8 +98,8 @@ def show(
         )
 
 
-def _marks() -> dict[Path, tuple[str, ...]]:
-    """Folder → how its settings differ from those of params.yaml, if the working folder is a project."""
+def _marks(folders: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
+    """Which folders have settings that differ from those of params.yaml, and how; none outside a project."""
     from pipeline.errors import UserError
     from pipeline.project.status import apart
 
@@ -106,7 +107,8 @@ def _marks() -> dict[Path, tuple[str, ...]]:
         project = project_of(DEFAULT_PARAMS)
     except UserError:
         return {}
-    return {project.artifact(name).resolve(): reasons for name, reasons in apart(project).items()}
+    marks = {project.artifact(name).resolve(): reasons for name, reasons in apart(project).items()}
+    return {folder: marks[folder] for folder in folders if folder in marks}
 
 
 @adapters.command()

@@ -207,13 +207,17 @@ def _headline(title: str, description: str) -> None:
     stdout.print(Text.assemble((f"\n{title}", "bold"), (f"  {description}", "dim")))
 
 
+def _answer(model: Model, given: Configuration) -> dict[str, Any]:
+    """What `--json` says of a model, with a note on what training would adapt."""
+    found = report.answer(model.shapes, given.method, given.run)
+    return {**found, "notes": [*found["notes"], *filter(None, [note_targets(model.shapes, given.method)])]}
+
+
 def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     """Parameters, memory of four methods side by side, and the GPUs that fit each."""
     shapes, (methods, method, run) = model.shapes, given
-    notes = [note_targets(shapes, method)]
     if out.json:
-        found = report.answer(shapes, method, run)
-        return print_json({**found, "notes": [*found["notes"], *filter(None, notes)]})
+        return print_json(_answer(model, given))
     columns = report.side_by_side(shapes, method, run, methods)
     memories = {name: memory for name, (_, _, memory) in columns.items()}
     if out.csv:
@@ -272,7 +276,7 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
         for name, memory in memories.items()
     ]
     stdout.print(table(("", *devices), marks, right=tuple(devices)))
-    for note in (*shapes.notes, *method.notes(shapes), *filter(None, notes)):
+    for note in (*shapes.notes, *method.notes(shapes), *filter(None, [note_targets(shapes, method)])):
         stdout.print(f"note: {note}", style="dim", markup=False)
     return None
 
@@ -335,7 +339,7 @@ def _print_time(out: _Output, model: Model, given: Configuration, time: dict[str
 
     shapes, method, run = model.shapes, given.method, given.run
     if out.json:
-        return print_json({**report.answer(shapes, method, run), "time": time})
+        return print_json({**_answer(model, given), "time": time})
     none = (None, None)
     header = ("gpu", "hours_low", "hours_high", "cost_low", "cost_high", "fits")
     if out.rows(header, [(t["gpu"], *t["hours"], *(t["cost"] or none), t["fits"]) for t in time["gpus"]]):

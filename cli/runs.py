@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 app = group()
-runs = group(help="List training runs; take one again; send them to a tracker.", invoke_without_command=True)
+runs = group(help="List training runs, take one again, send to trackers.", invoke_without_command=True)
 app.add_typer(runs, name="runs")
 
 
@@ -62,9 +62,9 @@ def apply(
     name: Annotated[str, Argument(metavar="RUN", help="Its key in `lora runs`.")],
     params: ParamsOption = DEFAULT_PARAMS,
 ) -> None:
-    """Take an earlier run again: its settings into the params file, its artifact from the cache.
+    """Take an earlier run again: its settings and its artifact.
 
-    The one that it replaces stays in the cache.
+    The settings go into the params file, the artifact comes from the cache. The one that it replaces stays there.
     """
     from cli.applied import apply as write
     from cli.console import print_line

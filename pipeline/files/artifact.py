@@ -99,17 +99,21 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
-    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no `earlier` result."""
-    resolved = out.resolve()
+    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no `earlier` result.
+
+    Also if it has a file that no command writes and no source has: a merge copies the license of a base.
+    """
+    resolved, copied = out.resolve(), set[str]()
     for source in (source.resolve() for source in sources):
         if resolved == source:
             raise UserError(f"{out} is also an input. Name another folder with --out.")
         if source in resolved.parents or resolved in source.parents:
             raise UserError(f"{out} and the input {source} contain one another. Name another folder with --out.")
+        copied |= {path.name for path in source.glob("[!.]*")}
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if others := sorted(name for name in names if not _WRITTEN.fullmatch(name)):
+    if others := sorted(name for name in names if not _WRITTEN.fullmatch(name) and name not in copied):
         raise UserError(
             f"{out} holds {others[0]}, which lora did not write. Move it, or name another folder with --out."
         )

@@ -153,10 +153,11 @@ def _make(
     key = cache_key(manifest)
     cache = Cache(project.cache)
     settings = Settings(key, manifest["params"])
-    yield from _keep_replaced(cache, stage, target, folder, settings)
+    replaced = _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
         run_state.write_settings(folder, made=settings)
         _discard_checkpoints_of(key, folder)  # of a process that was killed right after it had stored the result
+        yield from replaced
         return
     run_state.write_settings(folder, run=settings)
     with artifact.writing(target) as out:  # whole or not at all: a stage that fails leaves the last result in place
@@ -171,14 +172,13 @@ def _make(
         yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
     run_state.write_settings(folder, made=settings)
     discard_checkpoints(folder)
+    yield from replaced
 
 
-def _keep_replaced(
-    cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings
-) -> Generator[Event, None, None]:
-    """Note which trained model is replaced by one with other settings; the cache then has it."""
+def _keep_replaced(cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings) -> list[Note]:
+    """Keep a trained model with other settings in the cache, and what to say of it once it is replaced."""
     if not stage.look:
-        return
+        return []
     try:
         manifest = artifact.read_manifest(target)
         before: Settings | None = Settings(cache_key(manifest), dict(manifest["params"]))
@@ -186,11 +186,11 @@ def _keep_replaced(
         before = run_state.read_settings(folder, "made")
     changed = changed_params(before.params, settings.params) if before else []
     if not before or not changed:
-        return
+        return []
     keep(cache, stage, target)
     more = f" and {len(changed) - MOST} more" * (len(changed) > MOST)
     back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back" * cache.has(stage.name, before.key)
-    yield Note(f"{stage.name}: replaces the earlier one: {', '.join(changed[:MOST])}{more}{back}")
+    return [Note(f"{stage.name}: replaced the earlier one: {', '.join(changed[:MOST])}{more}{back}")]
 
 
 def keep(cache: Cache, stage: Stage, target: Path) -> None:

@@ -49,7 +49,7 @@ def test_apply_without_set_or_with_a_trial_says_what_it_needs(project: Path, cli
 def test_a_run_says_what_it_replaces_and_that_one_can_be_taken_again(project: Path, cli: Lora) -> None:
     before = folder_bytes(project / "artifacts/lora_adapter")
     _, _, err = cli(*OTHER, cwd=project)
-    assert "finetune_lora: replaces the earlier one: epochs 2 → 1, rank 4 → 2. `lora runs apply " in err
+    assert "finetune_lora: replaced the earlier one: epochs 2 → 1, rank 4 → 2. `lora runs apply " in err
     key = err.partition("`lora runs apply ")[2][:8]
 
     code, out, _ = cli("runs", "apply", key, cwd=project)
@@ -61,7 +61,7 @@ def test_a_run_says_what_it_replaces_and_that_one_can_be_taken_again(project: Pa
 
 def test_dvc_removes_an_output_first_and_the_note_still_comes(project: Path, cli: Lora) -> None:
     shutil.rmtree(project / "artifacts/lora_adapter")
-    assert "replaces the earlier one: epochs 2 → 1, rank 4 → 2." in cli(*OTHER, cwd=project)[2]
+    assert "replaced the earlier one: epochs 2 → 1, rank 4 → 2." in cli(*OTHER, cwd=project)[2]
 
 
 def test_what_the_cache_lost_is_stored_again_before_it_is_replaced(project: Path, cli: Lora) -> None:
@@ -74,7 +74,7 @@ def test_what_the_cache_lost_is_stored_again_before_it_is_replaced(project: Path
 def test_the_same_settings_replace_nothing(project: Path, cli: Lora) -> None:
     given = [part for setting in BRIEF for part in ("--set", setting)]
     _, _, err = cli("finetune", "lora", "--force", *given, cwd=project)
-    assert "replaces the earlier" not in err
+    assert "replaced the earlier" not in err
 
 
 def test_a_run_that_has_not_finished_or_is_not_there_cannot_be_taken(project: Path, cli: Lora) -> None:
