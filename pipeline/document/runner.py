@@ -21,7 +21,7 @@ from pipeline.document.report import PRINT, REPORT, Findings, figure_section, sa
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params.load import Params
-from pipeline.project.params.sections import Pretrain, change_paths
+from pipeline.project.params.sections import Evaluate, Pretrain, change_paths
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.full import FinetuneFull
@@ -94,9 +94,13 @@ class Run:
 
 
 def sweep_run(name: str, base: FinetuneLora, *grids: Mapping[str, Iterable[Any]]) -> Run:
-    """A run that trains an adapter for each combination of a grid's values in one pass, each in a subfolder."""
+    """A run that trains an adapter for each combination of a grid's values in one pass, each in a subfolder.
+
+    A study measures its adapters itself, so their divergence on the project's `evaluate.old_data` is not.
+    """
     values = FinetuneSweep(grid=tuple({key: tuple(options) for key, options in grid.items()} for grid in grids))
-    return Run(name, "finetune_sweep", {"finetune_lora": base, "finetune_sweep": values})
+    sections = {"finetune_lora": base, "finetune_sweep": values, "evaluate": Evaluate()}
+    return Run(name, "finetune_sweep", sections)
 
 
 def full_runs(name: str, settings: FinetuneFull, seeds: Sequence[int]) -> list[Run]:

@@ -273,7 +273,8 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
             )
     for need in project.needs(stage):
         if need not in project.readable and not project.artifact(need).is_dir():
-            project.stage(need)  # says which section is missing
+            project.stage(need)  # says which section is missing, before anything is made for nothing
+    for need in project.needs(stage):
         _refuse_missing(project, need)
     inputs: dict[str, str] = {}
     if stage.name == "import":

@@ -111,8 +111,15 @@ PARAMS: dict[str, dict[str, Any]] = {
     "merge": {"prompts": "data/prompts.yaml", "max_logit_difference": 1e-5},
     "evaluate": {"old_data": "data/old.jsonl", "new_data": "data/asked.jsonl", "prompts": "data/prompts.yaml"},
 }
-# not what a pretrained base has by default: fp32 and a constant rate, to compare numbers
-BLOCK = {"precision": "fp32", "epochs": 50, "schedule": "constant", "warmup_ratio": 0, "max_grad_norm": 0}
+# not what a pretrained base has by default: fp32, a constant rate and pairs as plain text, to compare numbers
+BLOCK = {
+    "precision": "fp32",
+    "chat_template": "none",
+    "epochs": 50,
+    "schedule": "constant",
+    "warmup_ratio": 0,
+    "max_grad_norm": 0,
+}
 TRAINING = {"epochs": 2, "batch_size": 2, "window": 0, "learning_rate": 3e-3}
 
 

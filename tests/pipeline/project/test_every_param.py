@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.project.logs.run_log import Sample
 from pipeline.project.params.load import TOP_LEVEL, key_path
 from pipeline.project.params.schema import hints
+from pipeline.training.data import Prompts
 from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, folder_bytes, make
 
 OTHER = {
     "columns": "{text: body}",
+    "chat_template": "none",
+    "metric_for_best_model": "eval_answers",
     "finetune_dpo.columns": "{chosen: best}",
     "data": "data/fact_correction.de.txt",
     "target_modules": "[v_proj]",
@@ -154,9 +158,14 @@ def section_of(key: str) -> str:
 
 
 RANGE, OF_OPTUNA = "grid={learning_rate: {low: 1e-4, high: 1e-2, log: true}}", ("sampler", "generation")
+BY_ANSWERS = ["eval_steps=1", "patience=99", "samples={held_out: 2}"]
 # What must be set beside a field for it to count.
 WITH = {
     "columns": ["data=both.jsonl"],
+    "chat_template": ["data=asked.jsonl", "window=0"],
+    "finetune_dpo.chat_template": ["data=pairs.jsonl"],
+    "metric_for_best_model": ["data=asked.jsonl", "eval_data=asked.jsonl", *BY_ANSWERS],
+    "finetune_dpo.metric_for_best_model": ["data=pairs.jsonl", "eval_data=pairs.jsonl", *BY_ANSWERS],
     "finetune_dpo.columns": ["data=more_pairs.jsonl"],
     "finetune_dpo.simpo_gamma": ["loss=simpo"],
     "finetune_dpo.reference": ["init_from=other_adapter"],
@@ -177,6 +186,7 @@ WITH = {
 REFUSED = {  # alone, or always: it would count for nothing
     "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "metric_for_best_model": "samples.held_out does not say how many answers to compare",
     "import.dtype": "import.dtype applies only to an imported base",
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
     "pretrain.precision": "pretrain.precision applies only to an imported base",
@@ -208,6 +218,7 @@ CHANGING = [
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
     and not key.endswith((".gradient_checkpointing", ".save_steps", ".compile"))
+    and key != "pretrain.chat_template"  # MiniGPT has none
     and key not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
 ]  # the others have tests of their own
 
@@ -233,6 +244,8 @@ def prepared(project: Path) -> Path:
     task = "[{name: t, kind: contains, examples: [{prompt: der hund, answer: park}]}]"
     (project / "tasks.yaml").write_text(task, encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
+    asked = '{"prompt": "der hund", "completion": " läuft"}\n{"prompt": "die katze", "completion": " sitzt"}\n'
+    (project / "asked.jsonl").write_text(asked, encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
     pairs = [json.loads(line) for line in (project / "data/preferences.de.jsonl").read_text("utf-8").splitlines()]
@@ -267,21 +280,29 @@ def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
     return {}
 
 
+def best_after_a_step(self: Prompts, step: int) -> list[Sample]:
+    """As expected after the first step alone, where the loss is not yet the lowest."""
+    return [Sample(step, one.asked, one.expected if step == 1 else "", one.expected) for one in self.questions]
+
+
 @pytest.mark.parametrize("key", CHANGING)
 @pytest.mark.sampled(3)
 def test_a_changed_field_changes_what_its_stage_makes(
-    project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
+    project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = stage_of(key)
+    if key.endswith(".metric_for_best_model"):
+        monkeypatch.setattr(Prompts, "answers", best_after_a_step)
     own = {"base=toy": "base=toy", "eval": "finetune_lora.eval_share=0.3"}  # beside a sweep's own keys
     beside = [own.get(one) or f"{stage}.{one}" for one in of(WITH, key) or []]
-    needs_toy = key in ("base", "import.dtype", "expand_vocab.special_tokens")
-    if needs_toy:
+    on_toy = key == "expand_vocab.special_tokens" or key.endswith(".chat_template")  # which has a template
+    if on_toy or key in ("base", "import.dtype"):
         toy_checkpoint(project / "toy")
-    if key == "expand_vocab.special_tokens":
+    if on_toy:
         shutil.copy(prepared(project) / "other.txt", project / "english.txt")
         beside += ["base=toy", "expand_vocab.audit_data=english.txt"]
-        made(project, "pretrain", beside)
+        for earlier in ("pretrain", "expand_vocab")[: 1 if stage == "expand_vocab" else 2]:
+            made(project, earlier, beside)
     prepared(project)
     begun = (stage, *beside)
     if begun not in befores:

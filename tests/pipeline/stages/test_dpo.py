@@ -99,8 +99,9 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     write(project / "data/turned.jsonl", turned)
-    for changes, fell in (({}, False), ({"eval_share": 0, "eval_data": "data/turned.jsonl"}, True)):
-        flags = [word for setting in given(**changes) for word in ("--set", setting)]
+    for evaluated, fell in (("pairs", False), ("turned", True)):  # what it learns, and the opposite
+        settings = given(eval_share=0, eval_data=f"data/{evaluated}.jsonl")
+        flags = [word for setting in settings for word in ("--set", setting)]
         code, out, err = cli("finetune", "dpo", *flags, cwd=project)
         measured = artifact.read_manifest(project / OUTPUT)["preferences"]
         before, after = (f"{measured[when]['accuracy']:.0%}" for when in ("before", "after"))

@@ -1,5 +1,6 @@
 """Searches of a sweep: what they draw, which adapters they stop, what they learn from, and which one is chosen."""
 
+import difflib
 import json
 import signal
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load as tensors
@@ -284,7 +286,7 @@ def test_of_adapters_that_diverged_or_were_stopped_at_a_rung_none_is_chosen() ->
         choose({"a": {**row, "divergence": 0.2}}, 0.1)
 
 
-def test_apply_writes_the_winners_values_and_nothing_else(mini: Path, cli: Any) -> None:
+def test_apply_writes_the_winners_values_and_those_of_set_and_nothing_else(mini: Path, cli: Any) -> None:
     path = mini / "params.yaml"
     before = path.read_text(encoding="utf-8")
     given = given_({"learning_rate": [1e-5, 2e-3], "target_modules": [["v_proj"]], "alpha": [2.0]}, "grid")
@@ -295,16 +297,16 @@ def test_apply_writes_the_winners_values_and_nothing_else(mini: Path, cli: Any) 
         best = min(rows, key=lambda name: rows[name]["eval_loss"])
         assert f"best: {best}, held-out loss" in out
         after = path.read_text(encoding="utf-8")
-        changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if len({*pair}) > 1]
-        assert [old.split(":")[0].strip() for old, _ in changed if "learning_rate" not in old] == [
-            "alpha",
-            "target_modules",
-        ]
-        assert all(old.partition("#")[2] == new.partition("#")[2] for old, new in changed)
+        was, now = yaml.safe_load(before), yaml.safe_load(after)
+        shared = {"eval_share": 0.3, "epochs": 5}  # all adapters had them
+        assert now == {**was, "finetune_lora": {**was["finetune_lora"], **rows[best]["values"], **shared}}
+        changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[0] in "+-"]
+        assert len(changed) > 3 and all(line[0] + line[2:] in out for line in changed)
+        comments = [[line.partition("#")[2] for line in text.splitlines() if "#" in line] for text in (before, after)]
+        assert comments[0] == comments[1]
         lora = load(path).finetune_lora
-        assert (lora.target_modules, lora.alpha) == (("v_proj",), 2.0)
+        assert (lora.target_modules, lora.alpha, lora.eval_share) == (("v_proj",), 2.0, 0.3)
         assert lora.learning_rate == rows[best]["values"]["learning_rate"]
-        assert all(f"+{new}" in out and f"-{old}" in out for old, new in changed)
         code, out, _ = cli("finetune", "sweep", "--apply", *(f"--set={one}" for one in given), cwd=mini)
         assert code == 0 and "params.yaml has these values already." in out
     finally:

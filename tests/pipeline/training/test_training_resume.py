@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -316,12 +316,17 @@ def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_w
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
     def going(
-        self: Evaluation, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int], step: int
+        self: Evaluation,
+        path: LossPath,
+        optimizer: FlatOptimizer,
+        live: Sequence[int],
+        step: int,
+        answers: Mapping[int, float] | None = None,
     ) -> dict[int, float]:
         seen.append(optimizer.steps)
         if len(seen) == 2:
             raise RuntimeError("gloo: Connection closed by peer")
-        return real(self, path, optimizer, live, step)
+        return real(self, path, optimizer, live, step, answers)
 
     with monkeypatch.context() as patched:
         patched.setattr(Evaluation, "after_step", going)
