@@ -9,6 +9,7 @@ from rich.text import Text
 from textual.containers import VerticalScroll
 
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
+from pipeline.project.runner import MOST
 from tui.screens.models.columns import format_size, format_time, short_targets
 from tui.services.model_library import Entry
 from tui.widgets.text import Lines, levels
@@ -114,7 +115,8 @@ def format_sentences(details: Details) -> Text:
     if entry.apart:
         replaced = any("→" in reason for reason in entry.apart)
         then = " R trains it again, as params.yaml says; `lora runs apply` brings this one back." * replaced
-        text.append(f"● {', '.join(entry.apart)}.{then}\n")
+        more = f" and {len(entry.apart) - MOST} more" * (len(entry.apart) > MOST)
+        text.append(f"● {', '.join(entry.apart[:MOST])}{more}.{then}\n")
     text.append(f"{_kind(details)}\n")
     if measured := _measured(entry):
         text.append(f"{measured}\n")

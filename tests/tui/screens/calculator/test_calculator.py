@@ -59,11 +59,13 @@ NEEDS = {
 
 
 @asynccontextmanager
-async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Any, Any]]:
+async def calculator(
+    root: Path, size: tuple[int, int] = (120, 40), *, answered: bool = True
+) -> AsyncIterator[tuple[Any, Any]]:
     app = Workbench(root / "params.yaml")
     app.first_screen = "calculator"
     async with app.run_test(size=size) as pilot:
-        assert isinstance(app.screen, CalculatorScreen) and app.screen.result is not None
+        assert isinstance(app.screen, CalculatorScreen) and (app.screen.result is not None) == answered
         yield pilot, app.screen
 
 
@@ -625,9 +627,11 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
 
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
     monkeypatch.setattr("tui.screens.calculator.query.open_model", result)
-    async with calculator(empty) as (pilot, screen):
+    async with calculator(empty, answered=False) as (pilot, screen):
+        assert "got 'some/model'. Enter fetches it from the hub." in screen.problems["model"]
         await pilot.press("ctrl+o")
-        await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problems)
+        await until(pilot, lambda: screen.result is not None and not screen.problems)
+        assert screen.result.model.name == "qwen3-0.6b"
         await fill(pilot, screen, model="gpt2", targets="c_attn")
         await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(pilot.app.message_history))

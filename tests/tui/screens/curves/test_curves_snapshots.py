@@ -50,10 +50,8 @@ def dated(root: Path) -> Path:
     return root
 
 
-def workbench(root: Path, theme: str = "") -> Workbench:
-    app = Workbench(dated(root) / "params.yaml")
-    app.state.theme = theme or None
-    return app
+def workbench(root: Path) -> Workbench:
+    return Workbench(dated(root) / "params.yaml")
 
 
 async def settled(pilot: Pilot[Any]) -> None:
@@ -82,5 +80,9 @@ def test_a_sweep(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
 
 
 def test_light(snap_compare: Any, empty: Path) -> None:
+    async def light(pilot: Pilot[Any]) -> None:
+        pilot.app.theme = "textual-light"
+        await to_curves(pilot)
+
     write_methods(empty)
-    assert snap_compare(workbench(empty, "textual-light"), terminal_size=(120, 40), run_before=settled)
+    assert snap_compare(workbench(empty), terminal_size=(120, 40), run_before=light)
