@@ -97,7 +97,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@lora new smollm2-qlora --params params.smollm2-qlora.yaml > /dev/null
 	@lora new smollm2-preferences --params params.smollm2-preferences.yaml > /dev/null
 	@lora new smollm2 --params params.smollm2.yaml > /dev/null
-	@$(MULTIPLIES_BF16) || sed -i 's/precision: bf16 /precision: fp32 /' smollm2*/params.yaml
+	@$(MULTIPLIES_BF16) || sed -i 's/precision: bf16\b/precision: fp32/' smollm2*/params.yaml
 	@$(MAKE) --no-print-directory $(SMOLLM2)
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
 	@cd smollm2-plain && dvc repro && lora report
