@@ -209,6 +209,8 @@ def _add_needed_sections(text: str, graph: StageGraph) -> str:
     while True:
         project = Project(Path(), parse(text, Path(PARAMS), graph.sections), graph)
         needs = {need for s in project.stages.values() for need in (*project.needs(s), s.section, *s.extra_sections)}
+        if not project.params.origin.imports and any("expand_vocab" in s.needs for s in project.stages.values()):
+            needs.add("expand_vocab")  # MiniGPT knows the words of its own data alone
         missing = [s.name for s in graph.stages.values() if s.name in needs - project.params.written]
         missing = [name for name in missing if not graph.stages[name].is_measurement]
         if not missing:

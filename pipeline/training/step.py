@@ -330,7 +330,7 @@ class Evaluation:
     ) -> None:
         self._batches, self._every, self._patience, self._rungs = batches, every, patience, rungs or {}
         self._left = torch.zeros(learners, dtype=torch.int64)  # of one that is out: how many trained on at its rung
-        self._best = torch.full((learners, 2), torch.inf, dtype=torch.float64)  # share of wrong answers, loss
+        self._best = [(math.inf, math.inf)] * learners  # share of wrong answers, loss
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
 
@@ -351,11 +351,11 @@ class Evaluation:
         """
         means = mean_losses(path, self._batches, live, path.losses)
         for n, mean in means.items():
-            found = [1 - answers[n] if answers else 0.0, mean]
-            if math.isnan(mean) or found >= self._best[n].tolist():
+            found = (1 - answers[n] if answers else 0.0, mean)
+            if math.isnan(mean) or found >= self._best[n]:
                 self._waited[n] += 1
                 continue
-            self._best[n], self._waited[n] = torch.tensor(found, dtype=torch.float64), 0
+            self._best[n], self._waited[n] = found, 0
             if self._patience:
                 self._weights = optimizer.weights.clone() if self._weights is None else self._weights
                 self._weights[n] = optimizer.weights[n]
@@ -382,10 +382,12 @@ class Evaluation:
     def state(self) -> dict[str, Tensor]:
         best = {} if self._weights is None else {"best_weights": self._weights}
         rungs = {"left": self._left} if self._rungs else {}
-        return {"best_loss": self._best, "waited": self._waited, **rungs, **best}
+        reached = torch.tensor(self._best, dtype=torch.float64)  # (N, 2)
+        return {"best_loss": reached, "waited": self._waited, **rungs, **best}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._best, self._waited = state["best_loss"].clone(), state["waited"].clone()
+        self._best = [(wrong, loss) for wrong, loss in state["best_loss"].tolist()]
+        self._waited = state["waited"].clone()
         self._weights = state.get("best_weights")
         if self._rungs:
             self._left = state["left"].clone()

@@ -7,10 +7,9 @@ from itertools import zip_longest
 NUMBER = re.compile(r"[-+±]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 BARS = re.compile("[█▏▎▍▌▋▊▉]+")
 TIME = r"\d[\d.,]* (?:ms|s|min|h)\b"
-# What the machine alone decides: times and their ranges, its memory, and the tokens per second in llama.cpp's table.
-MACHINE = re.compile(
-    rf"{TIME}(?: to {TIME})?|\d+(?= steps were timed)|(?<=of )[\d.]+(?= GiB of memory)|\d+(?=  (?:the same$|differs ))"
-)
+# What the machine alone decides: times and their ranges, memory (in bf16 half of that in fp32, where a CPU has no
+# instructions for bf16), and the tokens per second in llama.cpp's table.
+MACHINE = re.compile(rf"{TIME}(?: to {TIME})?|\d+(?= steps were timed)|[\d.]+ [KMG]iB|\d+(?=  (?:the same$|differs ))")
 
 
 def same(one: str, other: str) -> bool:

@@ -284,7 +284,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_options_of_the_harness_need_a_task(brief: Path, cli: Lora) -> None:
-    for given in (["--json"], ["--num-fewshot", "0"], ["--base", "a"], ["--apply-chat-template"]):
+    for given in (["--num-fewshot", "0"], ["--base", "a"], ["--apply-chat-template"]):
         code, _, err = cli("evaluate", *given, cwd=brief)
         assert (code, err.count("\n")) == (1, 1)
         assert "Without --harness TASK" in err

@@ -424,10 +424,12 @@ def test_a_hit_restores_the_same_bytes_and_says_so(project: Path) -> None:
 
 def test_force_and_any_change_of_params_or_inputs_miss(project: Path) -> None:
     assert notes(project, force=True) == []
-    assert notes(project, "finetune_lora.rank=2") == []
+    (replaced,) = notes(project, "finetune_lora.rank=2")
+    assert "replaced the earlier one: rank 4 → 2" in replaced
     data = project / "data/finetune.de.txt"
     data.write_text(data.read_text(encoding="utf-8") + "der wind weht im winter\n", encoding="utf-8")
-    assert notes(project) == []
+    (replaced,) = notes(project)
+    assert "replaced the earlier one: rank 2 → 4" in replaced
     assert len(notes(project)) == 1
 
 

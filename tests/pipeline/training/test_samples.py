@@ -168,7 +168,7 @@ def test_each_adapter_of_a_sweep_answers_for_itself(project: Path) -> None:
         ("{prompts: [der hund], often: 1}", "unknown key finetune_lora.samples.often"),
         ("[der hund]", "samples must be a mapping such as"),
         (f"{{prompts: [{'der hund ' * 20}]}}", "samples.prompts[0]: The prompt has 40 tokens"),
-        ('{prompts: ["a\\ud800"]}', "samples.prompts[0] must be a text, or a list of messages"),
+        ('{prompts: ["a\\ud800"]}', "samples must not have a NUL or half a surrogate pair in a text"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_trained(project: Path, value: str, message: str) -> None:
