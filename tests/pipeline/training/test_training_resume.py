@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.errors import UserError
-from pipeline.models import load
+from pipeline.models import load as loading
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Progress, checkpoints, run
@@ -252,7 +252,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = with_a_nan(tmp_path / "p")
-    monkeypatch.setattr(load, "refuse_not_finite", lambda *_: None)  # as if the step had made it
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # as if the step had made it
     plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_steps": 0}
     overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
     with pytest.raises(UserError) as error:
@@ -276,7 +276,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
 
 def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = with_a_nan(tmp_path / "p")
-    monkeypatch.setattr(load, "refuse_not_finite", lambda *_: None)  # as if the step had made it
+    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # as if the step had made it
     write(root / "data/kept.jsonl", ["old", "Japan", "new"])
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
