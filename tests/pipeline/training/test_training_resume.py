@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.errors import UserError
+from pipeline.models import import_base
 from pipeline.models import load as loading
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
@@ -231,8 +232,10 @@ def test_lines_that_are_added_move_no_example_between_training_and_evaluation(tm
 # NaN
 
 
-def with_a_nan(root: Path) -> Path:
+def with_a_nan(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One token's embedding is infinite, which the first norm turns into NaN; only line 8 has that token."""
+    for module in (loading, import_base):  # which would refuse such a base
+        monkeypatch.setattr(module, "refuse_not_finite", lambda *_: None)
     root = new_project(root, FAMILIES["qwen3"], torch.bfloat16)
     tokenizer = load_base(root / "base").tokenizer
     words = [word for word in " ".join(TEXTS).split() if "J" not in word]
@@ -251,8 +254,7 @@ def with_a_nan(root: Path) -> Path:
 def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = with_a_nan(tmp_path / "p")
-    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # as if the step had made it
+    root = with_a_nan(tmp_path / "p", monkeypatch)
     plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_steps": 0}
     overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
     with pytest.raises(UserError) as error:
@@ -275,8 +277,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
 
 
 def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = with_a_nan(tmp_path / "p")
-    monkeypatch.setattr(loading, "refuse_not_finite", lambda *_: None)  # as if the step had made it
+    root = with_a_nan(tmp_path / "p", monkeypatch)
     write(root / "data/kept.jsonl", ["old", "Japan", "new"])
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
