@@ -24,11 +24,12 @@ from bench.recipe import RUNS, read_runs
 from bench.recipe_settings import MANY, Setting, plan
 from bench.recipe_tasks import RecipeTask, answer_of, lines
 from pipeline.data.answers.match import match
+from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel, continued, load
-from pipeline.inference.score import EvalScores, agreement, prompt_and_answer, score
+from pipeline.inference.score import EvalScores, agreement, score
 from pipeline.project.params.load import parse
 from pipeline.project.runner import Job, run
 from pipeline.project.stage_graph import Project

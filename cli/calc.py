@@ -31,8 +31,7 @@ from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swep
 from pipeline.calc.settings import TrainingConfig, options_of
 from pipeline.calc.sources.open_model import built_in, names, open_model
 from pipeline.errors import UserError
-from pipeline.stages.counted import note_targets
-from pipeline.stages.registry import COUNTED
+from pipeline.stages.registry import COUNTED, note_targets
 
 app = group()
 NAMES = names_of(COUNTED.values())
@@ -161,8 +160,7 @@ def _of_project(
     command: Context, params: Path, model: str, method: str, options: dict[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
     """Model, method and options of a project, in place of those that are not given on the command line."""
-    from pipeline.stages.counted import counted_stage, model_source, options_of_stage
-    from pipeline.stages.registry import METHODS
+    from pipeline.stages.registry import METHODS, counted_stage, model_source, options_of_stage
     from pipeline.workbench import open_project
 
     def is_given(name: str) -> bool:

@@ -327,8 +327,8 @@ def _describe_run(project: Project, variant: str) -> str:
 
 def _print_results(project: Project, folder: Path) -> None:
     """How many answers are as expected, what was learned and forgotten, the memory, and some answers."""
-    from cli.answers import count_lines, print_answers
     from cli.console import print_line
+    from cli.project import count_lines, print_answers
     from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
@@ -66,7 +66,6 @@ def apply(
 
     The settings go into the params file, the artifact comes from the cache. The one that it replaces stays there.
     """
-    from cli.applied import apply as write
     from cli.console import print_line
     from pipeline.errors import UserError
     from pipeline.project.cache import SHORT_KEY
@@ -82,7 +81,7 @@ def apply(
         )
     values = settings_to_write(project, run)
     restore(project, run)
-    write(project, values, name)
+    write_values(project, values, name)
     print_line(f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {' '.join(run.label.split())}")
 
 
@@ -192,3 +191,33 @@ def finish_trackers(followers: list[Follower]) -> None:
         elif problem := one.problem():
             again = f"Send the run with `lora runs export --to {one.name}`"
             print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")
+
+
+def write_values(project: Project, values: Mapping[str, Any], what: str = "--apply") -> None:
+    """Write `section.key` → value into the params file, and print the lines that changed.
+
+    Raises UserError, which begins with `what`, for a section of the project that this one builds on.
+    """
+    from difflib import unified_diff
+
+    from cli.console import print_line, print_note
+    from pipeline.errors import UserError
+    from pipeline.project.params.edit import save
+    from pipeline.project.params.load import read_text
+    from pipeline.workbench import open_project
+
+    path = project.params_path
+    named = open_project(path).params.written
+    sections = dict.fromkeys(key.partition(".")[0] for key in values if "." in key)
+    inherited = project.parent.params.written if project.parent else frozenset()
+    for section in sections:
+        if section in inherited - named:
+            raise UserError(f"{what}: {section} is a section of {project.params.project}. Set it there by hand.")
+    before = read_text(path)
+    save(path, values, project.graph.sections)
+    lines = unified_diff(before.splitlines(), read_text(path).splitlines(), n=0, lineterm="")
+    changed = [line for line in [*lines][2:] if line[0] in "+-"]
+    print_line("\n".join([f"{path.name}:", *changed]) if changed else f"{path.name} has these values already.")
+    new = [section for section in sections if section not in named and section in project.graph.product]
+    if new and (project.root / "dvc.yaml").is_file():
+        print_note(f"{new[0]} is a stage of this project now. For `dvc repro`, remove dvc.yaml and run `lora new .`.")

@@ -208,8 +208,8 @@ def _sweep(
 def _choose(project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool) -> None:
     """Print the table of a sweep's adapters and which of them to take; write its values into the params file, and those
     that --set gave all of them."""
-    from cli.applied import apply as write
     from cli.console import print_line, print_table
+    from cli.runs import write_values
     from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
@@ -240,7 +240,7 @@ def _choose(project: Project, given: Mapping[str, Any], max_divergence: float | 
         )
     if apply:
         shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
-        write(project, {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}})
+        write_values(project, {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}})
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
@@ -474,10 +474,10 @@ def run_stage(
     if preferences and after < before:
         print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")
     if apply:
-        from cli.applied import apply as write
+        from cli.runs import write_values
         from pipeline.project.params.load import read_overrides
 
-        write(project, read_overrides(overrides or ()))
+        write_values(project, read_overrides(overrides or ()))
     elif overrides and stage.trains and not UNDER_DVC:
         _note_overrides(project, stage)
 

@@ -156,7 +156,8 @@ def _run_module(streams: list[Connection], given: dict[str, Any]) -> None:
         stream.close()
     # Python's own know of the files that they were opened on; a child of multiprocessing reads nothing.
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # a stream that is replaced must not be closed
+    for name in ("stdout", "stderr"):  # a stream that is replaced must not be closed
+        setattr(sys, f"__{name}__", getattr(sys, name))
     os.chdir(given["cwd"])
     os.environ.clear()
     os.environ.update(given["environment"])

@@ -193,8 +193,8 @@ def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> N
     stop_early(project)
     _, events = make_one(project, "finetune_lora", [*BRIEF, "finetune_lora.seed=5"])
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert "replaces the earlier one: seed 0 → 5" in notes[0]
-    assert notes[1] == (
+    assert "replaced the earlier one: seed 0 → 5" in notes[-1]
+    assert notes[0] == (
         "finetune_lora: the checkpoint is not used and training starts over: "
         "it was made with other params, data or code"
     )

@@ -18,8 +18,7 @@ from pipeline.errors import UserError
 from pipeline.project.params.load import Params
 from pipeline.project.params.sections import Precision, Quantization
 from pipeline.project.stage_graph import Project
-from pipeline.stages.counted import counted_stage, model_source, options_of_stage
-from pipeline.stages.registry import COUNTED
+from pipeline.stages.registry import COUNTED, counted_stage, model_source, options_of_stage
 from tui.widgets.form import FormField, counting, cycling, doubling
 
 T = TypeVar("T", int, float)

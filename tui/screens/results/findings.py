@@ -142,7 +142,7 @@ def read_evaluation(project: Project) -> Evaluation | None:
     """
     path = project.artifact("evaluate") / METRICS
     metrics = read_json(path, "Run `lora evaluate` again") if path.is_file() else {}
-    others = beside(project, metrics)
+    others = {stage: of for stage, of in beside(project, metrics).items() if stage.name not in project.readable}
     if not metrics and not others:
         return None
     try:

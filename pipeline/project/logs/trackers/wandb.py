@@ -50,7 +50,7 @@ class Tracker:
     def log_text(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
-        table = wandb.Table(columns=["step", "prompt", "answer"], data=[list(sample) for sample in samples])
+        table = wandb.Table(columns=["step", "prompt", "answer"], data=[list(sample[:3]) for sample in samples])
         self._run.log({"step": step, "samples": table})
 
     def flush(self) -> None:
