@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shutil import copyfile
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
-from pipeline.data.answers.questions import Question, questions
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoder
@@ -25,6 +24,9 @@ from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
 from pipeline.training.step import Evaluation
+
+if TYPE_CHECKING:  # a run without samples does not load it
+    from pipeline.data.answers.questions import Question
 
 MAX_TOKENS = 20  # of a sample's answer, as `lora prompt`
 
@@ -146,7 +148,7 @@ class Prompts:
     """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as evaluations."""
 
     base: Base
-    questions: Sequence[Question]
+    questions: "Sequence[Question]"
     ids: Sequence[Sequence[int]]
     every: int = 0
 
@@ -189,6 +191,7 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
     """The prompts of the stage's `samples`; None without. Raises UserError for one that the model cannot read."""
     if not settings.samples.get("prompts"):
         return None
+    from pipeline.data.answers.questions import Question
     from pipeline.models.generate import encode_prompt  # with the decoder, which other runs do not load
 
     asked, ids = list[Question](), list[Sequence[int]]()
@@ -222,6 +225,8 @@ def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | No
             f"{job.stage.section}.samples.held_out is {most}, but no example is held out. Set eval_share above 0, or "
             "name a file in eval_data."
         )
+    from pipeline.data.answers.questions import questions
+
     asked = questions(held_out_examples(job, settings), base.tokenizer, most, base.model.max_length)
     return Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked]) if asked else None
 

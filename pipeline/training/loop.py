@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.calc.method import FinetuningMethod
-from pipeline.data.answers.match import match
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
@@ -227,6 +226,8 @@ def _answer_questions(task: TrainingTask, learners: Sequence[int], step: int) ->
     """Learner → the mean score of its answers to the held-out questions, which it keeps; empty without questions."""
     if task.questions is None:
         return {}
+    from pipeline.data.answers.match import match  # a run without them does not load it
+
     shares = {}
     for n in learners:
         answers = task.learners[n].answers = _answers(task, task.questions, n, step)

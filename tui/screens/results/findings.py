@@ -142,7 +142,9 @@ def read_evaluation(project: Project) -> Evaluation | None:
     """
     path = project.artifact("evaluate") / METRICS
     metrics = read_json(path, "Run `lora evaluate` again") if path.is_file() else {}
-    others = {stage: of for stage, of in beside(project, metrics).items() if stage.name not in project.readable}
+    unlisted = project.unlisted().values()
+    others = {stage: of for stage, of in beside(project, metrics).items() if stage in unlisted}
+    others |= {stage: metrics[stage.variant] for stage in unlisted if stage.variant in metrics}
     if not metrics and not others:
         return None
     try:
