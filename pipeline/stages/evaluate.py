@@ -79,6 +79,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         metrics[merged] = {**_comparable(metrics[adapter]), "measured_as": adapter, **_cost(project, merged)}
         predictions[merged], samples[merged] = predictions[adapter], samples[adapter]
         answers.copy(adapter, merged)
+    for rows in answers.predictions().get("tasks", {}).values():
+        for row in rows:
+            row["answers"] = _in_order(project, row["answers"])
     metrics, predictions, samples = (_in_order(project, each) for each in (metrics, predictions, samples))
     trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
     curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
