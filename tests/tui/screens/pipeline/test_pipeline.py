@@ -430,5 +430,5 @@ async def test_a_project_without_a_section_that_others_need_is_shown_with_what_t
         await until(pilot, lambda: len(rows(screen)) == 2)
         await choose(pilot, screen, "merge")
         await until(pilot, lambda: any("Add `finetune_lora: {}`" in line for line in facts(screen)))
-        await pilot.press("r")
+        await pilot.press("S")
         await until(pilot, lambda: "finetune_lora" in messages(screen))
