@@ -309,6 +309,11 @@ class Training(Section, frozen=True, kw_only=True):
                 "metric_for_best_model is eval_answers, but samples.held_out does not say how many answers to compare. "
                 "Set samples={held_out: 20}."
             )
+        if self.metric_for_best_model == "eval_answers" and not self.patience:
+            raise UserError(
+                "metric_for_best_model is eval_answers, but patience is 0, so no best model is chosen. Set patience to "
+                "the evaluations to wait for a better one."
+            )
 
     @property
     def templated(self) -> bool:

@@ -832,3 +832,5 @@ def test_the_best_weights_may_be_those_with_the_most_expected_answers(tmp_path: 
 def test_answers_can_only_choose_the_best_where_some_are_asked() -> None:
     with pytest.raises(UserError, match=r"^metric_for_best_model is eval_answers, but samples\.held_out"):
         settings(metric_for_best_model="eval_answers")
+    with pytest.raises(UserError, match=r"^metric_for_best_model is eval_answers, but patience is 0"):
+        settings(metric_for_best_model="eval_answers", samples={"held_out": 4})
