@@ -18,7 +18,6 @@ from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.schema import Names, ValueSource, check_value
 
 NAME = re.compile(r"[\w .-]{1,60}")
-MAX_YAML = 10_000_000  # characters: PyYAML takes a second for each million
 GENERATED = {
     "max_new_tokens": Annotated[int, Meta(ge=1, le=65_536)],
     "stop": Names,
@@ -61,7 +60,7 @@ def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
     """Each task of a file as it is written, and where; none of a file of other content."""
     entries: Any = []
     if path.suffix.lower() in (".yaml", ".yml"):
-        entries = _read_yaml(path, name)
+        entries = strict_yaml.read(path, name)
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(
                 f"{name} must be a list of tasks, each with name, kind and examples, got {abbreviate_repr(entries)}."
@@ -69,20 +68,6 @@ def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
     elif path.suffix.lower() == ".jsonl" and "kind" in next(read_rows(path, name)).value:
         entries = [row.value for row in read_rows(path, name)]
     yield from ((entry, f"{name}: task {number}") for number, entry in enumerate(entries, 1))
-
-
-def _read_yaml(path: Path, name: str) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > MAX_YAML:
-            raise UserError(f"{name} has more than {MAX_YAML:,} characters. Put examples into a .jsonl file.")
-        return strict_yaml.load(text)
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-    except ValueError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _read_task(entry: Record, location: str, file: str, folder: Path, files: Mapping[Path, str]) -> Task:

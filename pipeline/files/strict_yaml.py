@@ -5,14 +5,33 @@ import than the calculator takes to count.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.errors import UserError
+
+MOST_CHARACTERS = 10_000_000  # of a file: PyYAML takes a second for each million
 MOST_VALUES = 1_000_000  # that a text may stand for through its aliases; a few lines of `*name` can mean billions
 
 LONG_TEXT = 100  # characters of a text that count as a value more: aliases repeat long texts too
 LONGEST_NUMBER = 1_000  # characters
+
+
+def read(path: Path, name: str) -> Any:
+    """The value of a file that messages call `name`. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(f"{name} has more than {MOST_CHARACTERS:,} characters. Put examples into a .jsonl file.")
+        return load(text)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load(text: str) -> Any:

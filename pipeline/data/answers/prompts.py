@@ -28,14 +28,7 @@ class Prompt:
 
 def read_prompts(path: Path, name: str) -> list[Prompt]:
     """Group → rule → list of {prompt, answer[, corrected]}. Raises UserError."""
-    try:
-        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
-    except ValueError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = strict_yaml.read(path, name)
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{name} must map groups to rules and their prompts, got {abbreviate_repr(tree)}.")
     prompts = []
