@@ -471,8 +471,8 @@ async def test_quitting_asks_and_another_screen_keeps_the_conversation(brief: Pa
         await s.press("escape", "q")
         await s.dialog(Ask)
         await s.press("escape")
-        s.app.go("chat", models=["/nowhere"])
-        await until(s.pilot, lambda: "/nowhere is not a model folder" in s.messages())
+        s.app.go("chat", models=[brief / "nowhere"])
+        await until(s.pilot, lambda: f"{brief / 'nowhere'} is not a model folder" in s.messages())
 
 
 async def test_words_that_a_word_level_model_lacks_are_named_while_typing(brief: Path) -> None:
