@@ -91,7 +91,7 @@ def explain(
     from pipeline.project.params.aliases import KEYS, suggest
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.params.load import RUNNING, TOP_LEVEL, TRAINING, key_path
-    from pipeline.project.params.schema import Section, hints, meaning, rule
+    from pipeline.project.params.schema import Pretrained, Section, hints, meaning, rule
     from pipeline.project.params.sections import Running, Training
     from pipeline.workbench import GRAPH
 
@@ -113,7 +113,7 @@ def explain(
             "meaning": meaning(kind, each),
             "rule": rule(kind, each),
             "default": dump_inline(getattr(kind(), each)),
-            "pretrained": dump_inline(getattr(kind.defaults(True), each)),
+            "pretrained": dump_inline(getattr(kind.defaults(Pretrained()), each)),
         }
         for each in ([name] if name else hints(kind))
     ]

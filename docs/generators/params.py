@@ -3,7 +3,7 @@
 from docs.generators import cell
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.load import RUNNING, TRAINING
-from pipeline.project.params.schema import Section, hints, meaning, rule
+from pipeline.project.params.schema import Pretrained, Section, hints, meaning, rule
 from pipeline.project.params.sections import Running, Training
 from pipeline.workbench import GRAPH
 
@@ -31,7 +31,7 @@ def described(section: str, kind: type[Section]) -> str:
 
 def _defaults(kind: type[Section], key: str) -> str:
     """The default; where it is another on a pretrained base, both."""
-    plain, pretrained = (dump_inline(getattr(kind.defaults(on_pretrained), key)) for on_pretrained in (False, True))
+    plain, pretrained = (dump_inline(getattr(kind.defaults(base), key)) for base in (None, Pretrained()))
     return f"`{plain}`" if plain == pretrained else f"`{plain}`; pretrained `{pretrained}`"
 
 

@@ -7,15 +7,18 @@ up to date needs it too. `import_base` opens the model.
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, refuse_untrusted
+from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, read_manifest, refuse_untrusted
 from pipeline.files.safetensors_file import TensorInfo, fingerprint, read_header
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
+IMPORTED = "artifacts/base"  # in a project
+WIDTHS, WIDEST = ("hidden_size", "n_embd", "d_model"), 1_000_000  # keys of a config for the width of hidden states
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
 TOKENIZER = (
@@ -91,6 +94,24 @@ def _path(base: str, root: Path) -> Path | None:
     except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
         return None
     return path
+
+
+def width(base: str, root: Path) -> int | None:
+    """The width of a base's hidden states: as it was imported, else of a checkpoint folder; None if neither says."""
+    imported, folder = root / IMPORTED, _path(base, root)
+    with suppress(UserError):
+        if read_manifest(imported).get("params", {}).get("base") == shared_name(base):
+            return _width(imported)
+    return _width(folder) if folder else None
+
+
+def _width(folder: Path) -> int | None:
+    try:
+        config = read_json(folder / "config.json", "")
+    except UserError:
+        return None
+    widths = (part.get(key) for part in (config, config.get("text_config")) if isinstance(part, dict) for key in WIDTHS)
+    return next((each for each in widths if isinstance(each, int) and 0 < each <= WIDEST), None)
 
 
 def shared_name(name: str) -> str:

@@ -8,6 +8,7 @@ from math import ceil, inf
 from typing import Any, NamedTuple
 
 from pipeline.project.params.load import key_path
+from pipeline.project.params.schema import Pretrained
 from pipeline.project.stage_graph import Project
 
 REGRET = "LoRA Without Regret, thinkingmachines.ai/blog/lora"
@@ -29,7 +30,8 @@ class Facts(NamedTuple):
     `base` and `trained`: parameters. `adapted`: share of the blocks' linear weights that get LoRA. `examples`, and
     `tokens` with a label, once each; `more`: there are more than these. `cut`: share that max_length truncates. `left`:
     the rank is changed by --set, and alpha stays as a file sets it. `measured`: the swept keys, if the settings are
-    those of the best adapter of the project's sweep. `bf16`: whether the device multiplies in bf16.
+    those of the best adapter of the project's sweep. `bf16`: whether the device multiplies in bf16. `width`: of an
+    imported base's hidden states.
     """
 
     section: str
@@ -43,6 +45,7 @@ class Facts(NamedTuple):
     left: bool = False
     measured: tuple[str, ...] = ()
     bf16: bool | None = None
+    width: int | None = None
 
 
 class Advice(NamedTuple):
@@ -86,6 +89,7 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
     An adapter that training goes on from keeps its rank, alpha, targets and what trains, so of these nothing is said.
     """
     settings, imports = project.params.section(facts.section), project.params.origin.imports
+    facts = facts._replace(width=project.params.width)
     continues = bool(getattr(settings, "init_from", ""))
     answers: list[tuple[float, Advice]] = []
     for keys, imported_only, source, function in RULES:
@@ -101,8 +105,9 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
 def advised_learning_rate(project: Project) -> float:
     """The rate to sweep around: the advised one on an imported base with Adam, elsewhere the project's own."""
     settings = project.params.section("finetune_lora")
+    advised: Any = project.params.default("finetune_lora")
     known = project.params.origin.imports and settings.optimizer != "sgd"  # the rates compared are Adam's
-    return float(settings.PRETRAINED["learning_rate"] if known else settings.learning_rate)
+    return float((advised if known else settings).learning_rate)
 
 
 @rule("window", source="docs/how-to/new-project.md", imported_only=True)
@@ -133,13 +138,13 @@ def train_embeddings(settings: Any, _: Facts) -> Answer | None:
 
 
 @rule("learning_rate", "rank", source=REGRET, imported_only=True)
-def learning_rate(settings: Any, _: Facts) -> Answer | None:
+def learning_rate(settings: Any, facts: Facts) -> Answer | None:
     """The best rate of LoRA is about 10 times full fine-tuning's (15 in short runs), at ranks from 1 to 512."""
-    best, rate = settings.PRETRAINED["learning_rate"], settings.learning_rate
+    best, rate = settings.defaults(Pretrained(facts.width)).learning_rate, settings.learning_rate
     times = max(rate / best, best / rate)
     if times <= TOLERANCE * (1 + 1e-9) or settings.optimizer == "sgd":  # the rates compared are Adam's
         return None
-    why = "LoRA's best rate is about 10 times that of full fine-tuning (2e-5), nearly whatever the rank"
+    why = "LoRA's best rate is about 10 times that of full fine-tuning, nearly whatever the rank"
     if settings.COMPARES:
         why += "; with preferences a tenth of it, as an answer that is pushed away takes others along"
     return Answer(f"about {best:g}", why, times)

@@ -16,8 +16,9 @@ from pipeline.errors import UserError
 from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
-from pipeline.project.params.schema import hints
-from pipeline.project.params.sections import RETAIN, AdapterTraining, Training
+from pipeline.project.params.schema import Pretrained, hints
+from pipeline.project.params.sections import AdapterTraining, Training
+from pipeline.stages.methods import lora
 from pipeline.stages.registry import COUNTED
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
 RANKS = (1, 2, 4, 8)  # times the default
-# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one takes less, with
-# the exponent that the authors of LoRA Without Regret fitted to Llama models (tinker-cookbook, get_lora_lr).
-RATE, WIDTH, FALL = 1e-3, 576, 0.78
-RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
@@ -79,7 +76,7 @@ def choose(
     """
     recipe = Recipe(given)
     examples = data.examples
-    defaults = Training.pretrained(_of_section(given, TRAINING))
+    defaults = Training.pretrained(Pretrained(), _of_section(given, TRAINING))
     epochs = next((epochs for least, epochs in EPOCHS if examples >= least), defaults.pop("epochs"))
     if f"{TRAINING}.max_steps" not in given and any("epochs" not in stage.settings.PRETRAINED for stage in stages):
         recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
@@ -102,30 +99,25 @@ def choose(
     return recipe
 
 
-def rate_for(width: int) -> float:
-    """LoRA's learning rate for a base whose hidden states have this width, in one digit."""
-    return float(f"{RATE * min(1.0, WIDTH / width) ** FALL:.0e}")
-
-
 def _compares(stage: Stage) -> bool:
     return issubclass(stage.settings, Training) and stage.settings.COMPARES
 
 
 def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
     """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the data."""
-    name, defaults = stage.section, dict(stage.settings.PRETRAINED)
-    low_rank = "rank" in defaults
+    name, own = stage.section, stage.settings.PRETRAINED
+    base = Pretrained(model.hidden if model else None)
+    of_base = stage.settings.pretrained(base, _of_section(recipe.given, name))
+    low_rank = "rank" in own
+    defaults = {key: value for key, value in of_base.items() if key in own or key in lora.RETENTION}
     reasons = {}
     if low_rank:
         reasons["target_modules"] = "learns more than attention alone (LoRA Without Regret)"
     if low_rank and not _compares(stage):
         reasons["learning_rate"] = "of a large base: the width of this one is not known"
-        if model:
-            defaults["learning_rate"] = rate_for(model.hidden)
-            reasons["learning_rate"] = f"for a base of width {model.hidden:,} (bench recipe)"
-        if recipe.given.get(f"{name}.retention_weight") != 0:
-            defaults |= RETENTION
-            reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
+        if base.width:
+            reasons["learning_rate"] = f"for a base of width {base.width:,} (bench recipe)"
+        reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
     if _compares(stage):
         reasons["learning_rate"] = "a tenth of what examples take: an answer that is pushed away takes others along"
         reasons["epochs"] = "preferences are learned in one pass, or a few"
@@ -141,7 +133,7 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
             break
     bits = f"{trained:,} parameters hold more than {tokens:,} trained tokens" if trained else ""
     rank = recipe.set(f"{name}.rank", recipe.values[f"{name}.rank"], bits)
-    alpha = stage.settings.pretrained({"rank": rank})["alpha"]
+    alpha = stage.settings.pretrained(base, {"rank": rank})["alpha"]
     recipe.set(f"{name}.alpha", alpha, f"{alpha / rank:g} × rank")
 
 
@@ -150,7 +142,7 @@ def _settings(recipe: Recipe, stage: Stage) -> Any:
     every = {**recipe.values, **recipe.given}
     values = _of_section(every, TRAINING) | _of_section(every, stage.section)
     known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in hints(stage.settings)}
-    return stage.settings.defaults(True, known)
+    return stage.settings.defaults(Pretrained(), known)
 
 
 def _of_section(values: Mapping[str, Any], section: str) -> dict[str, Any]:

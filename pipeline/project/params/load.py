@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from msgspec import structs
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
+from pipeline.files import base_model
+from pipeline.project.params.schema import Pretrained, Section, ValueSource, check_value, hints, reject_unknown_keys
 from pipeline.project.params.sections import Import, Running, Training, change_paths
 
 T = TypeVar("T", bound=Section)
@@ -26,8 +27,9 @@ RUNNING = "running"
 DEFAULT, PRETRAINED = "default", "default for a pretrained base"  # sources of values that no file sets
 OVERRIDE = "--set"
 # A file with this first line was written by `lora new` when a pretrained base had MiniGPT's defaults. It left them out,
-# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them.
-EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
+# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them; it retained nothing.
+EARLIER = "# Written by `lora new`. "
+LEFT_OUT = {TRAINING: {"precision": "fp32", "epochs": 50}, "finetune_lora": {"retention_weight": 0.0}}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so nothing is made again
 TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
 
@@ -41,6 +43,7 @@ class Params:
     section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
     builds on, relative to its folder; empty where it stands alone. `file`: its name. `named`: the sections that it
     names; `base` alone gives a project the stage that makes it. `running`: where its runs compute and are shown.
+    `width`: of an imported base's hidden states, where it is known.
     """
 
     kinds: Kinds = field(compare=False)
@@ -52,6 +55,7 @@ class Params:
     file: str = field(default="params.yaml", compare=False)
     named: frozenset[str] = field(default=frozenset(), compare=False)
     running: Running = field(default=Running(), compare=False)
+    width: int | None = None
 
     @property
     def written(self) -> frozenset[str]:
@@ -86,6 +90,11 @@ class Params:
         origin: Import = self.section("import") if "import" in self.kinds else Import()
         return origin
 
+    @property
+    def pretrained(self) -> Pretrained | None:
+        """What defaults depend on: the base, if it is imported."""
+        return Pretrained(self.width) if self.origin.imports else None
+
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced. Of these no value is a default any more."""
         keys = (key_path(name, key) for name in sections for key in hints(self.kinds[name]))
@@ -96,24 +105,24 @@ class Params:
 
     def default(self, name: str) -> Section:
         """The section of this name with the defaults that it has on this base."""
-        return self.kinds[name].defaults(self.origin.imports)
+        return self.kinds[name].defaults(self.pretrained)
 
     def source(self, section: str, key: str) -> str:
         """Where a value comes from: "--set", a params file, its training block, DEFAULT or PRETRAINED."""
         if where := self._where_set(section, key):
             return where
-        kind = self._kind(section)
-        if not (kind.pretrained({}) and self.origin.imports):
+        if not self.pretrained or section == RUNNING:
             return DEFAULT
-        return PRETRAINED if key in kind.pretrained(self._set_keys(section)) else DEFAULT
+        of_base = self._kind(section).pretrained(self.pretrained, self._set_keys(section))
+        return PRETRAINED if key in of_base else DEFAULT
 
     def following(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults of a section that become others where `values` are set too, as alpha does with the rank."""
-        if not self.origin.imports:
+        if not self.pretrained:
             return {}
         kind, section = self._kind(name), self.section(name)
         given = {**self._set_keys(name), **values}
-        default = kind(**kind.pretrained(given))
+        default = kind(**kind.pretrained(self.pretrained, given))
         free = (key for key in hints(kind) if key not in given)
         return {key: getattr(default, key) for key in free if getattr(default, key) != getattr(section, key)}
 
@@ -188,12 +197,15 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         if value == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
-    training = tree.get(TRAINING, {})
     sources |= {key: origin.of(key) for key in running}
-    if text.startswith(EARLIER):
-        training = {**EARLIER_DEFAULTS, **training}
-        sources = {f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS} | sources
+    for name, left_out in LEFT_OUT.items():
+        if text.startswith(EARLIER) and (name in tree or name == TRAINING):
+            tree[name] = {**left_out, **tree.get(name, {})}
+            sources = {f"{name}.{key}": "an earlier `lora new`" for key in left_out} | sources
+    training = tree.get(TRAINING, {})
     params = Params(kinds, {}, tree, training, sources, project, path.name, named, Running(**running))
+    if params.origin.imports:
+        params = replace(params, width=base_model.width(params.origin.base, path.parent))
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
@@ -220,7 +232,9 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     training = {**parent.training, **params.training}
     said = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
     running = structs.replace(parent.running, **said)
-    own = replace(params, training=training, sources={**sources, **params.sources}, running=running)
+    width = params.width if "import" in params.written else parent.width
+    sources |= params.sources
+    own = replace(params, training=training, sources=sources, running=running, width=width)
     # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
     # its file, where its own block counts: the artifacts that the child reads were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == OVERRIDE)
@@ -234,9 +248,7 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
 
 
 def _build(params: Params, origin: ValueSource) -> Params:
-    """`params` with the sections that its tree says, checked. The base comes first: defaults depend on it."""
-    if "import" in params.written:
-        params = params._with({"import": _read_section("import", params, origin)})
+    """`params` with the sections that its tree says, checked."""
     return params._with({name: _read_section(name, params, origin) for name in params.written})
 
 
@@ -250,8 +262,8 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
-    on_pretrained = bool(kind.pretrained(values)) and params.origin.imports
-    return _named(name, lambda: kind.defaults(on_pretrained, values))
+    base = None if kind is Import else params.pretrained
+    return _named(name, lambda: kind.defaults(base, values))
 
 
 def _named(name: str, make: Callable[[], Section]) -> Section:

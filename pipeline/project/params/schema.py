@@ -22,6 +22,12 @@ from pipeline.errors import UserError
 from pipeline.files.patterns import end_pattern, problem
 
 
+class Pretrained(NamedTuple):
+    """A base that is imported, as far as defaults depend on it. `width`: of its hidden states, where it is known."""
+
+    width: int | None = None
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True):
     """A section of params.yaml: one stage's settings, all with defaults.
 
@@ -31,14 +37,14 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     PRETRAINED: ClassVar[Mapping[str, Any]] = {}  # its own defaults on a pretrained base, where they are others
 
     @classmethod
-    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some follow from other keys)
-        """The defaults on a pretrained base where they are not the declared ones; `given`: the keys that are set."""
+    def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some need them)
+        """The defaults on this base where they are not the declared ones; `given`: the keys that are set."""
         return dict(cls.PRETRAINED)
 
     @classmethod
-    def defaults(cls, on_pretrained: bool, given: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        """The section with its defaults, and with the keys that are `given`."""
-        return cls(**{**(cls.pretrained(given) if on_pretrained else {}), **given})
+    def defaults(cls, base: Pretrained | None, given: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        """The section with its defaults on this base, None for MiniGPT, and with the keys that are `given`."""
+        return cls(**{**(cls.pretrained(base, given) if base else {}), **given})
 
 
 class Because(NamedTuple):

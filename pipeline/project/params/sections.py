@@ -15,6 +15,7 @@ from pipeline.project.params.schema import (
     Count,
     File,
     Names,
+    Pretrained,
     Rate,
     ReadBy,
     Section,
@@ -291,7 +292,7 @@ class Training(Section, frozen=True, kw_only=True):
     save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
 
     @classmethod
-    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
         defaults = {**PRETRAINED, **cls.PRETRAINED}
         if "warmup_steps" in given:  # the same in another unit
             del defaults["warmup_ratio"]
@@ -376,7 +377,7 @@ class Pretrain(Training, frozen=True, kw_only=True):
     tie_embeddings: Annotated[bool, "one matrix for MiniGPT's embedding and head"] = False
 
     @classmethod
-    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+    def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
         """None: an imported base is not trained."""
         return {}
 

@@ -24,8 +24,8 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS, matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Names, Rate, Share, Weight
-from pipeline.project.params.sections import AdapterTraining, Init
+from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Names, Pretrained, Rate, Share, Weight
+from pipeline.project.params.sections import RETAIN, AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
@@ -43,11 +43,22 @@ Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' 
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 
 
+# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one takes less, with
+# the exponent that the authors of LoRA Without Regret fitted to Llama models (tinker-cookbook, get_lora_lr).
+RATE, WIDTH, FALL = 1e-3, 576, 0.78
+RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
+
+
+def rate_for(width: int) -> float:
+    """LoRA's learning rate for a base whose hidden states have this width, in one digit."""
+    return float(f"{RATE * min(1.0, WIDTH / width) ** FALL:.0e}")
+
+
 class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 2e-4,  # of a base of 8 billion parameters: `lora train` takes more for a narrower one
+        "learning_rate": 2e-4,  # of a base of 8 billion parameters, and where the width is not known
         "rank": 16,
         "target_modules": ("all-linear",),  # whatever their names in the model family
         "train_embeddings": "new_rows",
@@ -95,9 +106,12 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     retention_batch_size: Annotated[Count, "these texts per step"] = 8
 
     @classmethod
-    def pretrained(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Where alpha is not set, it follows the rank."""
-        defaults = super().pretrained(given)
+    def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The rate is that of the base's width; answers on other texts stay the base's; alpha follows the rank."""
+        defaults = super().pretrained(base, given)
+        if not cls.COMPARES:  # preferences keep near to a reference by themselves
+            defaults |= RETENTION if given.get("retention_weight") != 0 else {}
+            defaults["learning_rate"] = rate_for(base.width) if base.width else defaults["learning_rate"]
         return {**defaults, "alpha": cls.ALPHA_PER_RANK * given.get("rank", defaults["rank"])}
 
     def __post_init__(self) -> None:

@@ -8,8 +8,8 @@ import pytest
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
-from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.recipe import ROOM, Machine, Recipe, choose, rate_for
+from pipeline.stages.methods.lora import FinetuneLora, rate_for
+from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
 from pipeline.stages.registry import COUNTED, METHODS
 from tests.helpers.projects import load
 
