@@ -30,7 +30,7 @@ from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_fol
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
 from pipeline.project.params.schema import Pretrained, Section, ValueSource, check_value, hints
-from pipeline.project.params.sections import GENERAL, RETAIN, ExpandVocab, Merge, Training, change_paths
+from pipeline.project.params.sections import GENERAL, PRETRAINED, RETAIN, ExpandVocab, Merge, Training, change_paths
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -275,8 +275,8 @@ def params_text(
         values |= {f"expand_vocab.{key}": value for key, value in ExpandVocab.PRETRAINED.items()}
     values |= recipe.given
     kinds: dict[str, type[Section]] = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
-    of_base = ((name, kind.pretrained(Pretrained(), {})) for name, kind in kinds.items())
-    always = {f"{name}.{key}" for name, defaults in of_base for key in defaults if key != "alpha"}
+    always = {f"{TRAINING}.{key}" for key in PRETRAINED}
+    always |= {f"{name}.{key}" for name, kind in kinds.items() for key in kind.PRETRAINED}
     sections: dict[str, list[str]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")

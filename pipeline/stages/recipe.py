@@ -17,8 +17,7 @@ from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.schema import Pretrained, hints
-from pipeline.project.params.sections import AdapterTraining, Training
-from pipeline.stages.methods import lora
+from pipeline.project.params.sections import RETAIN, AdapterTraining, Training
 from pipeline.stages.registry import COUNTED
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
 RANKS = (1, 2, 4, 8)  # times the default
+RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
@@ -109,7 +109,7 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
     base = Pretrained(model.hidden if model else None)
     of_base = stage.settings.pretrained(base, _of_section(recipe.given, name))
     low_rank = "rank" in own
-    defaults = {key: value for key, value in of_base.items() if key in own or key in lora.RETENTION}
+    defaults = {key: of_base[key] for key in own}
     reasons = {}
     if low_rank:
         reasons["target_modules"] = "learns more than attention alone (LoRA Without Regret)"
@@ -117,7 +117,9 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
         reasons["learning_rate"] = "of a large base: the width of this one is not known"
         if base.width:
             reasons["learning_rate"] = f"for a base of width {base.width:,} (bench recipe)"
-        reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
+        if recipe.given.get(f"{name}.retention_weight") != 0:
+            defaults |= RETENTION
+            reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
     if _compares(stage):
         reasons["learning_rate"] = "a tenth of what examples take: an answer that is pushed away takes others along"
         reasons["epochs"] = "preferences are learned in one pass, or a few"

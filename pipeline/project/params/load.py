@@ -27,9 +27,8 @@ RUNNING = "running"
 DEFAULT, PRETRAINED = "default", "default for a pretrained base"  # sources of values that no file sets
 OVERRIDE = "--set"
 # A file with this first line was written by `lora new` when a pretrained base had MiniGPT's defaults. It left them out,
-# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them; it retained nothing.
-EARLIER = "# Written by `lora new`. "
-LEFT_OUT = {TRAINING: {"precision": "fp32", "epochs": 50}, "finetune_lora": {"retention_weight": 0.0}}
+# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them.
+EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so nothing is made again
 TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
 
@@ -197,12 +196,11 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         if value == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
-    sources |= {key: origin.of(key) for key in running}
-    for name, left_out in LEFT_OUT.items():
-        if text.startswith(EARLIER) and (name in tree or name == TRAINING):
-            tree[name] = {**left_out, **tree.get(name, {})}
-            sources = {f"{name}.{key}": "an earlier `lora new`" for key in left_out} | sources
     training = tree.get(TRAINING, {})
+    sources |= {key: origin.of(key) for key in running}
+    if text.startswith(EARLIER):
+        training = {**EARLIER_DEFAULTS, **training}
+        sources = {f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS} | sources
     params = Params(kinds, {}, tree, training, sources, project, path.name, named, Running(**running))
     if params.origin.imports:
         params = replace(params, width=base_model.width(params.origin.base, path.parent))

@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
 from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Names, Pretrained, Rate, Share, Weight
-from pipeline.project.params.sections import RETAIN, AdapterTraining, Init
+from pipeline.project.params.sections import AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
@@ -46,7 +46,6 @@ Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 # The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one takes less, with
 # the exponent that the authors of LoRA Without Regret fitted to Llama models (tinker-cookbook, get_lora_lr).
 RATE, WIDTH, FALL = 1e-3, 576, 0.78
-RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 
 
 def rate_for(width: int) -> float:
@@ -107,11 +106,10 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The rate is that of the base's width; answers on other texts stay the base's; alpha follows the rank."""
+        """The rate is that of the base's width; where alpha is not set, it follows the rank."""
         defaults = super().pretrained(base, given)
-        if not cls.COMPARES:  # preferences keep near to a reference by themselves
-            defaults |= RETENTION if given.get("retention_weight") != 0 else {}
-            defaults["learning_rate"] = rate_for(base.width) if base.width else defaults["learning_rate"]
+        if base.width and not cls.COMPARES:
+            defaults["learning_rate"] = rate_for(base.width)
         return {**defaults, "alpha": cls.ALPHA_PER_RANK * given.get("rank", defaults["rank"])}
 
     def __post_init__(self) -> None:

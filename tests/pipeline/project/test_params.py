@@ -1,6 +1,8 @@
 """params.yaml: what is read, and every way in which it is refused."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -8,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.project.advice import Facts, advise, advised_learning_rate
 from pipeline.project.params.load import DEFAULT, PRETRAINED, Params, check
 from pipeline.project.params.schema import Section, hints, meaning, rule
 from pipeline.project.params.sections import Training
+from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.registry import METHODS
 from pipeline.workbench import GRAPH
@@ -85,6 +89,31 @@ def test_on_a_pretrained_base_a_bare_section_has_other_defaults_and_says_so(tmp_
     # as everywhere, the training block is above the defaults, the section above it
     both = load(path, ["training.window=8", "training.epochs=9", "finetune_dpo.epochs=2"])
     assert (both.finetune_lora.window, both.finetune_lora.epochs, both.finetune_dpo.epochs) == (8, 9, 2)
+
+
+def test_the_rate_is_that_of_the_bases_width_once_a_config_says_it(tmp_path: Path) -> None:
+    def rate(base: str = "model.gguf") -> float:
+        path = written(tmp_path, f"base: {base}\nfinetune_lora: {{}}\n")
+        found: float = load(path).finetune_lora.learning_rate
+        return found
+
+    def write(folder: str, **config: Any) -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    assert rate() == rate("org/model") == 2e-4, "not known: that of a large one"
+    write("artifacts/base", n_embd=576)
+    write("narrow", text_config={"hidden_size": 64})
+    write("odd", hidden_size="64", d_model=-1, text_config=[])
+    manifest = {"files": {}, "params": {"base": "model.gguf"}}
+    (tmp_path / "artifacts/base/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert (rate(), rate("other.gguf")) == (1e-3, 2e-4), "as imported, and not another's"
+    assert (rate("narrow"), rate("odd")) == (1e-3, 2e-4)
+    write("odd", hidden_size=4096)
+    assert rate("odd") == 2e-4
+    project = Project.load(written(tmp_path, "base: narrow\nfinetune_lora: {learning_rate: 1.0e-4}\n"), GRAPH)
+    assert advised_learning_rate(project) == 1e-3, "what a sweep tries around"
+    assert next(advice.advised for advice in advise(project, Facts("finetune_lora"))) == "about 0.001"
 
 
 def test_on_a_pretrained_base_alpha_follows_the_rank_unless_it_is_set(tmp_path: Path) -> None:
