@@ -13,7 +13,7 @@ from pipeline.export.formats import FORMATS
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.edit import set_values
 from pipeline.stages.methods.dpo import FinetuneDpo
-from pipeline.stages.recipe import rate_for
+from pipeline.stages.methods.lora import rate_for
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint

@@ -330,7 +330,7 @@ def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(mini: Pat
     toy_checkpoint(tmp_path / "toy")
     imported = open_project(mini / "params.yaml", [f"base={tmp_path}/toy", "finetune_lora.rank=2"])
     assert grid_around(imported, ["learning_rate", "rank"]) == {
-        "learning_rate": [2.2e-5, 6.7e-5, 2e-4, 6e-4, 1.8e-3],
+        "learning_rate": [1.1e-4, 3.3e-4, 1e-3, 3e-3, 9e-3],
         "rank": [1, 2, 4, 8],
     }
 
