@@ -12,7 +12,7 @@ from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
 from tests.helpers.projects import make, new_houses, refusal, save
 
-LORA = {"train_embeddings": "none", "epochs": 20, "eval_share": 0, "data": "data/texts.jsonl"}
+LORA = {"learning_rate": 0.02, "train_embeddings": "none", "epochs": 20, "eval_share": 0, "data": "data/texts.jsonl"}
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
 def test_settings_as_advised_are_answered_with_nothing_more(cli: Lora, llama: Path) -> None:
     _, out, err = cli("advise", "--set", "finetune_lora.max_length=4", cwd=llama)
     assert "finetune_lora: " in err and "100% truncated" in err
-    assert "finetune_lora.max_length" in out and "about 0.0002" in out and "LoRA Without Regret" in out
-    good = [f"finetune_lora.{setting}" for setting in ("learning_rate=2e-4", "epochs=3")]
+    assert "finetune_lora.max_length" in out and "about 0.001" in out and "LoRA Without Regret" in out
+    good = [f"finetune_lora.{setting}" for setting in ("learning_rate=1e-3", "epochs=3")]
     assert advice(cli, llama, *(word for setting in good for word in ("--set", setting)))[1] == []
 
 
