@@ -46,7 +46,8 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
-    `studied`, for which the others would wait. Cases are sampled, pictures of whole screens are slow."""
+    `studied`, for which the others would wait. Cases are sampled, pictures of whole screens are slow; what is slow
+    because it runs the document's studies is apart, as `make document` runs them too."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
@@ -61,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("studied"))
         elif of_module and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+        if "studied" in fixtures or item.path.is_relative_to(ROOT / "tests/pipeline/document"):
+            item.add_marker(pytest.mark.document)
 
 
 def pytest_collection_finish() -> None:
