@@ -26,6 +26,7 @@ from pipeline.files.text import escape_whitespace
 from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.permissions import needs_permissions, read_only
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -713,12 +714,42 @@ def test_a_folder_that_cannot_be_written_is_one_error(cli: Lora, project: Path) 
     assert "runs" in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+@needs_permissions
 def test_a_read_only_folder_is_one_error(cli: Lora, project: Path) -> None:
-    (project / "artifacts").chmod(0o500)
-    answer = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
-    (project / "artifacts").chmod(0o700)
+    with read_only(project / "artifacts"):
+        answer = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
     refusal(answer)
+
+
+READING = (
+    ["cache"],
+    ["report"],
+    ["runs"],
+    ["adapters"],
+    ["params", "show"],
+    ["prompt", "der"],
+    ["finetune", "lora", "--dry-run"],
+)
+
+
+@needs_permissions
+def test_a_command_that_only_reads_needs_no_right_to_write(cli: Lora, project: Path) -> None:
+    with read_only(project):
+        answers = {" ".join(command): cli(*command, cwd=project) for command in READING}
+    assert {command: code for command, (code, _, _) in answers.items() if code} == {}
+    assert answers["cache"] == cli("cache", cwd=project)
+
+
+@needs_permissions
+def test_a_cache_of_another_user_is_read(cli: Lora, project: Path) -> None:
+    """Also one whose lock file is gone, as in a copy."""
+    shutil.rmtree(project / "artifacts/full_finetuned")
+    (project / ".lora-cache/.lock").unlink()
+    with read_only(project / ".lora-cache"):
+        code, _, err = cli("finetune", "full", *sets(*BRIEF), cwd=project)
+        assert (code, "taken from the cache" in err) == (0, True)
+        refusal(cli("cache", "prune", cwd=project))
+    assert (project / "artifacts/full_finetuned/manifest.json").is_file()
 
 
 def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:
