@@ -9,7 +9,7 @@ from pathlib import Path
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
     gc.disable()  # until the first paint, which takes a tenth longer with it
-    from pipeline.project.process import open_streams
+    from pipeline.project.process import open_streams, require_current_folder
 
     open_streams()
     from pipeline.errors import UserError, require
@@ -19,6 +19,7 @@ def main() -> None:
     # Without arguments, parsing them is not worth the 5 ms of argparse.
     arguments = _read_arguments() if sys.argv[1:] else Arguments()
     try:
+        require_current_folder()
         config = load_config(config_path())
         params, greeting = arguments.params or Path(PARAMS), ""
         if arguments.demo and arguments.params:

@@ -652,6 +652,26 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, argum
     os.close(closed)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", ["runs --json", "--version"])
+def test_a_result_that_a_full_disk_does_not_take_is_one_error(brief: Path, arguments: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [LORA, *arguments.split()]
+        done = subprocess.run(command, cwd=brief, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        unheard = subprocess.run([LORA, "nope"], cwd=brief, stdout=full, stderr=full, check=False)
+    assert refusal((done.returncode, "", done.stderr)).startswith("error: No space left on device")
+    assert unheard.returncode == 2
+
+
+@pytest.mark.parametrize("program", ["lora doctor", "lora adapters", "lora-tui"])
+def test_a_current_folder_that_is_gone_is_one_error(tmp_path: Path, program: str) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd gone && rmdir ../gone && exec {Path(LORA).parent / program}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    err = refusal((done.returncode, done.stdout, done.stderr))
+    assert "current folder was removed" in err
+
+
 def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
     shutil.rmtree(project / "artifacts/merged", ignore_errors=True)
     shutil.rmtree(project / ".lora-cache/finetune_lora")
