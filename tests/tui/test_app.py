@@ -225,6 +225,19 @@ def test_a_config_is_read_and_a_missing_one_is_the_defaults() -> None:
     assert load_config(config_path()) == Config("nord", {"app.quit": "ctrl+x"}, ("~/a",), "stop")
 
 
+def test_a_user_without_a_home_has_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container that runs under a number, or a service whose home is /dev/null."""
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", os.devnull)
+    assert load_config(config_path()) == Config()
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert load_config(config_path()) == Config()
+
+
 @pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"theme": 1, "folders": 3, "prompts": []}'])
 def test_a_damaged_state_is_a_fresh_start(text: str) -> None:
     state_path().parent.mkdir(parents=True)
