@@ -46,10 +46,15 @@ def main() -> None:
 
 
 def _require_terminal() -> None:
-    """Raises UserError if keys cannot be read, or nothing can be shown. Textual draws on stderr."""
+    """Raises UserError if keys cannot be read, or nothing can be shown.
+
+    Textual draws on stderr and asks stdout for the size. One in the environment would hide that a window was resized.
+    """
     if os.environ.get("TEXTUAL_DRIVER"):  # --web: a browser is the terminal
         return
-    for stream, name in ((sys.stdin, "input"), (sys.stderr, "error output")):
+    for variable in ("COLUMNS", "LINES"):
+        os.environ.pop(variable, None)
+    for stream, name in ((sys.stdin, "input"), (sys.stdout, "output"), (sys.stderr, "error output")):
         if not stream.isatty():
             from pipeline.errors import UserError
 

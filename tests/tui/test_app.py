@@ -5,9 +5,11 @@ import inspect
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -288,6 +290,25 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
 
 
 @pytest.mark.slow
+def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> None:
+    """A size in the environment stays as it is when the window is resized."""
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "20", "LINES": "5"}
+    process = subprocess.Popen([LORA_TUI], cwd=empty, stdin=side, stdout=side, stderr=side, env=environment)
+    os.close(side)
+    shown, end = b"", time.monotonic() + 60
+    try:
+        while b"8 Monitor" not in shown:  # the header of a wide screen
+            assert time.monotonic() < end, "it is drawn in another size"
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 65536)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
 def test_a_terminal_that_takes_no_output_and_closes_ends_the_program(empty: Path) -> None:
     """The event loop then waits for ever until something is drawn, and serves no signal itself."""
     code = (
