@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -10,9 +11,11 @@ import typer
 from typer import Exit, Option
 
 from cli.options import UNDER_DVC, Group, Lazy, group
-from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
+from pipeline.errors import FULL, Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
-from pipeline.project.process import open_streams, world
+from pipeline.project.process import open_streams, require_current_folder, world
+
+STDOUT = 1
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
@@ -102,6 +105,7 @@ def main() -> None:
     if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
+        require_current_folder()
         rank = world()
     except UserError as error:
         _exit(str(error), 1)
@@ -110,7 +114,11 @@ def main() -> None:
 
         end_with_launcher()
     try:
-        app()
+        try:
+            app()
+        except SystemExit:  # so every command ends that has printed its result
+            sys.stdout.flush()  # the disk that it goes to may be full
+            raise
     except (UserError, Interrupted) as error:
         if not rank.reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
             raise SystemExit(0) from None
@@ -132,16 +140,19 @@ def main() -> None:
 class _Unbroken(FileIO):
     """Standard output or error that may be closed by its reader, such as `head`: what follows is lost, and no error.
 
-    The command goes on: `lora train | head` trains, and whether a reader was quicker changes no exit code.
+    The command goes on: `lora train | head` trains, and whether a reader was quicker changes no exit code. Nor does a
+    full disk that takes no more notes; a result that it does not take is an error, once.
     """
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
+            if error.errno in FULL and self.fileno() == STDOUT:
+                raise
             return len(data)
 
 
@@ -164,6 +175,8 @@ def _unbroken(stream: Any) -> Any:
 
 def _exit(message: str, code: int) -> NoReturn:
     message = printable(message)
+    with suppress(OSError):  # it is what prevents the result that is worth telling
+        sys.stdout.flush()
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)
 

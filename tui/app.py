@@ -32,6 +32,7 @@ from textual.theme import Theme
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError, explain
+from pipeline.files.home import home_folder
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
@@ -491,5 +492,5 @@ def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
 
 def _abbreviate_home(path: Path) -> str:
     """The path with ~ for the home folder."""
-    home = Path.home()
+    home = home_folder()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

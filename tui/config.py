@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.home import home_folder
 
 NAME = "lora-workbench"
 ON_HANGUP = ("continue", "stop")  # what happens to a running pipeline when the terminal is closed
@@ -34,14 +35,14 @@ def state_path() -> Path:
 
 
 def _xdg_folder(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable) or Path.home() / default) / NAME
+    return Path(os.environ.get(variable) or home_folder() / default) / NAME
 
 
 def load_config(path: Path) -> Config:
     """The config, or the defaults if there is no file. Raises UserError with key, rule and value."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter for a home such as /dev/null
         return Config()
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from textual.binding import Binding
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
+from pipeline.files.home import expand
 from pipeline.inference.catalog import model_folders
 from pipeline.project.stage_graph import ARTIFACTS
 from tui.dialogs import MarkdownReader
@@ -152,7 +153,7 @@ def _prompts(app: Workbench) -> Iterator[Command]:
 def _models(app: Workbench) -> Iterator[Command]:
     project = app.project_watch.project
     folders = [owner.root / ARTIFACTS for owner in (project, project and project.parent) if owner]
-    folders += [Path(folder).expanduser() for folder in (*app.config.folders, *app.state.folders)]
+    folders += [expand(folder) for folder in (*app.config.folders, *app.state.folders)]
     for folder in folders:
         for path in sorted(model_folders(folder))[:MAX_MODELS]:
             name = str(path.relative_to(folder.parent if folder not in folders[:2] else folder))

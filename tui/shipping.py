@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
+from pipeline.files.home import expand
 from pipeline.inference.catalog import VERDICT, measured_of
 from tui.dialogs import Menu, PathScreen
 from tui.services.lora_command import LoraCommand
@@ -29,7 +30,7 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
     folder = await workbench.push_screen_wait(PathScreen(f"Folder to write {name} to, as {kind}:", default))
     if folder is None:
         return
-    out = workbench.root / Path(folder).expanduser()
+    out = workbench.root / expand(folder)
     workbench.log_message(f"Exporting {name} as {kind}; it goes on while you do something else.")
     with workbench.errors_shown():
         told, notes = await LoraCommand(workbench.root).run("export", str(adapter), "--format", kind, "--out", str(out))

@@ -9,7 +9,7 @@ from pathlib import Path
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
     gc.disable()  # until the first paint, which takes a tenth longer with it
-    from pipeline.project.process import open_streams
+    from pipeline.project.process import open_streams, require_current_folder
 
     open_streams()
     from pipeline.errors import UserError, require
@@ -19,6 +19,7 @@ def main() -> None:
     # Without arguments, parsing them is not worth the 5 ms of argparse.
     arguments = _read_arguments() if sys.argv[1:] else Arguments()
     try:
+        require_current_folder()
         config = load_config(config_path())
         params, greeting = arguments.params or Path(PARAMS), ""
         if arguments.demo and arguments.params:
@@ -45,10 +46,15 @@ def main() -> None:
 
 
 def _require_terminal() -> None:
-    """Raises UserError if keys cannot be read, or nothing can be shown. Textual draws on stderr."""
+    """Raises UserError if keys cannot be read, or nothing can be shown.
+
+    Textual draws on stderr and asks stdout for the size. One in the environment would hide that a window was resized.
+    """
     if os.environ.get("TEXTUAL_DRIVER"):  # --web: a browser is the terminal
         return
-    for stream, name in ((sys.stdin, "input"), (sys.stderr, "error output")):
+    for variable in ("COLUMNS", "LINES"):
+        os.environ.pop(variable, None)
+    for stream, name in ((sys.stdin, "input"), (sys.stdout, "output"), (sys.stderr, "error output")):
         if not stream.isatty():
             from pipeline.errors import UserError
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, read_manifest, refuse_untrusted
+from pipeline.files.home import expand
 from pipeline.files.safetensors_file import TensorInfo, fingerprint, read_header
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
@@ -87,11 +88,11 @@ def parse_source(base: str, root: Path) -> Source:
 def _path(base: str, root: Path) -> Path | None:
     """The path of a file or folder of that name, existing or not; None if it cannot be a path."""
     try:
-        path = root / (name := Path(base).expanduser())
+        path = root / (name := expand(base))
         if not root.is_dir():  # a project about to be created: .. does not resolve yet
             path = Path(os.path.normpath(root.resolve() / name))
         path.is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
+    except (OSError, ValueError):  # too long, a NUL
         return None
     return path
 

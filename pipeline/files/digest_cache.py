@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
+from pipeline.files.home import home_folder
 
 FORMAT = 1  # version of the file; others are ignored
 MAX_DIGESTS = 50_000  # in the file, about 5 MB
@@ -65,11 +66,8 @@ def _state(name: str, stat: os.stat_result) -> FileState:
 
 
 def cache_home() -> Path:
-    """The user's cache folder; one that cannot be written for a user without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return Path(os.devnull)
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache")
 
 
 class DigestStore:

@@ -5,6 +5,7 @@ against their manifest on use, and are guarded by a lock. Large files are hard l
 extra space; they are read-only, because an edit in place would change both copies.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -25,6 +26,7 @@ SHORT_KEY = 8  # characters of a key that name an entry to a user
 FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")  # that determine an artifact
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or on a disk that is mounted so
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
@@ -126,10 +128,25 @@ class Cache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor stored twice."""
+        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor stored twice.
+
+        Who may only read the cache shares the lock, so that the owner waits; without a lock file there is nobody to
+        wait for.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self.root / ".lock"
+        file: BinaryIO
+        try:
+            file, mode = path.open("ab"), fcntl.LOCK_EX
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            if not path.exists():
+                yield
+                return
+            file, mode = path.open("rb"), fcntl.LOCK_SH
+        with file:
+            fcntl.flock(file, mode)
             yield
 
 

@@ -17,6 +17,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest, is_temporary, write_file, writing
 from pipeline.files.base_model import parse_source, resolve
+from pipeline.files.home import expand
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params import edit
@@ -352,7 +353,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
 def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> str:
     """A file as ${section.key} if params.yaml has the key, so that DVC follows it. ~ is expanded, as DVC does not."""
     if name.startswith("~"):
-        return str(Path(name).expanduser())
+        return str(expand(name))
     path = key if "." in key.partition("[")[0] else key_path(stage.section, key)
     return f"${{{path}}}" if path in TOP_LEVEL or path.partition(".")[0] in written else name
 

@@ -73,6 +73,14 @@ def open_streams() -> None:
             setattr(sys, f"__{name}__", stream)
 
 
+def require_current_folder() -> None:
+    """Raises UserError if the folder that this process was started in was removed, in which no library loads."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("The current folder was removed. Change to one that exists, such as by `cd ~`.") from None
+
+
 def hangs_up() -> bool:
     """Whether this process ends with its terminal: not under nohup, which ignores SIGHUP."""
     return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN

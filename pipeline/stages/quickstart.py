@@ -25,6 +25,7 @@ from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
+from pipeline.files.home import expand
 from pipeline.models.device import LARGE, available_memory, device_for_size, device_info, multiplies_bf16
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
@@ -146,7 +147,7 @@ def place_files(given: Mapping[str, Any], folder: Path, graph: StageGraph) -> Ge
 def _place_file(name: str, key: str, folder: Path, notes: list[str]) -> str:
     if not name:
         return name
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.exists():
         return os.path.relpath(path.resolve(), folder.resolve())
     inside = Path(os.path.normpath(folder.resolve() / path))

@@ -26,6 +26,7 @@ from pipeline.files.text import escape_whitespace
 from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.permissions import needs_permissions, read_only
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -651,6 +652,26 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, argum
     os.close(closed)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", ["runs --json", "--version"])
+def test_a_result_that_a_full_disk_does_not_take_is_one_error(brief: Path, arguments: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [LORA, *arguments.split()]
+        done = subprocess.run(command, cwd=brief, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        unheard = subprocess.run([LORA, "nope"], cwd=brief, stdout=full, stderr=full, check=False)
+    assert refusal((done.returncode, "", done.stderr)).startswith("error: No space left on device")
+    assert unheard.returncode == 2
+
+
+@pytest.mark.parametrize("program", ["lora doctor", "lora adapters", "lora-tui"])
+def test_a_current_folder_that_is_gone_is_one_error(tmp_path: Path, program: str) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd gone && rmdir ../gone && exec {Path(LORA).parent / program}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    err = refusal((done.returncode, done.stdout, done.stderr))
+    assert "current folder was removed" in err
+
+
 def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
     shutil.rmtree(project / "artifacts/merged", ignore_errors=True)
     shutil.rmtree(project / ".lora-cache/finetune_lora")
@@ -713,12 +734,42 @@ def test_a_folder_that_cannot_be_written_is_one_error(cli: Lora, project: Path) 
     assert "runs" in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+@needs_permissions
 def test_a_read_only_folder_is_one_error(cli: Lora, project: Path) -> None:
-    (project / "artifacts").chmod(0o500)
-    answer = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
-    (project / "artifacts").chmod(0o700)
+    with read_only(project / "artifacts"):
+        answer = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
     refusal(answer)
+
+
+READING = (
+    ["cache"],
+    ["report"],
+    ["runs"],
+    ["adapters"],
+    ["params", "show"],
+    ["prompt", "der"],
+    ["finetune", "lora", "--dry-run"],
+)
+
+
+@needs_permissions
+def test_a_command_that_only_reads_needs_no_right_to_write(cli: Lora, project: Path) -> None:
+    with read_only(project):
+        answers = {" ".join(command): cli(*command, cwd=project) for command in READING}
+    assert {command: code for command, (code, _, _) in answers.items() if code} == {}
+    assert answers["cache"] == cli("cache", cwd=project)
+
+
+@needs_permissions
+def test_a_cache_of_another_user_is_read(cli: Lora, project: Path) -> None:
+    """Also one whose lock file is gone, as in a copy."""
+    shutil.rmtree(project / "artifacts/full_finetuned")
+    (project / ".lora-cache/.lock").unlink()
+    with read_only(project / ".lora-cache"):
+        code, _, err = cli("finetune", "full", *sets(*BRIEF), cwd=project)
+        assert (code, "taken from the cache" in err) == (0, True)
+        refusal(cli("cache", "prune", cwd=project))
+    assert (project / "artifacts/full_finetuned/manifest.json").is_file()
 
 
 def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:

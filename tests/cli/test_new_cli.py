@@ -228,6 +228,12 @@ def test_every_path_that_is_given_counts_from_the_current_folder(here: Path, cli
     assert params.expand_vocab.data == ("../../keep.txt", "../../more.txt")
 
 
+def test_the_home_of_a_user_who_does_not_exist_is_no_file(here: Path, cli: Lora) -> None:
+    asked = ("new", "homeless", "--base", "toy", "--data", "chats.json")
+    err = refusal(cli(*asked, "--set", "retention_data=~nobody-of-this-name/old.txt", cwd=here))
+    assert "~nobody-of-this-name/old.txt" in err
+
+
 def test_a_path_that_counts_from_the_new_project_is_taken_with_a_note(here: Path, cli: Lora) -> None:
     """As it was before the current folder counted, in scripts and notes of others."""
     (here / "old.txt").write_text("Two and two are four.\n", encoding="utf-8")

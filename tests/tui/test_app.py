@@ -5,9 +5,11 @@ import inspect
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -225,6 +227,19 @@ def test_a_config_is_read_and_a_missing_one_is_the_defaults() -> None:
     assert load_config(config_path()) == Config("nord", {"app.quit": "ctrl+x"}, ("~/a",), "stop")
 
 
+def test_a_user_without_a_home_has_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container that runs under a number, or a service whose home is /dev/null."""
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", os.devnull)
+    assert load_config(config_path()) == Config()
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert load_config(config_path()) == Config()
+
+
 @pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"theme": 1, "folders": 3, "prompts": []}'])
 def test_a_damaged_state_is_a_fresh_start(text: str) -> None:
     state_path().parent.mkdir(parents=True)
@@ -275,6 +290,25 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
 
 
 @pytest.mark.slow
+def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> None:
+    """A size in the environment stays as it is when the window is resized."""
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "20", "LINES": "5"}
+    process = subprocess.Popen([LORA_TUI], cwd=empty, stdin=side, stdout=side, stderr=side, env=environment)
+    os.close(side)
+    shown, end = b"", time.monotonic() + 60
+    try:
+        while b"8 Monitor" not in shown:  # the header of a wide screen
+            assert time.monotonic() < end, "it is drawn in another size"
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 65536)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
 def test_a_terminal_that_takes_no_output_and_closes_ends_the_program(empty: Path) -> None:
     """The event loop then waits for ever until something is drawn, and serves no signal itself."""
     code = (

@@ -20,6 +20,7 @@ from textual.worker import get_current_worker
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.sources.open_model import hub_ids, open_model
 from pipeline.errors import UserError
+from pipeline.files.home import expand
 from pipeline.workbench import open_project
 from tui.dialogs import Ask
 from tui.screens.base import WorkbenchScreen
@@ -329,7 +330,7 @@ def _is_hub_id(name: str) -> bool:
 def _existing_path(name: str) -> Path | None:
     """The path of the file or folder `name`, if it exists. Not of pipes and devices, which would block a reader."""
     try:
-        path = Path(name).expanduser()
+        path = expand(name)
         return path if name and (path.is_file() or path.is_dir()) else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home
+    except (OSError, ValueError):  # too long, a NUL
         return None

@@ -14,6 +14,7 @@ from textual.widget import Widget
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.home import expand
 from pipeline.inference.catalog import describe
 from tui.dialogs import Ask, Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
@@ -137,7 +138,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     def _folders(self) -> list[Path]:
         names = [*self.workbench.config.folders, *self.workbench.state.folders]
-        return [self.workbench.root / Path(name).expanduser() for name in names]
+        return [self.workbench.root / expand(name) for name in names]
 
     @work(exclusive=True, group="use")
     async def _use_paths(self, paths: Sequence[str]) -> None:
@@ -370,10 +371,11 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "chat.md"))
         if name is None:
             return
-        path = self.workbench.root / Path(name).expanduser()
-        if path.exists() and not await self.app.push_screen_wait(Ask(f"{path} exists.", {"y": "replace it"}, "Save")):
-            return
+        path = self.workbench.root / expand(name)
         with self.workbench.errors_shown():
+            question = Ask(f"{path} exists.", {"y": "replace it"}, "Save")
+            if path.exists() and not await self.app.push_screen_wait(question):
+                return
             write_file(path, render(self.talk, path.suffix), durable=True)
             self._saved = self._answer_count()
             self.workbench.log_message(f"Saved the conversation to {path}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.home import expand
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.runs import RunView
@@ -98,7 +99,7 @@ def free_name(root: Path, stem: str) -> str:
 
 def path_for(root: Path, answer: str) -> Path:
     """The path that was typed. Raises UserError if nothing can be written there."""
-    path = root / Path(answer).expanduser()
+    path = root / expand(answer)
     if path.suffix.lower() not in KINDS:
         raise UserError(f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers.")
     if not path.parent.is_dir():

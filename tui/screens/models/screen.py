@@ -17,6 +17,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from pipeline.errors import UserError
+from pipeline.files.home import expand
 from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.base import WIDE, WorkbenchScreen
 from tui.screens.models.columns import BY_LABEL
@@ -168,7 +169,7 @@ class ModelsScreen(WorkbenchScreen):
     def _folders(self) -> list[Path]:
         """The folders that the user added, in the config and here."""
         names = [*self.workbench.config.folders, *self.workbench.state.folders]
-        return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
+        return list(dict.fromkeys(self.workbench.root / expand(name) for name in names))
 
     def _start_scan(self) -> None:
         """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
@@ -334,16 +335,16 @@ class ModelsScreen(WorkbenchScreen):
         name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
         if name is None:
             return
-        folders, folder = self.workbench.state.folders, self.workbench.root / Path(name).expanduser()
-        if str(folder) in folders:
-            folders.remove(str(folder))
-        elif folder.is_dir():
-            folders.append(str(folder))
-        else:
-            self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
-            return
-        self.workbench.remember()
-        self._start_scan()
+        folders, folder = self.workbench.state.folders, self.workbench.root / expand(name)
+        with self.workbench.errors_shown():  # a name may be too long for any file
+            if str(folder) in folders:
+                folders.remove(str(folder))
+            elif folder.is_dir():
+                folders.append(str(folder))
+            else:
+                raise UserError(f"{folder} is not a folder. Enter the folder that contains the models.")
+            self.workbench.remember()
+            self._start_scan()
 
     # What is asked of the model under the cursor
 

@@ -12,6 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import LoadingIndicator, Static
 
 from pipeline.errors import UserError, explain
+from pipeline.files.home import expand
 from pipeline.stages.registry import METHODS
 from tui.services.projects.new_project import create
 from tui.widgets.form import Form, FormField, parse_names
@@ -125,4 +126,4 @@ class NewProject(ModalScreen[Made | None]):
 def _path(text: str) -> str:
     """With the home folder in place of ~, which no shell reads here."""
     text = text.strip()
-    return str(Path(text).expanduser()) if text.startswith("~/") else text
+    return str(expand(text)) if text.startswith("~/") else text

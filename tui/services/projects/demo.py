@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import UserError, explain
 from pipeline.files import artifact
 from pipeline.files.digest_cache import cache_home, signature
+from pipeline.files.home import home_folder
 from pipeline.project import provenance
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project, Stage
@@ -51,7 +52,7 @@ def open_demo() -> Path:
 
 def greet(folder: Path) -> str:
     """What a user should know of it."""
-    home = Path.home()
+    home = home_folder()
     where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
     return f"This is a demo, a project that was trained earlier. It lies in {where}. R runs it anew."
 

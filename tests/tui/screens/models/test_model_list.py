@@ -342,6 +342,10 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
     async with open_models(project) as s:
         await name(s, tmp_path / "nowhere")
         await until(s.pilot, lambda: "nowhere is not a folder" in s.messages())
+        await name(s, Path("~nobody-of-this-name/models"))
+        await until(s.pilot, lambda: "~nobody-of-this-name/models is not a folder" in s.messages())
+        await name(s, Path("n" * 300))
+        await until(s.pilot, lambda: "File name too long" in s.messages())
         await name(s, other)
         await s.checked(COUNT + 1)
         assert {"others/", "others/mine"} <= set(s.names())
