@@ -59,8 +59,8 @@ def load_config(path: Path) -> Config:
             "must map binding ids to keys, such as pipeline.run: ctrl+r",
         ),
         "folders": (
-            isinstance(folders, list | tuple) and all(isinstance(folder, str) for folder in folders),
-            "must be a list of paths",
+            isinstance(folders, list | tuple) and all(isinstance(name, str) and _has_home(name) for name in folders),
+            "must be a list of paths, with ~ for a home folder that there is",
         ),
         "on_hangup": (values["on_hangup"] in ON_HANGUP, f"must be one of {', '.join(ON_HANGUP)}"),
     }
@@ -68,6 +68,11 @@ def load_config(path: Path) -> Config:
         if not valid:
             raise UserError(f"{path}: {key} {rule}, got {values[key]!r}.")
     return Config(**{**values, "folders": tuple(folders)})
+
+
+def _has_home(name: str) -> bool:
+    """Whether ~ in a path stands for a folder."""
+    return not os.path.expanduser(name).startswith("~")  # noqa: PTH111 (Path's own raises an error)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from pipeline.errors import path_problem
 from tui.widgets.table import VIM_KEYS
 
 Severity = Literal["information", "warning", "error"]
@@ -112,7 +113,7 @@ class MarkdownReader(ModalScreen[None]):
 
 
 class PathScreen(ModalScreen[str | None]):
-    """Returns the typed text without surrounding spaces; None if it is empty or Escape was pressed."""
+    """Returns the typed text without surrounding spaces, ~ expanded; None if it is empty or Escape was pressed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
@@ -124,9 +125,19 @@ class PathScreen(ModalScreen[str | None]):
         with _frame(Vertical(classes="dialog"), "", "Enter confirm  Esc cancel"):
             yield Static(f"{self._question}\n", markup=False)
             yield Input(self._value, placeholder="a path", select_on_focus=False)
+            yield Static(classes="wrong", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        self.dismiss(event.value.strip() or None)
+        name = event.value.strip()
+        try:
+            path = Path(name).expanduser()
+            path.is_dir()  # raises for a name that is too long
+        except OSError as error:
+            self.query_one(".wrong", Static).update(f"✗ {error.strerror}. Type another path.")
+        except RuntimeError as error:
+            self.query_one(".wrong", Static).update(f"✗ {path_problem(error)}")
+        else:
+            self.dismiss(str(path) if name else None)
 
 
 class Menu(ModalScreen[str | None]):

@@ -29,7 +29,7 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
     folder = await workbench.push_screen_wait(PathScreen(f"Folder to write {name} to, as {kind}:", default))
     if folder is None:
         return
-    out = workbench.root / Path(folder).expanduser()
+    out = workbench.root / folder
     workbench.log_message(f"Exporting {name} as {kind}; it goes on while you do something else.")
     with workbench.errors_shown():
         told, notes = await LoraCommand(workbench.root).run("export", str(adapter), "--format", kind, "--out", str(out))

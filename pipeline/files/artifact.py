@@ -198,7 +198,7 @@ def refuse_untrusted(folder: Path) -> None:
     # Through a link, a folder from elsewhere could make any file of this machine part of a base, which is then shared.
     # Two kinds are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, where the name of a
     # file is the digest of its content, so that nobody can name a file whose content they do not know.
-    resolved = folder.resolve()
+    resolved = Path(os.path.realpath(folder))  # unlike `resolve`, it passes a loop of links, which leads to no file
     trusted = [resolved]
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         trusted.append(resolved.parent.parent / "blobs")
@@ -208,7 +208,7 @@ def refuse_untrusted(folder: Path) -> None:
             path = Path(parent, name)
             if not path.is_symlink():
                 continue
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
                 raise UserError(
                     f"{path} is a link to a file outside its folder: {target}. "

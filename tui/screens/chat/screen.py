@@ -370,7 +370,7 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "chat.md"))
         if name is None:
             return
-        path = self.workbench.root / Path(name).expanduser()
+        path = self.workbench.root / name
         if path.exists() and not await self.app.push_screen_wait(Ask(f"{path} exists.", {"y": "replace it"}, "Save")):
             return
         with self.workbench.errors_shown():

@@ -98,7 +98,7 @@ def free_name(root: Path, stem: str) -> str:
 
 def path_for(root: Path, answer: str) -> Path:
     """The path that was typed. Raises UserError if nothing can be written there."""
-    path = root / Path(answer).expanduser()
+    path = root / answer
     if path.suffix.lower() not in KINDS:
         raise UserError(f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers.")
     if not path.parent.is_dir():

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,8 +141,6 @@ from here, so that the next run (`R`) trains on them."""
         if name == TYPE_A_PATH:
             name = await self.app.push_screen_wait(PathScreen("Data file, folder of save_to_disk, or hub id:"))
         if name:
-            with suppress(RuntimeError):  # no such user's home
-                name = str(Path(name).expanduser()) if name.startswith("~") else name
             self.open_with(file=name)
 
     def open_with(self, **request: Any) -> None:

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 from time import monotonic
 
 from textual import on, work
@@ -202,7 +201,7 @@ class PromptPane(Pane):
         name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
         if name is None:
             return
-        path = self._workbench.root / Path(name).expanduser()
+        path = self._workbench.root / name
         with self._workbench.errors_shown():
             write_file(path, transcript(self.conversation.exchanges, path.suffix), durable=True)
             self.saved = len(self.conversation.exchanges)

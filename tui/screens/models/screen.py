@@ -334,7 +334,7 @@ class ModelsScreen(WorkbenchScreen):
         name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
         if name is None:
             return
-        folders, folder = self.workbench.state.folders, self.workbench.root / Path(name).expanduser()
+        folders, folder = self.workbench.state.folders, self.workbench.root / name
         if str(folder) in folders:
             folders.remove(str(folder))
         elif folder.is_dir():
