@@ -36,7 +36,6 @@ BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
     *("num_attention_heads", "n_head", "num_key_value_heads", "n_positions", *EXPERTS),
 )
 AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
-MOST_LABELS = 1_000_000  # of a classifier's head, which no language model has; transformers names each label
 MOST_EXPERTS = 100_000  # over all layers; published models have up to about 25,000
 SLACK = 2**24  # parameters that may be missing: transformers then names the tensors
 
@@ -295,9 +294,6 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
     for key, count in integers(AT_LEAST_ONE).items():
         if count < 1:
             raise UserError(f"{source}: {key} must be at least 1, got {count}. Copy the model again.")
-    for key, count in integers(("num_labels",)).items():
-        if count > MOST_LABELS:
-            raise _implausible(source, f"{key} is {count:,}, more than {MOST_LABELS:,}")
     for key, width in integers(WIDTHS).items():
         for name, count in integers(BESIDE_WIDTH).items():
             if width * count > most:

@@ -520,7 +520,6 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
     ("changes", "reason"),
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, the weights have 21 tensors"),
-        ({"num_hidden_layers": 10**15}, "num_hidden_layers is"),
         ({"vocab_size": 10**12}, "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold"),
         ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
         ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
@@ -546,8 +545,8 @@ def test_a_config_that_describes_more_than_the_weights_is_refused_before_anythin
 
 
 def test_a_minigpt_is_no_larger_than_its_weights_either(tmp_path: Path) -> None:
-    edit_config(checkpoint(tmp_path / "model"), num_hidden_layers=10**9)
-    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000,000, the weights have"):
+    edit_config(checkpoint(tmp_path / "model"), num_hidden_layers=10**6)
+    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000, the weights have"):
         load_base(tmp_path / "model")
 
 
