@@ -230,7 +230,7 @@ def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> Non
         ids = torch.arange(min(2, model.shape.rows, model.shape.positions))[None]
         model(ids)
         cache = model.new_cache()
-        for token in ids.split(1, dim=1):
+        for token in torch.split(ids, 1, dim=1):
             model(token, cache=cache)
 
 

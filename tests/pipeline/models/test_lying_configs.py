@@ -48,7 +48,26 @@ LIES: dict[str, tuple[Any, ...]] = {  # key → values that no model has
     "num_experts_per_tok": (-1, 10**12, 10**30, "2"),
     "text_config": ("abc", [], {"num_hidden_layers": 10**12}),
 }
-ODD = ("abc", "", "4", -1, 0, 1, 1.5, 10**12, 10**30, float("nan"), True, None, [], ["x"], [4], {}, {"x": 1}, [[]])
+ODD: tuple[Any, ...] = (
+    "abc",
+    "",
+    "4",
+    -1,
+    0,
+    1,
+    1.5,
+    10**12,
+    10**30,
+    float("nan"),
+    True,
+    None,
+    [],
+    ["x"],
+    [4],
+    {},
+    {"x": 1},
+    [[]],
+)
 
 
 @pytest.fixture(scope="module")
