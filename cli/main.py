@@ -11,7 +11,7 @@ import typer
 from typer import Exit, Option
 
 from cli.options import UNDER_DVC, Group, Lazy, group
-from pipeline.errors import FULL, Interrupted, UserError, explain, first_line, is_out_of_memory
+from pipeline.errors import FULL, Interrupted, UserError, explain, first_line, is_out_of_memory, path_problem
 from pipeline.files.text import printable
 from pipeline.project.process import open_streams, require_current_folder, world
 
@@ -126,6 +126,8 @@ def main() -> None:
             _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
         _exit(str(error), 1)
     except (MemoryError, RuntimeError) as error:
+        if problem := path_problem(error):
+            _exit(str(problem), 1)
         if not is_out_of_memory(error):
             raise
         _exit(

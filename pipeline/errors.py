@@ -59,9 +59,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 300 characters; its type if it has no message."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """The first line of an error's message, cut to 300 characters; its type if it has no message.
+
+    After a colon the next line is part of it.
+    """
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    lines = [line.strip() for line in lines if line.strip()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]
+
+
+def path_problem(error: BaseException) -> UserError | None:
+    """What the user can mend in what pathlib raises as RuntimeError; None for any other error."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if text.startswith("Symlink loop from "):  # Python 3.13 raises no error, and the system an OSError
+        path = text.removeprefix("Symlink loop from ")
+        return UserError(f"{path} is a loop of symbolic links, which leads to no file. Name another path.")
+    if text.startswith("Could not determine home directory"):
+        return UserError("~ must be followed by / or by a user who has a home folder. Name the path without ~.")
+    return None
 
 
 def explain(error: OSError) -> str:

@@ -31,7 +31,7 @@ from textual.screen import ModalScreen
 from textual.theme import Theme
 from textual.worker import WorkerFailed
 
-from pipeline.errors import UserError, explain
+from pipeline.errors import UserError, explain, path_problem
 from pipeline.files.home import home_folder
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, state_path
@@ -214,9 +214,15 @@ class Workbench(App[None]):
         return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _handle_exception(self, error: Exception) -> None:
-        """While the workbench closes its screens have lost their widgets: what then looks for one is no error."""
+        """While the workbench closes its screens have lost their widgets: what then looks for one is no error.
+
+        What a worker says of a path that leads nowhere is a message.
+        """
         cause = error.error if isinstance(error, WorkerFailed) else error
-        if self.is_running or not isinstance(cause, NoMatches):
+        problem = path_problem(cause)
+        if problem and cause is not error:  # else the widget whose handler failed takes no messages any more
+            self.fail(problem)
+        elif self.is_running or not isinstance(cause, NoMatches):
             super()._handle_exception(error)
 
     def _project_changed(self) -> None:

@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
 LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
 LARGEST_JSON = 50_000_000  # bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
+MOST_LISTED = 1_000_000  # layers or labels of a config, for each of which transformers makes an entry as it reads it
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)  # target, process id, start time, kind
 # What commands write into a folder of their own. A folder with anything else in it is not replaced.
@@ -193,12 +194,13 @@ def _sync(path: Path) -> None:
 def refuse_untrusted(folder: Path) -> None:
     """Raises UserError for what no model or adapter folder needs but a malicious one may have.
 
-    That is links to files outside it, and text files so large that reading them exhausts memory.
+    That is links to files outside it, text files so large that reading them exhausts memory, and a config.json of so
+    many layers or labels.
     """
     # Through a link, a folder from elsewhere could make any file of this machine part of a base, which is then shared.
     # Two kinds are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, where the name of a
     # file is the digest of its content, so that nobody can name a file whose content they do not know.
-    resolved = folder.resolve()
+    resolved = Path(os.path.realpath(folder))  # unlike `resolve`, it passes a loop of links, which leads to no file
     trusted = [resolved]
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         trusted.append(resolved.parent.parent / "blobs")
@@ -208,7 +210,7 @@ def refuse_untrusted(folder: Path) -> None:
             path = Path(parent, name)
             if not path.is_symlink():
                 continue
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
                 raise UserError(
                     f"{path} is a link to a file outside its folder: {target}. "
@@ -218,6 +220,23 @@ def refuse_untrusted(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
             raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model again.")
+    config: dict[str, Any] = {}
+    with suppress(UserError):  # who reads it says that it is missing or broken
+        config = read_json(folder / "config.json", "")
+    refuse_long_lists(config, str(folder / "config.json"))
+
+
+def refuse_long_lists(config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for a config of more layers or labels than `MOST_LISTED`, in a config nested in it too."""
+    parts: list[Mapping[str, Any]] = [config]
+    for part in parts:  # it grows
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            is_count = isinstance(value, int | float) and key.endswith(("layer", "layers", "labels"))
+            if is_count and value > MOST_LISTED:
+                raise UserError(
+                    f"{source}: {key} must be at most {MOST_LISTED:,}, got {value:,}. Copy the model again."
+                )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pipeline.files.text import abbreviate_repr
 from pipeline.models.base import CausalLM
 from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
-from pipeline.models.save import CONFIG, HARMLESS, WEIGHTS, load_tensors
+from pipeline.models.save import CONFIG, HARMLESS, WEIGHTS, load_tensors, reported
 from pipeline.project.params.sections import Quantization
 from pipeline.project.process import world
 
@@ -33,8 +33,9 @@ WIDTHS = ("hidden_size", "n_embd", "d_model")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
     *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
-    *("num_attention_heads", "n_head", "num_key_value_heads", *EXPERTS),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "n_positions", *EXPERTS),
 )
+AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
 MOST_EXPERTS = 100_000  # over all layers; published models have up to about 25,000
 SLACK = 2**24  # parameters that may be missing: transformers then names the tensors
 
@@ -80,6 +81,7 @@ def load_base(
     refuse_integers(model, files, str(folder))
     if not (folder / MANIFEST).exists():  # else it was imported, which checked it, or made here
         refuse_not_finite(model, str(folder))
+        _refuse_unusable(model, str(folder), trust_remote_code)
     rows, tokens = model.shape.rows, len(tokenizer)
     if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
         raise UserError(
@@ -218,6 +220,21 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
             )
 
 
+@torch.no_grad()
+def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> None:
+    """Raises UserError unless `model` computes the logits of two tokens, together and one after the other.
+
+    What config.json says falsely of how a model computes, such as a window that is a text, shows no earlier.
+    """
+    model.eval()
+    with reported(name, trust_remote_code):
+        ids = torch.arange(min(2, model.shape.rows, model.shape.positions))[None]
+        model(ids)
+        cache = model.new_cache()
+        for token in torch.split(ids, 1, dim=1):
+            model(token, cache=cache)
+
+
 def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
     """Raises UserError if config.json describes a model far larger than the weights in `files`.
 
@@ -242,16 +259,29 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
 
 
 def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
-    """The same for a GGUF file's metadata, which is returned. A parameter takes at least one bit."""
+    """The same for a GGUF file's metadata, which is returned. A parameter takes at least one bit.
+
+    The blocks are counted: transformers leaves out those above `block_count`, and without it builds 32.
+    """
     from pipeline.calc.sources import headers  # loading a model checks its folder only
 
     metadata, tensors = headers.read_gguf(path)
-    _refuse_sizes(headers.gguf_config(metadata, tensors), len(tensors), 8 * path.stat().st_size + SLACK, path)
+    kind, blocks = metadata.get("general.architecture"), {n.split(".")[1] for n in tensors if n.startswith("blk.")}
+    key = f"{kind}.block_count"
+    value = metadata.get(key)
+    if type(value) is not int or value != len(blocks) or not blocks:
+        raise UserError(
+            f"{path}: {key} must be the number of its blocks, at least 1: its tensors have {len(blocks)}, got "
+            f"{abbreviate_repr(value)}. Download it again."
+        )
+    config = headers.gguf_config(metadata, tensors)
+    rows = metadata.get(f"{kind}.vocab_size", config.get("vocab_size"))  # what transformers builds
+    _refuse_sizes({**config, "vocab_size": rows}, len(tensors), 8 * path.stat().st_size + SLACK, path)
     return metadata
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
-    """Raises UserError for more layers than tensors, or a matrix of more than `most` parameters."""
+    """Raises UserError for no layers or more than tensors, or a matrix of more than `most` parameters."""
 
     def integers(keys: Sequence[str]) -> dict[str, int]:
         return {key: config[key] for key in keys if type(config.get(key)) is int}
@@ -262,6 +292,9 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
         for name, experts in integers(EXPERTS).items():
             if count * experts > MOST_EXPERTS:
                 raise _implausible(source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}")
+    for key, count in integers(AT_LEAST_ONE).items():
+        if count < 1:
+            raise UserError(f"{source}: {key} must be at least 1, got {count}. Copy the model again.")
     for key, width in integers(WIDTHS).items():
         for name, count in integers(BESIDE_WIDTH).items():
             if width * count > most:

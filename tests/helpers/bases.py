@@ -55,7 +55,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 def toy_model(family: str, **settings: Any) -> Any:
     """A model of random weights whose logits are far apart."""
     ids = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **ids, **settings})
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, WIDE), **ids, **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

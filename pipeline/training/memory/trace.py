@@ -21,7 +21,8 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.method import FinetuningMethod, projections
 from pipeline.calc.settings import TrainingConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line, is_out_of_memory
+from pipeline.files.artifact import refuse_long_lists
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.accelerator import GatedProduct, fuse_gates
@@ -46,6 +47,7 @@ class _Noisy(Training, frozen=True, kw_only=True):
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
     """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises UserError."""
     _refuse_unsupported(config, method, run)
+    refuse_long_lists(config, "the config")
     live = TensorMemoryMeter()
     try:
         with FakeTensorMode():
@@ -56,10 +58,11 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
                 step()
                 live.peak = live.now  # between steps, with the optimizer's state
                 step()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    except Exception as error:  # whatever the libraries raise for a config
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(
-            f"--trace cannot build or run this model: {reason[0]}. Run without --trace to use the formula."
+            f"--trace cannot build or run this model: {first_line(error)}. Run without --trace to use the formula."
         ) from None
     return live.peak
 
