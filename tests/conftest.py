@@ -46,13 +46,14 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
-    `studied`, for which the others would wait. Cases are sampled, pictures of whole screens are slow; what is slow
-    because it runs the document's studies is apart, as `make document` runs them too."""
+    `studied`, for which the others would wait. Pictures of whole screens are slow. The other cases of a sample, and what
+    is slow because it runs the document's studies, which `make document` runs too, are left to `make test-all`."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
             if cases[item.function] % sampled.args[0]:
                 item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.rest)
             cases[item.function] += 1
         if "snap_compare" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif of_module and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
         if "studied" in fixtures or item.path.is_relative_to(ROOT / "tests/pipeline/document"):
-            item.add_marker(pytest.mark.document)
+            item.add_marker(pytest.mark.rest)
 
 
 def pytest_collection_finish() -> None:
