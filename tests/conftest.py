@@ -46,8 +46,8 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
-    `studied`, for which the others would wait. Pictures of whole screens are slow. The other cases of a sample, and what
-    is slow because it runs the document's studies, which `make document` runs too, are left to `make test-all`."""
+    `studied`, for which the others would wait. Pictures of whole screens are slow. The other cases of a sample, and
+    what is slow because it runs the document's studies, which `make document` runs too, are left to `make test-all`."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
