@@ -93,6 +93,8 @@ demo: install-dev       ## the finished project that `lora-tui --demo` opens, ma
 MULTIPLIES_BF16 := $(BIN)/python -c 'import sys, torch; from pipeline.models import device; sys.exit(not device.multiplies_bf16(torch.device("cpu")))'
 
 # The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
+# SMOLLM2_STUDIES= leaves the studies out, SMOLLM2_PLAIN= names stages of the project without retention, all if none.
+SMOLLM2_STUDIES ?= study_knowledge_correction study_learning_rate
 smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
 
 smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in projects of their own
@@ -103,10 +105,10 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@$(MULTIPLIES_BF16) || sed -i 's/precision: bf16\b/precision: fp32/' smollm2*/params.yaml
 	@$(MAKE) --no-print-directory $(SMOLLM2)
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
-	@cd smollm2-plain && dvc repro && lora report
+	@cd smollm2-plain && dvc repro $(SMOLLM2_PLAIN) && lora report
 	@cd smollm2-qlora && dvc repro evaluate && lora report
 	@cd smollm2-preferences && dvc repro && lora report
-	@cd smollm2 && dvc repro evaluate study_knowledge_correction study_learning_rate && lora report
+	@cd smollm2 && dvc repro evaluate $(SMOLLM2_STUDIES) && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
 	@pytest -n 2 --dist loadgroup $(SMOLLM2_TESTS)

@@ -28,6 +28,9 @@ pytestmark = [
 ]
 
 
+has_studies = pytest.mark.skipif(not (MADE / "studies").is_dir(), reason="made without SMOLLM2_STUDIES")
+
+
 def read(name: str, made: Path = MADE) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((made / name).read_text(encoding="utf-8"))
     return value
@@ -54,6 +57,7 @@ def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant:
     assert min(held_out) >= 0.9
 
 
+@has_studies
 def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps_the_rest() -> None:
     rows: dict[Any, dict[str, Any]] = {
         row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")
@@ -68,6 +72,7 @@ def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps
         assert kept["divergence"] < plain["divergence"] / 10
 
 
+@has_studies
 def test_a_higher_rate_than_in_full_the_same_at_every_rank_and_attention_learns_as_well_as_feed_forward() -> None:
     """LoRA Without Regret, in the ledger. One seed, 16 dates: which of two neighbouring rates is best is noise."""
     rows = {row["id"]: row for row in verdicts(open_project(PROJECT / "params.yaml"))}
