@@ -35,6 +35,7 @@ BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
     *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "n_positions", *EXPERTS),
 )
+POSITIONS_TABLE = ("gpt2", "opt")  # families whose positions are a matrix too, by whichever key
 AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
 MOST_EXPERTS = 100_000  # over all layers; published models have up to about 25,000
 SLACK = 2**24  # parameters that may be missing: transformers then names the tensors
@@ -295,8 +296,9 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
     for key, count in integers(AT_LEAST_ONE).items():
         if count < 1:
             raise UserError(f"{source}: {key} must be at least 1, got {count}. Copy the model again.")
+    table = ("max_position_embeddings",) if config.get("model_type") in POSITIONS_TABLE else ()
     for key, width in integers(WIDTHS).items():
-        for name, count in integers(BESIDE_WIDTH).items():
+        for name, count in integers((*BESIDE_WIDTH, *table)).items():
             if width * count > most:
                 raise _implausible(source, f"{key} × {name} is {width * count:,}, more than its weights hold")
 

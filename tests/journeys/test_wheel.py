@@ -142,9 +142,8 @@ def test_without_a_clone_a_project_is_made_and_trained(
     (tmp_path / "keys.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = ("--base", "toy", "--data", "keys.jsonl", "--out", "run", "--set", "epochs=1")
     said = run(installed, tmp_path, "lora", "train", *options)
-    assert "lora: answers to held-out examples: " in said and re.search(
-        r"Next: cd run; .* \S*dvc repro after an edit", said
-    )
+    assert "lora: answers to held-out examples: " in said
+    assert re.search(r"Next: cd run; lora report .*\n +\S*dvc repro +after an edit", said)
     assert (tmp_path / "run/artifacts/lora_adapter/adapter_model.safetensors").exists()
     assert "lora" in run(installed, tmp_path / "run", "lora", "report")
     run(installed, tmp_path / "run", "lora", "export", "artifacts/lora_adapter", "--format", "peft", "--out", "out")

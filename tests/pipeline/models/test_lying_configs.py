@@ -121,6 +121,7 @@ def test_a_step_of_a_model_whose_config_lies_is_traced_or_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_value_of_any_key_is_one_message_or_changes_nothing(bases: Path, kind: str, tmp_path: Path) -> None:
     config = json.loads((bases / kind / "config.json").read_text(encoding="utf-8"))
