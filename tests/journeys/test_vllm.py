@@ -36,7 +36,7 @@ SPECS = {
     "rows": AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 121)}),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.rest, pytest.mark.filterwarnings("ignore")]  # it installs gigabytes
 
 
 @pytest.fixture(scope="module")
