@@ -80,8 +80,10 @@ def load_base(
         if world().world_size > 1 and quantization == "none":
             model.stored = _stored(model, folder)
     refuse_integers(model, files, str(folder))
-    if not (folder / MANIFEST).exists():  # else it was imported, which checked it, or made here
+    device, is_foreign = device_for(model), not (folder / MANIFEST).exists()  # else it was imported or made here
+    if is_foreign:
         refuse_not_finite(model, str(folder))
+    if is_foreign and device.type == "cpu" and not isinstance(model, MiniGPT):
         _refuse_unusable(model, str(folder), trust_remote_code)
     rows, tokens = model.shape.rows, len(tokenizer)
     if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
@@ -89,7 +91,6 @@ def load_base(
             f"{folder}: the tokenizer has {tokens} tokens, the model's embedding {rows} rows. "
             "Copy both from the same model."
         )
-    device = device_for(model)
     if quantization != "none":
         from pipeline.models.quantized_linear import quantize  # few runs quantize their base
 
