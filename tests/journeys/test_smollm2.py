@@ -213,10 +213,10 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
     assert metrics["lora"]["new_loss"] < metrics["base"]["new_loss"] - 0.3
     assert all(metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept"))
     samples = read("evaluation/samples.json", made)
-    assert {len(answers) for answers in samples.values()} == {
-        2
-    } and f"> {samples['base'][0]['question']}" in done.stdout
+    (count,) = {len(answers) for answers in samples.values()}
+    assert 5 <= count <= 20, "of the examples that were held out"
+    assert "answers to held-out examples: " in done.stdout and f"> {samples['base'][0]['question']}" in done.stdout
     with (tmp_path / "run/runs/finetune_lora/telemetry.csv").open(encoding="utf-8", newline="") as file:
         *_, last = csv.DictReader(file)
     assert int(last["measured_tensor_bytes"]) == pytest.approx(int(last["predicted_tensor_bytes"]), rel=0.05)
-    assert len((tmp_path / "run/params.yaml").read_text(encoding="utf-8").splitlines()) <= 30
+    assert len((tmp_path / "run/params.yaml").read_text(encoding="utf-8").splitlines()) <= 35
