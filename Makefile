@@ -29,9 +29,9 @@ document: repro         ## all that the document says, run and measured; it prin
 	@lora new document > /dev/null  # renews code.yaml, by which DVC sees that the code of a stage has changed
 	@cd document && dvc repro --quiet && lora report
 
-test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
+test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones and those of the document's studies
 	@$(MAKE) --no-print-directory check
-	@pytest -n 2 --dist loadgroup -m "not slow"
+	@pytest -n 2 --dist loadgroup -m "not slow and not rest"
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
 	@pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))
@@ -93,7 +93,9 @@ demo: install-dev       ## the finished project that `lora-tui --demo` opens, ma
 MULTIPLIES_BF16 := $(BIN)/python -c 'import sys, torch; from pipeline.models import device; sys.exit(not device.multiplies_bf16(torch.device("cpu")))'
 
 # The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
-# SMOLLM2_STUDIES= leaves the studies out, SMOLLM2_PLAIN= names stages of the project without retention, all if none.
+# What is run of each, all of the first if nothing: `SMOLLM2_STUDIES=` leaves the studies out, `SMOLLM2_QLORA=import` four bits.
+SMOLLM2_PLAIN ?=
+SMOLLM2_QLORA ?= evaluate
 SMOLLM2_STUDIES ?= study_knowledge_correction study_learning_rate
 smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
 
@@ -106,7 +108,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@$(MAKE) --no-print-directory $(SMOLLM2)
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
 	@cd smollm2-plain && dvc repro $(SMOLLM2_PLAIN) && lora report
-	@cd smollm2-qlora && dvc repro evaluate && lora report
+	@cd smollm2-qlora && dvc repro $(SMOLLM2_QLORA) && lora report
 	@cd smollm2-preferences && dvc repro && lora report
 	@cd smollm2 && dvc repro evaluate $(SMOLLM2_STUDIES) && lora report
 

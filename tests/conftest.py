@@ -47,7 +47,7 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
     `studied`, for which the others would wait. Pictures of whole screens are slow. The other cases of a sample, and
-    what is slow because it runs the document's studies, which `make document` runs too, are left to `make test-all`."""
+    what runs the document's studies and figures, which `make document` runs too, are left to `make test-all`."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):

@@ -29,6 +29,8 @@ pytestmark = [
 
 
 has_studies = pytest.mark.skipif(not (MADE / "studies").is_dir(), reason="made without SMOLLM2_STUDIES")
+has_plain = pytest.mark.skipif(not (PLAIN / "sweep").is_dir(), reason="made without SMOLLM2_PLAIN")
+has_qlora = pytest.mark.skipif(not (QLORA / "evaluation").is_dir(), reason="made without SMOLLM2_QLORA")
 
 
 def read(name: str, made: Path = MADE) -> dict[str, Any]:
@@ -160,6 +162,7 @@ def test_memory_was_predicted() -> None:
     assert Path(PROJECT / "runs").is_dir()
 
 
+@has_plain
 def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
     rows = read("sweep/sweep.json", PLAIN)
     alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
@@ -167,6 +170,7 @@ def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
     assert rows["seed-0"]["final_loss"] == pytest.approx(alone, rel=0.2, abs=0.02)  # sums of 16 bits in another order
 
 
+@has_qlora
 def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
     predictions = read("evaluation/predictions.json", QLORA)
     for variant in ("lora", "merged"):
@@ -177,6 +181,7 @@ def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
     assert last.divergence is not None and last.divergence < 0.02
 
 
+@has_qlora
 def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
     model = load_base(QLORA / "expanded", "bf16", quantization="nf4-dq").model
     held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
@@ -184,6 +189,7 @@ def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
     assert held == pytest.approx(said["memory"]["weights"], rel=0.02)
 
 
+@has_qlora
 def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_bits() -> None:
     certificate = read("lora_merged/certificate.json", QLORA)
     assert certificate["trained_on"] == "nf4-dq"
