@@ -83,9 +83,10 @@ def plan() -> Iterator[tuple[RecipeTask, Setting, int]]:
     yield from ((task, CHOSEN, 1) for task in few)
     yield from ((task, OTHERS[0], 0) for task in few)
     yield from ((task, CHOSEN, 2) for task in few)
-    for tasks in (few, many):
-        for each in OTHERS:
-            yield from ((task, for_rows(each, task.rows), 0) for task in tasks)
+    for each in OTHERS[1:]:
+        yield from ((task, each, 0) for task in few)
+    for each in OTHERS:
+        yield from ((task, for_rows(each, task.rows), 0) for task in many)
     for seed in SEEDS[1:]:
         yield from ((task, for_rows(CHOSEN, task.rows), seed) for task in many)
         yield from ((task, FIRST, seed) for task in few)
