@@ -107,8 +107,8 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@$(MULTIPLIES_BF16) || sed -i 's/precision: bf16\b/precision: fp32/' smollm2*/params.yaml
 	@$(MAKE) --no-print-directory $(SMOLLM2)
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
-	@cd smollm2-plain && dvc repro $(SMOLLM2_PLAIN) && lora report
-	@cd smollm2-qlora && dvc repro $(SMOLLM2_QLORA) && lora report
+	@cd smollm2-plain && dvc repro $(SMOLLM2_PLAIN) $(if $(SMOLLM2_PLAIN),,&& lora report)
+	@cd smollm2-qlora && dvc repro $(SMOLLM2_QLORA) $(if $(filter evaluate,$(SMOLLM2_QLORA)),&& lora report)
 	@cd smollm2-preferences && dvc repro && lora report
 	@cd smollm2 && dvc repro evaluate $(SMOLLM2_STUDIES) && lora report
 
