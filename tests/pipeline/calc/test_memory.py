@@ -89,6 +89,7 @@ def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.rest
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() -> None:
     result = worst(CORNERS)
     assert len(result) >= 60

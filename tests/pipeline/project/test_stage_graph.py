@@ -156,6 +156,7 @@ def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_a
 
 
 @pytest.mark.slow
+@pytest.mark.rest
 def test_two_fresh_clones_give_the_same_locks_and_a_changed_rank_reruns_what_depends_on_it(
     origin: Path, tmp_path: Path
 ) -> None:
