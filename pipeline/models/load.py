@@ -80,11 +80,12 @@ def load_base(
         if world().world_size > 1 and quantization == "none":
             model.stored = _stored(model, folder)
     refuse_integers(model, files, str(folder))
-    device, is_foreign = device_for(model), not (folder / MANIFEST).exists()  # else it was imported or made here
-    if is_foreign:
+    device = device_for(model)
+    # An imported base was checked, as was one that was made here; of several processes each reads its rows only.
+    if not (folder / MANIFEST).exists() and world().world_size == 1:
         refuse_not_finite(model, str(folder))
-    if is_foreign and device.type == "cpu" and not isinstance(model, MiniGPT):
-        _refuse_unusable(model, str(folder), trust_remote_code)
+        if device.type == "cpu" and not isinstance(model, MiniGPT):
+            _refuse_unusable(model, str(folder), trust_remote_code)
     rows, tokens = model.shape.rows, len(tokenizer)
     if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
         raise UserError(
