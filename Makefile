@@ -93,7 +93,7 @@ demo: install-dev       ## the finished project that `lora-tui --demo` opens, ma
 MULTIPLIES_BF16 := $(BIN)/python -c 'import sys, torch; from pipeline.models import device; sys.exit(not device.multiplies_bf16(torch.device("cpu")))'
 
 # The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
-# What is run of each, all of the first if nothing: `SMOLLM2_STUDIES=` leaves the studies out, `SMOLLM2_QLORA=import` four bits.
+# The stages to run of the project without retention (none named: all), of the one in four bits, and the studies of the main one.
 SMOLLM2_PLAIN ?=
 SMOLLM2_QLORA ?= evaluate
 SMOLLM2_STUDIES ?= study_knowledge_correction study_learning_rate

@@ -22,9 +22,10 @@ LONGEST_NUMBER = 1_000  # characters
 def read(path: Path, name: str) -> Any:
     """The value of a file that messages call `name`. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
         if len(text) > MOST_CHARACTERS:
-            raise UserError(f"{name} has more than {MOST_CHARACTERS:,} characters. Put examples into a .jsonl file.")
+            raise UserError(f"{name} must have at most {MOST_CHARACTERS:,} characters. Make it shorter.")
         return load(text)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None

@@ -13,7 +13,7 @@ from pipeline.calc.families import architecture
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, refuse_untrusted
-from pipeline.files.base_model import TensorLocation, tensor_locations, weight_files
+from pipeline.files.base_model import WIDTHS, TensorLocation, tensor_locations, weight_files
 from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.files.text import abbreviate_repr
 from pipeline.models.base import CausalLM
@@ -29,7 +29,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sizes in a config, by the names that different families give them.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
     *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
