@@ -75,6 +75,9 @@ def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
     _refuse_other_kernels(model, run)
+    if run.precision != "bf16" and any(linear.experts > 1 for block in model.blocks for linear in block.linears):
+        # torch has no fake product of experts in other dtypes, though GPUs have a real one
+        raise UserError(f"--trace runs a mixture of experts in bf16, got {run.precision}. Add --precision bf16.")
     project_lora = run.ours or model.style.ours
     if (getattr(method, "dora", False) or getattr(method, "lora_dropout", 0)) and not project_lora:
         raise UserError("--trace supports DoRA and dropout only as implemented here, not in PEFT. Use --trainer ours.")
