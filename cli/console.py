@@ -191,7 +191,13 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+        speed_estimate_period=3600,  # seconds: a step may take minutes
+    ) as progress:
         task: TaskID | None = None
         while True:
             try:

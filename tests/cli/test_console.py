@@ -1,7 +1,8 @@
 """Tables fit the terminal: no word is broken, no number is cut, nothing is lost."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from io import StringIO
 
 import pytest
 from hypothesis import example, given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cli import console
+from pipeline.project.runner import Progress
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyzäöü-_/.", min_size=1, max_size=30)
 CELL = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
@@ -107,3 +109,18 @@ def test_a_size_that_no_table_fits_into_is_not_taken(
     assert variable not in console._terminal_environment()
     monkeypatch.setenv(variable, "40")
     assert console._terminal_environment()[variable] == "40"
+
+
+def test_the_time_that_is_left_is_shown_also_where_a_step_takes_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    terminal = Console(file=StringIO(), force_terminal=True, width=100, color_system=None, get_time=lambda: now[0])
+    monkeypatch.setattr(console, "stderr", terminal)
+
+    def slow() -> Generator[Progress, None, None]:
+        for step in range(7):
+            yield Progress(step, 8, "loss 0.5")
+            now[0] += 300
+
+    console.follow(slow(), "train")
+    assert isinstance(terminal.file, StringIO)
+    assert "6/8 loss 0.5 0:10:00" in terminal.file.getvalue()
