@@ -205,7 +205,7 @@ def combine(
 
     Exact (cat), at a smaller rank, or aligned first (knots). Prints how much they interfere before it writes.
     """
-    from cli.console import print_json, print_line
+    from cli.console import noting_replaced, print_json, print_line
     from pipeline.adapters.folder import common_base
     from pipeline.errors import UserError
     from pipeline.weights.combine import CombineOptions
@@ -225,7 +225,8 @@ def combine(
     options = CombineOptions(method, rank, density, seed)
     shown: list[Interference] = []
     show = shown.extend if as_json else _print_interference
-    error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code, show)
+    with noting_replaced(out):
+        error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code, show)
     if as_json:
         pairs = [{**pair._asdict(), "modules": [row._asdict() for row in pair.modules]} for pair in shown]
         print_json({"folder": str(out), "method": method, "error": error, "interference": pairs})
@@ -273,7 +274,7 @@ def compress(
     """
     from dataclasses import asdict
 
-    from cli.console import number, print_costs, print_json, print_line, print_table
+    from cli.console import noting_replaced, number, print_costs, print_json, print_line, print_table
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.folder import base_of
     from pipeline.data.formats import read_examples
@@ -285,7 +286,8 @@ def compress(
         raise UserError("compress needs either --rank or --energy. Add one, such as --energy 0.99.")
     base = base or base_of(path)
     examples = read_examples(data, str(data)) if data else []
-    rows = compress_adapter(path, base, out, Limit(rank, energy), trust_remote_code)
+    with noting_replaced(out):
+        rows = compress_adapter(path, base, out, Limit(rank, energy), trust_remote_code)
     error = total_error(rows)
     if not as_json:  # shown before the models are loaded, which may fail
         shared = _shared_prefix([row.module for row in rows])
@@ -320,11 +322,12 @@ def import_(
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    from cli.console import print_line, print_note
+    from cli.console import noting_replaced, print_line, print_note
     from pipeline.weights.import_adapter import import_adapter
 
     base = base or foreign.base_of(path)
-    imported = import_adapter(path, base, out, trust_remote_code)
+    with noting_replaced(out):
+        imported = import_adapter(path, base, out, trust_remote_code)
     for note in imported.notes:
         print_note(note)
     proof = "by names and shapes; no more is known"

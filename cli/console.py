@@ -4,7 +4,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
@@ -54,6 +56,15 @@ def print_line(text: str, style: str | None = None) -> None:
 def print_note(text: str) -> None:
     """A message beside the result, as a line on stderr."""
     stderr.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def noting_replaced(out: Path) -> Iterator[None]:
+    """Around what writes a folder: says afterwards if it replaced an earlier result there."""
+    replaced = out.is_dir() and any(out.iterdir())
+    yield
+    if replaced:
+        print_note(f"{out}: the earlier result there is replaced.")
 
 
 def print_json(value: Any) -> None:

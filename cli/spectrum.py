@@ -52,7 +52,7 @@ def spectrum(
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
-    from cli.console import follow, print_line, print_table
+    from cli.console import follow, noting_replaced, print_line, print_table
     from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import quality, refuse_other_tokens
@@ -80,7 +80,8 @@ def spectrum(
     examples = read_examples(data, str(data)) if data else []
     if examples:
         refuse_other_tokens(base, tuned, examples)
-    extracted = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")
+    with noting_replaced(out):
+        extracted = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")
     if not as_json:  # shown before the models are loaded, which may fail
         show(extracted.spectra)
     if not (as_json or as_csv):
@@ -112,7 +113,7 @@ def _intruders(
     as_json: bool,
 ) -> None:
     """`search`: how many singular vectors of each matrix, and ε."""
-    from cli.console import follow, print_costs, print_json, print_line
+    from cli.console import follow, noting_replaced, print_costs, print_json, print_line
     from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import costs
@@ -129,7 +130,8 @@ def _intruders(
     if not as_json:
         _print_intruders(searched, *search)
     if out is not None and factor is not None:
-        damp(base, tuned, out, searched, factor, dict(zip(("top", "epsilon"), search, strict=True)))
+        with noting_replaced(out):
+            damp(base, tuned, out, searched, factor, dict(zip(("top", "epsilon"), search, strict=True)))
     models = {"tuned": tuned, "base": None, "damped": out}
     quality = costs(base, models, examples, trust_remote_code) if examples else {}
     if as_json:

@@ -273,7 +273,7 @@ def merge(
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
     if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
-        from cli.console import follow, print_line, print_note
+        from cli.console import follow, noting_replaced, print_line, print_note
         from pipeline.errors import UserError
         from pipeline.export.formats import Export, note_on_verdict
         from pipeline.export.formats.merged import merging_of
@@ -286,7 +286,8 @@ def merge(
         export = Export(adapter, base, None, precision, prompts, trust_remote_code)
         for note in note_on_verdict(adapter):
             print_note(note.text)
-        print_line("  ".join((str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))))
+        with noting_replaced(out):
+            print_line("  ".join((str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))))
         return
     run_stage("merge", params, overrides, force)
 
@@ -414,7 +415,7 @@ def run_stage(
     from cli.advise import advice_notes
     from cli.console import follow, print_line, print_note
     from pipeline.errors import UserError
-    from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+    from pipeline.project.logs.run_log import LOSS, final_accuracy, final_loss, read_steps
     from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
@@ -468,7 +469,10 @@ def run_stage(
     if preferences:
         before, after = (preferences[when]["accuracy"] for when in ("before", "after"))
         parts.append(f"accuracy {before:.0%} → {after:.0%} on held-out pairs")
-    if steps := read_steps(folder / LOSS):
+    steps = read_steps(folder / LOSS)
+    if not preferences and (accuracy := final_accuracy(steps)) is not None:
+        parts.append(f"accuracy {accuracy:.0%} on the pairs of the last epoch, none held out")
+    if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
     if preferences and after < before:

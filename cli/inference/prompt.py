@@ -16,6 +16,7 @@ from cli.options import (
     group,
     project_of,
 )
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
@@ -91,6 +92,8 @@ def prompt(
     model_input = render(loaded.base, text) if chat else text
     completion = continued(loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
     answer = _answer(loaded, text, model_input, top_k, completion)
+    if not chat and loaded.tokenizer.has_template and _trained_in_template(adapter or base):
+        print_note("TEXT is continued as it is; --chat asks it in the chat template, as the model was trained.")
     if adapter is not None and not (adapter / MANIFEST).exists():  # made elsewhere: nothing binds it to its base
         print_note(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.")
     if as_json:
@@ -119,7 +122,6 @@ def compare(
     from cli.console import print_json, print_note, print_table
     from cli.project import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
-    from pipeline.errors import UserError
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
     from pipeline.project.status import outdated
@@ -162,6 +164,16 @@ def compare(
     print_table(("model", *(f"#{number}" for number in range(1, shown + 1)), "completion"), rows)
     if shown < top_k:
         print_note(f"The table shows {shown} candidates; --json has all.")
+
+
+def _trained_in_template(model: Path) -> bool:
+    """Whether a stage made the adapter or the model, and trained plain prompts in the base's template if it has one."""
+    from pipeline.files.artifact import read_manifest
+
+    try:
+        return bool(read_manifest(model)["params"]["chat_template"] != "none")
+    except (UserError, KeyError, TypeError):
+        return False
 
 
 def _answer(loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str) -> dict[str, Any]:

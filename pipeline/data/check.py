@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.columns import clean_command
 from pipeline.data.containers import Reading
 from pipeline.data.examples import Example, content_digest, is_held_out, joins_words
 from pipeline.data.formats import iter_examples, notes
@@ -126,7 +127,8 @@ class _Check:
         self._files, self._rows = array("i"), array("q")
         self._held_out = bytearray()
         self._lengths = array("q")  # of the training set
-        self._longest = (0, "")  # with its location
+        self._longest = (0, "", "")  # with its location, and what leaves it out
+        self._leave_out = ""  # the command that writes the file read now without rows that are too long
         self._formats: Counter[str] = Counter()
         self._extra_keys: Counter[str] = Counter()
         self._problems = Problems()
@@ -136,6 +138,7 @@ class _Check:
     def read(self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float) -> None:
         """Read a file; the share `held_out` of its examples is for the evaluation."""
         self._names.append(name)
+        self._leave_out = f"`{clean_command(name, columns or {})} --drop too-long`"
         self._encoded = len(self._rows)
         reading = Reading(self._refuse)
         read = iter_examples(root / name, name, columns=columns, reading=reading, templated=self._templated)
@@ -216,13 +219,14 @@ class _Check:
             self._tokens += kept
             self._labels += labels
             self._truncated += kept < length
-            self._longest = max(self._longest, (length, example.location), key=lambda each: each[0])
+            longest = length, example.location, self._leave_out
+            self._longest = max(self._longest, longest, key=lambda each: each[0])
             if labels and not self._rendered and self._tokenizer:
                 self._rendered = rendered(example, self._tokenizer, self._max_length)
         if self._positions is not None and kept > self._positions:
             text = (
                 f"{kept:,} tokens with the end token, more than the model's {self._positions:,} positions. Leave it "
-                "out with `lora data clean --drop too-long`, or cut it with max_length."
+                f"out with {self._leave_out}, or cut it with max_length."
             )
             self._add_problem("too long", "error", row, text)
         if not labels:
@@ -263,7 +267,7 @@ class _Check:
                     "warning",
                     f"the longest example, {self._longest[1]}, has {quantiles['max']:,} tokens, 99 % have at most "
                     f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or leave it out with "
-                    "`lora data clean --drop too-long`.",
+                    f"{self._longest[2]}.",
                 )
         known = self._tokenizer is not None
         if len(lengths) and self._max_length and not self._labels:

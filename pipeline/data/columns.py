@@ -39,6 +39,11 @@ def columns_option(columns: Mapping[str, str]) -> str:
     return f" --columns {quote(text)}" if text else ""
 
 
+def clean_command(name: str, columns: Mapping[str, str]) -> str:
+    """What writes the file without rows that spoil a training."""
+    return f"lora data clean {quote(name)} OUT{columns_option(columns)}"
+
+
 def rename(
     record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool
 ) -> tuple[dict[str, Any], set[str]]:

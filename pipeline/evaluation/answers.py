@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.data.tokenizers.chat_template import Messages
+from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.evaluation.bootstrap import interval
 from pipeline.evaluation.kinds import Scores
@@ -16,10 +18,14 @@ MAX_NEW_TOKENS = 64
 
 
 class Answers:
-    """The tasks, and what every model has answered so far; the first one is the base."""
+    """The tasks, and what every model has answered so far; the first one is the base.
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = tasks
+    `templated`: whether a plain prompt is asked in the model's chat template, if it has one and the task's `chat` does
+    not say.
+    """
+
+    def __init__(self, tasks: Sequence[Task], templated: bool) -> None:
+        self.tasks, self._templated = tasks, templated
         self._base: dict[str, Sequence[Scores]] = {}
         # task → of each example the prompt, and each model's answer
         self._rows: dict[str, list[dict[str, Any]]] = {
@@ -33,7 +39,7 @@ class Answers:
         """
         measured = {}
         for task in self.tasks:
-            answers = ask(loaded, task)
+            answers = ask(loaded, task, self._templated)
             scores = score(task, answers)
             for n, (answer, each) in enumerate(zip(answers, scores, strict=True)):
                 self._rows[task.name][n]["answers"][loaded.name] = _row(task, n, answer, each)
@@ -52,16 +58,14 @@ class Answers:
         return {"tasks": self._rows} if self.tasks else {}
 
 
-def ask(loaded: LoadedModel, task: Task) -> list[Any]:
+def ask(loaded: LoadedModel, task: Task, templated: bool = False) -> list[Any]:
     """Each example's answer: the generated text, or for choices their log-likelihoods in nats.
 
-    None stands for what a word-level model cannot read or write. Raises UserError.
+    None stands for what a word-level model cannot read or write. `templated`: as of `Answers`. Raises UserError.
     """
     tokenizer, choices = loaded.tokenizer, task.kind.choices
-    prompts = [
-        example.prompt if isinstance(example.prompt, str) else tokenizer.render(example.prompt, True)
-        for example in task.examples
-    ]
+    as_turns = templated and tokenizer.has_template and "chat" not in task.options
+    prompts = [_text(example.prompt, tokenizer, as_turns) for example in task.examples]
     readable = [n for n, prompt in enumerate(prompts) if not tokenizer.unknown_words(prompt)]
     texts = [choices(example.row) if choices else () for example in task.examples]
     for n in readable:
@@ -74,6 +78,13 @@ def ask(loaded: LoadedModel, task: Task) -> list[Any]:
     completed = complete_all(loaded, [prompts[n] for n in readable], limit, stops)
     completions = dict(zip(readable, completed, strict=True))
     return [completions.get(n) for n in range(len(prompts))]
+
+
+def _text(prompt: str | Messages, tokenizer: Tokenizer, as_turns: bool) -> str:
+    if isinstance(prompt, str) and not as_turns:
+        return prompt
+    turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return tokenizer.render(turns, True)
 
 
 def _refuse_long(loaded: LoadedModel, prompt: str, choices: Sequence[str], location: str) -> None:

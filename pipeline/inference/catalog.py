@@ -216,16 +216,20 @@ def _modified_at(files: Signature) -> float | None:
 def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | None]:
     """Folders of base and adapter of the pipeline model that was trained last in a project.
 
-    If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the merged model.
+    If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the merged model. Raises
+    UserError if there is none.
     """
     variants = {name: pair for name, pair in project.variants.items() if merged or pair[0] != "merge"}
     folders = {name: [project.artifact(stage) for stage in pair if stage] for name, pair in variants.items()}
     existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
+    if not existing:
+        command = project.command(project.variants["base"][0])
+        raise UserError(f"There is no model yet. Run {command}, or name one with --base.")
     trained = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
     base, *adapter = max(
         reversed(trained),  # of two with the same time, the later in the pipeline
         key=lambda pair: _modified_at(signature(pair[-1])) or 0.0,
-        default=existing.get("expanded") or existing.get("base") or [project.artifact("expand_vocab")],
+        default=existing.get("expanded") or existing["base"],
     )
     return base, adapter[0] if adapter else None
 

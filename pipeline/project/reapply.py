@@ -30,7 +30,7 @@ def settings_to_write(project: Project, run: Run) -> dict[str, Any]:
     files = {key if "." in key else f"{stage.section}.{key}" for key in stage.data}
     for key in values.keys() & files:
         for name in _files(values[key]):
-            if not (project.root / name).is_file():
+            if not (project.root / name).exists():
                 raise UserError(f"{key}: the run read {name}, which is not in this project. Set {key} by hand.")
     return values
 

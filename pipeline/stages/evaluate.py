@@ -59,7 +59,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     for stage in project.needs(job.stage):
         job.artifact(stage)
     prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
-    answers = Answers(read_tasks(project.root, settings.task_files))
+    answers = Answers(read_tasks(project.root, settings.task_files), trained_in_template(project))
     limited = _limited(project, settings, answers.tasks, prompts)
     new, max_length = new_examples(job)
     metrics: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def measure(
     """
     project, settings = job.project, job.project.params.evaluate
     prompts = read_prompts(job.path(settings.prompts), settings.prompts) if settings.prompts else []
-    answers = Answers(read_tasks(project.root, settings.task_files))
+    answers = Answers(read_tasks(project.root, settings.task_files), trained_in_template(project))
     _limited(project, settings, answers.tasks, prompts)  # a limit that could never count is an error here too
     new, max_length = new_examples(job)
     reference = next(engine.variants(project), None)  # forgetting counts from it

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.check import DataReport, check
-from pipeline.data.columns import columns_option
+from pipeline.data.columns import clean_command, columns_option
 from pipeline.data.containers import is_hub_id, suffix_of
 from pipeline.data.convert import convert
 from pipeline.data.examples import in_evaluation
@@ -219,9 +219,10 @@ def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     left = report.errors - sum(group.rows for group in errors[:SHOWN])
     more = f" {left:,} more." if left else ""
     check_all = f"lora data check {quote(report.files[0])}{columns_option(columns)}"
+    cleaned = clean_command(report.files[0], columns)
     raise UserError(
-        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `lora data clean` writes a file without "
-        "rows that are empty, too long or twice there."
+        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes a file without rows "
+        "that are empty or twice there, with --drop too-long also without those that are too long."
     )
 
 

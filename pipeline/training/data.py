@@ -213,18 +213,11 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
 
 
 def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | None:
-    """The held-out examples that the model answers at each evaluation, as `samples.held_out` says; None without.
-
-    Raises UserError if nothing is held out.
-    """
+    """The held-out examples that the model answers at each evaluation, as many as `samples.held_out` says; None
+    without, or if no example is held out."""
     most = settings.samples.get("held_out", 0)
-    if not most:
+    if not most or not (settings.eval_data or settings.eval_share):
         return None
-    if not settings.eval_data and not settings.eval_share:
-        raise UserError(
-            f"{job.stage.section}.samples.held_out is {most}, but no example is held out. Set eval_share above 0, or "
-            "name a file in eval_data."
-        )
     from pipeline.data.answers.questions import questions
 
     asked = questions(held_out_examples(job, settings), base.tokenizer, most, base.model.max_length)

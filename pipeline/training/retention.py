@@ -1,7 +1,7 @@
 """Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li & Hoiem 2017)."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.device import placed_for_inference
-from pipeline.models.generate import generate
+from pipeline.models.generate import generate_all
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
@@ -122,22 +122,23 @@ def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> G
         )
     if not settings.retains:
         return None
-    windows, locations = [], []
     path, name = job.path(settings.retention_data), settings.retention_data
     examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
-    if prompts := sum(map(_is_prompt, examples)):
-        yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
-    with placed_for_inference(base.model) if prompts else nullcontext():
-        for example in examples:
-            if _is_prompt(example):
-                ids = base.tokenizer.encode(example.text)
-                ids = (*ids, *generate(base.model, ids, base.tokenizer.end_ids, COMPLETION))
-            else:  # without the last id: it is the end token, after which predictions do not matter
-                ids = encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
-            windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
-            locations.append(example.location)
-    return InMemoryDataset(windows, locations)
+    prompts = {n: base.tokenizer.encode(each.text) for n, each in enumerate(examples) if each.prompt == each.text}
+    completed = dict[int, tuple[int, ...]]()
+    if prompts:
+        yield Note(f"{job.stage.name}: the base completes {len(prompts)} prompts of {settings.retention_data}")
+        limits = [COMPLETION] * len(prompts)
+        with placed_for_inference(base.model):
+            answers = generate_all(base.model, [*prompts.values()], base.tokenizer.end_ids, limits)
+        completed = {n: (*ids, *answer) for (n, ids), answer in zip(prompts.items(), answers, strict=True)}
+    windows = []
+    for n, example in enumerate(examples):
+        # without the last id of a text: it is the end token, after which predictions do not matter
+        ids = completed.get(n) or _encode(example, settings, base)[:-1]
+        windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
+    return InMemoryDataset(windows, [example.location for example in examples])
 
 
-def _is_prompt(example: Example) -> bool:
-    return example.prompt == example.text
+def _encode(example: Example, settings: RetentionSettings, base: Base) -> tuple[int, ...]:
+    return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids

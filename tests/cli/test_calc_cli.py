@@ -282,7 +282,10 @@ BAD = [
         ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
         "--trace cannot build or run",
     ),
-    (["--model", "mixtral-8x7b", "--trace", "--precision", "fp32"], "--trace runs a mixture of experts in bf16, got fp32"),
+    (
+        ["--model", "mixtral-8x7b", "--trace", "--precision", "fp32"],
+        "--trace runs a mixture of experts in bf16, got fp32",
+    ),
     (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
     (["--trace", "--dora", "--trainer", "torch"], "supports DoRA and dropout only as implemented here, not in PEFT"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),

@@ -308,6 +308,7 @@ def test_a_hint_repeats_the_columns_and_equal_faults_are_one(here: Path, cli: Lo
     code, _, err = cli("new", "wrong", *given, cwd=here)
     assert code == 1 and "pairs.jsonl: 40 rows: no column q, which columns names." in err and "First: row 1." in err
     assert "`lora data check pairs.jsonl --columns prompt=q,completion=answer` lists all" in err
+    assert "`lora data clean pairs.jsonl OUT --columns prompt=q,completion=answer` writes a file without" in err
 
 
 def test_tokens_that_are_added_need_the_stage_that_adds_them(here: Path, cli: Lora) -> None:

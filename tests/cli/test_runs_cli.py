@@ -111,6 +111,8 @@ def test_a_run_on_data_that_is_gone_names_the_key(project: Path, cli: Lora) -> N
     assert key is not None
     (project / "data/mine.txt").unlink()
     assert "finetune_lora.data: the run read data/mine.txt" in refusal(cli("runs", "apply", key.key[:8], cwd=project))
+    (project / "data/mine.txt").mkdir()  # a folder of `save_to_disk` is data too
+    assert cli("runs", "apply", key.key[:8], cwd=project)[0] == 0
 
 
 def test_the_list_of_adapters_marks_what_the_params_file_says_otherwise(project: Path, cli: Lora) -> None:

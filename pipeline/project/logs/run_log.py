@@ -286,6 +286,13 @@ def final_loss(steps: Sequence[Step]) -> float | None:
     return epoch_means(steps)[-1] if steps else None
 
 
+def final_accuracy(steps: Sequence[Step]) -> float | None:
+    """The mean share, over the steps of the last epoch, of pairs whose chosen answer has the higher reward."""
+    last = [step for step in steps if step.epoch == steps[-1].epoch]
+    shares = [step.reward_accuracy for step in last if step.reward_accuracy is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
 def read_final_loss(path: Path) -> float | None:
     """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises OSError."""
     try:

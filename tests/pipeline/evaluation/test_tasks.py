@@ -231,6 +231,19 @@ def test_options_of_a_task_reach_the_model(tmp_path: Path, llama: LoadedModel) -
     assert answers(max_new_tokens=5, chat=True) == [engine.complete(llama, chat, 5) for chat in chats]
 
 
+def test_where_training_asks_in_the_template_tasks_do_unless_they_say_otherwise(
+    tmp_path: Path, llama: LoadedModel
+) -> None:
+    def answers(**options: Any) -> Sequence[str]:
+        return ask(llama, one(tmp_path, {**CAPITALS, "max_new_tokens": 5, **options}), templated=True)
+
+    prompts = [example["prompt"] for example in CAPITALS["examples"]]
+    chats = [llama.tokenizer.render([{"role": "user", "content": prompt}], True) for prompt in prompts]
+    assert answers() == [engine.complete(llama, chat, 5) for chat in chats]
+    assert answers(chat=False) == [engine.complete(llama, prompt, 5) for prompt in prompts]
+    assert answers() != answers(chat=False)
+
+
 def test_a_word_that_a_model_does_not_know_costs_its_example_and_no_more(tmp_path: Path) -> None:
     loaded = engine.load(checkpoint(tmp_path / "base"), None, "base")
     said = engine.complete(loaded, "w1", 3)
@@ -272,7 +285,7 @@ def test_every_answer_is_kept_with_its_scores(tmp_path: Path, llama: LoadedModel
     tasks = read_tasks(
         tmp_path, [write(tmp_path, CAPITALS, {"name": "mc", "kind": "multiple_choice", "examples": [CHOICE]})]
     )
-    answers = Answers(tasks)
+    answers = Answers(tasks, templated=False)
     measured = answers.add(llama)["tasks"]
     kept = json.loads(json.dumps(answers.predictions()))["tasks"]
     assert [row["prompt"] for row in kept["capitals"]] == [example["prompt"] for example in CAPITALS["examples"]]

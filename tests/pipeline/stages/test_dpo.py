@@ -111,6 +111,12 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
         row = next(line.split() for line in out.splitlines() if line.startswith("dpo "))
         assert (code, " ".join(row[3:6])) == (0, f"{before} → {after}")
         assert f"dpo is not evaluated yet. Run `lora evaluate --adapter {OUTPUT}`." in err
+    flags = [word for setting in given(eval_share=0) for word in ("--set", setting)]
+    _, out, _ = cli("finetune", "dpo", *flags, cwd=project)
+    steps = read_steps(project / OUTPUT / LOSS)
+    last = [step for step in steps if step.epoch == max(each.epoch for each in steps)]
+    share = sum(step.reward_accuracy or 0 for step in last) / len(last)
+    assert f"  accuracy {share:.0%} on the pairs of the last epoch, none held out  loss " in out
     listed = json.loads(cli("adapters", "--json", cwd=project)[1])
     assert [(adapter["path"], adapter["method"]) for adapter in listed] == [(OUTPUT, "dpo")]
     limits = "evaluate.limits={new_loss: 0}"

@@ -102,6 +102,10 @@ def test_without_every_the_model_answers_at_each_evaluation_or_epoch(project: Pa
     assert steps_of(project, *held_out, prompts[:-1] + ", every: 8}") == [8, total]
 
 
+def test_where_nothing_is_held_out_no_held_out_example_is_asked(project: Path) -> None:
+    assert steps_of(project, "samples={prompts: [der hund], held_out: 8}", "eval_share=0") == [6, 12]
+
+
 @pytest.mark.parametrize("stop", [4, 5, 9])
 def test_a_killed_run_goes_on_with_the_answers_of_its_checkpoint(project: Path, stop: int) -> None:
     settings = [*BRIEF, f"finetune_lora.{SAMPLED % 3}", "finetune_lora.lora_dropout=0.2"]

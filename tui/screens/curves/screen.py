@@ -37,7 +37,7 @@ from tui.widgets.plot.chart import Chart
 from tui.widgets.plot.line_plot import Line, View
 from tui.widgets.plot.scale import Range, spans_decade
 
-EMPTY = "No runs yet. R runs the pipeline, as does `dvc repro`; each training stage then has its curve here."
+EMPTY = "No runs yet. R runs the pipeline; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL, IDLE_POLLS = 0.5, 4  # seconds between checks of the files; times as long while no run is live
