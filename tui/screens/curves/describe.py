@@ -75,7 +75,7 @@ def _end(view: RunView, paint: Paint) -> Text:
         shape = bar(view.kept, BAR) if paint.width >= WIDE else LEVELS[round(view.kept * (len(LEVELS) - 1))]
         return Text(f"{shape} {view.kept:>3.0%}")
     done, total = view.steps
-    return Text(f"{SIGNS[view.state]} {done / total if total else 0:>3.0%}", paint.state(view))
+    return Text(f"{SIGNS[view.state]} {f'{done / total:.0%}' if total else '':>3}", paint.state(view))
 
 
 def _when(view: RunView) -> str:

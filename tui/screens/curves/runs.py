@@ -152,7 +152,8 @@ class RunView:
 
     @property
     def _condition(self) -> tuple[object, ...]:
-        return (self.journal.state, self.journal.message, self.alive) if self.journal else (None, "", self.alive)
+        journal = self.journal
+        return (journal.state, journal.message, journal.total, self.alive) if journal else (None, "", 0, self.alive)
 
     def _select_best(self) -> None:
         """The curve that represents the run: that of the lowest loss; a diverged one or a NaN is never better."""
@@ -188,16 +189,16 @@ class RunView:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Steps done and in all."""
+        """Steps done and in all; 0 in all before a run that was resumed has told how many there are."""
         done = max((int(log.steps[-1]) for log in self.logs if log.steps), default=0)
         total = self.journal.total if self.journal else 0
-        return done, max(total, done)
+        return done, max(total, done) if total or not self.alive else 0
 
     @property
     def seconds_left(self) -> float | None:
         """From the pace of the last steps; None while nothing can be said: at the start, or when no step comes."""
         pace, (done, total) = self.timed.cost.seconds_per_step or self._mean_pace, self.steps
-        if not self.alive or pace is None or not isfinite(pace) or self.quiet > max(STALLED[0], STALLED[1] * pace):
+        if not self.alive or not total or pace is None or not isfinite(pace) or self.quiet > max(STALLED[0], STALLED[1] * pace):
             return None
         return pace * max(total - done, 0)
 

@@ -31,6 +31,17 @@ async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
             assert "40 of 300" in details_text(screen)
 
 
+async def test_of_a_run_that_is_resumed_and_has_not_begun_no_end_is_foretold(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 20, "running")
+    journal(folder, "running", 0, 0)
+    with hold(folder):
+        async with open_curves(empty) as (pilot, screen):
+            assert list_lines(screen) == ["■ lora 4.23 ▶"]
+            assert "▶ running · 20 steps" in details_text(screen) and "left" not in details_text(screen)
+            journal(folder, "running", 20, 300)
+            await until(pilot, lambda: "20 of 300 steps" in details_text(screen))
+
+
 async def test_chosen_steps_stay_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     async with open_curves(empty) as (pilot, screen):
