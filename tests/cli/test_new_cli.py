@@ -157,7 +157,7 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
     assert "forgetting: loss on the old data" in card and "completed" not in card
     answers = metrics["lora"]["answers"]
     assert f"\n- answers to prompts of the new data: {answers['as_expected']} of {answers['n']} as expected\n" in card
-    results = {result.metric_name: result for result in ModelCard(card).data.eval_results}
+    results = {result.metric_name: result for result in ModelCard.load(tmp_path / "out/README.md").data.eval_results}
     expected = results["Answers as expected"]
     assert (expected.dataset_name, expected.metric_type) == ("new data, held out", "exact_match")
     assert expected.metric_value == pytest.approx(answers["as_expected"] / answers["n"], abs=1e-4)
