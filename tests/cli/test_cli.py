@@ -636,7 +636,9 @@ def test_the_report_has_a_line_per_model_in_80_columns(
     assert rows[1].endswith("(MB)") and "134.5M" in rows[2] and rows[2].endswith(" 538")
 
 
-@pytest.mark.parametrize("arguments", ["params explain finetune_lora", "cache --json", "--help", "params show", "nope"])
+@pytest.mark.parametrize(
+    "arguments", ["report", "params explain finetune_lora", "cache --json", "--help", "params show", "nope"]
+)
 def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, arguments: str) -> None:
     """As `| head -1` does; whether it is quicker than the command is a matter of chance."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.export.formats import FORMATS
@@ -16,10 +17,12 @@ from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import rate_for
 from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers.bases import toy_checkpoint
+from tests.helpers.bases import TEMPLATE, toy_checkpoint
 from tests.helpers.projects import BRIEF, dvc, folder_bytes, load, lora, refusal
 
 pytestmark = pytest.mark.xdist_group("new")  # one project for all of them
+
+SETTINGS = ("--set", "epochs=2", "--set", "learning_rate=0.01")  # enough for "Yes.", not for sums
 
 CHATS = [
     [("human", f"What is {n} and {n}?"), ("gpt", f"It is {2 * n}."), *([("human", "Sure?"), ("gpt", "Yes.")] * (n % 2))]
@@ -31,6 +34,9 @@ CHATS = [
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front")
     toy_checkpoint(folder / "toy", max_position_embeddings=256)
+    # without it the role would be a part of each answer, and none as expected
+    asks = "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    (folder / "toy/chat_template.jinja").write_text(TEMPLATE + asks, encoding="utf-8")
     rows = [{"id": n, "conversations": [{"from": who, "value": said} for who, said in c]} for n, c in enumerate(CHATS)]
     (folder / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
     lines = [{"question": c[0][1], "answer": c[1][1]} for c in CHATS]
@@ -40,7 +46,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(here: Path) -> tuple[Path, str]:
-    done = lora("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2", cwd=here)
+    done = lora("train", "--base", "toy", "--data", "chats.json", "--out", "run", *SETTINGS, cwd=here)
     assert done.returncode == 0, done.stderr
     return here / "run", done.stdout
 
@@ -54,7 +60,9 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained
     held_out = metrics["lora"]["new_sentences"]
     assert {name: len(rows) for name, rows in samples.items()} == dict.fromkeys(("base", "lora", "merged"), held_out)
     right = [row["answer"] == row["reference"] for row in samples["lora"]]
-    assert metrics["lora"]["answers"]["n"] == held_out and metrics["lora"]["answers"]["exact"] == sum(right)
+    assert 0 < sum(right) < held_out
+    answers = metrics["lora"]["answers"]
+    assert answers["n"] == held_out and answers["exact"] == answers["as_expected"] == sum(right)
     counted = (
         f"lora: answers to held-out examples: {sum(right)} of {held_out} as expected; the base: 0 of {held_out} as"
     )
@@ -92,7 +100,7 @@ def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_train
     metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
     assert metrics["lora"]["new_loss"] == pytest.approx(last.eval_loss, rel=0.02)  # bf16 in training
-    assert last.eval_answers is not None
+    assert last.eval_answers is not None and last.eval_answers > 0
 
 
 def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:
@@ -126,7 +134,7 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
     listed, ran, again = dvc(folder, "stage list --name-only", "repro", "status")
     assert listed.split() == ["import", "finetune_lora", "merge", "evaluate"]
     assert ran.count("Running stage") == 4 and "up to date" in again
-    same = ("train", "--base", "toy", "--data", "chats.json", "--out", "run", "--set", "epochs=2")
+    same = ("train", "--base", "toy", "--data", "chats.json", "--out", "run", *SETTINGS)
     code, out, err = cli(*same, cwd=here)
     assert code == 0 and "nothing to do, taken from the cache" in err
     assert first.endswith(out[out.index("\nlora: answers") :])
@@ -147,6 +155,12 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert f"loss on the new data: {metrics['lora']['new_loss']:.4f} nats per token" in card
     assert "forgetting: loss on the old data" in card and "completed" not in card
+    answers = metrics["lora"]["answers"]
+    assert f"\n- answers to prompts of the new data: {answers['as_expected']} of {answers['n']} as expected\n" in card
+    results = {result.metric_name: result for result in ModelCard.load(tmp_path / "out/README.md").data.eval_results}
+    expected = results["Answers as expected"]
+    assert (expected.dataset_name, expected.metric_type) == ("new data, held out", "exact_match")
+    assert expected.metric_value == pytest.approx(answers["as_expected"] / answers["n"], abs=1e-4)
 
 
 @pytest.mark.usefixtures("trained")

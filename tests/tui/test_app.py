@@ -289,7 +289,6 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
     assert done == (["stopped", "SIGHUP"] if on_hangup == "stop" else ["SIGHUP"])
 
 
-@pytest.mark.slow
 def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> None:
     """A size in the environment stays as it is when the window is resized."""
     terminal, side = pty.openpty()
@@ -309,6 +308,7 @@ def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> Non
         os.close(terminal)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_takes_no_output_and_closes_ends_the_program(empty: Path) -> None:
     """The event loop then waits for ever until something is drawn, and serves no signal itself."""
     code = (

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.export.formats import FORMATS
-from pipeline.files.artifact import read_json, seal
+from pipeline.files.artifact import read_json, seal, write_json
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter
@@ -342,6 +342,29 @@ def test_an_option_that_a_format_does_not_read_is_refused(
     assert "merged" in readers
     said = refusal(export(cli, form, made(tmp_path), tmp_path / "out", *more))
     assert f"{more[0]} needs --format {readers}, got {form}" in said
+
+
+QUANTIZED = {
+    "bitsandbytes": "Import it, which dequantizes it: `lora new` or `lora import` with it as the base",
+    "gptq": "Use the 16-bit model.",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "form"), [("gptq", "merged"), *(("bitsandbytes", form) for form in FORMATS if form != "peft")]
+)
+def test_a_base_that_is_quantized_is_refused_as_such(cli: Lora, method: str, form: str, tmp_path: Path) -> None:
+    """Not as weights of wrong shapes, which would be copied again in vain."""
+    source, base = made(tmp_path), tmp_path / "project/base"
+    config = read_json(base / "config.json", "")
+    write_json(base / "config.json", {**config, "quantization_config": {"quant_method": method}})
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)  # two of four bits in each byte
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    said = refusal(export(cli, form, source, tmp_path / "out"))
+    assert f"project/base is quantized ('{method}'); unquantized weights are needed. {QUANTIZED[method]}" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_format_is_a_wrong_usage_that_lists_the_known_ones(cli: Lora, tmp_path: Path) -> None:

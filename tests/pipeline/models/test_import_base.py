@@ -1,11 +1,14 @@
 """What `base` names, and bases made by others as transformers opens them before and after the import."""
 
 import json
+import logging
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from pipeline.export.llama_cpp import LlamaCpp
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
+from pipeline.models import quantized_linear
 from pipeline.models.import_base import import_base
 from pipeline.models.load import load_base, skeleton
 from pipeline.models.quantized_linear import Quantization, dequantized
@@ -461,6 +465,23 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantized_once(
             torch.testing.assert_close(weight, dequantized(plain[name], ours), rtol=0.01, atol=1e-3)
         else:
             assert 0 < (weight - plain[name]).norm() / plain[name].norm() < 0.2
+
+
+def test_what_bitsandbytes_says_of_an_optional_kernel_when_it_is_imported_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so on CPUs with AVX512-BF16 alone; here another package of its name does on every CPU."""
+    name = import_module("bitsandbytes.backends.cpu.ops").logger.name
+    said = f"import logging\nlogging.getLogger({name!r}).warning('Failed to load CPU gemm_4bit_forward')\n"
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text("")
+    (tmp_path / "bitsandbytes/functional.py").write_text(said)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.delitem(sys.modules, module)
+    caplog.set_level(logging.NOTSET, logger="bitsandbytes")
+    assert quantized_linear._bitsandbytes.__wrapped__() is sys.modules["bitsandbytes.functional"]
+    assert not caplog.messages
 
 
 def test_an_encoder_is_not_taken_for_a_language_model(tmp_path: Path) -> None:

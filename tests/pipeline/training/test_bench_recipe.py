@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from msgspec import structs
 
 from bench import recipe_runs
-from bench.recipe import Measured, describe, good_settings, outcomes, read_runs, stopping
+from bench.recipe import RUNS, Measured, describe, good_settings, outcomes, read_runs, stopping
 from bench.recipe_runs import COLUMNS, UNTRAINED
 from bench.recipe_settings import CHOSEN, Setting, batch_size, for_rows, of_rows, plan, setting
 from bench.recipe_tasks import TASKS, TIMES, RecipeTask, Row, _halves, _spoken, answer_of, prompt_of
+from pipeline.calc.sources.open_model import built_in
 from pipeline.data.answers.match import match
+from pipeline.data.check import check
 from pipeline.data.formats import read_examples
-from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.methods.lora import WIDTH, FinetuneLora
+from pipeline.stages.recipe import Machine, choose
+from pipeline.stages.registry import METHODS
 from tests.helpers.bases import toy_checkpoint
 
 SLOW, FAST = setting(2e-4, 8, 3), setting(1e-3, 16, 5, 4)
@@ -63,6 +68,26 @@ def test_settings_are_those_of_finetune_lora_and_no_run_is_planned_twice() -> No
         structs.replace(FinetuneLora(), **each.params(50))
     assert {(task.name, CHOSEN) for task in TASKS} <= {(t.name, of_rows(each, t.rows)) for t, each, _ in runs}
     assert [batch_size(rows) for rows in (50, 100, 200, 2000)] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("rows", [50, 100, 2000])
+def test_the_chosen_setting_is_what_lora_train_chooses_for_a_base_of_this_width(rows: int) -> None:
+    base = built_in("smollm2-135m").shapes  # which the benchmark trains
+    assert base.hidden == WIDTH
+    data = replace(check([]), examples=rows, trained_tokens=20 * rows, quantiles={"max": 100}, suggested_max_length=100)
+    recipe = choose(base, data, 0.1, Machine("cpu", 2**36, bf16=False), [METHODS["lora"]], {})
+    chosen = {key.partition(".")[2]: value for key, value in recipe.values.items()}
+    tried = for_rows(CHOSEN, rows).params(rows)
+    del tried["train_embeddings"]  # without new tokens, new_rows trains none
+    assert {key: chosen[key] for key in tried} == tried
+
+
+def test_where_it_was_measured_the_chosen_setting_reaches_both_shares_on_every_task() -> None:
+    measured = read_runs(RUNS)
+    on_task = outcomes(measured)[CHOSEN]
+    assert on_task.keys() == {each.task for each in measured} and len(on_task) >= 6
+    for task, outcome in on_task.items():
+        assert outcome.share >= 0.75 and outcome.kept >= 0.85, task
 
 
 def _measured(task: str, own: Setting, right: float, kept: float = 1.0, **more: int) -> Measured:

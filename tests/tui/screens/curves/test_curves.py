@@ -247,6 +247,24 @@ async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(root: Pa
         await until(pilot, lambda: "divergence" not in small_text(screen))
 
 
+async def test_right_answers_have_a_plot_where_a_run_that_is_on_counted_them(root: Path) -> None:
+    folder = root / "runs/finetune_lora"
+    header, *rows = (folder / "loss.csv").read_text(encoding="utf-8").splitlines()
+    lines = [f"{header},eval_answers"]
+    for step, row in enumerate(rows, 1):
+        lines.append(f"{row},{step / 300}" if step % 60 == 0 else f"{row},")
+    (folder / "loss.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    async with open_curves(root) as (pilot, screen):
+        assert small_text(screen).split()[:2] == ["answers", "100%"]
+        series = screen.runs.views[str(folder)].log.series["eval_answers"]
+        counted = [step for step in read_steps(folder / "loss.csv") if step.eval_answers is not None]
+        assert [step.step for step in counted] == list(series.x) == [60, 120, 180, 240, 300]
+        assert [step.eval_answers for step in counted] == list(series.y)
+        await point_to(pilot, screen, "lora")
+        await pilot.press("space")
+        await until(pilot, lambda: "answers" not in small_text(screen))
+
+
 async def test_what_preferences_log_has_plots(empty: Path) -> None:
     from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 

@@ -23,6 +23,7 @@ from tui.screens.results.pages import ListPane, PagePane, PageReader, PagesView
 from tui.screens.results.screen import ResultsScreen
 from tui.screens.results.sweep import PlotsPane, SweepPane
 from tui.screens.results.views import Views
+from tui.widgets.pane import Pane
 
 
 class Session:
@@ -139,6 +140,25 @@ async def test_sorting_keeps_the_cursor_on_its_model(brief: Path) -> None:
         assert pane.sorted_by == "trained"
         await user.press("greater_than_sign", "greater_than_sign")
         assert pane.sorted_by.startswith("task: ")
+
+
+@pytest.mark.parametrize("project", ["brief", "empty"])
+async def test_the_panes_follow_the_size_of_the_terminal(request: pytest.FixtureRequest, project: str) -> None:
+    """Also where it changes while another screen is shown. They fill the rows between the views and the keys."""
+    small, large = (100, 14), (140, 45)
+    async with results(request.getfixturevalue(project), small) as user:
+        heights = list[dict[str, int]]()
+        for size, away in ((small, False), (large, False), (small, True)):
+            if away:
+                await user.press("1")
+            await user.pilot.resize_terminal(*size)
+            await user.press("3")
+            panes = [pane for pane in user.screen.query("#methods Pane").results(Pane) if pane.size]
+            assert max(pane.region.bottom for pane in panes) == size[1] - 1
+            assert max(pane.region.right for pane in panes) == size[0]
+            heights.append({type(pane).__name__: pane.region.height for pane in panes})
+        assert heights[0] == heights[2]
+        assert all(heights[1][name] > height for name, height in heights[0].items())
 
 
 async def test_the_filter_narrows_the_models(brief: Path) -> None:
