@@ -79,8 +79,9 @@ def check(
 
     The exit code is 1 if training would be wrong.
     """
-    from cli.console import print_json
+    from cli.console import print_json, print_note
     from pipeline.data.check import check as check_files
+    from pipeline.data.columns import clean_command
     from pipeline.errors import UserError
 
     base = base or _default_base()
@@ -101,6 +102,9 @@ def check(
         print_json({**report.as_json(), "base": base and str(base)})
     else:
         _print_report(report, max_length, limit)
+        if report.duplicates or any("is empty" in group.problem for group in report.groups):
+            cleaned = clean_command(report.files[0], columns_of(columns))
+            print_note(f"`{cleaned}` writes a file without empty rows and duplicates.")
     if not report.ok:
         raise UserError(f"training needs data without errors, and this has {report.errors}. Correct the rows above.")
 
@@ -142,7 +146,9 @@ def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
         rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
         rows.append(("truncated", f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none"))
         if not max_length:
-            rows.append(("max_length", f"{report.suggested_max_length:,} suggested: 99 % of the examples fit"))
+            fits = report.quantiles["max"] <= (report.suggested_max_length or 0)
+            covered = "all examples" if fits else "99 % of the examples"
+            rows.append(("max_length", f"{report.suggested_max_length:,} suggested: {covered} fit"))
     if report.templated:
         rows.append(
             ("template", f"{report.templated:,} plain prompts become a user's turn, their completions the answer")
@@ -168,7 +174,7 @@ def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
     )
     print_line(f"{errors}, {warnings}" if total else "no problems", style="bold")
     if report.tokens is None:
-        print_note("There is no model, so tokens were not counted. Name a model folder with --base.")
+        print_note("There is no model, so tokens were not counted. Name a model with --base.")
 
 
 def _place(problems: "Group", several_files: bool) -> str:
@@ -210,7 +216,7 @@ def show(
     if base is None:
         raise UserError(
             f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is needed. "
-            "Name a model folder with --base, or run `lora import` or `lora pretrain`."
+            "Name a model with --base, or run `lora import` or `lora pretrain`."
         )
     tokenizer, positions = _open_base(base)
     encode = Encoder(tokenizer, max_length, positions)
@@ -301,7 +307,7 @@ def clean(
     source: Annotated[Path, Argument(metavar="IN", help=FILE_HELP)],
     out: Annotated[Path, Argument(metavar="OUT", help="File to write, as of `lora data convert`.")],
     drop: Annotated[
-        str, Option("--drop", metavar="REASON,…", help="empty, duplicates, near-duplicates, too-long, leaks.")
+        str, Option("--drop", metavar="REASON,…", help="empty, duplicates, near-duplicates, too-long, leaks, personal.")
     ] = "empty,duplicates",
     eval_files: Annotated[
         list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, for leaks; repeatable.")
@@ -321,8 +327,8 @@ def clean(
 ) -> None:
     """Write a file without rows that spoil a training, and report them.
 
-    Of rows that are alike the first stays. The new file has the keys of its format, so it needs no --columns. Likely
-    personal data is counted and stays.
+    Of rows that are alike the first stays. The new file has the keys of its format, so it needs no --columns. Rows with
+    likely personal data are counted and stay, but for --drop personal.
     """
     from cli.console import print_json
     from pipeline.data.masking import Encoder
@@ -341,7 +347,7 @@ def clean(
     if "too-long" in reasons:
         base = base or _default_base()
         if base is None:
-            raise UserError("--drop too-long counts tokens, and there is no model. Name a model folder with --base.")
+            raise UserError("--drop too-long counts tokens, and there is no model. Name one with --base.")
         tokenizer, positions = _open_base(base)
         encoder, max_length = Encoder(tokenizer), max_length or positions or 0
         if not max_length:

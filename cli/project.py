@@ -335,7 +335,6 @@ def doctor(
     import os
     import platform
     import shutil
-    from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -343,7 +342,7 @@ def doctor(
     from cli.console import print_json, print_line, print_table
     from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
     from pipeline.export import llama_cpp
-    from pipeline.models.device import explain_choice
+    from pipeline.models.device import available_memory, explain_choice
 
     def find_version(library: str) -> str:
         try:
@@ -370,10 +369,8 @@ def doctor(
     }
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU, unified memory"
-    page = os.sysconf("SC_PAGE_SIZE")
-    memory = f"{gib(page * os.sysconf('SC_PHYS_PAGES'))} GiB"
-    with suppress(ValueError, OSError):  # macOS does not say how much is free
-        memory = f"{gib(page * os.sysconf('SC_AVPHYS_PAGES'))} of {memory} free"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = f"{gib(available_memory(torch.device('cpu')))} of {gib(whole)} GiB available"
     facts = {
         "lora-workbench": version("lora-workbench"),
         "python": platform.python_version(),

@@ -67,14 +67,15 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     samples: dict[str, Any] = {}
     before: EvalScores | None = None
     same = _certified(project)
-    for done, loaded in enumerate(engine.variants(project, without=same), 1):
+    total = len(project.variants) - len(same)
+    for done, loaded in enumerate(engine.variants(project, without=same)):
+        yield Progress(done, total, loaded.name)
         numbers, before = _scores(job, loaded, before, new, max_length)
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         samples[loaded.name] = sample_answers(loaded, new, settings.sample_answers)
         numbers |= {**_count_prompts(predictions[loaded.name]), **count_answers(samples[loaded.name])}
         numbers |= {**answers.add(loaded), **_cost(project, loaded.name)}
         metrics[loaded.name] = numbers
-        yield Progress(done, len(project.variants) - len(same), loaded.name)
     for merged, adapter in same.items():
         metrics[merged] = {**_comparable(metrics[adapter]), "measured_as": adapter, **_cost(project, merged)}
         predictions[merged], samples[merged] = predictions[adapter], samples[adapter]

@@ -157,9 +157,10 @@ def _fit(
 ) -> None:
     """Length, batch, checkpointing and quantization: the first that fit, in the order of what they cost."""
     batch = 1
+    trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
         batch *= 2
-    why = f"{batch} examples a step: an epoch has {ceil(data.examples / batch):,} steps"
+    why = f"{batch} examples a step: an epoch has {ceil(trained / batch):,} steps"
     longest = (data.quantiles or {}).get("max", 0)
     whole = suggest_max_length(longest, longest, model.context if model else None)
     most = data.suggested_max_length or 0

@@ -169,7 +169,8 @@ SPOILT = "error: training needs data without errors, and this has 2. Correct the
 def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: Path) -> None:
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
     code, out, err = cli("data", "check", "f.jsonl", cwd=here)
-    assert (code, err) == (1, SPOILT)
+    cleaned = "`lora data clean f.jsonl OUT` writes a file without empty rows and duplicates.\n"
+    assert (code, err) == (1, cleaned + SPOILT)
     assert re.search(r"error +2 +conversations\[1\]: value is empty", out)
     assert re.search(r"error +3 +messages\[0\] contains <\|im_end\|>", out)
     assert re.search(r"warning +4 +the same as row 1\.", out)
@@ -199,7 +200,7 @@ def test_check_compares_with_evaluation_files_and_works_without_a_model(cli: Lor
     (tmp_path / "eval.txt").write_text("two\nthree\n", encoding="utf-8")
     code, out, err = cli("data", "check", "train.txt", "--eval", "eval.txt", cwd=tmp_path)
     assert code == 0 and re.search(r"warning +eval.txt:1 +also in the training set: train.txt:2\.", out)
-    assert err == "There is no model, so tokens were not counted. Name a model folder with --base.\n"
+    assert err == "There is no model, so tokens were not counted. Name a model with --base.\n"
 
 
 def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(cli: Lora, here: Path) -> None:
@@ -254,6 +255,8 @@ def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -
     assert "4 of 8 rows kept\ng.jsonl: 4 rows (mixed)\n" in out
     left = [json.loads(line) for line in (here / "g.jsonl").read_text(encoding="utf-8").splitlines()]
     assert left == [LINES[0], LINES[1], LINES[3], rows[7]]
+    code, out, _ = cli("data", "clean", "f.jsonl", "h.jsonl", "--drop", "empty,personal", cwd=here)
+    assert code == 0 and "phone number" in out and "901820" not in (here / "h.jsonl").read_text(encoding="utf-8")
     code, out, _ = cli("data", "clean", "f.jsonl", "g.jsonl", *drop, "--force", "--json", cwd=here)
     report = json.loads(out)
     assert code == 0 and report["dropped"]["leaks"] == 1 and report["kept"] == 4

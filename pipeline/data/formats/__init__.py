@@ -118,7 +118,7 @@ def iter_examples(
 
 def _count_unused(reading: Reading, keys: Set[str]) -> None:
     # A file in which every row has other keys is not worth the memory of them all.
-    reading.unused.update(keys if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys())
+    reading.unused.update(sorted(keys) if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys())
 
 
 def _read(each: Format, record: Record, name: str, number: int, templated: bool) -> Example:
@@ -162,7 +162,7 @@ def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format
     shapes = " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
     raise UserError(
         f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename them, or say which "
-        "is which in columns, such as {prompt: question, completion: answer}."
+        "is which in columns, such as --columns prompt=question,completion=answer or messages=dialog."
     )
 
 

@@ -63,7 +63,7 @@ def read_message(entry: Any, location: str) -> Message:
         got = f"keys {', '.join(map(repr, entry))[:200] or 'none'}" if isinstance(entry, dict) else describe_type(entry)
         raise UserError(
             f"{location} must have the keys role and content, got {got}. Rename them, or say which is which in "
-            "columns, such as {role: speaker, content: text}."
+            "columns, such as --columns role=speaker,content=text."
         )
     if len(entry) > 2 or "content" not in entry:
         refuse_unknown(entry, KEYS, location)
@@ -71,7 +71,7 @@ def read_message(entry: Any, location: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
             f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}. Say in columns which is "
-            f"which, such as {{user: {_as_name(role)}}}."
+            f"which, such as --columns user={_as_name(role)}."
         )
     calls = read_list(entry, "tool_calls", location) if "tool_calls" in entry else []
     if calls and role != "assistant":

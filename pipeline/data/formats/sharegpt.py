@@ -48,7 +48,7 @@ def _read_turn(entry: Any, location: str) -> Message:
     if role not in ROLES:
         raise UserError(
             f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: {', '.join([*ROLES, 'function_call'])}. Say in "
-            "columns which is which, such as {user: customer}."
+            "columns which is which, such as --columns user=customer."
         )
     if "from" not in entry:
         return read_message({**entry, "role": ROLES[role]}, location)

@@ -17,7 +17,7 @@ from pipeline.data.quality.personal import personal_data
 from pipeline.errors import UserError
 from pipeline.files.problems import shortened, without_location
 
-REASONS = ("empty", "duplicates", "near-duplicates", "too-long", "leaks")
+REASONS = ("empty", "duplicates", "near-duplicates", "too-long", "leaks", "personal")
 SHOWN = 3  # rows of each reason in the report
 LONGEST = 200  # characters of a row there
 PROGRESS_ROWS = 256
@@ -201,6 +201,8 @@ class _Cleaning:
     def _reason(self, example: Example, seen: dict[bytes, int]) -> tuple[str, str] | None:
         if "leaks" in self.drop and self.leaks and (place := self.leaks.location(example)):
             return "leaks", f"asked in {place}"
+        if "personal" in self.drop and (kinds := sorted(set(personal_data(example.text)))):
+            return "personal", ", ".join(kinds)
         if "duplicates" not in self.drop and "near-duplicates" not in self.drop:
             return None
         first = seen.setdefault(content_digest(example)[:16], example.line)

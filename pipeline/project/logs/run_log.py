@@ -82,7 +82,7 @@ def parse_sample(line: str) -> Sample:
 
 
 class Telemetry(NamedTuple):
-    """A line of telemetry.csv: seconds since the start of its process; sizes in bytes (0: not measured)."""
+    """A line of telemetry.csv: seconds that the run has trained; sizes in bytes (0: not measured)."""
 
     step: int
     seconds: float
@@ -164,7 +164,7 @@ def count_lines(path: Path) -> int:
 class RunLog:
     """Appends to the logs of a run folder. Lines after `at_step` are dropped when it is opened.
 
-    Seconds and tokens per second in the telemetry count from the opening of the log.
+    Seconds in the telemetry go on from those of the line before; tokens per second are those since the opening.
     """
 
     # Two files, as the same training must write the same bytes: loss.csv becomes part of the artifact, whose digest
@@ -198,6 +198,8 @@ class RunLog:
             self._files.append(self._samples)
         else:  # those of an earlier run with other settings
             (folder / SAMPLES).unlink(missing_ok=True)
+        before = last_telemetry(folder)
+        self._before = before.seconds if before else 0.0
         self._start, self._tokens = time.perf_counter(), at_tokens
 
     def __enter__(self) -> "RunLog":
@@ -212,8 +214,8 @@ class RunLog:
         cells = ["" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values]
         self._loss.write(",".join(cells) + "\n")
         self._loss.flush()  # for those who watch
-        seconds = time.perf_counter() - self._start
-        speed = (step.tokens - self._tokens) / seconds  # labelled tokens
+        since = time.perf_counter() - self._start
+        seconds, speed = self._before + since, (step.tokens - self._tokens) / since  # labelled tokens
         self._telemetry.write(
             f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )

@@ -87,8 +87,8 @@ def test_system_is_alpacas_key_unless_turns_are_named(tmp_path: Path) -> None:
     [
         ({"question": "a", "completion": "b"}, {"question": "prompt"}, "second: prompt=question. It has"),
         ({"question": "a", "answer": "b"}, {"prompt": "qestion"}, "Did you mean question?"),
-        ({"messages": SPOKEN}, {}, "in columns, such as {role: speaker, content: text}."),
-        ({"messages": SPOKEN}, {"role": "speaker", "content": "text"}, "such as {user: Customer}."),
+        ({"messages": SPOKEN}, {}, "in columns, such as --columns role=speaker,content=text."),
+        ({"messages": SPOKEN}, {"role": "speaker", "content": "text"}, "such as --columns user=Customer."),
     ],
 )
 def test_a_wrong_name_is_an_error_that_says_the_right_one(

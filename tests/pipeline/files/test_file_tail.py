@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.files.file_tail import CHUNK_SIZE, FileTail
-from pipeline.project.logs.run_log import COLUMNS, Row, RunLog, Step, read_steps, step_parser
+from pipeline.project.logs.run_log import COLUMNS, Row, RunLog, Step, last_telemetry, read_steps, step_parser
 from tui.screens.curves.series import Log
 
 HEADER = ",".join(COLUMNS) + "\n"
@@ -105,12 +105,16 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
             log.append(step)
     tail = FileTail(tmp_path / "loss.csv", step_parser)
     seen = tail.read().rows
+    telemetry = tmp_path / "telemetry.csv"
+    telemetry.write_text(telemetry.read_text(encoding="utf-8").replace("\n3,0.0", "\n3,1000.0"), encoding="utf-8")
     with RunLog(tmp_path, 3, 3) as log:  # cut back to step 3, then on
         for step in record[3:]:
             log.append(step)
     chunk = tail.read()
     assert chunk.change == ""
     assert steps(seen + chunk.rows) == [1, 2, 3, 4, 5, 6]
+    last = last_telemetry(tmp_path)  # what was trained before counts
+    assert last and last.step == 6 and 1000 < last.seconds < 1060 and last.tokens_per_second > 3 / 1000
 
 
 def test_another_file_at_the_same_path_is_read_from_the_start(log: Path) -> None:

@@ -198,7 +198,9 @@ class RunView:
     def seconds_left(self) -> float | None:
         """From the pace of the last steps; None while nothing can be said: at the start, or when no step comes."""
         pace, (done, total) = self.timed.cost.seconds_per_step or self._mean_pace, self.steps
-        if not self.alive or not total or pace is None or not isfinite(pace) or self.quiet > max(STALLED[0], STALLED[1] * pace):
+        if not self.alive or not total or pace is None or not isfinite(pace):
+            return None
+        if self.quiet > max(STALLED[0], STALLED[1] * pace):
             return None
         return pace * max(total - done, 0)
 
