@@ -93,9 +93,11 @@ demo: install-dev       ## the finished project that `lora-tui --demo` opens, ma
 MULTIPLIES_BF16 := $(BIN)/python -c 'import sys, torch; from pipeline.models import device; sys.exit(not device.multiplies_bf16(torch.device("cpu")))'
 
 # The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
-# The stages to run of the project without retention (none named: all), of the one in four bits, and the studies of the main one.
+# The stages to run of the project without retention (none named: all), of the one in four bits and the one of preferences, and
+# the studies of the main one.
 SMOLLM2_PLAIN ?=
 SMOLLM2_QLORA ?= evaluate
+SMOLLM2_PREFERENCES ?= evaluate
 SMOLLM2_STUDIES ?= study_knowledge_correction study_learning_rate
 smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
 
@@ -109,7 +111,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/ && ln -f $(SMOLLM2) smollm2-preferences/
 	@cd smollm2-plain && dvc repro $(SMOLLM2_PLAIN) $(if $(SMOLLM2_PLAIN),,&& lora report)
 	@cd smollm2-qlora && dvc repro $(SMOLLM2_QLORA) $(if $(filter evaluate,$(SMOLLM2_QLORA)),&& lora report)
-	@cd smollm2-preferences && dvc repro && lora report
+	@cd smollm2-preferences && dvc repro $(SMOLLM2_PREFERENCES) $(if $(filter evaluate,$(SMOLLM2_PREFERENCES)),&& lora report)
 	@cd smollm2 && dvc repro evaluate $(SMOLLM2_STUDIES) && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
