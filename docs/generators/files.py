@@ -57,7 +57,7 @@ LOGGED = {
     "reward_accuracy": "preference training: share of pairs whose chosen answer has the greater reward",
     "eval_accuracy": "reward_accuracy of the held-out pairs",
     "eval_answers": "share of the held-out answers that are as expected; a long text counts its ROUGE-L",
-    "seconds": "since the log was opened",
+    "seconds": "of training, those before a resume too",
     "tokens_per_second": "labelled tokens, since the log was opened",
     "peak_memory_bytes": "peak resident memory of the process",
     "device": "such as cpu or cuda:0",
