@@ -102,8 +102,13 @@ def test_adapters_that_share_no_module_do_not_interfere(cli: Lora, root: Path) -
 
 
 def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli: Lora, root: Path) -> None:
-    for names, out in ((["x", "y"], "both"), (["x", "narrow"], "both"), (["both", "y"], "three")):
-        assert cli("adapters", "combine", *names, "--out", out, cwd=root)[::2] == (0, "")
+    replaced = "both: the earlier result there is replaced.\n"
+    for names, out, said in (
+        (["x", "y"], "both", ""),
+        (["x", "narrow"], "both", replaced),
+        (["both", "y"], "three", ""),
+    ):
+        assert cli("adapters", "combine", *names, "--out", out, cwd=root)[::2] == (0, said)
     parts = [changed(root, name) for name in ("three", "x", "narrow", "y")]
     torch.testing.assert_close(parts[0], parts[1] + parts[2] + parts[3], atol=1e-5, rtol=1e-4)
 

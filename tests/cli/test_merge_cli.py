@@ -30,6 +30,7 @@ SPECS = {
 }
 SHARD = "30KB"
 CARRIED = ("LICENSE", "own.py", "README.md", "additional_chat_templates/tools.jinja")
+REPLACED = "out: the earlier result there is replaced.\n"
 LEFT = ("pytorch_model.bin", "manifest.json", "original/consolidated.00.pth", ".cache/lock")
 
 
@@ -124,7 +125,7 @@ def test_an_update_that_is_mostly_lost_to_rounding_is_reported(cli: Lora, tmp_pa
     sharded(tmp_path, "llama", AdapterSpec(3, 1e-4, "all-linear"))
     code, _, err = merge(cli, tmp_path)
     assert code == 0 and "rounding leaves" in err and "--precision fp32" in err
-    assert merge(cli, tmp_path, "--precision", "fp32")[::2] == (0, "")
+    assert merge(cli, tmp_path, "--precision", "fp32")[::2] == (0, REPLACED)
 
 
 # Killed
@@ -161,7 +162,7 @@ def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(cli: Lor
     killed(plain, DYING[at])
     assert (plain / "out").exists() is (at != "between two renames")
     assert not (plain / "out").exists() or folder_bytes(plain / "out") == old
-    assert merge(cli, plain)[::2] == (0, "")
+    assert merge(cli, plain)[::2] == (0, REPLACED if at != "between two renames" else "")
     assert folder_bytes(plain / "out") != old
     assert not list(plain.glob(".*")), "no temporary folder is left"
 

@@ -328,7 +328,7 @@ def test_pitfall_9_what_rounding_takes_from_an_update_is_said(cli: Lora, tmp_pat
     assert code == 0
     assert "rounding leaves" in err and "Write them in fp32 (--precision fp32)" in " ".join(err.split())
     code, out, err = cli(*merge, "--precision", "fp32", cwd=tmp_path)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "merged: the earlier result there is replaced.\n")
     assert "hold their update 1.0000 to 1.0000 times" in out
 
 
