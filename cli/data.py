@@ -102,7 +102,7 @@ def check(
         print_json({**report.as_json(), "base": base and str(base)})
     else:
         _print_report(report, max_length, limit)
-        if report.duplicates or any("is empty" in group.problem for group in report.groups):
+        if report.counts.keys() & {"empty", "duplicate"}:
             cleaned = clean_command(report.files[0], columns_of(columns))
             print_note(f"`{cleaned}` writes a file without empty rows and duplicates.")
     if not report.ok:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipeline.data.columns import clean_command
 from pipeline.data.containers import Reading
 from pipeline.data.examples import Example, content_digest, is_held_out, joins_words
-from pipeline.data.formats import iter_examples, notes
+from pipeline.data.formats import EmptyValue, iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.preferences import pair
 from pipeline.data.tokenizers.word import Tokenizer
@@ -165,7 +165,8 @@ class _Check:
 
     def _refuse(self, row: int, error: UserError) -> None:
         self._count_row()
-        self._add_problem("unreadable", "error", row, without_location(error, self._names[-1], row))
+        kind = "empty" if isinstance(error, EmptyValue) else "unreadable"
+        self._add_problem(kind, "error", row, without_location(error, self._names[-1], row))
 
     def _add_problem(self, kind: str, level: Level, row: int | None, text: str) -> None:
         problem = Problem(row, self._names[-1], shortened(text), level)

@@ -76,6 +76,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         numbers |= {**_count_prompts(predictions[loaded.name]), **count_answers(samples[loaded.name])}
         numbers |= {**answers.add(loaded), **_cost(project, loaded.name)}
         metrics[loaded.name] = numbers
+    yield Progress(total, total)
     for merged, adapter in same.items():
         metrics[merged] = {**_comparable(metrics[adapter]), "measured_as": adapter, **_cost(project, merged)}
         predictions[merged], samples[merged] = predictions[adapter], samples[adapter]

@@ -177,7 +177,7 @@ def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: 
     assert out.endswith("2 errors, 1 warning\n")
     assert all(len(line) <= 100 for line in out.splitlines())
     code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
-    assert code == 1 and out.count("error  ") == 1 and "unreadable: 1, not tokenized: 1, duplicate: 1" in out
+    assert code == 1 and out.count("error  ") == 1 and "empty: 1, not tokenized: 1, duplicate: 1" in out
 
 
 def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> None:
