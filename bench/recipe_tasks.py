@@ -226,7 +226,7 @@ def _bulletin(rng: random.Random, _: bool) -> Row:
     return _chat("Sea bulletin.", f"{station}; {sky}; wind {knots}; {degrees} C", answer)
 
 
-# Many short rows, without a chat template: spoken times become digits.
+# Many short rows of a plain prompt and completion: spoken times become digits.
 
 UNITS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 TEENS = {13: "thirteen", 14: "fourteen", 16: "sixteen", 17: "seventeen", 18: "eighteen", 19: "nineteen"}

@@ -18,6 +18,7 @@ from cli.options import (
     DeviceOption,
     JsonOption,
     OutOption,
+    PlainOption,
     TrustOption,
     finite,
     group,
@@ -263,6 +264,7 @@ def compress(
     data: Annotated[
         Path | None, Option(help="Data file to compare base, adapter and compressed adapter on; loads them.")
     ] = None,
+    no_template: PlainOption = False,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -285,7 +287,7 @@ def compress(
     if (rank is None) == (energy is None):
         raise UserError("compress needs either --rank or --energy. Add one, such as --energy 0.99.")
     base = base or base_of(path)
-    examples = read_examples(data, str(data)) if data else []
+    examples = read_examples(data, str(data), templated=not no_template) if data else []
     with noting_replaced(out):
         rows = compress_adapter(path, base, out, Limit(rank, energy), trust_remote_code)
     error = total_error(rows)

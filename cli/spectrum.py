@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from cli.options import DeviceOption, JsonOption, TrustOption, finite, group
+from cli.options import DeviceOption, JsonOption, PlainOption, TrustOption, finite, group
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.data.examples import Example
     from pipeline.weights.extract import Spectra
     from pipeline.weights.intruders import Searched
     from pipeline.weights.spectrum import Measured
@@ -31,6 +34,7 @@ def spectrum(
     data: Annotated[
         Path | None, Option(help="Data file to compare base, tuned and what is written on; loads all three.")
     ] = None,
+    no_template: PlainOption = False,
     intruders: Annotated[
         bool, Option("--intruders", help="List intruder dimensions instead (Shuttleworth et al. 2024).")
     ] = False,
@@ -64,20 +68,20 @@ def spectrum(
         raise UserError(
             "--csv has one row per tensor and cannot include the results of --data. Use --json, or omit --csv."
         )
+    examples = read_examples(data, str(data), templated=not no_template) if data else []
     if intruders or damp is not None:
         if rank is not None or as_csv:
             raise UserError("--intruders and --damp exclude --rank and --csv. Run the command once for each.")
-        _intruders(base, tuned, (top, epsilon), damp, out, data, trust_remote_code, as_json)
+        _intruders(base, tuned, (top, epsilon), damp, out, examples, trust_remote_code, as_json)
         return
     if (rank is None) != (out is None):
         raise UserError("--rank and --out must be used together to extract a LoRA. Add the other one.")
     show = _print_json if as_json else _print_csv if as_csv else _print_tables
     if out is None or rank is None:
-        if data is not None:
+        if examples:
             raise UserError("--data evaluates the extracted LoRA. Add --rank and --out.")
         show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"))
         return
-    examples = read_examples(data, str(data)) if data else []
     if examples:
         refuse_other_tokens(base, tuned, examples)
     with noting_replaced(out):
@@ -108,24 +112,22 @@ def _intruders(
     search: tuple[int, float],
     factor: float | None,
     out: Path | None,
-    data: Path | None,
+    examples: "Sequence[Example]",
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """`search`: how many singular vectors of each matrix, and ε."""
     from cli.console import follow, noting_replaced, print_costs, print_json, print_line
-    from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import costs
     from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
 
     if (factor is None) != (out is None):
         raise UserError("--damp and --out must be used together to write a damped adapter. Add the other one.")
-    if data is not None and out is None:
+    if examples and out is None:
         raise UserError("--data compares the damped adapter. Add --damp and --out.")
     if out is not None:
         refuse_undampable(tuned, out)
-    examples = read_examples(data, str(data)) if data else []
     searched = follow(intruders_of(base, tuned, *search, trust_remote_code), "intruders")
     if not as_json:
         _print_intruders(searched, *search)

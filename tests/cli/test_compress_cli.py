@@ -60,6 +60,28 @@ def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> No
     assert quality["compressed"]["loss"] == pytest.approx(quality["adapter"]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["adapters compress big --rank 2", "spectrum base tuned --rank 2", "spectrum base strong --damp 0.5 --epsilon 0.7"],
+)
+def test_plain_prompts_are_measured_in_the_bases_chat_template(cli: Lora, root: Path, command: str) -> None:
+    turns = f"{{% for m in messages %}}{WORDS[0]} {{{{ m['content'] }}}} {{% endfor %}}"
+    for model in ("base", "tuned"):
+        (root / model / "chat_template.jinja").write_text(turns)
+    prompt, answer = " ".join(WORDS[1:4]), " ".join(WORDS[4:6])
+    plain = {"prompt": prompt, "completion": f" {answer}"}
+    chat = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    for name, row in (("plain", plain), ("chat", chat)):
+        (root / f"{name}.jsonl").write_text(json.dumps(row))
+
+    def cost(*arguments: str) -> object:
+        code, out, _ = cli(*command.split(), "--out", "small", "--json", "--data", *arguments, cwd=root)
+        assert code == 0
+        return json.loads(out)["quality"]
+
+    assert cost("plain.jsonl") == cost("chat.jsonl") != cost("plain.jsonl", "--no-template")
+
+
 def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise UserError("No room.")

@@ -55,7 +55,7 @@ def read_examples(
     prompts: bool = False,
     columns: Mapping[str, str] | None = None,
     on_note: Note | None = None,
-    templated: bool = False,
+    templated: bool = True,
 ) -> list[Example]:
     """All of `iter_examples`."""
     return list(iter_examples(path, name, prompts, columns, on_note, templated=templated))
@@ -68,7 +68,7 @@ def iter_examples(
     columns: Mapping[str, str] | None = None,
     on_note: Note | None = None,
     reading: Reading | None = None,
-    templated: bool = False,
+    templated: bool = True,
 ) -> Iterator[Example]:
     """The examples of a file or folder, in constant memory. `name` is the path as the user wrote it.
 
@@ -128,7 +128,7 @@ def _read(each: Format, record: Record, name: str, number: int, templated: bool)
     return replace(example, templated=True) if templated and plain else example
 
 
-def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = False) -> Example:
+def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = True) -> Example:
     """The example of one row, by itself; its prompt may stand alone. Raises UserError, as `iter_examples`.
 
     Whether rows of its format may stand beside the file's others only a reading of the whole file knows.
