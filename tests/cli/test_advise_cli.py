@@ -32,6 +32,7 @@ def advice(cli: Lora, root: Path, *arguments: str) -> tuple[dict[str, Any], list
     return answer["facts"], answer["advice"]
 
 
+@pytest.mark.slow
 def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_before_it(
     cli: Lora, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

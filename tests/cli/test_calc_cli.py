@@ -151,6 +151,7 @@ def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
     assert re.search(r"4096\s+7,667,712\s+0.0936\s+[\d.]+ GiB\s+RTX 4090", out)
 
 
+@pytest.mark.slow
 def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8")
@@ -331,6 +332,7 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
         assert option in out
 
 
+@pytest.mark.slow
 def test_several_gpus_show_each_layout_and_json_has_the_same_numbers(cli: Lora, tmp_path: Path) -> None:
     asked = ("calc", *QWEN, "--gpus", "8xH100")
     code, out, err = cli(*asked, cwd=tmp_path)
@@ -446,6 +448,7 @@ def test_json_has_a_time_only_with_tokens(tmp_path: Path) -> None:
     assert (time["tokens"], time["price"], len(time["gpus"])) == (1_200_000_000, None, 9)
 
 
+@pytest.mark.slow
 def test_bad_tokens_prices_and_mixtures_are_one_message_each(tmp_path: Path) -> None:
     for more, message in (
         (["--tokens", "many"], "tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got 'many'."),

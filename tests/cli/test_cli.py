@@ -211,6 +211,7 @@ def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Pat
     assert (code, json.loads(out)["model"]) == (0, "artifacts/base")
 
 
+@pytest.mark.slow
 def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora, project: Path) -> None:
     for command in (["report"], ["compare", "der wind"]):
         code, out, err = cli(*command, cwd=project)
@@ -674,6 +675,7 @@ def test_a_current_folder_that_is_gone_is_one_error(tmp_path: Path, program: str
     assert "current folder was removed" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
     shutil.rmtree(project / "artifacts/merged", ignore_errors=True)
     shutil.rmtree(project / ".lora-cache/finetune_lora")
@@ -774,6 +776,7 @@ def test_a_cache_of_another_user_is_read(cli: Lora, project: Path) -> None:
     assert (project / "artifacts/full_finetuned/manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:
     done = subprocess.run(
         f"{LORA} prompt der --top-k 74 --json | head -1",

@@ -26,6 +26,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_table_fits_80_columns_and_ends_with_what_it_costs(root: Path) -> None:
     output = lora(
         "adapters", "compress", "big", "--rank", "2", "--out", "small", "--data", "some.txt", cwd=root, COLUMNS="80"

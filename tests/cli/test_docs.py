@@ -94,6 +94,7 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_pages_on_shipping_run_in_a_project_as_the_pipeline_leaves_it(
     cli: Lora, project: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_what_is_added_to_the_project_takes_the_defaults_of_its_base_and_alpha_f
     assert dpo.learning_rate == FinetuneDpo.PRETRAINED["learning_rate"] and dpo.target_modules == ("all-linear",)
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_do(
     trained: tuple[Path, str], here: Path, cli: Lora
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_dry_run_without_a_base_says_how_it_is_imported(trained: tuple[Path, s
     assert "Run `lora import`." in refusal(cli("finetune", "lora", cwd=root))
 
 
+@pytest.mark.slow
 def test_what_it_takes_is_said_of_all_data_where_a_part_was_tried(
     here: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ def test_what_it_takes_is_said_of_all_data_where_a_part_was_tried(
     assert tokens == pytest.approx(int(re.findall(r"tokens  ([\d,]+)", out)[0].replace(",", "")), rel=0.25)
 
 
+@pytest.mark.slow
 def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: Path, cli: Lora) -> None:
     given = ("--columns", "prompt=question,completion=answer", "--eval-data", "pairs.jsonl")
     asked = ("new", "two", "--base", "toy", "--data", "pairs.jsonl", *given, "--methods", "lora,full")
@@ -229,6 +232,7 @@ def test_several_methods_columns_and_an_evaluation_file_make_one_project(here: P
     dvc(here / "two", "status")  # every key that dvc.yaml names is in the params file
 
 
+@pytest.mark.slow
 def test_every_path_that_is_given_counts_from_the_current_folder(here: Path, cli: Lora) -> None:
     (here / "keep.txt").write_text("The capital is Sofia.\nTwo and two are four.\n", encoding="utf-8")
     (here / "more.txt").write_text("It is four.\n", encoding="utf-8")
@@ -289,6 +293,7 @@ def test_a_project_that_is_there_is_compared_with_the_same_paths(here: Path, cli
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli: Lora) -> None:
     rows = [{"prompt": q, "chosen": a, "rejected": f"I think {a}"} for (_, q), (_, a), *_ in CHATS]
     (here / "prefers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -301,6 +306,7 @@ def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli
     assert header.endswith("eval_loss,reward_chosen,reward_rejected,reward_margin,reward_accuracy,eval_accuracy")
 
 
+@pytest.mark.slow
 def test_plain_questions_train_and_are_asked_in_the_chat_template_unless_it_is_left_out(here: Path, cli: Lora) -> None:
     given = ("--base", "toy", "--data", "pairs.jsonl", "--columns", "prompt=question,completion=answer")
     code, out, err = cli("train", *given, "--set", "epochs=1", "--out", "asked", cwd=here)
@@ -325,6 +331,7 @@ def test_a_hint_repeats_the_columns_and_equal_faults_are_one(here: Path, cli: Lo
     assert "`lora data clean pairs.jsonl OUT --columns prompt=q,completion=answer` writes a file without" in err
 
 
+@pytest.mark.slow
 def test_tokens_that_are_added_need_the_stage_that_adds_them(here: Path, cli: Lora) -> None:
     asked = ("new", "tools", "--base", "toy", "--data", "chats.json", "--set", "expand_vocab.special_tokens=[<tool>]")
     code, _, err = cli(*asked, cwd=here)
@@ -357,6 +364,7 @@ def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lor
     ]
 
 
+@pytest.mark.slow
 def test_a_project_of_minigpt_goes_on_and_its_losses_are_shown_from_the_model_with_the_new_words(
     project: Path, cli: Lora
 ) -> None:

@@ -37,6 +37,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(cli: Lora, here: Path) -> None:
     code, out, err = cli("new", "mine", "--from", "axolotl.yml", cwd=here)
     assert code == 0, err
@@ -74,6 +75,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_written(
     assert not (here / "mine/params.yaml").exists()
 
 
+@pytest.mark.slow
 def test_several_data_files_become_a_list(cli: Lora, here: Path) -> None:
     (here / "two.csv").write_text("text\nThe euro is the currency.\n", encoding="utf-8")
     (here / "axolotl.yml").write_text(CONFIG.replace("datasets:\n", "datasets:\n  - path: two.csv\n"), encoding="utf-8")
@@ -82,6 +84,7 @@ def test_several_data_files_become_a_list(cli: Lora, here: Path) -> None:
     assert load(here / "mine/params.yaml").finetune_lora.files == ("../two.csv", "../sets/mine.jsonl")
 
 
+@pytest.mark.slow
 def test_a_project_that_is_there_keeps_its_settings(cli: Lora, here: Path) -> None:
     assert cli("new", "mine", "--base", "models/toy", "--data", "sets/mine.jsonl", cwd=here)[0] == 0
     before = (here / "mine/params.yaml").read_bytes()

@@ -62,6 +62,7 @@ def test_a_busy_port_is_one_message(cli: Lora, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_projects_models_are_served_until_a_signal_even_in_the_middle_of_a_stream(
     cli: Lora, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -38,6 +38,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(root: Path) -> None:
     output = lora("spectrum", "base", "tuned", cwd=root, COLUMNS="80")
     assert (output.returncode, output.stderr) == (0, "")

@@ -21,6 +21,7 @@ def spoilt(brief: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("seed", "count"), [(1, 8), pytest.param(0, 200, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_no_command_line_ends_in_a_traceback_hangs_or_leaves_something_half_written(
     spoilt: Path, seed: int, count: int
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_run_that_dies_of_a_full_disk_says_so_in_its_journal(disk: Path) -> No
     assert [path.name for path in disk.glob("*.tmp")] == []
 
 
+@pytest.mark.slow
 def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> None:
     root = new_project(disk / "project")
     filler = disk / "filler"

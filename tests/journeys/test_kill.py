@@ -67,6 +67,7 @@ def finish(project: Path, stage: str) -> str:
     [*((stage, 2) for stage in TRAINING), pytest.param("finetune_lora", 20, marks=pytest.mark.slow)],
 )
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage: str, times: int) -> None:
     """One engine trains them all: a stage shows in a few kills what it adds to it."""
     folder = project / "artifacts" / TRAINING[stage][0]
@@ -98,6 +99,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     project: Path, number: signal.Signals, code: int
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_cache_hit_for_other_params_leaves_a_stopped_run_its_checkpoint(project: Path) -> None:
     checkpoint = stop_early(project)
     _, events = make_one(project, "finetune_lora", BRIEF)
@@ -207,6 +210,7 @@ def test_a_cache_hit_for_other_params_leaves_a_stopped_run_its_checkpoint(projec
     assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in finish(project, "finetune_lora")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_said_so(project: Path) -> None:
     checkpoint = stop_early(project)
     path = checkpoint / "state.safetensors"
@@ -216,6 +220,7 @@ def test_a_damaged_checkpoint_is_refused_and_said_so(project: Path) -> None:
     assert "state.safetensors was changed" in errors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_log_is_gone_is_not_used(project: Path) -> None:
     stop_early(project)
     (project / "runs/finetune_lora/loss.csv").unlink()

@@ -124,6 +124,7 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
         terminal.see("temperature 0.7 · top-k 5 · top-p 0.9 · seed")
 
 
+@pytest.mark.slow
 def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
     with lora_tui(new_project(tmp_path / "project")) as terminal:
         terminal.see("q quit")

@@ -117,6 +117,7 @@ async def test_a_worker_that_finds_no_widget_otherwise_is_one(empty: Path) -> No
 
 @pytest.mark.parametrize("name", SCREENS)
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 async def test_help_lists_every_key_of_the_screen(empty: Path, name: str) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(120, 50)) as pilot:

@@ -41,6 +41,7 @@ def colors(app: Workbench) -> set[str]:
 
 @pytest.mark.parametrize("name", SCREENS)
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) -> None:
     app = Workbench(watched / "params.yaml")
     app.first_screen, app.inference = name, FakeInference()
@@ -71,6 +72,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
 
 
 @pytest.mark.parametrize("size", [(60, 16), pytest.param((120, 40), marks=pytest.mark.slow)])
+@pytest.mark.slow
 async def test_every_dialog_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
     app = Workbench(watched / "params.yaml")
     async with app.run_test(size=size) as pilot:

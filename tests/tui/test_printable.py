@@ -87,6 +87,7 @@ def test_the_answer_of_a_model_is_shown_and_not_obeyed(cli: Lora, tmp_path: Path
     assert load_base(base).tokenizer.word(tokenizer.id_of_token(words[1]) or 0) == words[1]
 
 
+@pytest.mark.slow
 async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path) -> None:
     adapter_called(project, "x\x1b[31m")
     app = Workbench(project / "params.yaml")

@@ -37,6 +37,7 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         await until(pilot, lambda: "Only adapters are exported" in app.message_history[-1].text)
 
 
+@pytest.mark.slow
 async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(project: Path) -> None:
     path = project / "artifacts/evaluation/manifest.json"
     broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 1, "value": 0.5}]
@@ -56,6 +57,7 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(pr
         )
 
 
+@pytest.mark.slow
 async def test_an_export_that_fails_is_one_message(project: Path) -> None:
     (project / "taken").mkdir()
     (project / "taken/file").touch()

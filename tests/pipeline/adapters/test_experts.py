@@ -196,6 +196,7 @@ def test_counts_are_those_of_peft(name: str, chosen: dict[str, Any], rank: int) 
 
 
 @each_mixture
+@pytest.mark.slow
 def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(trained: dict[str, Path], name: str) -> None:
     artifacts = trained[name] / "artifacts"
     losses = [step.loss for step in read_steps(artifacts / "lora_adapter/loss.csv")]
@@ -218,6 +219,7 @@ def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(trained: d
 
 
 @each_mixture
+@pytest.mark.slow
 def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
     trained: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -243,6 +245,7 @@ def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
 
 
 @each_mixture
+@pytest.mark.slow
 def test_in_16_bits_it_is_what_peft_computes(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", MIXTURES[name], torch.bfloat16)
     # a seed with which no token lies between two experts: 16 bits would then decide by their rounding
@@ -302,6 +305,7 @@ def test_disabled_it_is_the_base_to_the_bit_and_half_its_strength_is_half_the_up
 
 
 @each_mixture
+@pytest.mark.slow
 def test_the_methods_of_a_quantized_base_train_its_experts_and_say_that_these_are_not_quantized(
     name: str, tmp_path: Path
 ) -> None:

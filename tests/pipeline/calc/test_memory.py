@@ -158,6 +158,7 @@ NEW = {  # blocks: some of each kind
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +187,7 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("kind", ["full", "freeze", "lora"])
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
     run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
@@ -203,6 +205,7 @@ def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, l
 ], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 @pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:
@@ -247,6 +250,7 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningM
 
 
 @given(st.sampled_from(["qwen3.5-27b", "gemma-4-31b", "llama-4-maverick", "deepseek-v3"]), methods, runs)
+@pytest.mark.slow
 def test_multiplying_blocks_of_several_kinds_that_repeat_changes_nothing(
     name: str, method: FinetuningMethod, run: TrainingConfig
 ) -> None:
@@ -342,6 +346,7 @@ def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int
 
 
 @given(models, methods, runs)
+@pytest.mark.slow
 def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
     shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)), method)
@@ -462,6 +467,7 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
 
 @settings(max_examples=20)  # each asks for many predictions
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
+@pytest.mark.slow
 def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes
     run = TrainingConfig(trainer="torch", sequence=min(256, shapes.context))

@@ -128,6 +128,7 @@ UPPER = tuple(f"model.layers.{n}.{name}" for n in (2, 3) for name in ("self_attn
     [({}, EVERY), ({"checkpointing": "full"}, EVERY), ({"precision": "nf4-dq"}, EVERY), ({}, UPPER)],
     ids=["plain", "checkpointed", "quantized", "upper blocks"],
 )
+@pytest.mark.slow
 def test_a_sharded_step_holds_and_gathers_what_is_predicted(
     count: int, change: dict[str, str], targets: tuple[str, ...]
 ) -> None:
@@ -212,6 +213,7 @@ def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.slow
 def test_a_tensor_parallel_step_holds_and_sums_what_is_predicted(count: int, checkpointing: str) -> None:
     run = replace(RUN, checkpointing=checkpointing)
     found = parallel.layout("tensor", SHAPES, FULL, run, parallel.Devices(count, gpu("h100")))

@@ -134,6 +134,7 @@ def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
     assert trainable(shapes, Lora(embeddings="all")) == trained(adapted)
 
 
+@pytest.mark.slow
 def test_experts_are_those_that_peft_adapts() -> None:
     """By target_parameters; or by the names of older checkpoints, with one rank each for gate and up."""
     shapes, model = built_in("gpt-oss-20b").shapes, meta_model("gpt-oss-20b")

@@ -68,6 +68,7 @@ def test_a_template_writes_what_transformers_writes(
     ],
 )
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendered(
     renderer: Renderer, template: str, message: str
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendere
         assert written(renderer, "{{ messages | length }}") == "4"
 
 
+@pytest.mark.slow
 def test_a_template_that_never_ends_is_stopped_with_its_process(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,11 +100,13 @@ def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_
     assert (instance, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
 
 
+@pytest.mark.slow
 def test_a_long_conversation_is_written_in_full(renderer: Renderer) -> None:
     turns: list[dict[str, Any]] = [{"role": "user", "content": "ü" * 3_000_000}]
     assert written(renderer, "{{ messages[0].content * 2 }}", turns) == "ü" * 6_000_000
 
 
+@pytest.mark.slow
 def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +127,7 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
         render(model, "Hello")
 
 
+@pytest.mark.slow
 def test_the_conversation_of_a_group_that_hangs_is_found_without_waiting_for_those_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +153,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_parent_and_a_fork_starts_its_own() -> None:
     code = f"""
 import os, time
@@ -176,6 +182,7 @@ time.sleep(60)
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system cannot read another process's limits")
+@pytest.mark.slow
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
     written(renderer, "")
     assert renderer._process is not None

@@ -69,6 +69,7 @@ COPIES = 2 * 2  # of micro-batches, in two steps of two
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "opt"])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_lora_step_is_read_once_and_copies_a_batch_once(family: str, dtype: torch.dtype) -> None:
     targets = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
     seen = step_of(with_lora(toy(family, dtype), names=targets))
@@ -79,12 +80,14 @@ def test_a_lora_step_is_read_once_and_copies_a_batch_once(family: str, dtype: to
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.slow
 def test_experts_with_lora_are_not_counted_on_the_host(name: str) -> None:
     model = toy(name, torch.bfloat16)
     attach(model, AdapterSpec(3, 6.0, ("q_proj",), parameters=EXPERTS))
     refuse(step_of(model), ONE_READ)
 
 
+@pytest.mark.slow
 def test_experts_outside_bf16_are_counted_once_a_layer() -> None:
     model = toy("mixtral")
     attach(model, AdapterSpec(3, 6.0, ("q_proj",), parameters=EXPERTS))
@@ -159,6 +162,7 @@ def test_every_setting_trains_there(name: str) -> None:
     refuse(seen, ONE_READ)
 
 
+@pytest.mark.slow
 def test_paged_moments_are_copied_back_and_forth_and_nothing_else_is() -> None:
     model = toy("llama", torch.bfloat16)
     lora(model)
@@ -169,6 +173,7 @@ def test_paged_moments_are_copied_back_and_forth_and_nothing_else_is() -> None:
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.slow
 def test_blocks_that_run_again_in_backward_copy_nothing_again(how: Any) -> None:
     model = toy("gemma2", torch.bfloat16)
     lora(model)
@@ -179,6 +184,7 @@ def test_blocks_that_run_again_in_backward_copy_nothing_again(how: Any) -> None:
 
 
 @pytest.mark.parametrize("saved", [(), ("embed_tokens", "lm_head")], ids=["adapter", "embeddings in full"])
+@pytest.mark.slow
 def test_retention_is_read_with_the_loss(saved: tuple[str, ...]) -> None:
     model = toy("llama", torch.bfloat16)
     lora(model, saved=saved)
@@ -187,6 +193,7 @@ def test_retention_is_read_with_the_loss(saved: tuple[str, ...]) -> None:
     refuse(step_of(model, settings, retain=RetentionLoss(model, data((610, 33)), settings)), ONE_READ)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_read_once_however_many_batches_it_has() -> None:
     model = toy("llama", torch.bfloat16)
     lora(model)
@@ -251,6 +258,7 @@ LOSSES: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.slow
 def test_preferences_are_read_twice_a_step(loss: Any) -> None:
     """Once for losses and norm, and once for the rewards, after the update was queued."""
     settings = FinetuneDpo(epochs=9, loss=loss, **LOSSES[loss])

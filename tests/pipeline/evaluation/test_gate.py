@@ -61,6 +61,7 @@ def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Pat
     assert (code, "limits broken:" in out) == (0, True), "to look at it is no failure"
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_the_pipelines_is_judged_too(limited: Path, cli: Lora) -> None:
     """As a variant is: its tasks and the limits that it breaks are printed, and the command ends with 1."""
     shutil.copytree(limited / "artifacts/lora_adapter", limited / "artifacts/tried/copy")
@@ -97,6 +98,7 @@ def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: 
     assert file["gate"]["variants"] == ["artifacts/tried/one", "artifacts/tried/other"]
 
 
+@pytest.mark.slow
 def test_json_is_one_document_with_the_verdict(limited: Path, cli: Lora) -> None:
     code, out, err = cli("evaluate", "--json", "--set", BROKEN, cwd=limited)
     assert (code, json.loads(out)) == (1, metrics(limited))
@@ -115,6 +117,7 @@ def test_json_is_one_document_with_the_verdict(limited: Path, cli: Lora) -> None
     ],
     ids=lambda command: " ".join(command[:4:3]),
 )
+@pytest.mark.slow
 def test_what_ships_an_adapter_names_its_broken_limits(limited: Path, cli: Lora, command: tuple[str, ...]) -> None:
     words = [word.replace("ADAPTER", "artifacts/lora_adapter") for word in command]
     cli("evaluate", "--set", BROKEN, cwd=limited)
@@ -127,6 +130,7 @@ def test_what_ships_an_adapter_names_its_broken_limits(limited: Path, cli: Lora,
     assert (code, "evaluate.limits" in err) == (0, False)
 
 
+@pytest.mark.slow
 def test_two_evaluations_give_the_same_bytes(limited: Path, cli: Lora) -> None:
     assert cli("evaluate", "--set", KEPT, cwd=limited)[0] == 0
     made = folder_bytes(limited / "artifacts/evaluation")
@@ -134,6 +138,7 @@ def test_two_evaluations_give_the_same_bytes(limited: Path, cli: Lora) -> None:
     assert folder_bytes(limited / "artifacts/evaluation") == made
 
 
+@pytest.mark.slow
 def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
     adapter, full = limited / "artifacts/lora_adapter", limited / "artifacts/full_finetuned"
 
@@ -160,6 +165,7 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
     assert "gate" not in card(adapter)
 
 
+@pytest.mark.slow
 def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli: Lora) -> None:
     def state() -> tuple[str, tuple[str, ...]]:
         now = Status().of(open_project(limited / "params.yaml"))["evaluate"]
@@ -218,6 +224,7 @@ def test_a_limit_that_could_never_count_is_refused(limited: Path, cli: Lora, lim
     assert err.startswith(f"error: {said}")
 
 
+@pytest.mark.slow
 def test_a_scorer_is_part_of_the_inputs(limited: Path, cli: Lora) -> None:
     task = '{"name": "mine", "kind": "python", "scorer": "mine.py", "examples": [{"prompt": "der zug"}]}\n'
     (limited / "data/mine.jsonl").write_text(task, encoding="utf-8")

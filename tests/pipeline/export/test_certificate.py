@@ -252,6 +252,7 @@ def test_logits_that_are_no_numbers_are_refused(made: Path, tmp_path: Path) -> N
     assert "its logits differ by up to " in said
 
 
+@pytest.mark.slow
 def test_a_quantized_file_is_shown_and_not_judged(tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "base", max_position_embeddings=512, hidden_size=256, intermediate_size=256)
     write_llama(tmp_path / "f32.gguf", model)

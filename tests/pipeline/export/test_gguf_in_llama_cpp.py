@@ -42,6 +42,7 @@ def in_llama_cpp(model: Path, adapter: Path | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Path) -> None:
     source = project(tmp_path, MODELS[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
@@ -51,6 +52,7 @@ def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.slow
 def test_llama_cpp_scales_positions_as_the_model_does(cli: Lora, family: str, kind: str, tmp_path: Path) -> None:
     rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
     scaled = replace(MODELS[family], config={**MODELS[family].config, "rope_parameters": rope})
@@ -61,6 +63,7 @@ def test_llama_cpp_scales_positions_as_the_model_does(cli: Lora, family: str, ki
 
 
 @pytest.mark.parametrize("name", ["rows-tied", "rows-untied", "patterns", "rslora", "conv1d"])
+@pytest.mark.slow
 def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Path) -> None:
     family, tied, spec = SPECS[name]
     source = made(tmp_path, family, tied, spec)

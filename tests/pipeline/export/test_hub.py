@@ -327,6 +327,7 @@ def test_without_a_token_nothing_is_sent(
     assert not hub.seen
 
 
+@pytest.mark.slow
 def test_a_push_from_a_process_of_its_own_arrives_and_shows_no_token(hub: Hub, source: Path) -> None:
     where = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     done = lora("push", str(source), NAME, *BASE_NAME, cwd=source.parent, **where)

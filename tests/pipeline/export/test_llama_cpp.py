@@ -114,6 +114,7 @@ def test_a_chat_is_rendered_in_the_templates_that_llama_cpp_knows(
         assert opened.chat(turns) == chat + "<|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 def test_quantizing_shows_its_progress_and_gives_a_file_that_opens(tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=256)
     write_llama(tmp_path / "f32.gguf", model)
@@ -143,6 +144,7 @@ def refused(file: Path, add: Path | None = None) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_opened_is_one_message(toy: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     whole = (toy[0] / "model.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
@@ -203,6 +205,7 @@ def test_an_assertion_and_a_hang_say_why(
         pass
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_parent(toy: tuple[Path, torch.nn.Module]) -> None:
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom pipeline.export.llama_cpp import LlamaCpp\n"

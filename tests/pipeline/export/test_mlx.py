@@ -177,6 +177,7 @@ def test_a_base_whose_rotary_settings_mlx_lm_would_not_find_is_named(cli: Lora, 
     assert 'add to a copy: "rope_theta": 500.0' in said
 
 
+@pytest.mark.slow
 def test_the_runner_continues_as_we_do_and_reads_the_same_ids(cli: Lora, tmp_path: Path) -> None:
     from pipeline.export.mlx import MLX
 

@@ -59,6 +59,7 @@ def test_an_adapters_pattern_that_never_ends_is_one_message(cli: Lora, root: Pat
         assert f"{key}: matching {ENDLESS!r} against the model's modules must take at most 0.3 s" in said
 
 
+@pytest.mark.slow
 def test_a_projects_pattern_that_never_ends_is_one_message(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ requests = st.builds(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(requests, min_size=1, max_size=24), st.integers(1, 16), st.integers(50, 400))
+@pytest.mark.slow
 def test_a_text_is_the_same_whatever_is_beside_it(
     references: ModelPool, wanted: list[Generation], max_batch: int, max_tokens: int
 ) -> None:
@@ -267,6 +268,7 @@ def test_logits_in_bf16_do_not_depend_on_the_neighbours(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_llama_in_bf16_answers_in_a_batch_as_alone(tmp_path: Path, start: Start) -> None:
     pool, names = llama_in_bf16(tmp_path)
     references, _ = llama_in_bf16(tmp_path / "again")

@@ -291,6 +291,7 @@ FIELDS = st.sampled_from(
     st.dictionaries(FIELDS, JSON, max_size=3) | JSON | st.binary(max_size=30),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_whatever_is_sent_is_answered_with_a_text_or_a_status_of_4xx(
     desk: HttpServer, path: str, body: Any, completed: bool
 ) -> None:
@@ -414,6 +415,7 @@ def test_a_client_that_never_reads_its_stream_is_closed(desk: HttpServer, monkey
     assert b"[DONE]" not in heard
 
 
+@pytest.mark.slow
 async def test_two_hundred_requests_at_once_are_answered_as_one_is(desk: HttpServer, endless: Path) -> None:
     loaded = engine.load(endless)
     prompts = [f"w{n % 60} w{n % 7}" for n in range(200)]
@@ -509,6 +511,7 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm_and_only_from_served_folder
         assert [model["id"] for model in ask(desk, "/v1/models")[1]["data"]] == ["base"]
 
 
+@pytest.mark.slow
 def test_models_unused_for_longest_make_room_and_are_loaded_again(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

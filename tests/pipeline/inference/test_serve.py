@@ -91,6 +91,7 @@ def start_long(talk: Talk, endless: Path, id_: int) -> None:
 
 
 @pytest.mark.parametrize("talk", ["own"], indirect=True)
+@pytest.mark.slow
 def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished: Path) -> None:
     base, changes = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
     plain, lora = engine.load(base), engine.load(base, changes)
@@ -184,6 +185,7 @@ def test_the_end_of_stdin_ends_it_at_once_whatever_it_does(talk: Talk, endless: 
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_nothing_behind() -> None:
     code = (
         "import subprocess, sys\n"
@@ -235,6 +237,7 @@ def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(talk: Tal
     assert talk.ask(3, "status")["id"] == 3
 
 
+@pytest.mark.slow
 def test_what_libraries_print_never_reaches_the_protocol() -> None:
     talk = Talk(
         "import pipeline.models.device as d\nf = d.device_info\n"

@@ -132,6 +132,7 @@ def _taken_apart(text: str) -> tuple[list[str], list[float]]:
 
 @pytest.mark.parametrize("stage", [*TRAINING, "finetune_sweep"])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used() and not strays
@@ -158,6 +159,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_lora_trains_there_with_every_kind_of_setting(
     project: Path, name: str, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("command", ASKED)
+@pytest.mark.slow
 def test_each_command_that_asks_a_model_asks_it_there(
     project: Path, command: str, cli: Lora, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +322,7 @@ def test_an_imported_base_is_compared_with_transformers_there(tmp_path: Path, st
     assert used() and not strays
 
 
+@pytest.mark.slow
 def test_a_base_of_transformers_never_computes_on_the_cpu(tmp_path: Path, strays: list[str]) -> None:
     root = families.new_project(tmp_path / "project", families.FAMILIES["llama"])
     strays.clear()  # what made the checkpoint
@@ -349,6 +353,7 @@ def low_rank(project: Path) -> Path:
 
 @on_accelerator
 @pytest.mark.parametrize("command", MATRICES)
+@pytest.mark.slow
 def test_large_matrices_are_decomposed_there(
     low_rank: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +400,7 @@ def test_no_stage_needs_fp64_of_the_accelerator(project: Path, stage: str) -> No
 
 @pytest.mark.usefixtures("without_fp64")
 @pytest.mark.parametrize("name", ["PiSSA", "nf4", "DoRA"])
+@pytest.mark.slow
 def test_no_setting_of_lora_needs_fp64_of_the_accelerator(
     project: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +535,7 @@ class Scarce:
 
 @on_accelerator
 @pytest.mark.parametrize("stage", ["finetune_lora", "finetune_full", "finetune_sweep"])
+@pytest.mark.slow
 def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_whole_step(
     brief: Path, project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def ends(folder: Path, name: str) -> list[Tensor]:
 
 
 @each_family
+@pytest.mark.slow
 def test_old_rows_stay_bit_for_bit_and_new_ones_are_their_mean_and_noise(family: Made, name: str) -> None:
     artifacts = family(name) / "artifacts"
     generator = torch.Generator().manual_seed(SEED)
@@ -122,6 +123,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted(
     own: Path, tmp_path: Path, cli: Lora
 ) -> None:

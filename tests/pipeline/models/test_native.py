@@ -180,6 +180,7 @@ def gradients(model: TransformersModel, lengths: Sequence[int]) -> list[Tensor]:
 @needs_native
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.slow
 def test_a_fused_block_has_the_outputs_and_gradients_of_the_original(
     kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +281,7 @@ def test_blocks_that_combine_the_same_parts_otherwise_keep_their_forward() -> No
 @needs_native
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.slow
 def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any, pairs: bool) -> None:
     wide = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "model_type": "llama"}
     model = from_config({**wide, **HEADS}, BF16).train().requires_grad_(False)
@@ -324,6 +326,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @needs_native
+@pytest.mark.slow
 def test_the_library_is_compiled_once_and_for_this_source(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native() is not None
     (first,) = fresh.iterdir()

@@ -299,6 +299,7 @@ ROWS_AND_KEYS = {
     sinks=st.booleans(),
     rows=st.sampled_from([1, 2]),
 )
+@pytest.mark.slow
 def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mask_shows(
     lengths: list[int],
     before: int,

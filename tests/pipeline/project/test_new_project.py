@@ -33,6 +33,7 @@ def params_of(folder: Path, text: str, *data: str) -> Path:
     return folder / "mine.yaml"
 
 
+@pytest.mark.slow
 def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("new", "a/b", cwd=tmp_path)
     folder = tmp_path / "a/b"
@@ -85,6 +86,7 @@ def test_why_dvc_fails_is_said(cli: Lora, tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "project/dvc.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora, tmp_path: Path) -> None:
     text = "# mine\npretrain:\n  seed: 3   # why\nfinetune_lora:\n  data: other.txt\n"
     params_of(tmp_path / "from", text, "other.txt")
@@ -107,6 +109,7 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
 
 
 @pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.slow
 def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, cli: Lora, tmp_path: Path) -> None:
     other = families.new_project(tmp_path / "other", families.FAMILIES["llama"])
     base = str(other / "base") if absolute else "other/base"
@@ -135,6 +138,7 @@ def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_p
         assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_path: Path) -> None:
     source = params_of(tmp_path / "from", "merge:\n  max_logit_difference: 1.0\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
@@ -144,6 +148,7 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
     assert project.params == load(source).replaced(project.params.sections), "with their defaults"
 
 
+@pytest.mark.slow
 def test_a_project_has_the_methods_that_are_asked_for_and_no_other(cli: Lora, tmp_path: Path) -> None:
     assert cli("new", "one", "--methods", "prefix, sweep", cwd=tmp_path)[0] == 0
     one = open_project(tmp_path / "one/params.yaml")

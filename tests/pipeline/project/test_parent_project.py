@@ -172,6 +172,7 @@ def test_the_last_model_and_the_comparison_are_those_of_both(copied: Path, cli: 
     assert json.loads(out)["adapter"] or json.loads(out)["model"]
 
 
+@pytest.mark.slow
 def test_dvc_at_the_root_knows_the_products_stages_alone(origin: Path) -> None:
     """Though the document's project lies in a folder of the same repository."""
     (stages,) = dvc(origin, "stage list --all --name-only")

@@ -71,6 +71,7 @@ def test_the_terminal_app_without_a_terminal_is_one_message(redirection: str, tm
     assert ended.stderr.startswith("error: lora-tui needs a terminal") and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs(brief: Path) -> None:
     chat = f"{shlex.quote(LORA)} chat --base artifacts/base"
     ended = sh(f"{chat} <&- && printf 'der \\377 hund\\n/quit\\n' | {chat}", brief)

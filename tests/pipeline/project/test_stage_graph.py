@@ -69,6 +69,7 @@ def test_code_files_are_those_that_python_imports() -> None:
         assert {name for name in imported if not name.startswith(found_by_registry)} <= statically, module
 
 
+@pytest.mark.slow
 def test_code_files_are_found_while_another_thread_parses() -> None:
     """In a process of its own, which switches threads often."""
     code = """

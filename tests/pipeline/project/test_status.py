@@ -101,6 +101,7 @@ def test_without_a_section_for_new_words_the_trained_base_is_fine_tuned(tmp_path
     assert project.variants["lora"] == ("pretrain", "finetune_lora")
 
 
+@pytest.mark.slow
 def test_running_it_makes_it_current_again(project: Path) -> None:
     save(project / "params.yaml", {"finetune_lora.rank": 2})
     make(project, ["finetune_lora", "finetune_sweep", "merge", "evaluate"], BRIEF)
@@ -284,6 +285,7 @@ def test_what_was_made_from_an_earlier_adapter_is_out_of_date_whatever_the_param
     assert outdated(project, ["finetune_lora"]) == {}
 
 
+@pytest.mark.slow
 def test_it_is_up_to_date_once_all_that_comes_after_is_made_again(retrained: Path) -> None:
     assert outdated(project_of(retrained), ["evaluate"])
     make(retrained, ["merge", "evaluate"], BRIEF)

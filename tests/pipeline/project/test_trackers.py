@@ -228,6 +228,7 @@ ILLS = {  # what a tracker does, and what is said of it
 
 @pytest.mark.sampled(4)  # one that hangs is waited for ten seconds
 @pytest.mark.parametrize("ill", ILLS)
+@pytest.mark.slow
 def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_path: Path, ill: str) -> None:
     make(project, [STAGE], [*BRIEF, LONG, EVERY], force=True)
     alone, mark = folder_bytes(project / PLACE), tmp_path / "pid"
@@ -252,6 +253,7 @@ def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_pat
     assert values == of({name: points for name, points in log.items() if points})
 
 
+@pytest.mark.slow
 def test_a_tracker_that_hangs_is_ended_in_bounded_time(project: Path, tmp_path: Path) -> None:
     make(project, [STAGE], BRIEF)
     hanging = INIT.replace("{mark!r}", repr(str(tmp_path / "pid"))) + "time.sleep(10**6)\n"

@@ -93,6 +93,7 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
     assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_it_is_evaluated(
     project: Path, cli: Lora
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, obje
     assert folder_bytes(project / OUTPUT) == unbroken
 
 
+@pytest.mark.slow
 def test_the_references_log_probs_are_computed_once_for_all_losses(project: Path) -> None:
     for loss, computes in (("dpo", True), ("ipo", False)):
         _, said = trained(project, loss=loss)
@@ -206,6 +208,7 @@ def test_the_peak_of_a_step_is_predicted(project: Path, changes: dict[str, objec
     assert 0.97 * measured <= predicted <= 1.1 * measured
 
 
+@pytest.mark.slow
 def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
     folder, _ = trained(project, loss="kto", eval_share=0)
@@ -220,6 +223,7 @@ def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
     assert (folder / WEIGHTS).read_bytes() == from_pairs
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_adapter_that_it_starts_from(project: Path) -> None:
     """Rewards begin at 0 from there; with the base as the reference they do not."""
     trained(project)[0].rename(project / "first")

@@ -225,6 +225,7 @@ def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(family: Made, n
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", OTHERS[name])
     make(root, PIPELINE)

@@ -95,6 +95,7 @@ def test_its_memory_is_predicted(tuned: Path, settings: list[str]) -> None:
     assert measured == pytest.approx(predicted, rel=0.035)
 
 
+@pytest.mark.slow
 def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(tuned: Path, cli: Lora) -> None:
     make(tuned, ["evaluate"], GIVEN)
     metrics = json.loads((tuned / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))

@@ -93,6 +93,7 @@ ALIKE: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 def test_two_epochs_and_three_more_are_five_to_the_byte(project: Path, changes: dict[str, object]) -> None:
     """Also with the second run killed in between, and continued from its checkpoint."""
     first_of(project, epochs=2, **changes)
@@ -173,6 +174,7 @@ def peft_adapter(root: Path, out: Path, **config: Any) -> Any:
     [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 5}}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
     ids=["plain", "rank by pattern", "DoRA", "head in full"],
 )
+@pytest.mark.slow
 def test_an_adapter_of_pefts_is_trained_as_peft_and_torch_train_it(project: Path, config: dict[str, Any]) -> None:
     """One batch an epoch, so that torch's loop needs no order: weights after eight steps."""
     peft_adapter(project, project / FIRST, **config)

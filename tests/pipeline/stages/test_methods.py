@@ -393,6 +393,7 @@ def test_a_sweep_as_a_whole_is_no_adapter_and_names_one(workshop: Workshop, cli:
 
 @each
 @pytest.mark.sampled(6)
+@pytest.mark.slow
 def test_killed_it_goes_on_and_ends_with_the_bytes_of_an_unbroken_run(
     workshop: Workshop, cli: Lora, method: str, base: str, tmp_path: Path
 ) -> None:

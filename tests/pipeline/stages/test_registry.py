@@ -30,6 +30,7 @@ def test_each_file_of_a_method_is_one_stage() -> None:
         assert GRAPH.stages[stage.name] is stage and stage.look and stage.title and stage.summary
 
 
+@pytest.mark.slow
 def test_a_methods_code_concerns_its_own_results_and_what_loads_its_adapter_and_no_other_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

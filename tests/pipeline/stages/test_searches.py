@@ -154,6 +154,7 @@ def test_halving_stops_the_worst_and_the_others_end_as_in_a_plain_sweep(mini: Pa
 
 @pytest.mark.parametrize("step", [2, 5, 9])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_killed_halving_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     given = given_({"learning_rate": [1e-5, 1e-3, 3e-3, 3e-2], "seed": [0, 1]}, "halving", "reduction_factor=2")
     killed(mini, given, step)
@@ -164,6 +165,7 @@ def test_a_killed_halving_goes_on_and_ends_with_the_same_bytes(mini: Path, step:
 
 @pytest.mark.parametrize("step", [3, 14, 27])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_killed_search_of_optuna_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     grid = {"learning_rate": RATES, "rank": [1, 2, 4]}
     killed(mini, given_(grid, "optuna", "trials=6", "generation=2"), step)

@@ -50,6 +50,7 @@ def test_pretraining_answers_the_seven_prompts_of_section_6(finished: Path) -> N
         assert probabilities[best] >= 0.95
 
 
+@pytest.mark.slow
 def test_every_method_flattens_within_50_epochs_and_full_completes_all_8_sentences(metrics: Any) -> None:
     for method in ("full", "freeze", "lora"):
         assert metrics[method]["flat_from_epoch"] < 50
@@ -206,6 +207,7 @@ def test_an_input_that_changes_while_a_stage_runs_is_refused_and_not_cached(proj
         list(events)
 
 
+@pytest.mark.slow
 def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(project: Path) -> None:
     prompts = project / "data/prompts.yaml"
     before = read(project / "artifacts/evaluation/metrics.json")
@@ -218,6 +220,7 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(p
         make(project, ["merge", "evaluate"], BRIEF)
 
 
+@pytest.mark.slow
 def test_decomposed_letters_in_a_data_file_change_nothing(project: Path) -> None:
     data = project / "data/finetune.de.txt"
     before = read(project / "artifacts/evaluation/metrics.json")
@@ -248,6 +251,7 @@ def test_a_word_that_was_never_added_is_refused_with_its_line(project: Path) -> 
         make(project, ["finetune_lora"], BRIEF)
 
 
+@pytest.mark.slow
 def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None:
     overrides = [
         *BRIEF,

@@ -94,6 +94,7 @@ def test_the_seed_decides_and_two_runs_give_the_same_bytes(project: Path) -> Non
     assert (project / FOLDER / "model.safetensors").read_bytes() != first["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> None:
     given = [
         "train_from_scratch.epochs=8",

@@ -29,6 +29,7 @@ TOY = Case("toy", CONFIG, steps=2, batch=3, length=12, new_tokens=4)
 
 @pytest.mark.parametrize("case", [TOY, replace(TOY, quantized=True, checkpointing=True)], ids=["lora", "qlora"])
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     rows = list(measure(case, torch.device("cpu"), gpus()["h100"]))

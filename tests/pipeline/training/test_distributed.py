@@ -145,6 +145,7 @@ def test_several_processes_learn_what_one_learns(
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-dq", "int8"])
+@pytest.mark.slow
 def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantization: str) -> None:
     if quantization == "int8":
         pytest.importorskip("bitsandbytes")
@@ -157,6 +158,7 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantizatio
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_several_processes_learn_the_preferences_that_one_learns(project: Path, loss: str) -> None:
     words = " ".join(TEXTS).split()
     rows = [
@@ -326,6 +328,7 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(("devices", "shell"), [("1", ""), ("2", "exec "), ("1", "exec ")])
+@pytest.mark.slow
 def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str) -> None:
     """DVC runs a command by a shell, which some replace by the command, and tells it of no signal."""
     command = [LORA, "finetune", "lora", "--devices", devices, f"--set={STAGE}.epochs=1000"]

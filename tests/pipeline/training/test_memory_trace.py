@@ -45,6 +45,7 @@ def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConf
     ids=["full", "freeze", "all-linear", "embeddings"],
 )
 @pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_other_models_and_methods_fit_within_three_percent(
     name: str, method: FinetuningMethod, checkpointing: str
 ) -> None:
@@ -68,6 +69,7 @@ REFINED = {
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("name", REFINED)
 @pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: str, adapter: str) -> None:
     config = shortened("smollm2-135m", 3)
     run = replace(SHORT, checkpointing=checkpointing, adapter_precision=adapter)
@@ -88,6 +90,7 @@ def test_dora_pissa_and_dropout_need_more_than_lora_and_the_formula_says_how_muc
         assert more[1] > 0.01 * base[1]
 
 
+@pytest.mark.slow
 def test_our_step_needs_less_than_the_libraries() -> None:
     """Logits only at labels and in chunks, norms that save their input, LoRA added in place."""
     config = shortened("qwen3-8b", 6)
@@ -99,6 +102,7 @@ def test_our_step_needs_less_than_the_libraries() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:2] + OPTIMIZERS[3:])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 def test_an_optimizers_state_and_update_fit_within_half_a_percent(optimizer: str, precision: str) -> None:
     """Of a full model on four tokens: state and update are the step."""
     config = shortened("smollm2-135m", 3)

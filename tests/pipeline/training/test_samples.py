@@ -41,6 +41,7 @@ def trained(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", WAYS)
 @pytest.mark.sampled(5)
+@pytest.mark.slow
 def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) -> None:
     ways = ["eval_share=0.3", "eval_steps=2", *WAYS[stage]]
     without = trained(project, stage, *ways)
@@ -56,6 +57,7 @@ def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_pretrained_base_answers_in_its_template_and_trains_on_as_without(
     family: Callable[[str], Path], tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_checkpoint_without_its_answers_is_not_used(project: Path) -> None:
     assert len(samples(project / "artifacts/lora_adapter")) == 2 * 4
 
 
+@pytest.mark.slow
 def test_each_adapter_of_a_sweep_answers_for_itself(project: Path) -> None:
     sampled = f"finetune_lora.{SAMPLED % 4}"
     grid = "finetune_sweep.grid={rank: [2, 4], learning_rate: [1e-3, 3e-2]}"

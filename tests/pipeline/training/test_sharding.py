@@ -54,6 +54,7 @@ def shard_and_count(folder: Path, precision: str, change: bool) -> tuple[int, di
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(base: Path, count: int) -> None:
     stored = load_file(base / "model.safetensors")
     blocks = sum(t.numel() * 4 for name, t in stored.items() if ".layers." in name)

@@ -201,11 +201,13 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
 
 @pytest.mark.parametrize("name", ON_LLAMA)
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 def test_on_a_real_architecture_it_is_the_one_that_trains_alone(llama: Path, name: str) -> None:
     grid, overrides = ON_LLAMA[name]
     assert_each_as_alone(llama, grid, [f"finetune_lora.{override}" for override in [*LLAMA, *overrides]])
 
 
+@pytest.mark.slow
 def test_on_a_real_architecture_in_16_bits_too_whose_blocks_are_tried_before(llama: Path) -> None:
     """The kernels for bf16 are compared with the model's own blocks while no adapter has rows."""
     overrides = [*LLAMA, "precision=bf16", "adapter_precision=bf16"]
@@ -276,6 +278,7 @@ def test_where_all_diverge_it_says_so_and_what_was_there_stays(mini: Path) -> No
     assert folder_bytes(mini / "artifacts" / "sweep") == before
 
 
+@pytest.mark.slow
 def test_one_that_finds_nothing_better_stops_early_and_keeps_its_best(llama: Path) -> None:
     overrides = [*LLAMA, "eval_share=0.4", "eval_steps=1", "patience=2", "epochs=40"]
     manifest, events = swept(llama, {"learning_rate": [1e-5, 3e-2]}, [f"finetune_lora.{o}" for o in overrides])

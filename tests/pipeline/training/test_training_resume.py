@@ -119,6 +119,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
     ids=["fp32 adapters", "dropout and noise", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
 )
 @pytest.mark.sampled(6)
+@pytest.mark.slow
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]
 ) -> None:
@@ -172,6 +173,7 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
 # Early stop
 
 
+@pytest.mark.slow
 def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(project: Path) -> None:
     """The best step ends an epoch, so a run of that many epochs without patience ends with the same weights."""
     settings = {"schedule": "constant", "eval_steps": 0, "retention_weight": 0}
@@ -289,6 +291,7 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path, monk
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between_them_and_another_runs_stays(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +316,7 @@ def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between
     assert checkpoints(folder) == [other, damaged]
 
 
+@pytest.mark.slow
 def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

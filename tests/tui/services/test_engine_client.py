@@ -64,6 +64,7 @@ async def load(engine: Inference, folder: Path) -> None:
     await ask_with_timeout(engine, "load", name="endless", base=folder)
 
 
+@pytest.mark.slow
 async def test_the_first_request_starts_the_process_and_models_stay_loaded(engine: Inference, endless: Path) -> None:
     assert (engine.running, engine.pid) == (False, None)
     await load(engine, endless)
@@ -75,6 +76,7 @@ async def test_the_first_request_starts_the_process_and_models_stay_loaded(engin
     assert (engine.running, engine.pid) == (False, None)
 
 
+@pytest.mark.slow
 async def test_a_folder_called_pipeline_in_the_project_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline/__init__.py").write_text("raise SystemExit('theirs')", encoding="utf-8")
@@ -83,6 +85,7 @@ async def test_a_folder_called_pipeline_in_the_project_is_not_imported(tmp_path:
     await engine.stop()
 
 
+@pytest.mark.slow
 async def test_a_rejected_request_raises_its_reason_and_the_process_continues(engine: Inference) -> None:
     with pytest.raises(UserError, match=r"nothing is not loaded. Loaded: nothing\.") as rejected:
         await ask_with_timeout(engine, "unload", name="nothing")
@@ -90,6 +93,7 @@ async def test_a_rejected_request_raises_its_reason_and_the_process_continues(en
     assert engine.running
 
 
+@pytest.mark.slow
 async def test_tokens_stream_and_the_last_event_says_why_it_ended(engine: Inference, endless: Path) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG | {"limit": 5})) as answers:
@@ -98,6 +102,7 @@ async def test_tokens_stream_and_the_last_event_says_why_it_ended(engine: Infere
     assert (heard[-1]["reason"], heard[-1]["tokens"]) == ("length", 5)
 
 
+@pytest.mark.slow
 async def test_closing_a_stream_interrupts_it_and_the_next_request_is_answered_at_once(
     engine: Inference, endless: Path
 ) -> None:
@@ -111,6 +116,7 @@ async def test_closing_a_stream_interrupts_it_and_the_next_request_is_answered_a
     assert time.monotonic() - start < 1
 
 
+@pytest.mark.slow
 async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(engine: Inference, endless: Path) -> None:
     await load(engine, endless)
     heard = list[Answer]()
@@ -123,6 +129,7 @@ async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(engi
     assert len(heard) < 16_000
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_cancelled_while_it_waits_frees_the_process(engine: Inference, endless: Path) -> None:
     await load(engine, endless)
     task = asyncio.create_task(engine.ask("generate", **LONG))
@@ -133,6 +140,7 @@ async def test_a_task_that_is_cancelled_while_it_waits_frees_the_process(engine:
     await ask_with_timeout(engine, "unload", name="endless")
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_blocks_the_process_and_loses_nothing(engine: Inference, endless: Path) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG | {"limit": 600})) as answers:
@@ -156,6 +164,7 @@ def held_up(engine: Inference) -> bool:
     [(signal.SIGKILL, "it was killed, perhaps because the machine ran out of memory"), (15, "signal 15 (Terminated)")],
 )
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 async def test_when_it_is_killed_all_pending_requests_fail_and_the_next_starts_a_new_process(
     engine: Inference, endless: Path, sign: int, why: str
 ) -> None:
@@ -213,6 +222,7 @@ async def test_a_process_that_dies_or_writes_nonsense_fails_all_requests_with_th
     assert not engine.running
 
 
+@pytest.mark.slow
 async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(start_fake: StartFake) -> None:
     engine = start_fake("import subprocess\nsubprocess.Popen(['sleep', '4'], stdout=-3); sys.exit(4)")
     with pytest.raises(EngineDied, match="exit code 4"):
@@ -254,6 +264,7 @@ async def test_a_command_that_does_not_exist_raises_engine_died(tmp_path: Path) 
         await engine.stop()
 
 
+@pytest.mark.slow
 async def test_a_request_that_is_too_long_is_rejected_before_it_is_sent(engine: Inference) -> None:
     with pytest.raises(
         UserError, match=r"The request has 1,\d{3},\d{3} bytes; the limit is 1,048,576. Shorten the text"
@@ -296,6 +307,7 @@ async def test_stop_while_it_starts_leaves_no_process(start_fake: StartFake) -> 
     assert not engine.running
 
 
+@pytest.mark.slow
 async def test_stop_in_the_middle_of_a_generation_is_prompt(engine: Inference, endless: Path) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG)) as answers:

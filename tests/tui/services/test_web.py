@@ -57,6 +57,7 @@ async def painted(browser: Any, text: str) -> None:
         seen += message.data.decode(errors="replace") if isinstance(message.data, bytes) else ""
 
 
+@pytest.mark.slow
 async def test_the_app_is_served_at_the_url_that_is_printed(served: Served) -> None:
     assert re.fullmatch(rf"http://localhost:{served.port}/[\w-]{{40,}}/", served.url)
     async with aiohttp.ClientSession() as session:
@@ -121,6 +122,7 @@ async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served:
     assert (served.process.returncode, errors) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_message(served: Served, empty: Path) -> None:
     command = [*LORA_TUI, str(served.port)]
     done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """A Markdown page in lines."""
 
+import pytest
 from textual.app import App, ComposeResult
 
 from tests.helpers.pilot import until
@@ -43,6 +44,7 @@ class Reader(App[None]):
         self.theme = DARK.name
 
 
+@pytest.mark.slow
 async def test_a_page_is_searched_and_moved_in() -> None:
     app = Reader()
     async with app.run_test(size=(60, 10)) as pilot:

@@ -148,6 +148,7 @@ async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path)
         assert "the document takes every projection as 4,096 × 4,096" in shown
 
 
+@pytest.mark.slow
 async def test_every_built_in_model_opens(empty: Path) -> None:
     for name in names():
         for method in ("lora", "full"):
@@ -193,6 +194,7 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
         assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problems
 
 
+@pytest.mark.slow
 async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for values in (
@@ -207,6 +209,7 @@ async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> Non
             assert all(text in shown for text in screen.problems.values()) and "Last valid: qwen3-8b" in shown
 
 
+@pytest.mark.slow
 async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for method in ("full", "freeze", "lora", "qlora", "prefix", "prompt"):
@@ -217,6 +220,7 @@ async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
             assert [name for name, row in rows.items() if row.display] == matter, method
 
 
+@pytest.mark.slow
 async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right")
@@ -237,6 +241,7 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert screen.form.values["gpu"] == names_[names_.index("rtx4090") + 1]
 
 
+@pytest.mark.slow
 async def test_ctrl_b_brings_a_fields_default_back(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right", "ctrl+b", "down", "+", "+", "ctrl+b")
@@ -254,6 +259,7 @@ async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
             assert screen.form.values[name] == before
 
 
+@pytest.mark.slow
 async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("up", *"smol")
@@ -272,6 +278,7 @@ async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: P
         assert screen.result.model.name == [n for n in names() if "gemma-2" in n][1]
 
 
+@pytest.mark.slow
 async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
@@ -286,6 +293,7 @@ async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> No
         assert "config.json" in problem_of(screen) and "\n" not in problem_of(screen)
 
 
+@pytest.mark.slow
 async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -303,6 +311,7 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
         assert asked == ["some/model"] and screen.result.model.name == "gpt2"
 
 
+@pytest.mark.slow
 async def test_advice_is_the_librarys_and_never_of_another_configuration(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +337,7 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(
         assert f"to make it fit {words[-1].replace('--', '')} →" in shown
 
 
+@pytest.mark.slow
 async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(empty: Path) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
         await fill(pilot, screen, rank="6", batch="4")
@@ -353,6 +363,7 @@ async def test_gpus_that_hold_it_are_told_from_those_that_do_not(empty: Path) ->
         assert "smallest GPU that holds it A100 80 GB, 79.35 GiB" in " ".join(text_of(screen, "#answers").split())
 
 
+@pytest.mark.slow
 async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await fill(pilot, screen, rank="16")
@@ -384,6 +395,7 @@ async def test_a_table_has_one_unit(empty: Path, model: str) -> None:
         assert all(re.fullmatch(r"<?[0-9,]+(\.[0-9]{2})?", size) for size in sizes), sizes
 
 
+@pytest.mark.slow
 async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("ctrl+t")
@@ -405,6 +417,7 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         assert screen.form.values == DEFAULTS
 
 
+@pytest.mark.slow
 async def test_answers_are_read_by_keys_and_the_form_is_next(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         seen = []
@@ -418,6 +431,7 @@ async def test_answers_are_read_by_keys_and_the_form_is_next(empty: Path) -> Non
         await until(pilot, lambda: screen.maximized is screen.query_one("#memory"))
 
 
+@pytest.mark.slow
 async def test_no_letter_is_a_command_in_a_field(empty: Path) -> None:
     """Every character that is typed into a text field stays there."""
     async with calculator(empty) as (pilot, screen):
@@ -441,6 +455,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         assert screen.form.values["model"] == "minigpt"
 
 
+@pytest.mark.slow
 async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: Path) -> None:
     path = empty / "params.yaml"
     before = path.read_text(encoding="utf-8")
@@ -493,6 +508,7 @@ SECTIONS: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
 )
 
 
+@pytest.mark.slow
 async def test_each_method_has_its_section(empty: Path) -> None:
     path = empty / "params.yaml"
     before = path.read_text(encoding="utf-8")
@@ -528,6 +544,7 @@ async def rejected_with(pilot: Pilot[None], screen: CalculatorScreen, **values: 
     return app.message_history[-1][2]
 
 
+@pytest.mark.slow
 async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with calculator(empty) as (pilot, screen):
@@ -575,6 +592,7 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         assert "already has these values" in pilot.app.message_history[-1][2]
 
 
+@pytest.mark.slow
 async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_trains(toy: Path) -> None:
     (toy / "params.yaml").write_text("base: models/toy\nfinetune_lora: {rank: 4}\n", encoding="utf-8")
     async with calculator(toy) as (pilot, screen):
@@ -600,6 +618,7 @@ async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> Non
         assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
 
 
+@pytest.mark.slow
 async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
         for values, reason in (
@@ -617,6 +636,7 @@ async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> 
             assert reason in message and "MiniGPT" not in message
 
 
+@pytest.mark.slow
 async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

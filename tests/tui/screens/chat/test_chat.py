@@ -149,6 +149,7 @@ async def test_two_models_answer_side_by_side_where_there_is_room(brief: Path, c
         assert "│ base" not in s.lines()
 
 
+@pytest.mark.slow
 async def test_an_edited_message_keeps_the_former_branch(brief: Path, chatty: FakeInference) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
@@ -254,6 +255,7 @@ async def test_escape_interrupts_and_what_arrived_is_kept(brief: Path) -> None:
         assert s.field.has_focus
 
 
+@pytest.mark.slow
 async def test_one_may_look_at_another_branch_while_two_models_write(brief: Path, chatty: FakeInference) -> None:
     async with open_chat(brief, chatty) as s:
         await two_models(s)
@@ -287,6 +289,7 @@ async def test_a_message_during_an_answer_waits_in_the_field(brief: Path) -> Non
         await s.quiet()
 
 
+@pytest.mark.slow
 async def test_when_the_engine_dies_one_sentence_says_so_and_asking_again_works(brief: Path) -> None:
     async with open_chat(brief) as s:
         await two_models(s)
@@ -344,6 +347,7 @@ async def test_several_lines_are_typed_and_the_field_grows(brief: Path, chatty: 
         assert "The message is empty" in s.messages()
 
 
+@pytest.mark.slow
 async def test_an_answer_becomes_an_example_of_the_data(
     brief: Path, chatty: FakeInference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +386,7 @@ async def test_a_completion_becomes_prompt_and_completion(brief: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["talk.md", "talk.json", "talk.jsonl"])
+@pytest.mark.slow
 async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
     project: Path, chatty: FakeInference, name: str
 ) -> None:
@@ -459,6 +464,7 @@ async def test_a_new_conversation_asks_before_it_loses_one(brief: Path, chatty: 
         assert s.field.has_focus
 
 
+@pytest.mark.slow
 async def test_quitting_asks_and_another_screen_keeps_the_conversation(brief: Path, chatty: FakeInference) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
@@ -496,6 +502,7 @@ async def test_without_a_model_the_screen_says_what_to_do(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8)], ids=["60x16", "30x8"])
+@pytest.mark.slow
 async def test_small_terminals_do_not_crash(brief: Path, chatty: FakeInference, size: tuple[int, int]) -> None:
     async with open_chat(brief, chatty, size) as s:
         await two_models(s)

@@ -45,6 +45,7 @@ async def ask(s: Session, text: str) -> Answer:
     return s.answers[0]
 
 
+@pytest.mark.slow
 async def test_a_model_without_template_goes_on_with_the_text(brief: Path) -> None:
     lora = load(brief / "artifacts/expanded", brief / "artifacts/lora_adapter")
     async with open_chat(brief) as s:

@@ -347,6 +347,7 @@ async def test_the_step_cursor_reads_what_the_log_says(root: Path) -> None:
         assert screen.window.cursor is None and "│" not in small_text(screen)
 
 
+@pytest.mark.slow
 async def test_the_step_cursor_stays_among_the_steps(root: Path) -> None:
     async with open_curves(root) as (pilot, screen):
         for at, key, end in ((290, "right", 300), (10, "left", 1)):
@@ -395,6 +396,7 @@ async def test_comma_and_full_stop_change_the_smoothing(root: Path) -> None:
 # Answers
 
 
+@pytest.mark.slow
 async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora")
     write_run(empty, "finetune_full")
@@ -455,6 +457,7 @@ ODD = {
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
 @pytest.mark.sampled(4)
+@pytest.mark.slow
 async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
     folder = write_run(empty, "finetune_lora", 1)
     header = measured(HEADER) if text.split("\n")[0].count(",") > 5 else HEADER

@@ -92,6 +92,7 @@ async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked_processes")
+@pytest.mark.slow
 async def test_a_free_name_is_proposed_and_what_exists_is_replaced_after_a_question(root: Path) -> None:
     (root / "curves.svg").write_text("before", encoding="utf-8")
     async with open_curves(root) as (pilot, _):

@@ -80,6 +80,7 @@ async def test_a_run_whose_process_is_gone_has_died(empty: Path) -> None:
             await until(pilot, lambda: "finished" in details_text(screen))
 
 
+@pytest.mark.slow
 async def test_a_truncated_replaced_or_deleted_log_is_reported(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 100, "done")
     async with open_curves(empty) as (pilot, screen):
@@ -107,6 +108,7 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
         await until(pilot, lambda: screen.chart.plot.x == (1, 21))
 
 
+@pytest.mark.slow
 async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
     log = root / "runs/finetune_lora/loss.csv"
     async with open_curves(root) as (pilot, screen):
@@ -130,6 +132,7 @@ async def test_a_broken_params_file_does_not_hide_the_runs(root: Path) -> None:
         assert len(screen.runs.views) == 3
 
 
+@pytest.mark.slow
 async def test_ten_long_runs_at_once(root: Path) -> None:
     from pipeline.files.artifact import file_digest, write_json
 

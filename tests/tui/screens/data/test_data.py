@@ -91,6 +91,7 @@ async def checked(pilot: Pilot[Any], screen: DataScreen) -> None:
     await until(pilot, lambda: screen.report is not None)
 
 
+@pytest.mark.slow
 async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_row(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         assert screen.file and screen.file.name == "data/chat.jsonl"
@@ -102,6 +103,7 @@ async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_
         assert "● chat.jsonl  lora" in files and "  heldout.csv  lora: held-out" in files
 
 
+@pytest.mark.slow
 async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await pilot.press("j")
@@ -110,6 +112,7 @@ async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(root: Pa
         assert "⊣─ cut at 64 tokens" in row_text(screen)
 
 
+@pytest.mark.slow
 async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await pilot.press("j", "j")
@@ -117,6 +120,7 @@ async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(root: Path) -
         assert row_text(screen).startswith("✗ not JSON") and ROWS[2] in row_text(screen)
 
 
+@pytest.mark.slow
 async def test_text_of_others_is_shown_as_it_is(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         rows_of(screen).cursor = 3
@@ -125,6 +129,7 @@ async def test_text_of_others_is_shown_as_it_is(root: Path) -> None:
         assert "\x1b" not in rows_of(screen)._lines[3].text
 
 
+@pytest.mark.slow
 async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await checked(pilot, screen)
@@ -143,6 +148,7 @@ async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
         await until(pilot, lambda: rows_of(screen).cursor == 2)
 
 
+@pytest.mark.slow
 async def test_lengths_say_how_many_are_cut(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await checked(pilot, screen)
@@ -151,6 +157,7 @@ async def test_lengths_say_how_many_are_cut(root: Path) -> None:
         assert "max_length 64 ▲" in str(screen.query_one("#lengths Static", Static).content)
 
 
+@pytest.mark.slow
 async def test_pages_are_read_as_one_moves_and_only_then(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         rows = rows_of(screen)
@@ -164,6 +171,7 @@ async def test_pages_are_read_as_one_moves_and_only_then(root: Path) -> None:
         assert rows.cursor == rows.size.height - 2
 
 
+@pytest.mark.slow
 async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         rows = rows_of(screen)
@@ -178,6 +186,7 @@ async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(ro
         await until(pilot, lambda: rows.cursor == 6)
 
 
+@pytest.mark.slow
 async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) -> None:
     before = (root / "data/chat.jsonl").read_bytes()
     async with open_data(root) as (pilot, screen):
@@ -203,6 +212,7 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) ->
         assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.jsonl",)
 
 
+@pytest.mark.slow
 async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         rows_of(screen).cursor = 2
@@ -221,6 +231,7 @@ async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
         assert not (root / "data/chat.edited.jsonl").exists()
 
 
+@pytest.mark.slow
 async def test_all_of_a_row_can_be_edited_as_json(root: Path) -> None:
     async with open_data(root) as (pilot, _):
         await pilot.press("e")
@@ -252,6 +263,7 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
 
 
+@pytest.mark.slow
 async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_of_its_own(root: Path) -> None:
     async with open_data(root) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
@@ -275,6 +287,7 @@ async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_o
         ("base/config.json/rows.jsonl", "File exists"),
     ],
 )
+@pytest.mark.slow
 async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
     root: Path, name: str, reason: str
 ) -> None:
@@ -295,6 +308,7 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
         assert json.loads(written)["messages"][1]["content"] == "By the sea."
 
 
+@pytest.mark.slow
 async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path) -> None:
     async with open_data(root) as (pilot, _):
         await pilot.press("e")
@@ -307,6 +321,7 @@ async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path
         assert pilot.app.screen is editor and editor.query(TextArea).last().text == "In the west. Yes."
 
 
+@pytest.mark.slow
 async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_problem(root: Path) -> None:
     async with open_data(root) as (pilot, _):
         await pilot.press("e")
@@ -324,6 +339,7 @@ async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_pr
 
 @pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
     root: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +375,7 @@ async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(root: P
         assert "No model yet" in str(screen.query_one("#lengths Static", Static).content)
 
 
+@pytest.mark.slow
 async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(root: Path) -> None:
     (root / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
     async with open_data(root) as (pilot, screen):
@@ -373,6 +390,7 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 5"))
 
 
+@pytest.mark.slow
 async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         await checked(pilot, screen)
@@ -385,6 +403,7 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(roo
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
 
+@pytest.mark.slow
 async def test_rows_are_written_in_another_format(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         screen.open_with(file="data/heldout.csv")
@@ -402,6 +421,7 @@ async def test_rows_are_written_in_another_format(root: Path) -> None:
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8), (200, 60)], ids=["small", "tiny", "huge"])
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 async def test_every_size_is_drawn(root: Path, size: tuple[int, int]) -> None:
     async with open_data(root, size) as (pilot, screen):
         await checked(pilot, screen)

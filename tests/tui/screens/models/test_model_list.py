@@ -139,6 +139,7 @@ async def test_the_least_forgetful_model_is_on_top_after_one_key(brief: Path) ->
         assert s.names() == LISTED
 
 
+@pytest.mark.slow
 async def test_the_menu_sorts_by_any_column_and_the_same_again_turns_around(brief: Path) -> None:
     async with open_models(brief) as s:
 
@@ -167,6 +168,7 @@ async def test_a_click_on_the_header_sorts_and_on_the_mark_chooses(brief: Path) 
         assert s.rows()[1].startswith("●")
 
 
+@pytest.mark.slow
 async def test_folders_fold_and_a_large_one_is_folded_at_first(project: Path) -> None:
     for number in range(9):
         shutil.copytree(project / "artifacts/sweep/rank-1", project / f"artifacts/many/a-{number}")
@@ -215,6 +217,7 @@ async def test_space_chooses_and_takes_away_and_p_chooses_the_pipelines_models(b
         assert s.screen.chosen == []
 
 
+@pytest.mark.slow
 async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.point("lora")
@@ -232,6 +235,7 @@ async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -
         await until(s.pilot, lambda: "2 models, 0 of them evaluated" in s.shown_details())
 
 
+@pytest.mark.slow
 async def test_the_spectrum_is_measured_on_a_key_and_kept(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest_cache, "SETTLED", -1)
     async with open_models(brief) as s:
@@ -248,6 +252,7 @@ async def test_the_spectrum_is_measured_on_a_key_and_kept(brief: Path, monkeypat
         assert not s.engine.done("spectrum")
 
 
+@pytest.mark.slow
 async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_key(project: Path) -> None:
     async with open_models(project) as s:
         await s.press("E")
@@ -264,6 +269,7 @@ async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_k
         assert s.messages().count("what was evaluated stays") == 2
 
 
+@pytest.mark.slow
 async def test_an_adapter_that_is_evaluated_and_breaks_a_limit_is_no_failure(project: Path) -> None:
     save(project / "params.yaml", {"evaluate.limits": {"new_loss": 0}})
     async with open_models(project) as s:
@@ -274,6 +280,7 @@ async def test_an_adapter_that_is_evaluated_and_breaks_a_limit_is_no_failure(pro
         await until(s.pilot, lambda: "✗" in s.row("sweep/rank-2"))
 
 
+@pytest.mark.slow
 async def test_an_evaluation_that_fails_says_why(project: Path) -> None:
     (project / "data/pretrain.de.txt").unlink()
     async with open_models(project) as s:
@@ -319,6 +326,7 @@ async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Pa
         assert s.engine.done("load") == []
 
 
+@pytest.mark.slow
 async def test_v_checks_again_and_new_models_appear_by_themselves(project: Path) -> None:
     async with open_models(project) as s:
         shutil.copytree(project / "artifacts/lora_adapter", project / "artifacts/second")
@@ -329,6 +337,7 @@ async def test_v_checks_again_and_new_models_appear_by_themselves(project: Path)
         assert "checked again" in s.messages()
 
 
+@pytest.mark.slow
 async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_path: Path) -> None:
     other = tmp_path / "others"
     shutil.copytree(project / "artifacts/base", other / "mine")
@@ -406,6 +415,7 @@ async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanw
         assert len(drawn) < 60, "a redraw for many verdicts, not one for each"
 
 
+@pytest.mark.slow
 async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

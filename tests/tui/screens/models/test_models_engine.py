@@ -108,6 +108,7 @@ async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief:
         assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(brief: Path) -> None:
     async with real_models(brief) as s:
         await s.press("p")

@@ -50,6 +50,7 @@ async def test_one_model_has_bars_and_percent(brief: Path) -> None:
         assert 24 <= line.count("█") <= 36
 
 
+@pytest.mark.slow
 async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.point("lora")
@@ -75,6 +76,7 @@ async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(b
         assert s.conversation.newest.answers[0].title == "lora ×2.00" and "Ctrl+R" not in s.completions()
 
 
+@pytest.mark.slow
 async def test_the_slider_takes_the_mouse_and_is_off_without_an_adapter(brief: Path) -> None:
     async with open_models(brief) as s:
         slider = s.screen.query_one(Slider)
@@ -113,6 +115,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         assert s.conversation.newest.answers[5].text == " tisch und stuhl"
 
 
+@pytest.mark.slow
 async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(brief: Path) -> None:
     async with open_models(brief) as s:
         s.engine.dies = True
@@ -130,6 +133,7 @@ async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(b
         assert len(s.conversation.exchanges) == 2
 
 
+@pytest.mark.slow
 async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
     async with open_models(project) as s:
         await s.press("p")
@@ -157,6 +161,7 @@ async def test_a_word_that_no_model_knows_is_reported_once(brief: Path) -> None:
         assert s.engine.done("generate") == []
 
 
+@pytest.mark.slow
 async def test_unknown_words_are_marked_while_they_are_typed(brief: Path) -> None:
     async with open_models(brief) as s:
         field, hint = s.screen.query_one(PromptInput), s.screen.query_one("#unknown")
@@ -185,6 +190,7 @@ async def test_an_empty_prompt_asks_nothing(brief: Path) -> None:
         assert not s.engine.done("load")
 
 
+@pytest.mark.slow
 async def test_up_and_down_bring_earlier_prompts_back_and_they_are_remembered(brief: Path) -> None:
     async with open_models(brief) as s:
         for prompt in ("eins", "zwei"):
@@ -268,6 +274,7 @@ async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
         assert s.conversation.newest is not None and s.conversation.newest.answers_text() == "die katze tisch und stuhl"
 
 
+@pytest.mark.slow
 async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path) -> None:
     async with open_models(brief, loads_held=True) as s:
         await s.press("space", "down", "space")
@@ -315,6 +322,7 @@ async def test_a_slow_load_is_interrupted(brief: Path) -> None:
         assert "interrupted" in s.completions() and "loading" not in s.completions()
 
 
+@pytest.mark.slow
 async def test_attention_shows_all_heads_then_one_and_what_the_adapter_changed(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("a")
@@ -366,6 +374,7 @@ async def test_copy_takes_the_last_answer(brief: Path) -> None:
         assert s.app.clipboard == "die katze tisch und stuhl"
 
 
+@pytest.mark.slow
 async def test_a_transcript_has_every_exchange(project: Path) -> None:
     async with open_models(project) as s:
         for prompt in ("eins", "zwei"):
@@ -450,6 +459,7 @@ async def test_the_status_bar_has_device_and_absolute_memory(brief: Path) -> Non
         await until(s.pilot, lambda: bar.state == "died")
 
 
+@pytest.mark.slow
 async def test_escape_leaves_the_field_then_the_prompt_and_a_wide_screen_shows_both(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("enter")
@@ -473,6 +483,7 @@ async def test_leaving_asks_if_a_conversation_would_be_lost(brief: Path) -> None
         assert s.screen.unsaved() == "2 prompts and their answers"
 
 
+@pytest.mark.slow
 async def test_switching_screens_keeps_the_conversation_and_the_engine(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.ask("die katze")
@@ -495,6 +506,7 @@ async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> N
     assert not s.engine.running
 
 
+@pytest.mark.slow
 async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief: Path) -> None:
     async with open_models(brief, size=(120, 40)) as s:
         await s.press("slash", *"sweep/")

@@ -46,6 +46,7 @@ def model_rows(screen: PipelineScreen) -> list[str]:
 # The tree
 
 
+@pytest.mark.slow
 async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         assert row(screen, "pretrain") == "○ pretrain not made"
@@ -56,6 +57,7 @@ async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Pa
         assert "Nothing was evaluated yet" in str(screen.query_one(MetricsPane).query_one(Static).content)
 
 
+@pytest.mark.slow
 async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(project: Path) -> None:
     brief_params(project)
     async with open_screen(project) as (pilot, screen):
@@ -68,6 +70,7 @@ async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_se
         assert any(line.startswith("run done in ") for line in facts(screen))
 
 
+@pytest.mark.slow
 async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -> None:
     brief_params(project)
     save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
@@ -85,6 +88,7 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
         await until(pilot, lambda: row(screen, "evaluate").startswith("● evaluate limits"))
 
 
+@pytest.mark.slow
 async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked_for(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         count, tree = len(rows(screen)), screen.query_one(StageTree)
@@ -102,6 +106,7 @@ async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked
         assert tree.highlighted_option and tree.highlighted_option.id == "study_rank"
 
 
+@pytest.mark.slow
 async def test_an_artifact_that_vanishes_is_missing(project: Path) -> None:
     brief_params(project)
     async with open_screen(project) as (pilot, screen):
@@ -122,6 +127,7 @@ async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: P
         await until(pilot, lambda: row(screen, "import") == "○ import not made")
 
 
+@pytest.mark.slow
 async def test_params_and_each_state_are_there_before_all_files_are_hashed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +157,7 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
 # Params
 
 
+@pytest.mark.slow
 async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: Path) -> None:
     brief_params(project)
     path = project / "params.yaml"
@@ -209,6 +216,7 @@ def is_written(root: Path, stage: str, key: str, value: object) -> bool:
     return bool(getattr(getattr(load(root / "params.yaml"), stage), key) == value)
 
 
+@pytest.mark.slow
 async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_sweep")
@@ -231,6 +239,7 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
         assert field.value == "rank: [2, 4], learning_rate: [1e-3, 0.002]" and not screen.unsaved()
 
 
+@pytest.mark.slow
 async def test_the_base_is_a_param_of_the_stage_that_imports_it(empty: Path) -> None:
     save(empty / "params.yaml", {"base": "./models/mine"})
     async with open_screen(empty) as (pilot, screen):
@@ -252,6 +261,7 @@ async def test_garbage_in_a_field_is_one_sentence(empty: Path) -> None:
     assert (empty / "params.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 async def test_up_and_down_step_through_the_values_of_a_choice(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
@@ -264,6 +274,7 @@ async def test_up_and_down_step_through_the_values_of_a_choice(empty: Path) -> N
         await until(pilot, lambda: load(empty / "params.yaml").finetune_lora.train_embeddings == "none")
 
 
+@pytest.mark.slow
 async def test_what_is_typed_and_not_written_is_said_when_it_is_left(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "pretrain")
@@ -293,6 +304,7 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
 
 @pytest.mark.parametrize("size", [(80, 24), (60, 16)], ids=str)
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 async def test_every_param_is_reached_by_keys_and_seen_with_its_meaning(empty: Path, size: tuple[int, int]) -> None:
     async with open_screen(empty, size) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
@@ -316,6 +328,7 @@ def _is_seen(rows: Any, number: int) -> bool:
     return bool(0 <= top < rows.size.height)
 
 
+@pytest.mark.slow
 async def test_a_param_is_found_in_all_groups_and_opened_from_elsewhere(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
@@ -331,6 +344,7 @@ async def test_a_param_is_found_in_all_groups_and_opened_from_elsewhere(empty: P
 # Panes
 
 
+@pytest.mark.slow
 async def test_panes_are_shown_by_key_and_tab(empty: Path) -> None:
     async with open_screen(empty, (80, 24)) as (pilot, screen):
         for keys, pane in (
@@ -380,6 +394,7 @@ async def test_the_picture_of_the_dag_chooses_a_stage(empty: Path) -> None:
         await until(pilot, lambda: screen.params_pane.stage == "merge")
 
 
+@pytest.mark.slow
 async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
     async with open_screen(project) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
@@ -390,6 +405,7 @@ async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
         assert log_lines(screen) == ["Nothing was printed: the pipeline has not run this stage since its log began."]
 
 
+@pytest.mark.slow
 async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for words in (["init", "-q"], ["add", "-A", "artifacts/evaluation"], ["commit", "-qm", "first"]):

@@ -128,6 +128,7 @@ async def test_a_stage_without_its_inputs_says_which(empty: Path) -> None:
         await until(pilot, lambda: "has no dvc.yaml" in messages(screen))
 
 
+@pytest.mark.slow
 async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: Callable[[str], None]) -> None:
     """The others being out of date is no early end."""
     save(runnable / "params.yaml", {"finetune_freeze.epochs": 3, "finetune_lora.rank": 2})
@@ -139,6 +140,7 @@ async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: C
         assert "early" not in messages(screen)
 
 
+@pytest.mark.slow
 async def test_a_failed_stage_shows_why_and_is_chosen(runnable: Path, dvc: Callable[[str], None]) -> None:
     """A real stage fails: its message is shown, no matter who ran it."""
     dvc(f"print(\"Running stage 'finetune_freeze':\", flush=True)\n{RUN_LORA}")
@@ -181,6 +183,7 @@ def running(*names: str) -> dict[str, StageState]:
     }
 
 
+@pytest.mark.slow
 async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +234,7 @@ def test_who_started_a_run() -> None:
     assert describe_starter(None, state).startswith("in a terminal or by another program: process 77, since ")
 
 
+@pytest.mark.slow
 async def test_a_second_workbench_sees_the_run_and_starts_none(runnable: Path, dvc: Callable[[str], None]) -> None:
     dvc(WAIT)
     first = Runner(runnable)
@@ -251,6 +255,7 @@ async def test_a_second_workbench_sees_the_run_and_starts_none(runnable: Path, d
 # What goes wrong
 
 
+@pytest.mark.slow
 async def test_params_broken_by_hand_are_reported_and_nothing_runs_until_they_are_mended(
     runnable: Path, dvc: Callable[[str], None]
 ) -> None:
@@ -277,6 +282,7 @@ async def test_params_broken_by_hand_are_reported_and_nothing_runs_until_they_ar
         await until(pilot, lambda: "  epochs: 7" in path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path: Path) -> None:
     (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
     (tmp_path / "dvc.yaml").touch()  # a project that lost its params
@@ -286,6 +292,7 @@ async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path:
             await pilot.press("S", "R", "X", "p", "L", "d", "v", "escape", "down", "enter", "enter", "tab", "+")
 
 
+@pytest.mark.slow
 async def test_a_project_that_is_deleted_while_it_is_open_says_so(runnable: Path, dvc: Callable[[str], None]) -> None:
     dvc(WAIT)
     async with open_screen(runnable) as (pilot, screen):
@@ -314,6 +321,7 @@ async def test_a_full_disk_while_saving_is_one_sentence(empty: Path, monkeypatch
     assert (empty / "params.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 async def test_a_full_disk_before_a_run_is_one_sentence(
     runnable: Path, dvc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +337,7 @@ async def test_a_full_disk_before_a_run_is_one_sentence(
         assert "\n" not in messages(screen)
 
 
+@pytest.mark.slow
 async def test_a_run_that_ends_on_a_full_disk_says_so(
     runnable: Path, dvc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

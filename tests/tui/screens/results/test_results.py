@@ -127,6 +127,7 @@ async def test_o_shows_the_curve_and_i_all_numbers(brief: Path) -> None:
         await until(user.pilot, lambda: "KL from base" in user.app.screen.query_one("MarkdownPage").plain)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 async def test_sorting_keeps_the_cursor_on_its_model(brief: Path) -> None:
     async with results(brief) as user:
         pane = user.screen.query_one(MethodsPane)
@@ -143,6 +144,7 @@ async def test_sorting_keeps_the_cursor_on_its_model(brief: Path) -> None:
 
 
 @pytest.mark.parametrize("project", ["brief", "empty"])
+@pytest.mark.slow
 async def test_the_panes_follow_the_size_of_the_terminal(request: pytest.FixtureRequest, project: str) -> None:
     """Also where it changes while another screen is shown. They fill the rows between the views and the keys."""
     small, large = (100, 14), (140, 45)
@@ -161,6 +163,7 @@ async def test_the_panes_follow_the_size_of_the_terminal(request: pytest.Fixture
         assert all(heights[1][name] > height for name, height in heights[0].items())
 
 
+@pytest.mark.slow
 async def test_the_filter_narrows_the_models(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("slash", *"lora", "enter")
@@ -169,6 +172,7 @@ async def test_the_filter_narrows_the_models(brief: Path) -> None:
         assert len(user.screen.query_one(MethodsPane).rows) == 9
 
 
+@pytest.mark.slow
 async def test_any_two_quantities_can_be_compared(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("shift+tab")
@@ -181,6 +185,7 @@ async def test_any_two_quantities_can_be_compared(brief: Path) -> None:
         assert "KL from the base ─▶" in user.drawn(ScatterPane)
 
 
+@pytest.mark.slow
 async def test_a_broken_limit_is_named(project: Path) -> None:
     path = project / "artifacts/evaluation/metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -251,6 +256,7 @@ async def test_a_broken_params_file_is_said(empty: Path) -> None:
         assert "params.yaml" in text
 
 
+@pytest.mark.slow
 async def test_a_new_evaluation_is_shown_without_a_key(project: Path) -> None:
     folder = project / "artifacts/evaluation"
     shutil.move(folder, project / "later")
@@ -277,6 +283,7 @@ async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -
         ]
 
 
+@pytest.mark.slow
 async def test_an_adapter_of_a_sweep_is_evaluated(project: Path) -> None:
     async with results(project) as user:
         await user.press("w")
@@ -310,6 +317,7 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
         assert [trial.front for trial in user.screen.query_one(SweepPane).rows] == [True, True, True]
 
 
+@pytest.mark.slow
 async def test_the_report_is_read_and_searched(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("r")
@@ -338,6 +346,7 @@ async def test_studies_and_their_figures(studied: Path) -> None:
         await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
 
 
+@pytest.mark.slow
 async def test_a_study_that_did_not_run_says_so(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("t")
@@ -388,6 +397,7 @@ async def test_another_screen_can_ask_for_a_claim(studied: Path) -> None:
         await until(user.pilot, lambda: pane.pointed is not None and pane.pointed.name == "full")
 
 
+@pytest.mark.slow
 async def test_a_damaged_picture_is_said(project: Path) -> None:
     (project / "artifacts/evaluation/finetuning_comparison.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     async with results(project) as user:
@@ -396,6 +406,7 @@ async def test_a_damaged_picture_is_said(project: Path) -> None:
         await until(user.pilot, lambda: "finetuning_comparison.png cannot be shown" in text_of(caption))
 
 
+@pytest.mark.slow
 async def test_pictures_can_be_drawn_in_other_ways(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("f")

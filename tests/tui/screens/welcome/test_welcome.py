@@ -84,6 +84,7 @@ async def test_the_documents_project_is_made_and_opened(nothing: Path, asked: li
         assert app.message_history[-1].text == "minigpt is made. R runs it."
 
 
+@pytest.mark.slow
 async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[list[str]]) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
@@ -116,6 +117,7 @@ async def test_what_is_wrong_is_one_sentence_and_the_form_stays(nothing: Path) -
         assert isinstance(app.screen, WelcomeScreen)
 
 
+@pytest.mark.slow
 async def test_the_calculator_by_arrows_and_by_its_number(nothing: Path) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test() as pilot:
@@ -139,6 +141,7 @@ async def test_it_is_drawn_at_every_size_and_help_and_palette_open(nothing: Path
         assert "run" not in [active.binding.action for active in app.screen.active_bindings.values() if active.enabled]
 
 
+@pytest.mark.slow
 async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
