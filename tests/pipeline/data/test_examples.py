@@ -59,7 +59,7 @@ def test_each_form_of_a_line_is_read_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "d.JSONL"
     lines = [{"text": " zwei  Wörter\n"}, {"prompt": "a ", "completion": " b"}, {"messages": MESSAGES}, {"prompt": "p"}]
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(line).encode() for line in lines) + b"\r\n\n")
-    text, completion, talk, prompt = iter_examples(path, "d", prompts=True)
+    text, completion, talk, prompt = iter_examples(path, "d", prompts=True, templated=False)
     assert text == Example(" zwei  Wörter\n", "d", 1)
     assert completion == Example("a  b", "d", 2, "a ")
     assert completion.completion == " b"

@@ -40,7 +40,7 @@ TURNS = [
 def test_a_plain_row_is_encoded_shown_and_asked_as_the_conversation_that_it_stands_for(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    (plain,), (chat,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, {"messages": TURNS})
+    (plain,), (chat,) = read(tmp_path, PLAIN), read(tmp_path, {"messages": TURNS})
     assert encode(plain, tokenizer) == encode(chat, tokenizer)
     assert view(plain, tokenizer) == view(chat, tokenizer)
     assert prompt_and_answer(plain, tokenizer) == prompt_and_answer(chat, tokenizer)
@@ -49,7 +49,7 @@ def test_a_plain_row_is_encoded_shown_and_asked_as_the_conversation_that_it_stan
 def test_without_a_template_or_without_asking_for_it_texts_stay_as_they_are(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    (asked,), (plain,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, PLAIN)
+    (asked,), (plain,) = read(tmp_path, PLAIN), read(tmp_path, PLAIN, templated=False)
     without = tokenizer_with(tmp_path / "plain")
     assert encode(asked, without) == encode(plain, without)
     assert encode(plain, tokenizer) == encode(plain, without)
@@ -57,7 +57,7 @@ def test_without_a_template_or_without_asking_for_it_texts_stay_as_they_are(
 
 
 def test_what_is_held_out_does_not_depend_on_the_template(tmp_path: Path) -> None:
-    (asked,), (plain,) = read(tmp_path, PLAIN, templated=True), read(tmp_path, PLAIN)
+    (asked,), (plain,) = read(tmp_path, PLAIN), read(tmp_path, PLAIN, templated=False)
     assert content_digest(asked) == content_digest(plain)
 
 
@@ -65,12 +65,9 @@ def test_plain_pairs_and_labelled_answers_are_turns_too(tmp_path: Path, tokenize
     plain = {"prompt": "Bulgaria?", "chosen": "The euro.", "rejected": "The lev."}
     answers = {key: [{"role": "assistant", "content": plain[key]}] for key in ("chosen", "rejected")}
     chat = {"prompt": [{"role": "user", "content": "Bulgaria?"}], **answers}
-    both = [
-        [encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row, templated=True))]
-        for row in (plain, chat)
-    ]
+    both = [[encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row))] for row in (plain, chat)]
     assert both[0] == both[1] and len(both[0]) == 2
-    (labelled,) = read(tmp_path, {**PLAIN, "label": True}, templated=True)
+    (labelled,) = read(tmp_path, {**PLAIN, "label": True})
     (turns,) = read(tmp_path, {"messages": TURNS})
     assert encode(labelled, tokenizer) == encode(turns, tokenizer)
 

@@ -31,7 +31,7 @@ ROWS: dict[str, Any] = {
 
 
 def example(record: Any) -> Example:
-    return example_of(Row(1, record), "f.jsonl")
+    return example_of(Row(1, record), "f.jsonl", templated=False)
 
 
 def texts(shown: View, kind: str = "") -> str:

@@ -195,7 +195,7 @@ def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) 
     for answer in ("chosen", "rejected"):
         file = project / f"data/{answer}.jsonl"
         write(file, [{"prompt": pair["prompt"], "completion": pair[answer]} for pair in pairs])
-        losses.append([score(loaded, [example]).loss for example in read_examples(file, file.name)])
+        losses.append([score(loaded, [example]).loss for example in read_examples(file, file.name, templated=False)])
     margins = [rejected - chosen for chosen, rejected in zip(*losses, strict=True)]
     return {"accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": sum(margins) / len(margins)}
 

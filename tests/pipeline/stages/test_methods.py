@@ -187,7 +187,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
             families.new_project(root, families.FAMILIES[base])
             pairs = [
                 {"prompt": one.text[:6], "chosen": one.text[6:16], "rejected": one.text[16:30]}
-                for one in read_examples(root / "data/all.jsonl", "all") * 3
+                for one in read_examples(root / "data/all.jsonl", "all", templated=False) * 3
             ]
             (root / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
         make(root, ["pretrain", "expand_vocab"], BASES[base])
@@ -281,7 +281,9 @@ def test_what_it_saves_is_whole_and_is_what_trained(workshop: Workshop, method: 
     root, row = workshop.of(method, base), ROWS[method]
     made = project(root, method, base)
     names = made.data_files(STAGES[row.stage])[: 2 if method == "scratch" else 1]  # without LoRA's texts to retain
-    held = [one for name in names for one in read_examples(root / name, name) if in_evaluation(one, HELD)]
+    held = [
+        one for name in names for one in read_examples(root / name, name, templated=False) if in_evaluation(one, HELD)
+    ]
     for folder in workshop.folders(method, base):
         loaded = load(*made_by(root, folder, method))
         loss = preference_loss(loaded, load(base_of(root)), held) if method == "dpo" else score(loaded, held).loss
