@@ -252,6 +252,7 @@ def test_the_home_of_a_user_who_does_not_exist_is_no_file(here: Path, cli: Lora)
     assert "~nobody-of-this-name/old.txt" in err
 
 
+@pytest.mark.slow
 def test_a_path_that_counts_from_the_new_project_is_taken_with_a_note(here: Path, cli: Lora) -> None:
     """As it was before the current folder counted, in scripts and notes of others."""
     (here / "old.txt").write_text("Two and two are four.\n", encoding="utf-8")

@@ -156,6 +156,7 @@ async def test_keys_are_those_of_the_config(empty: Path) -> None:
         await until(pilot, lambda: name_of(app) == "curves")
 
 
+@pytest.mark.slow
 async def test_the_theme_is_remembered_and_suits_the_terminal(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLORFGBG", "0;15")
     app = Workbench(empty / "params.yaml")

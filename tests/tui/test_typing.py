@@ -48,6 +48,7 @@ async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
         await until(pilot, lambda: field.value == "xdefgyz", 5)
 
 
+@pytest.mark.slow
 async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:

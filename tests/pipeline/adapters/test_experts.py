@@ -358,6 +358,7 @@ def test_every_initialization_begins_at_the_base(init: Any) -> None:
     assert expected is None or abs(float(A[0].std()) / expected - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_an_adapter_on_experts_trains_alone_and_is_not_combined_or_compared(trained: dict[str, Path]) -> None:
     root = trained["mixtral"]
     base, adapter = root / "artifacts/expanded", root / "artifacts/lora_adapter"

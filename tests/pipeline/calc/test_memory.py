@@ -311,6 +311,7 @@ def test_more_batch_or_sequence_never_needs_less(
 @given(
     models, runs, st.integers(1, 512), st.integers(1, 512), st.sampled_from(["attention", "all-linear"]), st.booleans()
 )
+@pytest.mark.slow
 def test_a_higher_rank_never_needs_less(
     name: str, run: TrainingConfig, one: int, other: int, targets: str, dora: bool
 ) -> None:

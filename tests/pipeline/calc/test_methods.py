@@ -115,6 +115,7 @@ def traced(config: Mapping[str, Any], method: Scaling, run: TrainingConfig) -> i
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("method", [Scaling(), Scaling(("all-linear",)), Scaling(("all-linear",), copies=3)])
+@pytest.mark.slow
 def test_a_method_defined_outside_needs_the_memory_of_its_real_step(method: Scaling, checkpointing: str) -> None:
     config = {**shortened("smollm2-135m", 3), "vocab_size": 1000}  # with few words, activations are at the peak
     run = TrainingConfig(4, 256, "fp32", checkpointing=checkpointing, attention="eager")

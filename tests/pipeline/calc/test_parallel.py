@@ -166,6 +166,7 @@ def fully_sharded_step() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_full_fine_tuning_gathers_and_scatters_what_is_predicted(count: int) -> None:
     traffic = parallel.layout("sharded", SHAPES, FULL, RUN, parallel.Devices(count, gpu("h100"))).traffic._asdict()
     block = count * parallel.share_bytes(SHAPES.blocks[0], RUN, count)

@@ -106,6 +106,7 @@ def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "gpt2", "opt-350m", "gpt-neox-20b", "phi-4-mini", "gemma-3-1b"])
+@pytest.mark.slow
 def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     shapes, wanted = built_in(name).shapes, ("attention",)
     model = meta_model(name)

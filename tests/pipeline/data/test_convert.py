@@ -125,6 +125,7 @@ def test_texts_are_the_same_in_a_txt_file(folder: Path, texts: list[str]) -> Non
     assert gzip.decompress((folder / "t.txt.gz").read_bytes()).decode() == "".join(f"{text}\n" for text in texts)
 
 
+@pytest.mark.slow
 def test_fifty_conversations_have_the_same_tokens_and_labels_in_every_format_and_container(tmp_path: Path) -> None:
     encoder = Encoder(tokenizer_with(tmp_path / "model", SMOLLM2))
     roles = ("system", "user", "assistant", "user", "assistant")

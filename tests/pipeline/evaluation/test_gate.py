@@ -81,6 +81,7 @@ def test_an_adapter_beside_the_pipelines_is_judged_too(limited: Path, cli: Lora)
     assert "passed" in next(row for row in rows if row.startswith("tried/copy"))
 
 
+@pytest.mark.slow
 def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: Lora) -> None:
     """The file has all that were measured, each with its verdict."""
     for name in ("one", "other"):

@@ -64,6 +64,7 @@ def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, na
 
 
 @each_family
+@pytest.mark.slow
 def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str) -> None:
     """Twenty tokens: four times the sliding window, where a family has one."""
     loaded = engine.load(family(name) / "artifacts/lora_merged")

@@ -55,6 +55,7 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_are_their_mean_and_noise(family:
 
 
 @each_family
+@pytest.mark.slow
 def test_the_audit_finds_nothing_changed_and_the_tokenizer_has_two_more_ids(family: Made, name: str) -> None:
     artifacts = family(name) / "artifacts"
     audit = artifact.read_json(artifacts / "expanded/audit.json", "")

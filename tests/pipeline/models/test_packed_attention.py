@@ -79,6 +79,7 @@ def gradients(out: Tensor, inputs: Three) -> tuple[Tensor, ...]:
     sinks=st.booleans(),
     scaling=st.none() | st.just(0.7),
 )
+@pytest.mark.slow
 def test_a_packed_row_is_each_sequence_alone(
     lengths: list[int],
     heads: tuple[int, int],

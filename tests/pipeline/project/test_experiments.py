@@ -26,6 +26,7 @@ def test_a_copy_for_an_experiment_uses_the_cache_of_its_project(
     assert cache_folder(tmp_path / ".dvc/tmp/exps" / copy) == Path("/shared")
 
 
+@pytest.mark.slow
 def test_git_takes_the_metrics_of_a_new_project_and_none_of_its_weights_or_caches(cli: Lora, tmp_path: Path) -> None:
     assert cli("new", "p", "--methods", "lora", cwd=tmp_path)[0] == 0
     folder = tmp_path / "p"

@@ -67,6 +67,7 @@ def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(base: Pa
 
 
 @pytest.mark.parametrize(("precision", "change"), [("bf16", False), ("fp32", True)], ids=["cast", "changed"])
+@pytest.mark.slow
 def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(base: Path, precision: str, change: bool) -> None:
     stored = load_file(base / "model.safetensors")
     changed = "model.layers.0.mlp.up_proj.weight"

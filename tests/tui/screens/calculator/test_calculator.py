@@ -577,6 +577,7 @@ def toy(empty: Path) -> Path:
     return empty
 
 
+@pytest.mark.slow
 async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
         await pilot.press("ctrl+o")
@@ -609,6 +610,7 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
         assert dict(screen.form.values) == start, "begun anew"
 
 
+@pytest.mark.slow
 async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
         await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
@@ -682,6 +684,7 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])
+@pytest.mark.slow
 async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str) -> None:
     path, broken = empty / "params.yaml", "finetune_lora: [1,\n"
     async with calculator(empty) as (pilot, _):
@@ -699,6 +702,7 @@ async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str
         await until(pilot, lambda: len(pilot.app.message_history) == 2)
 
 
+@pytest.mark.slow
 async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (empty / "params.yaml").read_bytes()
 

@@ -215,6 +215,7 @@ async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
         assert (len(s.app.state.prompts), s.app.state.prompts[0], s.app.state.prompts[-1]) == (200, "1", "neu")
 
 
+@pytest.mark.slow
 async def test_sampling_is_validated_and_used(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("t")
@@ -237,6 +238,7 @@ async def test_sampling_is_validated_and_used(brief: Path) -> None:
         assert (fields["temperature"], fields["top_p"], s.engine.done("top_k")[0]["k"]) == (0.7, 0.9, 3)
 
 
+@pytest.mark.slow
 async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -> None:
     async with open_models(brief) as s:
         s.engine.chat = True
@@ -313,6 +315,7 @@ async def test_code_of_the_projects_own_models_runs_where_params_trust_it(projec
     assert not trusts_remote_code(params, project / "artifacts/expanded")
 
 
+@pytest.mark.slow
 async def test_a_slow_load_is_interrupted(brief: Path) -> None:
     async with open_models(brief, loads_held=True) as s:
         await s.ask("die katze")

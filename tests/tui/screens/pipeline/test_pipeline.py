@@ -115,6 +115,7 @@ async def test_an_artifact_that_vanishes_is_missing(project: Path) -> None:
         await until(pilot, lambda: row(screen, "merge") == "○ merge not made")
 
 
+@pytest.mark.slow
 async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
     save(empty / "params.yaml", {"base": "./models/mine"})
     async with open_screen(empty, (200, 60)) as (pilot, screen):
@@ -249,6 +250,7 @@ async def test_the_base_is_a_param_of_the_stage_that_imports_it(empty: Path) -> 
             await until(pilot, lambda k=key, v=value: getattr(load(empty / "params.yaml").origin, k) == v)  # type: ignore[misc]
 
 
+@pytest.mark.slow
 async def test_garbage_in_a_field_is_one_sentence(empty: Path) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with open_screen(empty) as (pilot, screen):

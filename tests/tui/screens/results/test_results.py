@@ -102,6 +102,7 @@ async def test_a_model_is_prompted_beside_its_base(brief: Path, key: str) -> Non
         assert user.asked == [("chat", {"models": [artifacts / "expanded", artifacts / "lora_adapter"]})]
 
 
+@pytest.mark.slow
 async def test_a_base_is_prompted_alone(brief: Path) -> None:
     async with results(brief) as user:
         user.screen.query_one(MethodsPane).point("base")
@@ -118,6 +119,7 @@ async def test_a_model_whose_weights_are_gone_is_not_prompted(project: Path) -> 
         assert "lora has no weights here" in user.app.message_history[-1].text
 
 
+@pytest.mark.slow
 async def test_o_shows_the_curve_and_i_all_numbers(brief: Path) -> None:
     async with results(brief) as user:
         user.screen.query_one(MethodsPane).point("full")
@@ -427,6 +429,7 @@ async def test_every_view_at_every_size(studied: Path, size: tuple[int, int]) ->
         assert user.view == "methods"
 
 
+@pytest.mark.slow
 async def test_a_click_on_a_view_shows_it(brief: Path) -> None:
     async with results(brief) as user:
         await user.pilot.click(Views, offset=(20, 0))
