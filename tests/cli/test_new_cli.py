@@ -103,6 +103,14 @@ def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_train
     assert last.eval_answers is not None and last.eval_answers > 0
 
 
+def test_the_stages_own_command_says_the_share_of_right_answers_too(trained: tuple[Path, str], cli: Lora) -> None:
+    folder, _ = trained
+    last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
+    code, out, err = cli("finetune", "lora", cwd=folder)  # from the cache
+    assert code == 0, err
+    assert f"held-out answers {last.eval_answers:.0%} as expected at step {last.step}\n" in out
+
+
 def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:
     folder, _ = trained
     text = (folder / "params.yaml").read_text(encoding="utf-8")
