@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -77,6 +78,7 @@ if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
+MOST_LOST = 600.0  # seconds of work that a kill may cost, where save_steps take longer
 STATE = "state.safetensors"  # a checkpoint's tensors
 PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint; stopped -1: running
 
@@ -344,6 +346,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             }
             logs.append(stack.enter_context(RunLog(folder, at_step, learner.tokens, **columns)))
         signals = stack.enter_context(_held_signals())
+        save_steps, saved_at = job.checkpoint_every or task.settings.save_steps, monotonic()
         try:
             # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
             # same data and weights, so that its log and its result are those of an uninterrupted run.
@@ -354,8 +357,9 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 yield from _tell_stops(job, task)
                 _append_samples(task, logs, [*by_learner], done)
                 stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
-                if stop or done % (job.checkpoint_every or task.settings.save_steps) == 0:
+                if stop or done % save_steps == 0 or monotonic() - saved_at > MOST_LOST:
                     _save(job, task, logs, optimizer, done)
+                    saved_at = monotonic()
                 if stop:
                     raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
                 losses = [record.loss for record in by_learner.values()]

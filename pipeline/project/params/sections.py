@@ -289,7 +289,11 @@ class Training(Section, frozen=True, kw_only=True):
         "each evaluation, compared with the expected answers. prompts: texts or chat messages; every: steps between "
         "answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
     ] = field(default_factory=dict)
-    save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
+    save_steps: Annotated[
+        Count,
+        WITHOUT_EFFECT,
+        "most steps between checkpoints to resume from, one every 10 minutes at least; changes no result",
+    ] = 100
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003

@@ -98,6 +98,13 @@ def test_a_checkpoint_is_written_every_save_steps_unless_the_command_line_says_o
     assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [f"checkpoint-{kept:09d}"]
 
 
+def test_steps_that_take_long_are_saved_before_save_steps_are_done(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    discard_checkpoints(mini / "runs/finetune_lora")
+    monkeypatch.setattr("pipeline.training.loop.MOST_LOST", 0.0)
+    abandoned(mini, [], 7)
+    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == ["checkpoint-000000007"]
+
+
 @pytest.mark.parametrize("stage", ["finetune_lora", "finetune_sweep"])
 def test_save_steps_makes_nothing_out_of_date(mini: Path, stage: str) -> None:
     make(mini, [stage], BRIEF)
