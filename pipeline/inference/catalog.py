@@ -81,6 +81,8 @@ class VerificationResult:
     gate: str | None = None  # "passed", or how many of evaluate.limits it breaks
     broken: tuple[str, ...] = ()  # these limits, each with what was measured
     kept: float | None = None  # share of the answers to old sentences that are still the base's
+    answered: float | None = None  # share of its answers to new prompts that are as expected
+    similar: float | None = None  # ROUGE-L of those that are long texts
     learned: float | None = None  # share of the new sentences that it completes
     preferred: float | None = None  # share of the pairs in which it prefers the chosen answer
     new_loss: float | None = None  # on the new sentences, in nats per token
@@ -286,6 +288,8 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
         gate=limits.badge if limits else None,
         broken=tuple(limits.reasons) if limits else (),
         kept=number(lambda: metrics["forgetting"]["answers_kept"]),
+        answered=number(lambda: metrics["answers"]["as_expected"] / metrics["answers"]["n"]),
+        similar=number(lambda: metrics["answers"]["similar"]["rouge_l"]),
         learned=number(lambda: metrics["new_completed"] / metrics["new_sentences"]),
         preferred=number(lambda: metrics["preferences"]["after"]["accuracy"]),
         new_loss=number(lambda: metrics["new_loss"]),

@@ -84,11 +84,10 @@ def breaks_limits(entry: Entry) -> bool:
 
 
 def _learned_share(entry: Entry) -> float | None:
-    """New sentences completed, or chosen answers preferred."""
+    """The first that was measured, in the order of Results."""
     verdict = entry.verdict
-    if verdict is None:
-        return None
-    return verdict.preferred if verdict.learned is None else verdict.learned
+    shares = (verdict.answered, verdict.similar, verdict.learned, verdict.preferred) if verdict else ()
+    return next((share for share in shares if share is not None), None)
 
 
 def _learned_cell(entry: Entry, colors: Colors) -> Text:

@@ -167,8 +167,12 @@ def _measured(entry: Entry) -> str:
     if verdict.kept is not None:
         rise = "" if verdict.forgetting is None else f" (loss on them {verdict.forgetting:+.3f} nats per token)"
         parts.append(f"Keeps {verdict.kept:.0%} of the base's answers to old sentences{rise}.")
-    if verdict.learned is not None:
-        loss = "" if verdict.new_loss is None else f" (loss {verdict.new_loss:.3f})"
+    loss = "" if verdict.new_loss is None else f" (loss {verdict.new_loss:.3f})"
+    if verdict.answered is not None:
+        parts.append(f"Of its answers to new prompts {verdict.answered:.0%} are as expected{loss}.")
+    elif verdict.similar is not None:
+        parts.append(f"Its answers to new prompts are like the expected ones by {verdict.similar:.0%} (ROUGE-L).")
+    elif verdict.learned is not None:
         parts.append(f"Completes {verdict.learned:.0%} of the new sentences{loss}.")
     elif verdict.preferred is not None:
         parts.append(f"Prefers {verdict.preferred:.0%} of the chosen answers.")

@@ -165,7 +165,8 @@ class MethodsPane(RowsPane[Method]):
     HELP = f"""\
 A row for each model that `lora evaluate` compared; the numbers are those of `lora report`.
 
-- **learned**: new sentences completed word for word, or the loss on new sentences (nats per token, less is better).
+- **learned**: answers as expected, new sentences completed word for word, or the loss on them (nats per token, less
+  is better).
 - **kept**: next-token choices on old sentences that are still the base's. Green: more than half; red: little.
 - **trained**: share of all parameters. **size**: weights to store; an adapter's are beside one copy of its base.
 - **task**: `··──●──·` is the score from 0 to 1 with its 95% bootstrap interval.

@@ -102,17 +102,22 @@ async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown
     metrics = rewrite_metrics(project)
     async with open_models(project) as s:
         assert f"loss {metrics['full']['new_loss']:.3f}" in s.row("full")
+        assert "40%" in s.row("merged")
+        await s.point("merged")
+        assert "Of its answers to new prompts 40% are as expected (loss" in s.details()
         assert "75%" in s.row("lora")
         await s.point("lora")
         assert "Prefers 75% of the chosen answers." in s.details()
         column = BY_LABEL["learned"]
         order = [entry.label for entry in sorted_entries(s.screen.entries, column, False) if column.value(entry)]
-        losses = sorted((numbers["new_loss"], name) for name, numbers in metrics.items() if name != "lora")
-        assert order == ["lora", *(name for _, name in losses if name in order)]
+        losses = sorted(
+            (numbers["new_loss"], name) for name, numbers in metrics.items() if name not in ("lora", "merged")
+        )
+        assert order == ["lora", "merged", *(name for _, name in losses if name in order)]
 
 
 def rewrite_metrics(project: Path) -> dict[str, Any]:
-    """The evaluation as if nothing could be completed, and one model had learned preferences."""
+    """The evaluation as if nothing could be completed; one model had answered, and one had learned preferences."""
     path = project / "artifacts/evaluation/metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8"))
     variants = {
@@ -120,6 +125,7 @@ def rewrite_metrics(project: Path) -> dict[str, Any]:
     }
     for numbers in variants.values():
         numbers.pop("new_completed", None)
+    variants["merged"]["answers"] = {"n": 20, "as_expected": 8}
     variants["lora"]["preferences"] = {"after": {"accuracy": 0.75}}
     path.write_text(json.dumps(metrics), encoding="utf-8")
     return variants
