@@ -475,7 +475,7 @@ def run_stage(
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     if asked := [step for step in steps if step.eval_answers is not None]:
-        parts.append(f"held-out answers {asked[-1].eval_answers:.0%} as expected at step {asked[-1].step:,}")
+        parts.append(f"held-out answers {asked[-1].eval_answers:.0%} as expected, or alike if long")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
     if preferences and after < before:
         print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")
