@@ -153,6 +153,7 @@ def killed(root: Path, at: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("at", DYING)
+@pytest.mark.slow
 def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(cli: Lora, plain: Path, at: str) -> None:
     if at != "between two renames":
         killed(plain, DYING[at])

@@ -222,6 +222,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
     Lora(rank_pattern=((r".*layers\.[0-5]\..*", 64),)),
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.slow
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
     """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)

@@ -23,7 +23,8 @@ PROMPT = "The currency of Bulgaria is the"
 Made = Callable[[str], Path]
 Talk = tuple[RequestHandler, Path]
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.sampled(3)]  # of the same families in every test
+# sampled: the same families in every test
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.sampled(3), pytest.mark.slow]
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -33,7 +34,6 @@ def native(folder: Path) -> Any:
 
 @each_family
 @pytest.mark.sampled(9)
-@pytest.mark.slow
 def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_transformers_does(
     family: Made, name: str
 ) -> None:
@@ -53,7 +53,6 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 
 
 @each_family
-@pytest.mark.slow
 def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, name: str) -> None:
     model, tokenizer = load_base(family(name) / "artifacts/expanded")
     assert tokenizer.end_id == tokenizer.id_of_token(END) == 1
@@ -64,7 +63,6 @@ def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, na
 
 
 @each_family
-@pytest.mark.slow
 def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str) -> None:
     """Twenty tokens: four times the sliding window, where a family has one."""
     loaded = engine.load(family(name) / "artifacts/lora_merged")
@@ -78,7 +76,6 @@ def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str
 
 
 @each_family
-@pytest.mark.slow
 def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) -> None:
     root = family(name)
     code, out, err = cli("prompt", PROMPT, "--adapter", "artifacts/lora_adapter", "--json", cwd=root)
@@ -121,7 +118,6 @@ def test_strength_0_is_the_base_and_strength_1_the_adapter(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.slow
 def test_text_that_streams_is_the_text_decoded_at_once(talk: Talk, chat: bool) -> None:
     handler, artifacts = talk
     drawn = Sampling(temperature=1.5, seed=3)

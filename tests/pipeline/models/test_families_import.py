@@ -74,6 +74,7 @@ def test_the_audit_finds_nothing_changed_and_the_tokenizer_has_two_more_ids(fami
 
 
 @each_family
+@pytest.mark.slow
 def test_with_nothing_to_add_the_tensors_are_the_same(family: Made, name: str, tmp_path: Path) -> None:
     (tmp_path / "artifacts").mkdir()
     for one in ("params.yaml", "data", "artifacts/base"):
