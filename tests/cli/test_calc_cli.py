@@ -427,6 +427,7 @@ def test_tokens_give_hours_and_cost_as_a_range_with_what_was_assumed(tmp_path: P
         assert text in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_one_gpu_adds_its_hours_to_what_fits(tmp_path: Path) -> None:
     asked = ("calc", *QWEN, "--gpu", "rtx4090", "--precision", "nf4", "--tokens", "200k")
     shown = lora(*asked, cwd=tmp_path).stdout

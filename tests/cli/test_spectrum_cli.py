@@ -247,6 +247,7 @@ def test_two_checkpoints_of_half_a_gigabyte_are_compared_in_less_memory_than_one
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+@pytest.mark.slow
 def test_two_checkpoints_are_compared_in_little_more_memory_than_before(cli: Lora, tmp_path: Path) -> None:
     size = write_two(tmp_path, 64, 1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now

@@ -146,6 +146,7 @@ def _text(renderable: Any) -> str:
     return file.getvalue()
 
 
+@pytest.mark.slow
 async def test_keys_are_those_of_the_config(empty: Path) -> None:
     app = Workbench(empty / "params.yaml", Config(keys={"app.curves": "b", "app.quit": "ctrl+x"}))
     async with app.run_test(size=(80, 24)) as pilot:

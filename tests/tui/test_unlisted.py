@@ -34,6 +34,7 @@ def method(evaluation: Evaluation | None, name: str) -> Method:
     return next(each for each in evaluation.methods if each.name == name)
 
 
+@pytest.mark.slow
 async def test_the_tree_has_it_and_its_params_are_no_other_stages(unlisted: Path) -> None:
     async with pipeline_screen.open_screen(unlisted) as (pilot, screen):
         assert "not in params.yaml" in pipeline_screen.row(screen, "sweep")
@@ -44,6 +45,7 @@ async def test_the_tree_has_it_and_its_params_are_no_other_stages(unlisted: Path
         assert any("not in params.yaml" in fact for fact in pipeline_screen.facts(screen))
 
 
+@pytest.mark.slow
 async def test_curves_and_monitor_show_it_while_it_runs(unlisted: Path) -> None:
     journal(unlisted / "runs/finetune_sweep", "running", 3)
     (unlisted / "runs/finetune_sweep/lock").unlink(missing_ok=True)

@@ -57,6 +57,7 @@ VALUES = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1), st.booleans(), st.integers(1, 9))
+@pytest.mark.slow
 def test_a_json_list_is_read_as_json_reads_it_wherever_its_pieces_end(
     records: Records, ascii_only: bool, piece: int
 ) -> None:

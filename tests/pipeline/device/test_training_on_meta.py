@@ -273,6 +273,7 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
     refuse(seen_in_steps(model, TrainingTask(model, [learner], path)), {READ: 4})
 
 
+@pytest.mark.slow
 def test_the_next_step_is_made_before_the_present_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator alone: while it computes, the host is free."""
     order = list[str]()

@@ -160,6 +160,7 @@ def test_q_or_k_in_the_order_of_transformers_is_refused(made: Path, tmp_path: Pa
     assert "its logits differ by up to " in said and "the order of the rows of q and k" in said
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused(made: Path, tmp_path: Path) -> None:
     other = toy_model("llama", max_position_embeddings=512, tie_word_embeddings=False, rope_theta=10_000.0)
     with torch.no_grad():

@@ -297,6 +297,7 @@ def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path
 
 
 @pytest.mark.parametrize("form", FOLDERS)
+@pytest.mark.slow
 def test_a_second_export_takes_the_place_of_the_first_and_says_so(cli: Lora, form: str, tmp_path: Path) -> None:
     source, out = made(tmp_path), tmp_path / "out"
     out.mkdir()

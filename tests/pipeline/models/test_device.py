@@ -452,6 +452,7 @@ def test_each_rank_has_its_gpu(gpus: list[torch.device], monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("gpus")
+@pytest.mark.slow
 def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_sampling_has_the_distribution_of_transformers(temperature: float, k: in
     )
 
 
+@pytest.mark.slow
 def test_a_seed_decides_a_sample_and_draws_follow_the_distribution() -> None:
     model = model_of()
     drawn = [next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]

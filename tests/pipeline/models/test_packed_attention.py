@@ -109,6 +109,7 @@ def test_a_packed_row_is_each_sequence_alone(
     window=st.none() | st.integers(1, 12),
     softcap=st.none() | st.just(1.5),
 )
+@pytest.mark.slow
 def test_queries_behind_a_cache_stand_at_its_end(
     queries: int, cached: int, heads: tuple[int, int], window: int | None, softcap: float | None
 ) -> None:

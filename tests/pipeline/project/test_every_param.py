@@ -287,6 +287,7 @@ def best_after_a_step(self: Prompts, step: int) -> list[Sample]:
 
 @pytest.mark.parametrize("key", CHANGING)
 @pytest.mark.sampled(3)
+@pytest.mark.slow
 def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_
     assert "Running stage 'pretrain'" in dvc(folder, "repro --dry pretrain")[0]
 
 
+@pytest.mark.slow
 def test_why_dvc_fails_is_said(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake/dvc").mkdir(parents=True)
     (tmp_path / "fake/dvc/__init__.py").touch()
@@ -131,6 +132,7 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
     assert load(tmp_path / "project/params.yaml").origin.base == base
 
 
+@pytest.mark.slow
 def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
     source = params_of(tmp_path / "from", "study_fact_correction: {}\nclaims: {}\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0

@@ -124,6 +124,7 @@ def test_rungs_of_27_adapters_are_those_of_the_paper() -> None:
     assert halving.rungs(settings_of({"rank": tuple(range(1, 28))}, "halving"), 27, 81) == {3: 9, 9: 3, 27: 1}
 
 
+@pytest.mark.slow
 def test_halving_stops_the_worst_and_the_others_end_as_in_a_plain_sweep(mini: Path) -> None:
     grid = {"learning_rate": [1e-5, 1e-3, 3e-3, 3e-2], "seed": [0, 1]}
     plain, _ = swept(mini, given_(grid, "grid"))
@@ -205,6 +206,7 @@ def test_optuna_is_told_what_each_adapter_of_a_generation_lost_and_asks_for_the_
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
+@pytest.mark.slow
 def test_a_sampler_asks_the_same_for_the_same_losses_inside_the_ranges(sampler: str) -> None:
     own = settings_of({"learning_rate": RATES, "rank": (1, 2)}, "optuna", trials=12, generation=4, sampler=sampler)
     first = optuna.ask(own, [])

@@ -97,6 +97,7 @@ def refused(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_every_rank_refuses_a_model_that_does_not_support_packing(tmp_path: Path) -> None:
     root = families.new_project(tmp_path / "p", families.OTHERS["bloom"])
     messages = run_ranks(2, refused, root / "base")

@@ -353,6 +353,7 @@ async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(
         assert "rank" not in text_of(screen, "#answers"), "a method without rank has none to sweep"
 
 
+@pytest.mark.slow
 async def test_gpus_that_hold_it_are_told_from_those_that_do_not(empty: Path) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
         text = " ".join(text_of(screen, "#answers").split())
@@ -372,6 +373,7 @@ async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
         assert problem_of(screen).startswith("batch must be")
 
 
+@pytest.mark.slow
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         text = text_of(screen, "#memory")

@@ -431,6 +431,7 @@ async def test_a_full_disk_is_one_sentence(brief: Path, chatty: FakeInference, m
         assert s.screen.unsaved() == "a conversation of 1 turn"
 
 
+@pytest.mark.slow
 async def test_system_prompt_and_sampling_are_checked_and_used(brief: Path, chatty: FakeInference) -> None:
     async with open_chat(brief, chatty) as s:
         await s.press("ctrl+l")

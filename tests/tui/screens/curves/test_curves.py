@@ -320,6 +320,7 @@ async def test_values_zoom_and_pan_alone(root: Path) -> None:
     ],
     ids=["in", "out"],
 )
+@pytest.mark.slow
 async def test_zooming_ends_where_numbers_end(root: Path, keys: list[str], x: Range, y: Range) -> None:
     """Starting from a window that is reached by many key presses."""
     async with open_curves(root) as (pilot, screen):

@@ -58,6 +58,7 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Pat
 
 @pytest.mark.usefixtures("forked_processes")
 @pytest.mark.usefixtures("forked_processes")
+@pytest.mark.slow
 async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(root: Path) -> None:
     write_measured(root)
     async with open_curves(root) as (_, screen):
@@ -70,6 +71,7 @@ async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(r
 
 @pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")], ids=["svg", "png"])
+@pytest.mark.slow
 async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None:
     async with open_curves(root) as (pilot, _):
         await save_as(pilot, f"out.{kind}")

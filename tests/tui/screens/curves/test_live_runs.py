@@ -31,6 +31,7 @@ async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
             assert "40 of 300" in details_text(screen)
 
 
+@pytest.mark.slow
 async def test_of_a_run_that_is_resumed_and_has_not_begun_no_end_is_foretold(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     journal(folder, "running", 0, 0)
@@ -42,6 +43,7 @@ async def test_of_a_run_that_is_resumed_and_has_not_begun_no_end_is_foretold(emp
             await until(pilot, lambda: "20 of 300 steps" in details_text(screen))
 
 
+@pytest.mark.slow
 async def test_chosen_steps_stay_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     async with open_curves(empty) as (pilot, screen):
@@ -96,6 +98,7 @@ async def test_a_truncated_replaced_or_deleted_log_is_reported(empty: Path) -> N
         assert screen.query_one("#nothing").display
 
 
+@pytest.mark.slow
 async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "done")
     async with open_curves(empty) as (pilot, screen):

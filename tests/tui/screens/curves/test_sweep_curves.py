@@ -123,6 +123,7 @@ async def test_the_adapter_under_the_cursor_is_on_top(empty: Path) -> None:
         await until(pilot, lambda: drawn(screen)["rank-2"].quiet)
 
 
+@pytest.mark.slow
 async def test_the_filter_finds_adapters(empty: Path) -> None:
     write_methods(empty)
     write_sweep(empty, FOUR)

@@ -31,6 +31,7 @@ from tui.services.model_library import Entry, Library
 from tui.widgets.prompting import PromptInput
 
 
+@pytest.mark.slow
 async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project: Path) -> None:
     path = project / "artifacts/evaluation/manifest.json"
     broken = [{"variant": "lora", "limit": name, "wanted": 1, "value": 0} for name in ("answers_kept", "must_keep")]
@@ -72,6 +73,7 @@ async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_
         assert [entry.label for entry in s.screen.entries] == ["base"]
 
 
+@pytest.mark.slow
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
     async with open_models(brief) as s:
         assert s.header()[:5] == ["name", "rank", "learned", "kept", "forgot"]
@@ -307,6 +309,7 @@ async def test_another_screen_can_select_a_model_and_give_a_prompt(project: Path
         assert s.screen.query_one(PromptInput).has_focus
 
 
+@pytest.mark.slow
 async def test_a_model_deleted_while_selected_is_deselected_with_a_message(project: Path) -> None:
     async with open_models(project) as s:
         await s.point("lora")

@@ -97,6 +97,7 @@ async def test_the_slider_takes_the_mouse_and_is_off_without_an_adapter(brief: P
         assert slider.value == 0.05
 
 
+@pytest.mark.slow
 async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
     async with open_models(brief, held=True) as s:
         await s.press("p")
@@ -255,6 +256,7 @@ async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -
         assert [fields["chat"] for fields in s.engine.done("generate")] == [False, True]
 
 
+@pytest.mark.slow
 async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
     async with open_models(brief) as s:
         s.engine.chat = s.conversation.chat = True
@@ -498,6 +500,7 @@ async def test_switching_screens_keeps_the_conversation_and_the_engine(brief: Pa
     assert not s.engine.running  # quitting stopped it
 
 
+@pytest.mark.slow
 async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> None:
     async with open_models(brief, held=True) as s:
         await s.press("p")

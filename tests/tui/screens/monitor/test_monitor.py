@@ -179,6 +179,7 @@ async def test_what_cannot_be_read_is_one_sentence(empty: Path, monkeypatch: pyt
         assert pilot.app.is_running
 
 
+@pytest.mark.slow
 async def test_it_draws_only_while_it_is_shown(empty: Path) -> None:
     async with monitor(empty) as (pilot, screen):
         await until(pilot, lambda: "cores" in text_of(screen))

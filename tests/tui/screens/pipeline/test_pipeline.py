@@ -293,6 +293,7 @@ async def test_what_is_typed_and_not_written_is_said_when_it_is_left(empty: Path
         assert not screen.unsaved() and messages(screen).count("Not written") == 1
 
 
+@pytest.mark.slow
 async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "pretrain")

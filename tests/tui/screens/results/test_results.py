@@ -82,6 +82,7 @@ async def results(project: Path, size: tuple[int, int] = (120, 40), read: bool =
         yield session
 
 
+@pytest.mark.slow
 async def test_the_model_that_forgot_least_is_marked_at_once(brief: Path) -> None:
     async with results(brief) as user:
         pane = user.screen.query_one(MethodsPane)
@@ -110,6 +111,7 @@ async def test_a_base_is_prompted_alone(brief: Path) -> None:
         assert user.asked == [("chat", {"models": [brief / "artifacts/base"]})]
 
 
+@pytest.mark.slow
 async def test_a_model_whose_weights_are_gone_is_not_prompted(project: Path) -> None:
     shutil.rmtree(project / "artifacts/lora_adapter")
     async with results(project) as user:
@@ -227,6 +229,7 @@ async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
         assert "Set evaluate.old_data" in user.drawn(ScatterPane)
 
 
+@pytest.mark.slow
 async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
     async with results(empty) as user:
         pane = user.screen.query_one(MethodsPane)
@@ -269,6 +272,7 @@ async def test_a_new_evaluation_is_shown_without_a_key(project: Path) -> None:
         await until(user.pilot, lambda: "forgot least" in user.title(MethodsPane))
 
 
+@pytest.mark.slow
 async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -> None:
     shutil.rmtree(project / "artifacts/evaluation")
     async with results(project) as user:
