@@ -9,9 +9,6 @@ from typer import Argument, Option
 from cli.options import DeviceOption, JsonOption, PlainOption, TrustOption, finite, group
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pipeline.data.examples import Example
     from pipeline.weights.extract import Spectra
     from pipeline.weights.intruders import Searched
     from pipeline.weights.spectrum import Measured
@@ -68,20 +65,20 @@ def spectrum(
         raise UserError(
             "--csv has one row per tensor and cannot include the results of --data. Use --json, or omit --csv."
         )
-    examples = read_examples(data, str(data), templated=not no_template) if data else []
     if intruders or damp is not None:
         if rank is not None or as_csv:
             raise UserError("--intruders and --damp exclude --rank and --csv. Run the command once for each.")
-        _intruders(base, tuned, (top, epsilon), damp, out, examples, trust_remote_code, as_json)
+        _intruders(base, tuned, (top, epsilon), damp, out, data, not no_template, trust_remote_code, as_json)
         return
     if (rank is None) != (out is None):
         raise UserError("--rank and --out must be used together to extract a LoRA. Add the other one.")
     show = _print_json if as_json else _print_csv if as_csv else _print_tables
     if out is None or rank is None:
-        if examples:
+        if data is not None:
             raise UserError("--data evaluates the extracted LoRA. Add --rank and --out.")
         show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"))
         return
+    examples = read_examples(data, str(data), templated=not no_template) if data else []
     if examples:
         refuse_other_tokens(base, tuned, examples)
     with noting_replaced(out):
@@ -112,22 +109,25 @@ def _intruders(
     search: tuple[int, float],
     factor: float | None,
     out: Path | None,
-    examples: "Sequence[Example]",
+    data: Path | None,
+    templated: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """`search`: how many singular vectors of each matrix, and ε."""
     from cli.console import follow, noting_replaced, print_costs, print_json, print_line
+    from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import costs
     from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
 
     if (factor is None) != (out is None):
         raise UserError("--damp and --out must be used together to write a damped adapter. Add the other one.")
-    if examples and out is None:
+    if data is not None and out is None:
         raise UserError("--data compares the damped adapter. Add --damp and --out.")
     if out is not None:
         refuse_undampable(tuned, out)
+    examples = read_examples(data, str(data), templated=templated) if data else []
     searched = follow(intruders_of(base, tuned, *search, trust_remote_code), "intruders")
     if not as_json:
         _print_intruders(searched, *search)

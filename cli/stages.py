@@ -415,7 +415,7 @@ def run_stage(
     from cli.advise import advice_notes
     from cli.console import follow, print_line, print_note
     from pipeline.errors import UserError
-    from pipeline.project.logs.run_log import LOSS, final_accuracy, final_loss, read_steps
+    from pipeline.project.logs.run_log import LOSS, final_accuracy, final_answers, final_loss, read_steps
     from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
@@ -474,8 +474,10 @@ def run_stage(
         parts.append(f"accuracy {accuracy:.0%} on the pairs of the last epoch, none held out")
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
-    if asked := [step for step in steps if step.eval_answers is not None]:
-        parts.append(f"held-out answers {asked[-1].eval_answers:.0%} as expected, or alike if long")
+        settings = project.params.section(stage.section)
+        answered = final_answers(steps, settings.patience, settings.metric_for_best_model == "eval_answers")
+        if answered is not None:
+            parts.append(f"held-out answers {answered:.0%} as expected (long ones: ROUGE-L)")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
     if preferences and after < before:
         print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")

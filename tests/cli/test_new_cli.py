@@ -108,7 +108,7 @@ def test_the_stages_own_command_says_the_share_of_right_answers_too(trained: tup
     last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
     code, out, err = cli("finetune", "lora", cwd=folder)  # from the cache
     assert code == 0, err
-    assert f"held-out answers {last.eval_answers:.0%} as expected, or alike if long\n" in out
+    assert f"held-out answers {last.eval_answers:.0%} as expected (long ones: ROUGE-L)\n" in out
 
 
 def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:

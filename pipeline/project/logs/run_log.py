@@ -295,6 +295,22 @@ def final_accuracy(steps: Sequence[Step]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
+def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> float | None:
+    """The share of right answers of the weights that training returned: with `patience` those of its best evaluation.
+
+    `by_answers`: whether the best has the most right answers, else the lowest loss.
+    """
+    asked = [step for step in steps if step.eval_answers is not None]
+    if not asked:
+        return None
+    if not patience:
+        return asked[-1].eval_answers
+    if by_answers:
+        return max(step.eval_answers or 0.0 for step in asked)
+    losses = [math.inf if step.eval_loss is None or math.isnan(step.eval_loss) else step.eval_loss for step in asked]
+    return asked[losses.index(min(losses))].eval_answers
+
+
 def read_final_loss(path: Path) -> float | None:
     """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises OSError."""
     try:

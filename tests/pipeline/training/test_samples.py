@@ -1,6 +1,7 @@
 """Samples while a model learns: they are what it says, and they change nothing that it learns."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.inference.engine import complete, load
 from pipeline.models.kernels import decode
-from pipeline.project.logs.run_log import SAMPLES, Sample, parse_sample
+from pipeline.project.logs.run_log import SAMPLES, Sample, Step, final_answers, parse_sample
 from pipeline.project.runner import Progress, run
 from pipeline.workbench import open_project
 from tests.helpers.projects import BRIEF, METHODS, STAGES, WORK, folder_bytes, make
@@ -185,3 +186,19 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(project: Pat
         make(project, ["finetune_lora"], [*BRIEF, f"finetune_lora.samples={value}"])
     assert message in str(error.value)
     assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("patience", "by_answers", "share"),
+    [(0, False, 0.25), (2, False, 0.5), (2, True, 0.75)],
+    ids=["the last", "the lowest loss", "the most right answers"],
+)
+def test_the_share_of_right_answers_is_that_of_the_weights_that_are_kept(
+    patience: int, by_answers: bool, share: float
+) -> None:
+    evaluated = [(math.nan, 0.1), (None, None), (0.9, 0.75), (0.4, 0.5), (0.6, 0.25), (None, None)]
+    steps = [
+        Step(n, 1, 1.0, 1e-3, 1.0, n, eval_loss=loss, eval_answers=right) for n, (loss, right) in enumerate(evaluated)
+    ]
+    assert final_answers(steps, patience, by_answers) == share
+    assert final_answers(steps[1:2], patience, by_answers) is None

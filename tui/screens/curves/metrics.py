@@ -26,7 +26,10 @@ class Metric:
 METRICS = {
     "loss": Metric("Loss, nats/token", "loss", "eval_loss"),
     "eval_answers": Metric(
-        "Held-out answers as expected, or alike if long", "answers", smoothed=False, format=lambda share: f"{share:.0%}"
+        "Held-out answers as expected (long ones: ROUGE-L)",
+        "answers",
+        smoothed=False,
+        format=lambda share: f"{share:.0%}",
     ),
     "divergence": Metric("Divergence from the base, nats/token", "divergence"),
     "reward_margin": Metric("Reward margin, chosen − rejected", "margin"),

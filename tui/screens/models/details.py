@@ -171,7 +171,9 @@ def _measured(entry: Entry) -> str:
     if verdict.answered is not None:
         parts.append(f"Of its answers to new prompts {verdict.answered:.0%} are as expected{loss}.")
     elif verdict.similar is not None:
-        parts.append(f"Its answers to new prompts are like the expected ones by {verdict.similar:.0%} (ROUGE-L).")
+        parts.append(
+            f"Its answers to new prompts are long; ROUGE-L with the expected ones {verdict.similar:.2f}{loss}."
+        )
     elif verdict.learned is not None:
         parts.append(f"Completes {verdict.learned:.0%} of the new sentences{loss}.")
     elif verdict.preferred is not None:

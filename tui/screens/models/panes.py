@@ -26,7 +26,7 @@ class ModelsPane(Pane):
         "The pipeline's models, then a line for each folder of others. `●` is chosen, the sign and colour before the "
         "name are those of the method's curve.\n\n"
         "* **learned**: share of the answers to new prompts that are as expected (of long ones their ROUGE-L), of the "
-        "new sentences that it completes, or of the chosen answers that it prefers: the first that was measured; "
+        "new sentences that it completes, or of the chosen answers that it prefers: the first of these that is known; "
         "else the loss on new sentences, in nats per token, as in Results.\n"
         "* **kept**: share of the base's answers to old sentences that are still the same; **forgot**: how much the "
         "loss on them rose, in nats per token.\n"

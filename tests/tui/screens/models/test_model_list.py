@@ -107,15 +107,18 @@ async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown
         assert "40%" in s.row("merged")
         await s.point("merged")
         assert "Of its answers to new prompts 40% are as expected (loss" in s.details()
+        assert "62%" in s.row("freeze")
+        await s.point("freeze")
+        assert "ROUGE-L with the expected ones 0.62 (loss" in s.details()
         assert "75%" in s.row("lora")
         await s.point("lora")
         assert "Prefers 75% of the chosen answers." in s.details()
         column = BY_LABEL["learned"]
         order = [entry.label for entry in sorted_entries(s.screen.entries, column, False) if column.value(entry)]
         losses = sorted(
-            (numbers["new_loss"], name) for name, numbers in metrics.items() if name not in ("lora", "merged")
+            (numbers["new_loss"], name) for name, numbers in metrics.items() if name not in ("lora", "freeze", "merged")
         )
-        assert order == ["lora", "merged", *(name for _, name in losses if name in order)]
+        assert order == ["lora", "freeze", "merged", *(name for _, name in losses if name in order)]
 
 
 def rewrite_metrics(project: Path) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def rewrite_metrics(project: Path) -> dict[str, Any]:
     }
     for numbers in variants.values():
         numbers.pop("new_completed", None)
+    variants["freeze"]["answers"] = {"n": 0, "as_expected": 0, "similar": {"rouge_l": 0.62}}
     variants["merged"]["answers"] = {"n": 20, "as_expected": 8}
     variants["lora"]["preferences"] = {"after": {"accuracy": 0.75}}
     path.write_text(json.dumps(metrics), encoding="utf-8")
