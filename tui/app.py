@@ -307,7 +307,7 @@ class Workbench(App[None]):
             if replaced:
                 self.log_message(f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the earlier.")
             self.log_message(f"Started: {running.command}. It continues if you quit.")
-            self.project_watch.look_now()
+            self.project_watch.started(running)
 
     @work(group="ask")
     async def action_stop(self) -> None:

@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
 
 
-async def idle(*_: float, most: float = 2.0) -> None:
+async def idle(*_: float, most: float = 10.0) -> None:
     """Wait until the app has nothing to do: no callback is left, no thread works for it, no timer is due soon."""
     loop: Any = asyncio.get_running_loop()
     end = loop.time() + most

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def prompt_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pilot continues as soon as the app is idle; Textual's own check sleeps 40 ms or more after each key."""
     monkeypatch.setattr("textual.app.wait_for_idle", idle)
     monkeypatch.setattr("textual.pilot.wait_for_idle", idle)
+
+
+@pytest.fixture
+def held_threads(prompt_pilot: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001  # replaced here
+    """Pilot continues after a second: for tests whose threads wait for the test, so that the app is never idle."""
+    monkeypatch.setattr("textual.app.wait_for_idle", partial(idle, most=1.0))
+    monkeypatch.setattr("textual.pilot.wait_for_idle", partial(idle, most=1.0))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -84,6 +84,12 @@ class ProjectWatch:
         """Look at the files now rather than at the next turn."""
         self._wake.set()
 
+    def started(self, pipeline: Running) -> None:
+        """Take note of a pipeline that was just started: it may end before the next look, and that is reported too."""
+        self.pipeline = pipeline
+        self._changed()
+        self.look_now()
+
     async def run(self) -> None:
         """Look at the files again and again."""
         while True:

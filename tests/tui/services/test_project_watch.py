@@ -125,6 +125,16 @@ async def test_the_end_of_a_pipeline_is_told_after_its_states(empty: Path, monke
         assert watch.ended == [Running(1, "dvc repro", 0.0)] and watch.pipeline is None
 
 
+async def test_the_end_of_a_pipeline_that_no_look_saw_is_told_too(empty: Path) -> None:
+    async with watching(empty) as watch:
+        await watch.comes(lambda: len(watch.states) == len(watch.stages))
+        short = Running(1, "dvc repro", 0.0)
+        watch.started(short)
+        assert watch.pipeline == short
+        await watch.comes(lambda: watch.ended)
+        assert watch.ended == [short] and watch.pipeline is None
+
+
 @pytest.mark.parametrize("name", ["main", "a/branch"])
 async def test_the_branch_is_that_of_the_repository_above(empty: Path, name: str) -> None:
     subprocess.run(["git", "init", "-q", "-b", name, str(empty.parent)], check=True)

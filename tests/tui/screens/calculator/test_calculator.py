@@ -65,8 +65,11 @@ async def calculator(
     app = Workbench(root / "params.yaml")
     app.first_screen = "calculator"
     async with app.run_test(size=size) as pilot:
-        assert isinstance(app.screen, CalculatorScreen) and (app.screen.result is not None) == answered
-        yield pilot, app.screen
+        screen = app.screen
+        assert isinstance(screen, CalculatorScreen)
+        if answered:
+            await until(pilot, lambda: screen.result is not None)  # a thread reads the model of a project on a base
+        yield pilot, screen
 
 
 def text_of(screen: CalculatorScreen, id: str) -> str:
@@ -312,6 +315,7 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("held_threads")
 async def test_advice_is_the_librarys_and_never_of_another_configuration(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

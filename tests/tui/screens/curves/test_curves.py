@@ -2,7 +2,6 @@
 
 import json
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from tests.helpers.curves import (
     title,
     wait_until_drawn,
 )
-from tests.helpers.pilot import idle, until
+from tests.helpers.pilot import until
 from tests.helpers.run_folders import HEADER, hold, measured, write_measured, write_methods, write_run, write_samples
 from tui.app import Workbench
 from tui.screens.curves import selection
@@ -55,13 +54,13 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("held_threads")
 async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_keeps_the_focus(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk, the layout is drawn before the runs are found; this must not look like a project without runs."""
     discover, ready = discover_runs, threading.Event()
     monkeypatch.setattr(selection, "discover_runs", lambda *args: ready.wait(30) and discover(*args))
-    monkeypatch.setattr("textual.pilot.wait_for_idle", partial(idle, most=0.1))  # the search is never done
     app = Workbench(root / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")

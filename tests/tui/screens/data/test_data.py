@@ -340,6 +340,7 @@ async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_pr
 @pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
+@pytest.mark.usefixtures("held_threads")
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
     root: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: P
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("held_threads")
 async def test_params_and_each_state_are_there_before_all_files_are_hashed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
