@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
+from textual.widgets import Input, TextArea
 
 from tests.helpers.pilot import idle
 from tests.helpers.process import forked, listening
@@ -96,8 +97,10 @@ def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def snap_compare(snap_compare: Callable[..., bool]) -> Callable[..., bool]:
-    """The plugin's fixture, but it waits until the screen no longer changes: a busy machine takes a moment."""
+def snap_compare(snap_compare: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """The plugin's fixture, but the cursor does not blink, and it waits until the screen no longer changes."""
+    for widget in (Input, TextArea):
+        monkeypatch.setattr(widget.cursor_blink, "_default", False)
 
     def compare(app: object, run_before: Callable[[Pilot[Any]], Awaitable[None]], **how: Any) -> bool:
         async def still(pilot: Pilot[Any]) -> None:

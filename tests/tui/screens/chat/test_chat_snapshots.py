@@ -37,7 +37,6 @@ def compare(
     async def run_before(pilot: Pilot[None]) -> None:
         session = Session(pilot, engine)
         await until(pilot, lambda: session.screen.session.entries)
-        session.field.cursor_blink = False
         await run(session)
 
     return snap(app, terminal_size=size, run_before=run_before)

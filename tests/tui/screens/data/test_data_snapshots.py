@@ -91,7 +91,6 @@ def test_the_editor(root: Path, snap_compare: Callable[..., bool]) -> None:
         screen.open_with(add=json.loads(rows()[0]))
         await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
         await until(pilot, lambda: "tokens" in str(pilot.app.screen.query_one("#reading").render()))
-        pilot.app.screen.query_one("TextArea:focus").cursor_blink = False  # type: ignore[attr-defined]  # it has one
 
     app = Workbench(root / "params.yaml")
     app.first_screen = "data"

@@ -85,7 +85,6 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
     await until(pilot, lambda: isinstance(pilot.app.screen, ModelsScreen))
     screen = pilot.app.screen
     assert isinstance(screen, ModelsScreen)
-    screen.query_one(PromptInput).cursor_blink = False
     await until(pilot, lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries))
     await until(pilot, lambda: "looking" not in str(screen.query_one("#none", Static).render()))
     await until(pilot, lambda: not count or screen.prompt_pane.bar.facts)

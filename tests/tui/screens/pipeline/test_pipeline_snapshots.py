@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input
 
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.status import StageState, State, Status
@@ -83,8 +82,6 @@ def test_a_param_that_is_wrong(snap_compare: Any, empty: Path, theme: str) -> No
 
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
-        for field in screen.query(Input):
-            field.cursor_blink = False
         screen.open_with(stage="finetune_lora", param="rank")
         await pilot.press("enter", "0")
 
