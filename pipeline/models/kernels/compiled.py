@@ -6,8 +6,10 @@ the same code. Modules and their names stay as they are.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
@@ -29,11 +31,16 @@ class Lengths(Sequence[int]):
 
 
 def compile_blocks(model: CausalLM) -> None:
-    """From now on the model's blocks compile where they are called, in place."""
+    """From now on the model's blocks compile where they are called, in place; what they recompute, too."""
     torch._dynamo.config.recompile_limit = VARIANTS
     packed_attention.register(torch.compiler.disable(packed_attention.attend))  # type: ignore[no-untyped-call]
     for block in model.blocks:
         block.compile(dynamic=True)
+        if block.gradient_checkpointing:
+            # transformers recomputes inside the block: the compiler follows a recomputation whole or not at all, and
+            # stops at the attention, so that nothing would be compiled
+            block.gradient_checkpointing = False  # type: ignore[assignment]
+            block._compiled_call_impl = partial(checkpoint, block._compiled_call_impl, use_reentrant=False)
     model.wrap_lengths = Lengths
 
 

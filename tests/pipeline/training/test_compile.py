@@ -18,15 +18,25 @@ from tests.helpers.real import toy, windows_of, with_lora
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["none", "full"])
-def test_compiled_blocks_give_the_same_gradients_and_compile_once_for_all_lengths(how: Any) -> None:
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiled_blocks_give_the_same_gradients_and_compile_once_for_all_lengths(
+    how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, attend = list[int](), packed_attention.attend
+
+    def counted(module: Any, *inputs: Any, **options: Any) -> Any:
+        calls.append(module.layer_idx)
+        return attend(module, *inputs, **options)
+
+    monkeypatch.setattr(packed_attention, "attend", counted)
     plain, compiled = (with_lora(toy("llama")).train() for _ in range(2))
     names = [*compiled.state_dict()]
     for model in (plain, compiled):
         model.checkpoint_blocks(how)
     try:
         compile_blocks(compiled)
-        graphs = list[int]()
+        stats, graphs = torch._dynamo.utils.counters["stats"], list[int]()
+        before = stats["unique_graphs"]
         for lengths in ((9, 3, 14, 6), (5, 12, 7), (3, 4, 2, 6, 7, 8)):
             for model in (plain, compiled):
                 model.zero_grad()
@@ -34,8 +44,11 @@ def test_compiled_blocks_give_the_same_gradients_and_compile_once_for_all_length
             for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
                 if theirs.grad is not None:
                     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            graphs.append(stats["unique_graphs"] - before)
         assert graphs[0] and len(set(graphs)) == 1
+        steps = 2 * 3  # of both models
+        runs = {"none": (1, 1), "selective": (2, 1), "full": (2, 2)}[how]  # a block that is recomputed runs twice
+        assert [calls.count(block) for block in (0, 1)] == [steps * count for count in runs]
         assert [*compiled.state_dict()] == names
     finally:
         packed_attention.register()
