@@ -83,6 +83,11 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(trained
         assert said in out, said
 
 
+def test_dvc_imports_again_when_the_base_changes(trained: tuple[Path, str]) -> None:
+    graph = yaml.safe_load((trained[0] / "dvc.yaml").read_text(encoding="utf-8"))
+    assert graph["stages"]["import"]["deps"] == ["${base}"]
+
+
 def test_the_report_shows_every_answer_beside_the_expected_one(trained: tuple[Path, str], cli: Lora) -> None:
     folder, _ = trained
     code, out, err = cli("report", cwd=folder)
@@ -368,9 +373,6 @@ def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lor
         code, _, err = cli("new", "wrong", *arguments, cwd=here)
         assert code == 1 and reason in err and "Traceback" not in err, (arguments, err)
         assert not (here / "wrong/params.yaml").exists() and not (here / "wrong/dvc.yaml").exists()
-    assert yaml.safe_load((here / "run/dvc.yaml").read_text(encoding="utf-8"))["stages"]["import"]["deps"] == [
-        "${base}"
-    ]
 
 
 @pytest.mark.slow
