@@ -130,7 +130,7 @@ def test_halving_stops_the_worst_and_the_others_end_as_in_a_plain_sweep(mini: Pa
     plain, _ = swept(mini, given_(grid, "grid"))
     whole = {name: read_steps(mini / f"artifacts/sweep/{name}/loss.csv") for name in plain}
     weights = {name: (mini / f"artifacts/sweep/{name}/adapter_model.safetensors").read_bytes() for name in plain}
-    halved, events = swept(mini, given_(grid, "halving", "reduction_factor=2"))
+    halved, events = swept(mini, given_(grid, "halving", "reduction_factor=2"), force=True)  # not a cached one
     total = next(iter(plain.values()))["steps"]
     rungs = halving.rungs(settings_of({"rank": (1, 2)}, "halving", reduction_factor=2), 8, total)
     assert sorted(row["steps"] for row in halved.values()) == sorted(
