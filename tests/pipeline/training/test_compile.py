@@ -51,7 +51,7 @@ def test_compiled_blocks_give_the_same_gradients_and_compile_once_for_all_length
         assert [calls.count(block) for block in (0, 1)] == [steps * count for count in runs]
         assert [*compiled.state_dict()] == names
     finally:
-        packed_attention.register()
+        packed_attention.register(attend)
         torch._dynamo.reset()
 
 

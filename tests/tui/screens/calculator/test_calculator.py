@@ -69,6 +69,8 @@ async def calculator(
         assert isinstance(screen, CalculatorScreen)
         if answered:
             await until(pilot, lambda: screen.result is not None)  # a thread reads the model of a project on a base
+        else:
+            assert screen.result is None
         yield pilot, screen
 
 
