@@ -60,13 +60,14 @@ class CausalLM(nn.Module):
         reach = max((size for size in self.local_reach if size <= most), default=0)
         lengths = [reach + 3, reach + 4]
         ids = torch.arange(1, sum(lengths) + 1, device=self.device)[None] % self.shape.rows
+        alone = ids.split_with_sizes(lengths, 1)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[None]
         return probes.computes(
             "sequences packed end to end",
             "one sequence is read at a time",
             lambda: self.hidden_states(ids, positions, lengths),
-            right=lambda: torch.cat([self.hidden_states(each) for each in ids.split(lengths, 1)], 1),
-            again=lambda: torch.cat([self.hidden_states(each.expand(2, -1))[:1] for each in ids.split(lengths, 1)], 1),
+            right=lambda: torch.cat([self.hidden_states(each) for each in alone], 1),
+            again=lambda: torch.cat([self.hidden_states(each.expand(2, -1))[:1] for each in alone], 1),
             wrong=lambda: self.hidden_states(ids, positions),
         )
 

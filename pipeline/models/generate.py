@@ -198,7 +198,8 @@ def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Se
         )
 
     def last_logits(*rows: Sequence[int]) -> Tensor:
-        return alone(torch.tensor(rows, device=alone.device))[0, -2:]  # (2, V)
+        logits: Tensor = alone(torch.tensor(rows, device=alone.device))  # (n, T, V)
+        return logits[0, -2:]
 
     return computes(
         "answers side by side",

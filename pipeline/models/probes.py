@@ -9,6 +9,7 @@ from pipeline.errors import is_out_of_memory
 from pipeline.project.logs.findings import record
 
 Result = TypeVar("Result")
+PLAIN = "plain torch computes it, more slowly"  # what follows where a fused part is not taken
 AGREEMENT = {2: 0.05}  # a row's relative distance, by the bytes of a number
 NOISE = 3  # times the distance that rounding was seen to make
 CLOSER = 2  # times nearer to right than to wrong

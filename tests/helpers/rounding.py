@@ -17,6 +17,9 @@ SHARE = 0.1  # of the places
 class OtherRounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block products round so."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in PRODUCTS or out.dtype != torch.bfloat16:

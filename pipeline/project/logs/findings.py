@@ -19,21 +19,19 @@ class Finding(NamedTuple):
         return f"{self.tried}: {self.said}; {self.slower}"
 
 
-findings: list[Finding] = []  # of this process
-_held: list[list[Finding]] = []  # where new ones go, the innermost last
+_logged: list[Finding] = []
+_held: list[list[Finding]] = []  # where they go instead, the innermost last
 
 
 def record(tried: str, said: str | BaseException, slower: str) -> None:
     """Log it, which stderr shows, unless it is `held`. An error is recorded by its type and the first line of it."""
     said = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
     finding = Finding(tried, said, slower)
-    if finding in findings:
-        return
-    findings.append(finding)
-    if _held:
-        _held[-1].append(finding)
-    else:
-        logging.getLogger(__name__).warning("%s", finding)
+    told = _held[-1] if _held else _logged
+    if finding not in told:
+        told.append(finding)
+        if told is _logged:
+            logging.getLogger(__name__).warning("%s", finding)
 
 
 @contextmanager
