@@ -25,7 +25,7 @@ from pipeline.adapters.peft import (
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from tests.helpers.meta_device import to_meta
+from tests.helpers.stand_in import to_stand_in
 
 IDS = torch.tensor([[3, 7, 5, 11], [4, 4, 19, 2]])
 BASE = Path("base")
@@ -96,7 +96,7 @@ def test_a_model_gets_what_was_saved_and_one_that_shares_its_tensors_is_left_alo
 @torch.no_grad()
 def test_a_skeleton_gets_the_numbers_of_the_adapter_alone(name: str, tmp_path: Path) -> None:
     adapter(tmp_path, SPECS[name])
-    skeleton = to_meta(model_of())
+    skeleton = to_stand_in(model_of())
     load_adapter(skeleton, BASE, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     found = tensors(skeleton, SPECS[name])
@@ -208,11 +208,11 @@ def test_a_copy_of_the_bases_embedding_is_taken_if_it_is_one(tmp_path: Path) -> 
     model = model_of()
     load_adapter(model, BASE, tmp_path)
     assert torch.equal(model(IDS), trained(IDS))
-    skeleton = to_meta(model_of())
+    skeleton = to_stand_in(model_of())
     load_adapter(skeleton, BASE, tmp_path)  # which has no numbers to compare with
     change(tmp_path, {TABLE: torch.ones(21, 16)})
     with pytest.raises(UserError, match="which differs from the base model's"):
-        load_adapter(to_meta(model_of()), BASE, tmp_path)
+        load_adapter(to_stand_in(model_of()), BASE, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["the head", "an embedding"])
@@ -297,7 +297,7 @@ def test_virtual_tokens_are_drawn_by_the_seed_frozen_when_read_and_cast_where_as
 @each_kind
 def test_a_skeleton_gets_virtual_tokens_with_their_numbers(kind: str, tmp_path: Path) -> None:
     virtual(tmp_path, kind)
-    skeleton = to_meta(model_of())
+    skeleton = to_stand_in(model_of())
     load_adapter(skeleton, BASE, tmp_path)
     assert skeleton.virtual is not None
     assert torch.equal(skeleton.virtual.prompt_embeddings, load_file(tmp_path / WEIGHTS)["prompt_embeddings"])

@@ -1,11 +1,13 @@
-"""A stand-in for an accelerator that holds no numbers: `meta`. It shows what an accelerator would wait for.
+"""A stand-in for an accelerator that holds no numbers. It shows what an accelerator would wait for.
 
+It is `meta`, on which torch takes no kernel of a GPU; or, where LORA_STAND_IN says cuda, the device of cuda_device.py.
 While `watched`, everything is recorded that a GPU's owner would not want in a step: tensors made or computed on the
 host, copies to the device that the host waits for, reads of the device, and tensors as large as a row's scores. Where a
 number is read, it is a stand-in: what runs goes on as if all were well. `fake_accelerator.py` is the device that
 computes the CPU's numbers.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import pipeline
 
 Model = TypeVar("Model", bound=nn.Module)
-META = torch.device("meta")
+STAND_IN = torch.device(os.environ.get("LORA_STAND_IN", "meta"))
 HOME = Path(pipeline.__file__).parent
 # operations whose result has a size that only the numbers tell
 COUNTED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount"}
@@ -43,6 +45,7 @@ HOSTED = {
     "training/update_rules.py:": "moments that stay in the host's memory",
     "adapters/batched.py:select_live": "the numbers of a sweep's adapters that still train",
     "models/kernels/plain_attention.py:sequence_starts": "where sequences begin, once a forward",
+    "models/kernels/accelerator.py:": "what Liger computes is tried once",
     "models/kernels/accelerator_attention.py:_seen": "the keys that queries see, once a forward",
     "models/base.py:packed_hidden_states": "texts to score, a row of them",
     "models/generate.py:": "a prompt; and the logits, for sampling is on the host",
@@ -80,8 +83,8 @@ def _where(operation: str) -> str:
     return f"elsewhere {operation}"
 
 
-def _is_meta(one: Any) -> bool:
-    return isinstance(one, Tensor) and one.device.type == "meta"
+def _is_there(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.device.type == STAND_IN.type
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -94,47 +97,47 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
         seen, given = self.seen, [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        of_meta = any(map(_is_meta, given))
+        of_meta = any(map(_is_there, given))
         if name == "_local_scalar_dense" and of_meta:
             seen.reads[_where(name)] += 1
             return args[0].dtype == torch.bool or 1 if not args[0].dtype.is_floating_point else 1.0
         if name in ("_to_copy", "copy_", "_copy_from"):
             source, target = (args[1], args[0]) if name == "copy_" else (args[0], kwargs.get("device") or args[0])
             to = target.device if isinstance(target, Tensor) else torch.device(target)
-            if _is_meta(source) and to.type == "cpu":
+            if _is_there(source) and to.type == "cpu":
                 seen.reads[_where(name)] += 1
                 if name == "copy_":
                     return target.zero_()
                 zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
                 return zeros if (counted := getattr(source, "counted", None)) is None else counted
-            if not _is_meta(source) and to.type == "meta" and source.dim():
+            if not _is_there(source) and to.type == STAND_IN.type and source.dim() and source.numel():
                 queued = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
                 (seen.queued if queued else seen.blocking)[_where(name)] += 1
         if name in COUNTED and of_meta:
             seen.reads[_where(name)] += 1
             if name == "nonzero":
-                return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+                return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=STAND_IN)
             if name == "bincount":
                 counts = torch.zeros(args[-1], dtype=torch.int64)
                 counts[0] = args[0].numel()
-                counted = counts.to(META)
+                counted = counts.to(STAND_IN)
                 counted.counted = counts  # type: ignore[attr-defined]  # what is read of it adds up
                 return counted
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and of_meta:
             masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
-            if masks and any(map(_is_meta, masks)):
+            if masks and any(map(_is_there, masks)):
                 seen.reads[_where(f"{name} by a mask")] += 1
                 if name != "index":
                     return args[0]
                 whole = [one for one in args[1] if one is not None]
                 return args[0].flatten(0, whole[0].dim() - 1)  # as if it were true everywhere
-            if any(one is not None and one.dim() and not _is_meta(one) for one in args[1]):
+            if any(one is not None and one.dim() and not _is_there(one) for one in args[1]):
                 seen.blocking[_where(f"{name} by indices of the host")] += 1
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
-            if isinstance(one, Tensor) and not _is_meta(one) and one.dim():
+            if isinstance(one, Tensor) and not _is_there(one) and one.dim() and one.numel():
                 seen.hosted[_where(name)] += 1
-            if _is_meta(one) and sum(size >= self.tokens for size in one.shape) > 1:
+            if _is_there(one) and sum(size >= self.tokens for size in one.shape) > 1:
                 seen.square[_where(f"{name} {tuple(one.shape)}")] += 1
         return out
 
@@ -148,18 +151,18 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == META
-        made |= func is Tensor.new_tensor and _is_meta(args[0]) and kwargs.get("device") is None
+        made = func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == STAND_IN
+        made |= func is Tensor.new_tensor and _is_there(args[0]) and kwargs.get("device") is None
         if made and args[-1] != []:  # transformers' caches begin with that
             self.seen.blocking[_where(func.__name__)] += 1
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and _is_meta(args[0]):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and _is_there(args[0]):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(one, list) for one in index):
                 self.seen.blocking[_where(f"{func.__name__} by a list")] += 1
-        if func is F.scaled_dot_product_attention and _is_meta(args[0]):
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _as_on_a_gpu(func, *args, **kwargs)
         repeats = func in (Tensor.repeat_interleave, torch.repeat_interleave) and kwargs.get("output_size") is None
-        if repeats and any(map(_is_meta, args[1:2] or args[:1])):
+        if repeats and any(map(_is_there, args[1:2] or args[:1])):
             self.seen.reads[_where("repeat_interleave")] += 1
         return func(*args, **kwargs)
 
@@ -190,14 +193,23 @@ def _as_on_a_gpu(
     return out
 
 
-def to_meta(model: Model) -> Model:
+def to_stand_in(model: Model) -> Model:
     """The model there. A moved parameter stays the same one, as on a GPU."""
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        return model.to(META)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
+    moved = dict[Tensor, Tensor]()
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for tensor in place.values():
+                if tensor is not None and tensor not in moved:
+                    there = tensor.detach().to(STAND_IN)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+    for tensor, there in moved.items():
+        for attribute in ("__class__", "__dict__"):
+            own, other = getattr(tensor, attribute), getattr(there, attribute)
+            setattr(tensor, attribute, other)
+            setattr(there, attribute, own)
+        torch._C._swap_tensor_impl(tensor, there)
+    return model
 
 
 @contextmanager
@@ -215,12 +227,12 @@ _Generator = torch.Generator
 
 
 def _generator(device: torch.device | str = "cpu") -> torch.Generator:
-    return _Generator("cpu" if torch.device(device) == META else device)
+    return _Generator("cpu" if torch.device(device) == STAND_IN else device)
 
 
 def refuse(seen: Seen, reads: Mapping[str, int]) -> None:
     """Fails on whatever a GPU would wait for or should not hold; it may be read as often as `reads` says, and where."""
-    assert dict(seen.reads) == dict(reads)
+    assert dict(seen.reads) == dict(reads), f"reads of the device: {dict(seen.reads)}"
     assert not seen.blocking, f"copies that the host waits for: {seen.blocking}"
     assert not seen.square, f"two dimensions of a row's tokens: {seen.square}"
     assert all(where.startswith(QUEUED) for where in seen.queued), seen.queued

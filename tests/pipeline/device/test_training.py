@@ -1,4 +1,4 @@
-"""A training step on a device without numbers waits for it once, and makes everything there: see `meta_device`."""
+"""A training step on a device without numbers waits for it once, and makes everything there: see `stand_in`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, Answers, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
-from tests.helpers.meta_device import READ, Seen, refuse, to_meta, watched
+from tests.helpers.stand_in import READ, Seen, refuse, to_stand_in, watched
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
 
 # More than the keys that a block of queries sees together, and than any dimension of a toy.
@@ -37,10 +37,10 @@ def data(lengths: Sequence[int] = LENGTHS, asked: Callable[[int], int] = lambda 
     return listed(windows_of(lengths, asked))
 
 
-def on_meta(model: CausalLM) -> CausalLM:
+def on_stand_in(model: CausalLM) -> CausalLM:
     """The model there, ready to train. What a model supports is tried once, before."""
     assert model.supports_packing
-    return to_meta(model).train()
+    return to_stand_in(model).train()
 
 
 def seen_in_steps(model: CausalLM, task: TrainingTask, count: int = 2) -> Seen:
@@ -59,7 +59,7 @@ def step_of(model: CausalLM, settings: Training | None = None, **task: Any) -> S
     """Two steps of one learner, of two batches each."""
     settings = settings or Training(epochs=9)
     batches = Batches(data(), 2, 0, 2)
-    return seen_in_steps(model, TrainingTask.of_one(on_meta(model), batches, settings, None, **task))
+    return seen_in_steps(model, TrainingTask.of_one(on_stand_in(model), batches, settings, None, **task))
 
 
 ONE_READ = {READ: 2}  # in two steps
@@ -189,7 +189,7 @@ def test_retention_is_read_with_the_loss(saved: tuple[str, ...]) -> None:
     model = toy("llama", torch.bfloat16)
     lora(model, saved=saved)
     settings = FinetuneLora(epochs=9, retention_data="kept.txt", retention_weight=0.5, retention_batch_size=2)
-    on_meta(model)
+    on_stand_in(model)
     refuse(step_of(model, settings, retain=RetentionLoss(model, data((610, 33)), settings)), ONE_READ)
 
 
@@ -209,8 +209,8 @@ def test_many_adapters_are_read_at_once(family: str, lengths: Sequence[int], ran
     names = ("q_proj", "v_proj")
     routing = attach_many(model, [partial(attach, model, AdapterSpec(rank, 6.0, names)) for rank in ranks])
     path = ManyAdapters(model, routing)
-    assert path.supports_packing  # without the adapters: before `on_meta` asks the model
-    on_meta(model)
+    assert path.supports_packing  # without the adapters: before `on_stand_in` asks the model
+    on_stand_in(model)
     learners = [Learner(FinetuneLora(epochs=9, seed=n), Batches(data(lengths), 2, n), name=f"{n}") for n in range(3)]
     refuse(seen_in_steps(model, TrainingTask(model, learners, path)), ONE_READ)
 
@@ -220,8 +220,8 @@ def test_a_sweep_goes_on_without_those_that_were_stopped() -> None:
     names = ("q_proj", "v_proj")
     routing = attach_many(model, [partial(attach, model, AdapterSpec(3, 6.0, names)) for _ in range(3)])
     path = ManyAdapters(model, routing)
-    assert path.supports_packing  # without the adapters: before `on_meta` asks the model
-    on_meta(model)
+    assert path.supports_packing  # without the adapters: before `on_stand_in` asks the model
+    on_stand_in(model)
     learners = [Learner(FinetuneLora(epochs=9), Batches(data((601,) * 6), 2, 0), name=f"{n}") for n in range(3)]
     learners[1].stop(0, "it was stopped")
     refuse(seen_in_steps(model, TrainingTask(model, learners, path)), ONE_READ)
@@ -238,7 +238,7 @@ def test_minigpt_masks_nothing_there(lengths: Sequence[int], virtual: bool) -> N
     if virtual:
         model.requires_grad_(False)
         model.set_virtual_tokens(PrefixTokens(torch.randn(5, 2 * 2 * 32), 2, 4))
-    task = TrainingTask.of_one(on_meta(model), Batches(data(lengths), 4, 0), Training(epochs=9), None)
+    task = TrainingTask.of_one(on_stand_in(model), Batches(data(lengths), 4, 0), Training(epochs=9), None)
     optimizer = build_optimizer(model, task.settings)
     records = steps(task, optimizer)
     with watched(min(ROW, max(50, max(lengths) - 1))) as seen:
@@ -268,7 +268,7 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
     more = {"desirable": (True, False, True, False)} if loss == "kto" else {}
     reference = torch.zeros(len(windows)) if loss in WITH_REFERENCE else None
     answers = Answers(windows, lambda _: "f.jsonl:1", ((range(4), 1.0),), reference, **more)
-    path = PreferencePath(on_meta(model), settings)
+    path = PreferencePath(on_stand_in(model), settings)
     learner = Learner(settings, AnswerBatches(answers, 1, 0, 2, whole=loss == "orpo"))
     refuse(seen_in_steps(model, TrainingTask(model, [learner], path)), {READ: 4})
 

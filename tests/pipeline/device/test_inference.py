@@ -1,4 +1,4 @@
-"""Scores, generation, the engine for many adapters and SVD on a device without numbers: see `meta_device`."""
+"""Scores, generation, the engine for many adapters and SVD on a device without numbers: see `stand_in`."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pipeline.models.generate import Sampling, generate
 from pipeline.models.kernels import decode
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
-from tests.helpers.meta_device import refuse, to_meta, watched
+from tests.helpers.stand_in import refuse, to_stand_in, watched
 from tests.helpers.real import ROWS, toy, with_lora
 
 LONG = 600
@@ -31,7 +31,7 @@ def ready(model: CausalLM) -> CausalLM:
     """The model there; what is tried once, of the model or of this CPU, was tried before."""
     decode._is_available()
     assert model.supports_packing
-    return to_meta(model).eval()
+    return to_stand_in(model).eval()
 
 
 FAMILIES = ["llama", "gemma2", "gemma3", "gpt2", "minigpt"]

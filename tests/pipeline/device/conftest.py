@@ -1,0 +1,21 @@
+"""Where LORA_STAND_IN says cuda, these tests run on a CUDA device without numbers."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.models.kernels import accelerator_attention, plain_attention
+from tests.helpers.cuda_device import CudaDevice
+from tests.helpers.stand_in import STAND_IN
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if STAND_IN.type == "meta":
+        yield
+        return
+    for table in (accelerator_attention._seen, plain_attention.sequence_starts):
+        monkeypatch.setattr(table, "__wrapped__", table)  # fake tensors are kept too: all of a test are of one mode
+        table.cache_clear()
+    with CudaDevice():
+        yield
