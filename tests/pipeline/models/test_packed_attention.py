@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from pipeline.models.kernels import accelerator_attention, packed_attention, short_attention
 from pipeline.models.kernels.accelerator_attention import _blockwise, seen_keys
@@ -35,6 +43,11 @@ CONFIGS = {
     "mistral, window of 5": MistralConfig(**SMALL, sliding_window=5),
     "gemma2, window and caps": Gemma2Config(**SMALL, sliding_window=4, query_pre_attn_scalar=8),
     "gpt-oss, window and sinks": GptOssConfig(**SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=2),
+    "deepseek, values of another size": DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        first_k_dense_replace=2,
+    ),
 }
 LENGTHS = [7, 1, 12, 5]
 Three = tuple[Tensor, Tensor, Tensor]
