@@ -60,7 +60,7 @@ def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
     """Whether torch's varlen flash attention applies. `cached`: with more keys than queries in a sequence."""
     if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
         return False
-    amd = torch.version.hip is not None and not q.is_meta
+    amd = torch.version.hip is not None and type(q) is Tensor and not q.is_meta  # without numbers it is not asked
     return not amd or _agrees(q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils import deterministic
@@ -227,6 +228,15 @@ def test_on_an_amd_gpu_a_kernel_that_computes_the_same_is_taken(
             accelerator_attention._agrees.cache_clear()
             attend_on_accelerator(*leaves, [9, 3], [9, 3], Rule(0.4))
     assert not caplog.records and calls.forward == 2 * 2 + 1 + 3, "forward, recomputed, without gradients, and probes"
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_prediction_of_memory_asks_nothing_of_an_amd_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """Its tensors have no numbers, and what it was told would be believed by the run after it."""
+    with reference_flash(rocm=True), FakeTensorMode():
+        q, k, v = (torch.empty(1, 2, 12, 16, dtype=torch.float16) for _ in range(3))
+        attend_on_accelerator(q, k, v, [9, 3], [9, 3], Rule(0.4, 4))
+    assert not caplog.records and not accelerator_attention._agrees.cache_info().currsize
 
 
 @pytest.mark.parametrize("sinks", [True, False])
