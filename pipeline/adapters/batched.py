@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -211,8 +212,10 @@ class BatchedEmbedding(BatchedLayer):
         if not self.routing.even:
             return super().adapted(rows)
         tables = self.routing.select_live(self.trained["weight"])  # (L, V, D)
-        L, _, D = tables.shape
-        return tables.gather(1, rows.view(L, -1, 1).expand(-1, -1, D)).flatten(0, 1)  # (L·M, D)
+        L, V, _ = tables.shape
+        firsts = torch.arange(0, L * V, V, device=rows.device)[:, None]  # (L, 1)
+        # on CUDA the backward of `gather` adds in another order each time
+        return F.embedding((rows.view(L, -1) + firsts).flatten(), tables.flatten(0, 1))  # (L·M, D)
 
 
 class BatchedHead(BatchedLayer):

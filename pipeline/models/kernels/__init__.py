@@ -15,7 +15,13 @@ def runs_flash_attention(device: torch.device) -> bool:
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def suits_flash_attention(q: Tensor) -> bool:
-    """Whether it has a kernel for queries (..., K): on such a device, in 16 bits, of its head sizes."""
+def suits_flash_attention(q: Tensor, v: Tensor) -> bool:
+    """Whether it has a kernel for queries and values (..., K): on such a device, in 16 bits, of one head size."""
     K = q.shape[-1]
-    return q.dtype in (torch.bfloat16, torch.float16) and K <= 256 and K % 8 == 0 and runs_flash_attention(q.device)
+    has_size = K <= 256 and K % 8 == 0 and v.shape[-1] == K
+    return has_size and q.dtype in (torch.bfloat16, torch.float16) and runs_flash_attention(q.device)
+
+
+def writes_scores(device: torch.device) -> bool:
+    """Whether torch's attention there keeps all scores of a row in memory: it does on Apple's GPU."""
+    return device.type == "mps"

@@ -1,7 +1,8 @@
 """Attention of packed sequences on an accelerator, where no tensor is T × T: a fused kernel reads the row, or blocks of
 queries read the keys that they see. Shapes as in plain_attention.py."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from inspect import signature
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.models.device import to_device
-from pipeline.models.kernels import suits_flash_attention
+from pipeline.models.kernels import suits_flash_attention, writes_scores
 from pipeline.models.kernels.flash import flash_attention, supports_flash
 from pipeline.models.kernels.plain_attention import (
     Pairs,
@@ -22,8 +24,11 @@ from pipeline.models.kernels.plain_attention import (
     sequence_starts,
     split_sequences,
 )
+from pipeline.models.kernels.repeatable import repeatable
 
 BLOCK = 256  # queries whose scores are in memory at once
+AGREEMENT = 0.05  # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
+LONGEST = 1024  # tokens of a sequence whose scores may all be in memory: 64 MiB for 32 heads in 16 bits
 
 
 def attend_on_accelerator(
@@ -35,11 +40,14 @@ def attend_on_accelerator(
     `pairs`: the keys and values of each, from a cache, instead of k and v.
     """
     fused = rule.plain and all(length in (1, span) for length, span in zip(lengths, spans, strict=True))
-    if fused and len(lengths) == 1 and pairs is None:
+    fused = fused and (max(lengths) <= LONGEST or not writes_scores(q.device))
+    varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
+    flash = not varlen and rule.sinks is None and supports_flash(q, v)
+    packed = varlen or flash
+    one_row = len(lengths) == 1 and pairs is None
+    if fused and one_row and (max(lengths) == 1 or not packed):
         return attend_row(q, k, v, rule).transpose(1, 2)
-    varlen = _supports_varlen(q, rule)
-    flash = not varlen and rule.sinks is None and supports_flash(q)
-    if fused and not varlen and not flash:
+    if fused and not packed:
         return attend_each(q, pairs or split_sequences(k, v, spans), lengths, rule)
     if pairs is not None:
         k, v = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
@@ -48,9 +56,12 @@ def attend_on_accelerator(
     return (_varlen if varlen else _blockwise)(q, k, v, lengths, spans, rule)
 
 
-def _supports_varlen(q: Tensor, rule: Rule) -> bool:
-    """Whether torch's varlen flash attention applies."""
-    return rule.softcap is None and suits_flash_attention(q) and _has_varlen()
+def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
+    """Whether torch's varlen flash attention applies. `cached`: with more keys than queries in a sequence."""
+    if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
+        return False
+    amd = torch.version.hip is not None and type(q) is Tensor and not q.is_meta  # without numbers it is not asked
+    return not amd or _agrees(q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached)
 
 
 @cache
@@ -65,29 +76,23 @@ def _has_varlen() -> bool:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
     """(B, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the attention."""
-    from torch.nn.attention.varlen import varlen_attn
-
     B, H, T, K = q.shape
     starts = sequence_starts if type(q) is Tensor else sequence_starts.__wrapped__  # under FakeTensorMode they are fake
     q_starts, k_starts = (starts((*sizes * B,), q.device) for sizes in (lengths, spans))
     window = (-1 if rule.window is None else rule.window - 1, 0)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     longest = max(lengths), max(spans)
-    if rule.sinks is not None:
-        out: Any = _SinkAttention.apply(q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window)  # type: ignore[no-untyped-call]
-    else:
-        options: dict[str, Any] = {"scale": rule.scale, "window_size": window, "enable_gqa": k.shape[1] != H}
-        out = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options)
-    attended: Tensor = out.view(B, T, H, K)
-    return attended
+    out: Tensor = _FlashAttention.apply(q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window)  # type: ignore[no-untyped-call]
+    return out.view(B, T, H, K)
 
 
-class _SinkAttention(torch.autograd.Function):
-    """Flash attention with one more score per head, its sink, whose weight goes to no value.
+class _FlashAttention(torch.autograd.Function):
+    """Flash attention with the same gradients each time and, of some models, one more score per head: its sink, whose
+    weight goes to no value.
 
-    Its weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores and the sink s: the output is
-    that without the sink times σ(l − s). Given this output and m, flash attention's backward computes the gradients
-    of q, k and v. The sink's weight is σ(s − l), so the gradient of s is −Σ σ(s − l) · (dO · O).
+    With a sink the weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores and the sink s: the
+    output is that without the sink times σ(l − s). Given this output and m, flash attention's backward computes the
+    gradients of q, k and v. The sink's weight is σ(s − l), so the gradient of s is −Σ σ(s − l) · (dO · O).
     """
 
     @staticmethod
@@ -96,7 +101,7 @@ class _SinkAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        sinks: Tensor,
+        sinks: Tensor | None,
         q_starts: Tensor,
         k_starts: Tensor,
         longest: tuple[int, int],
@@ -108,46 +113,74 @@ class _SinkAttention(torch.autograd.Function):
         options: dict[str, Any] = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
         aux = AuxRequest(lse=True)
         out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)  # lse: (H, T)
-        sink = sinks.float()[:, None]  # (H, 1)
-        out = out * (lse - sink).sigmoid().T[..., None].to(out.dtype)  # (T, H, K)
-        ctx.save_for_backward(q, k, v, sinks, q_starts, k_starts, out, lse)
+        if sinks is not None:
+            out = out * (lse - sinks.float()[:, None]).sigmoid().T[..., None].to(out.dtype)  # (T, H, K)
+        ctx.save_for_backward(q, k, v, q_starts, k_starts, out, lse, *(() if sinks is None else (sinks,)))
         ctx.longest, ctx.scale, ctx.window = longest, scale, window
-        return out
+        kept: Tensor = out
+        return kept
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, q_starts, k_starts, out, lse = ctx.saved_tensors
-        sink = sinks.float()[:, None]
-        grads = _flash_backward(
-            outputs[0].contiguous(),
-            *(q, k, v, out, torch.logaddexp(lse, sink), q_starts, k_starts, *ctx.longest, ctx.scale, ctx.window),
-        )
-        drift = (outputs[0].float() * out.float()).sum(-1).T  # (H, T)
-        d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks.dtype)
+        q, k, v, q_starts, k_starts, out, lse, *sinks = ctx.saved_tensors
+        d_out, d_sinks, total = outputs[0].contiguous(), None, lse
+        if sinks:
+            sink = sinks[0].float()[:, None]  # (H, 1)
+            drift = (d_out.float() * out.float()).sum(-1).T  # (H, T)
+            d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks[0].dtype)
+            total = torch.logaddexp(lse, sink)
+        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+        causal = ctx.window == (-1, 0)
+        with repeatable():
+            grads = torch.ops.torch_attn._varlen_attn_backward(
+                *(d_out, q, k, v, out, total, q_starts, k_starts, *ctx.longest, causal, rng, ctx.scale),
+                window_size=[*ctx.window],
+            )
         return *grads, d_sinks, None, None, None, None, None
 
 
-def _flash_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_starts: Tensor,
-    k_starts: Tensor,
-    longest_q: int,
-    longest_k: int,
-    scale: float,
-    window: tuple[int, int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v: what autograd calls for `varlen_attn`."""
-    rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    longest, causal = (longest_q, longest_k), window == (-1, 0)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_attn._varlen_attn_backward(
-        d_out, q, k, v, out, lse, q_starts, k_starts, *longest, causal, rng, scale, list(window)
-    )
-    return grads
+@cache
+def _agrees(device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool) -> bool:
+    """Whether flash attention there computes what `_blockwise` does, with gradients, which is asked on an AMD GPU: its
+    kernels pad the logsumexp, and by their version ignore windows or align the causal mask with the first key."""
+    reason = None
+    try:
+        # the block that asks may be recomputed, or without gradients: neither concerns what is computed here
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+            flash, blockwise = (
+                _probe(attend, device, dtype, window, sinks, cached) for attend in (_varlen, _blockwise)
+            )
+            errors = [torch.dist(a, b) / b.norm() for a, b in zip(flash, blockwise, strict=True)]
+        largest = float(torch.stack(errors).max())
+        if not largest < AGREEMENT:
+            reason = f"its numbers are off by {largest:.0%}"
+    except Exception as error:  # whatever a kernel raises that is not built for this device
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
+        logging.getLogger(__name__).warning(
+            f"flash attention of {', '.join(kind)} in {dtype} does not work on {device} ({reason}): attention is slower"
+        )
+    return reason is None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _probe(
+    attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool
+) -> list[Tensor]:
+    """What `attend` makes of random input with a sequence longer than its window: output and gradients in fp32."""
+    lengths, generator = [5, 40], torch.Generator().manual_seed(0)
+    spans = [9, 40] if cached else lengths
+    shapes = (1, 4, sum(lengths), 64), (1, 2, sum(spans), 64), (1, 2, sum(spans), 64), (1, sum(lengths), 4, 64)
+    *leaves, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    rule = Rule(0.125, 8 if window else None, None, leaves[3] if sinks else None)
+    out = attend(*leaves[:3], lengths, spans, rule)
+    return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, grad))]
 
 
 class SeenKeys(NamedTuple):

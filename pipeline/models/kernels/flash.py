@@ -14,9 +14,12 @@ from pipeline.models.kernels import suits_flash_attention
 from pipeline.models.kernels.plain_attention import sequence_starts
 
 
-def supports_flash(q: Tensor) -> bool:
-    """Whether it is installed and computes q (B, H, T, K): in 16 bits, on an Ampere GPU or later. It has no sinks."""
-    return q.is_cuda and suits_flash_attention(q) and _flash_attention() is not None
+def supports_flash(q: Tensor, v: Tensor) -> bool:
+    """Whether it is installed and computes q and v (B, heads, tokens, K): in 16 bits, on an Ampere GPU or later.
+
+    It has no sinks.
+    """
+    return q.is_cuda and suits_flash_attention(q, v) and _flash_attention() is not None
 
 
 def flash_attention(

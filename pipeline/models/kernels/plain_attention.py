@@ -59,12 +59,19 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         # A group's R heads take the place of tokens, so that no kernel repeats keys and values: 2 × as fast as torch's
         # enable_gqa after 32 tokens, 5 × after 256 (measured on the CPU with SmolLM2's 9 heads in 3 groups, bf16).
         grouped = q.reshape(B, G, H // G, K)  # (B, G, R, K)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).reshape(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).reshape(B, H, 1, -1)
     mask = None if plain else visible_keys(T, S, rule.window, q.device)
-    if H != G and not uses_cpu_kernels(q.device) and not suits_flash_attention(q):
-        # only flash attention reads shared heads; without it torch would fall back to scores of T × T
-        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
-        G = H
+    if not uses_cpu_kernels(q.device):
+        from pipeline.models.kernels.repeatable import RepeatableAttention, supports_repeatable  # not loaded on a CPU
+
+        repeats = plain and supports_repeatable(q, k, v)
+        if H != G and (repeats or not suits_flash_attention(q, v)):
+            # only flash attention reads shared heads; without it torch would fall back to scores of T × T
+            k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+            G = H
+        if repeats:
+            out: Tensor = RepeatableAttention.apply(q, k, v, rule.scale)  # type: ignore[no-untyped-call]
+            return out
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=H != G)
 
 

@@ -115,11 +115,11 @@ def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[QueryBlock, ...], scale: float) -> Tensor:
-        B, H, T, K = q.shape
+        B, H, T, _ = q.shape
         G = k.shape[1]
         # cached for real tensors only: under FakeTensorMode the masks are fake
         masks = (_cached_masks if type(q) is Tensor else _masks)(parts, H // G, q.dtype)
-        out, kept = q.new_empty(B, T, H, K), list[Tensor]()
+        out, kept = q.new_empty(B, T, H, v.shape[3]), list[Tensor]()
         for part, mask in zip(parts, masks, strict=True):
             rows, keys, values = _rows(q, part, G), _keys(k, part), _keys(v, part)  # (BG, R·t, K), (BG, s, K) twice
             weights = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale).softmax(-1)  # (BG, R·t, s)
@@ -133,10 +133,10 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """dV = PᵀdO; dS = P ∘ (dP − rows' sums of P ∘ dP) with dP = dO Vᵀ; dQ = dS K; dK = dSᵀ Q."""
         k, v, *kept = ctx.saved_tensors
-        d_q = torch.empty_like(outputs[0])  # (B, T, H, K): the layout that the projections' backward reads
+        B, T, H, _ = outputs[0].shape
+        d_q = k.new_empty(B, T, H, k.shape[3])  # the layout that the projections' backward reads
         d_k, d_v = (torch.zeros_like(x.transpose(1, 2)) for x in (k, v))  # (B, T, G, K)
         d_out = outputs[0].transpose(1, 2)  # (B, H, T, K)
-        B, H, _, _ = d_out.shape
         G = k.shape[1]
         for part, rows, weights in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)

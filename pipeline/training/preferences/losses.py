@@ -191,7 +191,8 @@ def likelihood(model: CausalLM, batch: AnswerBatch) -> Likelihood:
     nll = -values[: sum(batch.counts[: batch.units or None])].mean()
     values = values if batch.answered is None else values.index_select(0, batch.answered)
     assert batch.owner is not None and batch.of_each is not None
-    summed = values.new_zeros(len(batch.of_each)).index_add(0, batch.owner, values)
+    # on CUDA `index_add` adds in another order each time
+    summed = values.new_zeros(len(batch.of_each)).index_put((batch.owner,), values, accumulate=True)
     return Likelihood(summed, batch.of_each, nll)
 
 

@@ -72,15 +72,25 @@ def test_rows_are_sequences_of_their_own() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_cpu_has_no_use_for_it(device: str) -> None:
-    assert not flash.supports_flash(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device=device))
+    q = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device=device)
+    assert not flash.supports_flash(q, q)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "supported"),
-    [(torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 12, False)],
+    ("dtype", "size", "values", "supported"),
+    [
+        (torch.bfloat16, 64, 64, True),
+        (torch.float16, 256, 256, True),
+        (torch.float32, 64, 64, False),
+        (torch.bfloat16, 12, 12, False),
+        (torch.bfloat16, 192, 128, False),
+    ],
     ids=str,
 )
-def test_a_gpu_has_it_for_16_bits_and_some_head_sizes(dtype: torch.dtype, size: int, supported: bool) -> None:
+def test_a_gpu_has_it_for_16_bits_and_some_head_sizes(
+    dtype: torch.dtype, size: int, values: int, supported: bool
+) -> None:
     """`meta` counts as an Ampere GPU."""
     q: Any = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 2, 3, size), device=torch.device("meta"))
-    assert flash.supports_flash(q) == supported
+    v: Any = SimpleNamespace(shape=(1, 1, 3, values))
+    assert flash.supports_flash(q, v) == supported

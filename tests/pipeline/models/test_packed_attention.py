@@ -11,12 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import varlen
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from pipeline.models.kernels import accelerator_attention, packed_attention, short_attention
-from pipeline.models.kernels.accelerator_attention import _blockwise, _varlen, seen_keys
+from pipeline.models.kernels.accelerator_attention import _blockwise, seen_keys
 from pipeline.models.kernels.packed_attention import attend, register
 from pipeline.models.kernels.plain_attention import Rule
 
@@ -36,6 +43,11 @@ CONFIGS = {
     "mistral, window of 5": MistralConfig(**SMALL, sliding_window=5),
     "gemma2, window and caps": Gemma2Config(**SMALL, sliding_window=4, query_pre_attn_scalar=8),
     "gpt-oss, window and sinks": GptOssConfig(**SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=2),
+    "deepseek, values of another size": DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        first_k_dense_replace=2,
+    ),
 }
 LENGTHS = [7, 1, 12, 5]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -241,51 +253,6 @@ def test_masks_and_wrong_lengths_are_refused() -> None:
         attend(MODULE, *inputs, None, segments=[1, 2])
 
 
-def flash_by_hand(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, firsts: Tensor, longest_q: int, longest_k: int, **options: Any
-) -> Tensor:
-    """(T, H, K) of packed queries (T, H, K), keys and values (S, G, K), as flash attention documents its arguments.
-
-    Query i of t sees keys i + s - t - left to i + s - t + right of its sequence's s, both included; -1 is no bound.
-    """
-    left, right = options["window_size"]
-    shared = q.shape[1] // k.shape[1]
-    assert options["enable_gqa"] == (shared > 1)
-    queries, keys = (bounds.diff().tolist() for bounds in (starts, firsts))
-    assert (longest_q, longest_k) == (max(queries), max(keys)) and starts.dtype == firsts.dtype == torch.int32
-    out = torch.zeros_like(q)
-    for n, (t, s) in enumerate(zip(queries, keys, strict=True)):
-        own, before = slice(int(starts[n]), int(starts[n + 1])), int(firsts[n])
-        for i, h in ((i, h) for i in range(t) for h in range(q.shape[1])):
-            first = 0 if left < 0 else max(0, i + s - t - left)
-            last = s - 1 if right < 0 else min(s - 1, i + s - t + right)
-            seen = slice(before + first, before + last + 1)
-            weights = (k[seen, h // shared] @ q[own][i, h] * options["scale"]).softmax(0)
-            out[own][i, h] = weights @ v[seen, h // shared]
-    return out
-
-
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    prefix=st.integers(0, 3),
-    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
-    window=st.none() | st.integers(1, 10),
-)
-def test_what_flash_attention_is_asked_for_on_a_gpu_is_the_mask_of_the_cpu(
-    lengths: list[int], prefix: int, heads: tuple[int, int], window: int | None
-) -> None:
-    """The kernel is written out by its documentation; the arguments are those that a GPU's gets."""
-    spans = [prefix + length for length in lengths]
-    q, k, v = (one.detach() for one in tensors(*heads, sum(lengths), sum(spans)))
-    rule = Rule(0.4, window)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(varlen, "varlen_attn", flash_by_hand)
-        found = _varlen(q, k, v, lengths, spans, rule)
-    parts = zip(*(torch.split(x, sizes, 2) for x, sizes in ((q, lengths), (k, spans), (v, spans))), strict=True)
-    wanted = torch.cat([by_hand(a, b, c, rule.scale, window, None, None) for a, b, c in parts], 1)
-    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-
-
 ROWS_AND_KEYS = {
     "lengths": st.lists(st.integers(1, 9), min_size=1, max_size=4),
     "before": st.integers(0, 3),
@@ -344,49 +311,3 @@ def test_a_block_has_every_query_once_and_all_keys_that_it_sees(
             assert part.stop - part.start <= block
             queries += range(part.start, part.stop)
     assert queries == list(range(sum(lengths)))
-
-
-def flash_with_logsumexp(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp (H, T) of one sequence, as `varlen_attn` gives them."""
-    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("thk,shk->hts", q, keys) * options["scale"]
-    left, (T, S) = options["window_size"][0], scores.shape[1:]
-    hidden = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    hidden = ~(hidden if left < 0 else hidden.triu(S - T - left))
-    scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.einsum("hts,shk->thk", scores.softmax(-1), values), scores.logsumexp(-1)
-
-
-def flash_backward_by_hand(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    """What flash attention's backward computes of its saved output and logsumexp (Dao 2023, algorithm 2)."""
-    scale, window = rest[-2:]
-    shared = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(shared, 1) for x in (k, v))
-    _, own = flash_with_logsumexp(q, k, v, scale=scale, window_size=window)
-    scores = torch.einsum("thk,shk->hts", q, keys) * scale
-    T, S = scores.shape[1:]
-    visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    visible = visible if window[0] < 0 else visible.triu(S - T - window[0])
-    weights = (scores - lse[..., None]).exp() * visible  # (H, T, S)
-    drift = (d_out * out).sum(-1).T[..., None]  # (H, T, 1)
-    d_scores = weights * (torch.einsum("thk,shk->hts", d_out, values) - drift) * scale
-    d_keys, d_values = torch.einsum("hts,thk->shk", d_scores, q), torch.einsum("hts,thk->shk", weights, d_out)
-    grouped = [x.view(len(x), -1, shared, x.shape[2]).sum(2) for x in (d_keys, d_values)]
-    assert own.shape == lse.shape
-    return torch.einsum("hts,shk->thk", d_scores, keys), grouped[0], grouped[1]
-
-
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
-def test_sinks_are_a_factor_on_flash_attentions_output(heads: tuple[int, int], window: int | None) -> None:
-    inputs, s_aux = tensors(*heads, 9, 12), torch.linspace(-1, 1, heads[0]).requires_grad_()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(varlen, "varlen_attn", flash_with_logsumexp)
-        patched.setattr(accelerator_attention, "_flash_backward", flash_backward_by_hand)
-        found = _varlen(*inputs, [9], [12], Rule(0.4, window, None, s_aux)).contiguous()
-        ours = gradients(found, (*inputs, s_aux))  # type: ignore[arg-type]
-    wanted = by_hand(*inputs, 0.4, window, None, s_aux)
-    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    assert_close(ours, gradients(wanted, (*inputs, s_aux)), atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
