@@ -1,7 +1,7 @@
 """A CUDA device that holds no numbers, for torch's CUDA build on a machine without a GPU: see cuda_environment.py.
 
-Inside `CudaDevice` what touches the device is fake (FakeTensorMode) and the CPU's tensors are real, as on a machine with
-a GPU. Where a number is read it is 1, or true.
+Inside `CudaDevice` what touches the device is fake (FakeTensorMode), and the CPU's tensors are real. Where a number is
+read it is 1, or true.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 A stub (cuda_stub/) answers what torch asks of CUDA's driver and runtime, and tensors on `cuda` are fake
 (cuda_device.py). It shows which kernel, precision and device each path takes at each compute capability; shapes and
-types through every operator, those of bitsandbytes too; every read of the device and every copy that the host waits for.
-It cannot show numbers, time, memory, streams, nor any Triton kernel: those of Liger are in test_liger.py.
+types through every operator, those of bitsandbytes too; every read of the device, and every copy that the host waits
+for. It cannot show numbers, time, memory or streams, nor any Triton kernel: those of Liger are in interpreted_liger.py.
 
 The environment is this one where its torch is a CUDA build, else the one that `make cuda-environment` made.
 """
@@ -11,7 +11,6 @@ The environment is this one where its torch is a CUDA build, else the one that `
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -60,5 +59,3 @@ def _python() -> Path:
     if not python.exists():
         pytest.skip(f"torch {torch.__version__} is no CUDA build; `make cuda-environment` makes one in {place} (5 GB)")
     return python
-
-

@@ -1,7 +1,6 @@
 """Attention of packed sequences on an accelerator, where no tensor is T × T: a fused kernel reads the row, or blocks of
 queries read the keys that they see. Shapes as in plain_attention.py."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -25,6 +24,8 @@ from pipeline.models.kernels.plain_attention import (
     split_sequences,
 )
 from pipeline.models.kernels.repeatable import repeatable
+from pipeline.models.probes import attempt
+from pipeline.project.logs.findings import record
 
 BLOCK = 256  # queries whose scores are in memory at once
 AGREEMENT = 0.05  # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
@@ -143,25 +144,24 @@ class _FlashAttention(torch.autograd.Function):
 def _agrees(device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool) -> bool:
     """Whether flash attention there computes what `_blockwise` does, with gradients, which is asked on an AMD GPU: its
     kernels pad the logsumexp, and by their version ignore windows or align the causal mask with the first key."""
-    reason = None
-    try:
+    kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
+    tried, slower = f"flash attention of {', '.join(kind)} in {dtype} on {device}", "blocks of queries take longer"
+
+    def largest_error() -> float:
         # the block that asks may be recomputed, or without gradients: neither concerns what is computed here
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             flash, blockwise = (
                 _probe(attend, device, dtype, window, sinks, cached) for attend in (_varlen, _blockwise)
             )
-            errors = [torch.dist(a, b) / b.norm() for a, b in zip(flash, blockwise, strict=True)]
-        largest = float(torch.stack(errors).max())
-        if not largest < AGREEMENT:
-            reason = f"its numbers are off by {largest:.0%}"
-    except Exception as error:  # whatever a kernel raises that is not built for this device
-        reason = f"{type(error).__name__}: {error}"
-    if reason is not None:
-        kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
-        logging.getLogger(__name__).warning(
-            f"flash attention of {', '.join(kind)} in {dtype} does not work on {device} ({reason}): attention is slower"
-        )
-    return reason is None
+            return float(
+                torch.stack([torch.dist(*pair) / pair[1].norm() for pair in zip(flash, blockwise, strict=True)]).max()
+            )
+
+    error = attempt(tried, slower, largest_error)
+    if error is None or error < AGREEMENT:
+        return error is not None
+    record(tried, f"its numbers are off by {error:.0%}", slower)
+    return False
 
 
 def _same(x: Tensor) -> Tensor:

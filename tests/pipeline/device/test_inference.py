@@ -18,8 +18,8 @@ from pipeline.models.generate import Sampling, generate
 from pipeline.models.kernels import decode
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
-from tests.helpers.stand_in import refuse, to_stand_in, watched
 from tests.helpers.real import ROWS, toy, with_lora
+from tests.helpers.stand_in import refuse, to_stand_in, watched
 
 LONG = 600
 PROMPT = [3 + n % 90 for n in range(LONG)]

@@ -19,8 +19,8 @@ from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.preferences.losses import AnswerBatches, Answers, PreferencePath
 from pipeline.training.step import Learner
-from tests.helpers.meta_device import to_meta, watched
 from tests.helpers.real import listed, toy, windows_of
+from tests.helpers.stand_in import to_stand_in, watched
 
 # Their CUDA kernels add by atomics; those of `index_put_` and `embedding_dense_backward` sort their indices first.
 UNORDERED = {"scatter_add", "scatter_add_", "scatter_reduce", "index_reduce", "put_", "cumsum"}
@@ -46,7 +46,7 @@ def lora() -> TrainingTask:
     attach(model, AdapterSpec(3, 6.0, ("q_proj", "v_proj"), saved=model.embedding_and_head))
     assert model.supports_packing
     batches = Batches(listed(windows_of(LENGTHS, lambda length: length // 3)), 2, 0)
-    return TrainingTask.of_one(to_meta(model).train(), batches, FinetuneLora(epochs=9), None)
+    return TrainingTask.of_one(to_stand_in(model).train(), batches, FinetuneLora(epochs=9), None)
 
 
 def sweep() -> TrainingTask:
@@ -55,7 +55,7 @@ def sweep() -> TrainingTask:
     spec = AdapterSpec(3, 6.0, ("q_proj", "v_proj"), saved=model.embedding_and_head)
     path = ManyAdapters(model, attach_many(model, [partial(attach, model, spec) for _ in range(3)]))
     assert path.supports_packing
-    to_meta(model).train()
+    to_stand_in(model).train()
     data = listed(windows_of((9,) * 6, lambda length: length // 3))
     learners = [Learner(FinetuneLora(epochs=9, seed=n), Batches(data, 2, n), name=f"{n}") for n in range(3)]
     return TrainingTask(model, learners, path)
@@ -69,7 +69,7 @@ def preferences() -> TrainingTask:
     answers = Answers(windows, lambda _: "f.jsonl:1", ((range(3), 1.0),), torch.zeros(len(windows)))
     settings = FinetuneDpo(epochs=9, loss="dpo", rpo_alpha=0.5)
     learner = Learner(settings, AnswerBatches(answers, 1, 0, 2))
-    return TrainingTask(model, [learner], PreferencePath(to_meta(model).train(), settings))
+    return TrainingTask(model, [learner], PreferencePath(to_stand_in(model).train(), settings))
 
 
 @pytest.mark.parametrize("made", [lora, sweep, preferences])

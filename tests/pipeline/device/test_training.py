@@ -23,8 +23,8 @@ from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, Answers, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
-from tests.helpers.stand_in import READ, Seen, refuse, to_stand_in, watched
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
+from tests.helpers.stand_in import READ, Seen, refuse, to_stand_in, watched
 
 # More than the keys that a block of queries sees together, and than any dimension of a toy.
 LENGTHS = (590, 700, 650, 12, 640, 30, 20, 601)
