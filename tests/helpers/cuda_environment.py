@@ -25,7 +25,7 @@ PLACE = "LORA_CUDA_ENVIRONMENT"  # environment variable: another folder
 
 
 def run_with_cuda(
-    *arguments: str | Path, build: Path, capability: str = "9.0", free: Path | None = None
+    *arguments: str, build: Path, capability: str = "9.0", free: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `python` with these arguments where torch finds a GPU. `build`: a folder for the stub. `free`: a file with
     the GPU's free bytes, which may change meanwhile. Skips the test where there is no CUDA build."""
@@ -37,8 +37,8 @@ def run_with_cuda(
         ("libcuda.so.1", "driver.c", ["-Wl,-soname,libcuda.so.1"]),
         ("runtime.so", "runtime.c", [f"-I{headers}/backends/nvidia/include"]),
     ):
-        command = ["cc", "-shared", "-fPIC", *options, "-o", build / library, SOURCES / source]
-        subprocess.run(command, check=True)
+        files = ["-o", f"{build / library}", f"{SOURCES / source}"]
+        subprocess.run(["cc", "-shared", "-fPIC", *options, *files], check=True)
     settings = {
         "LD_LIBRARY_PATH": f"{build}",
         "LD_PRELOAD": f"{build / 'runtime.so'}",

@@ -22,6 +22,6 @@ def suits_flash_attention(q: Tensor, v: Tensor) -> bool:
     return has_size and q.dtype in (torch.bfloat16, torch.float16) and runs_flash_attention(q.device)
 
 
-def writes_scores(device: torch.device) -> bool:
-    """Whether torch's attention there keeps all scores of a row in memory: it does on Apple's GPU."""
-    return device.type == "mps"
+def writes_scores(q: Tensor) -> bool:
+    """Whether torch's attention keeps all scores of a row in memory: on Apple's GPU, and in bf16 before Ampere."""
+    return q.device.type == "mps" or (q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device))

@@ -29,7 +29,7 @@ from pipeline.project.logs.findings import record
 
 BLOCK = 256  # queries whose scores are in memory at once
 AGREEMENT = 0.05  # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
-LONGEST = 1024  # tokens of a sequence whose scores may all be in memory: 64 MiB for 32 heads in 16 bits
+LONGEST = 512  # tokens of a sequence whose scores may all be in memory: 16 MiB for 32 heads in 16 bits
 
 
 def attend_on_accelerator(
@@ -41,7 +41,7 @@ def attend_on_accelerator(
     `pairs`: the keys and values of each, from a cache, instead of k and v.
     """
     fused = rule.plain and all(length in (1, span) for length, span in zip(lengths, spans, strict=True))
-    fused = fused and (max(lengths) <= LONGEST or not writes_scores(q.device))
+    fused = fused and (max(lengths) <= LONGEST or not writes_scores(q))
     varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
     flash = not varlen and rule.sinks is None and supports_flash(q, v)
     packed = varlen or flash

@@ -17,7 +17,7 @@ DECIDED = "once_and_copies or on_the_host or fp16 or retention_is or no_more"
 def test_what_runs_without_numbers_runs_on_cuda(capability: str, tmp_path: Path) -> None:
     selected = [] if capability == "9.0" else ["-k", DECIDED]
     done = run_with_cuda(
-        *("-m", "pytest", Path(__file__).parent, "-q", "-m", "not rest", "-p", "no:cacheprovider", *selected),
+        *("-m", "pytest", f"{Path(__file__).parent}", "-q", "-m", "not rest", "-p", "no:cacheprovider", *selected),
         build=tmp_path,
         capability=capability,
     )

@@ -13,6 +13,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.quantized_linear import Quantization, quantize
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.dpo import FinetuneDpo
@@ -24,7 +25,7 @@ from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, 
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
-from tests.helpers.stand_in import READ, Seen, refuse, to_stand_in, watched
+from tests.helpers.stand_in import READ, STAND_IN, Seen, refuse, to_stand_in, watched
 
 # More than the keys that a block of queries sees together, and than any dimension of a toy.
 LENGTHS = (590, 700, 650, 12, 640, 30, 20, 601)
@@ -160,6 +161,18 @@ def test_every_setting_trains_there(name: str) -> None:
     lora(model, dropout=settings.lora_dropout)
     seen = step_of(model, settings)
     refuse(seen, ONE_READ)
+
+
+@pytest.mark.skipif(STAND_IN.type == "meta", reason="bitsandbytes computes on a GPU and on a CPU")
+@pytest.mark.parametrize("how", ["none", "full"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_quantized_base_trains_there(family: str, kind: Quantization, how: Any) -> None:
+    model = toy(family, torch.bfloat16)
+    quantize(model, kind, torch.bfloat16, STAND_IN)
+    attach(model, AdapterSpec(3, 6.0, ("c_attn",) if family == "gpt2" else ALL))
+    model.checkpoint_blocks(how)
+    refuse(step_of(model), ONE_READ)
 
 
 @pytest.mark.slow

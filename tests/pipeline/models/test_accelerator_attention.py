@@ -297,5 +297,11 @@ def test_a_device_whose_fused_attention_writes_all_scores_reads_long_rows_in_blo
     assert_close(out, explicit(*leaves, lengths, lengths, Rule(0.4)), atol=1e-5, rtol=1e-5)
 
 
-def test_on_apples_gpu_it_does() -> None:
-    assert kernels.writes_scores(torch.device("mps")) and not kernels.writes_scores(torch.device("cuda"))
+def test_it_does_on_apples_gpu_and_in_bf16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def writes(device: str, dtype: torch.dtype, ampere: bool = True) -> bool:
+        monkeypatch.setattr(kernels, "runs_flash_attention", lambda _: ampere)
+        q: Any = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
+        return kernels.writes_scores(q)
+
+    assert writes("mps", torch.float32) and writes("cuda", torch.bfloat16, ampere=False)
+    assert not writes("cuda", torch.bfloat16) and not writes("cuda", torch.float16, ampere=False)
