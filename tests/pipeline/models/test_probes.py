@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.inference.batched_model import BatchedModel
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.model_pool import ResidentBase
 from pipeline.models import generate, probes
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs import findings
@@ -34,8 +38,11 @@ def replace_body(model: TransformersModel, body: Body) -> None:
 @pytest.mark.slow
 def test_another_rounding_is_not_taken_for_a_leak_nor_a_leak_for_rounding(family: str, std: float) -> None:
     model = deep(family, std)
+    resident = ResidentBase.__new__(ResidentBase)
+    resident.loaded = LoadedModel("base", model, None, Path())  # type: ignore[arg-type]
     with OtherRounding():
         assert model.supports_packing and model.supports_prefix and generate._reads_side_by_side(model)
+        assert BatchedModel(resident).works
 
     def mixing(inputs: Tensor, positions: Any = None, segments: Any = None, cache: Any = None, **_: Any) -> Tensor:
         return TransformersModel.run_body(model, inputs, positions, None, None if segments else cache)
