@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.project import process
+from pipeline.project.cgroup import memory_limits
 from pipeline.project.logs.run_log import in_units, peak_memory
 from pipeline.project.process import world
 
@@ -146,24 +147,28 @@ def free_bytes(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU."""
+    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU.
+
+    What torch's allocator has freed but not returned is free for this process, though its driver counts it as used.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    page = os.sysconf("SC_PAGE_SIZE")
-    sizes = [page * os.sysconf("SC_PHYS_PAGES") // 2]  # where nothing says how much is free, as on macOS
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    sizes = [_free_of_machine()]
+    for limit in memory_limits():
+        with suppress(OSError, ValueError):
+            sizes.append(limit.total - limit.used())
+    return max(0, min(sizes))
+
+
+def _free_of_machine() -> int:
+    """Bytes that the system can give without swapping; half of its memory where nothing says so, as on macOS."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        sizes = [1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # no container, or without a limit
-            group = Path("/sys/fs/cgroup")
-            sizes.append(int((group / limit).read_text()) - int((group / used).read_text()))
-    return max(0, min(sizes))
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def multiplies_bf16(device: torch.device) -> bool:
