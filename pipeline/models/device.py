@@ -1,12 +1,13 @@
 """The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix is decomposed."""
 
 import ctypes
+import gc
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.project import process
-from pipeline.project.cgroup import memory_limits
 from pipeline.project.logs.run_log import in_units, peak_memory
 from pipeline.project.process import world
 
@@ -94,13 +94,17 @@ def device_for_size(parameters: int) -> torch.device:
     return device
 
 
-def move_for_inference(model: Model) -> Model:
+def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: False) -> Model:
     """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into that device's memory.
 
-    Every model that answers goes through here; the training loop moves the model it trains, which it may shard.
+    `make_room` frees a part of the memory that others use, and returns False if there is none to free. Every model that
+    answers goes through here; the training loop moves the model it trains, which it may shard.
     """
     device = device_for(model)
     missing, free = model_bytes(model, device), free_bytes(device)
+    while missing > free and make_room():
+        gc.collect()  # modules may refer to each other
+        free = free_bytes(device)
     if missing > free:  # without a handler of its own, logging writes the line to stderr
         logging.getLogger(__name__).warning(
             f"the model needs {in_units(missing)} on {device}, which has {in_units(int(free))} free: it runs on the CPU"
@@ -136,6 +140,13 @@ def placed_for_inference(model: nn.Module) -> Iterator[None]:
         model.to("cpu")
 
 
+def forget_weights(model: nn.Module) -> None:
+    """Free the memory of its weights, whoever still holds the modules: they cannot compute any more."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+
+
 def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Bytes of its parameters and buffers, without those that are on `device` already."""
     return sum(t.numel() * t.element_size() for t in _tensors(model) if t.device != device)
@@ -156,6 +167,8 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    from pipeline.project.cgroup import memory_limits  # most runs do not ask
+
     sizes = [_free_of_machine()]
     for limit in memory_limits():
         with suppress(OSError, ValueError):

@@ -148,19 +148,21 @@ class ServedModels:
         return resident
 
     async def _loaded(self, name: str, source: Source) -> Resident:
-        resident = await self._call(partial(self._load_in, name, source))
         self._residents.pop(name, None)
+        await self._make_room(source.base)  # before: two large models may not fit side by side
+        resident = await self._call(partial(self._load_in, name, source))
         self._residents[name] = resident
-        await self._unload_unused(name)
         return resident
 
-    async def _unload_unused(self, last: str) -> None:
-        """Unload the models unused for longest while too many are loaded; never the base, nor what generates."""
+    async def _make_room(self, base: Path) -> None:
+        """Unload the models unused for longest until one more, on `base`, is within the limits; never the first base,
+        nor what generates."""
         for name in list(self._residents):
-            bases = {id(resident.base) for resident in self._residents.values()}
-            if len(self._residents) <= MAX_LOADED and len(bases) <= MAX_BASES:
+            bases = {id(resident.base): resident.base.folder.resolve() for resident in self._residents.values()}
+            more = base.resolve() not in bases.values()
+            if len(self._residents) + len(self._loading) <= MAX_LOADED and len(bases) + more <= MAX_BASES:
                 return
-            if name not in (self.base, last) and not self._in_use[name]:
+            if name != self.base and not self._in_use[name]:
                 await self._forget(name)
 
     async def _forget(self, name: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.models import device
+from pipeline.project import cgroup
 from pipeline.project.cgroup import cpu_quota, cpu_seconds, memory_limit, memory_limits
 
 GIB = 2**30
@@ -107,7 +108,7 @@ def test_the_memory_left_is_that_of_the_fullest_group_without_files_that_were_re
 ) -> None:
     root = tree(tmp_path, files)
     monkeypatch.setattr(device, "_free_of_machine", lambda: 64 * GIB)
-    monkeypatch.setattr(device, "memory_limits", partial(memory_limits, root, root / "own"))
+    monkeypatch.setattr(cgroup, "memory_limits", partial(memory_limits, root, root / "own"))
     assert device.available_memory(torch.device("cpu")) == room
 
 
