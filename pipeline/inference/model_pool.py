@@ -116,6 +116,11 @@ class ModelPool:
         return [*self._models, *self._parked]
 
     @property
+    def bases(self) -> list[ResidentBase]:
+        """Those in memory."""
+        return [*{id(model.base): model.base for model in self._models.values()}.values()]
+
+    @property
     def device(self) -> torch.device | None:
         """Of the model that was used last; None without models."""
         return next((model.loaded.model.device for model in reversed([*self._models.values()])), None)

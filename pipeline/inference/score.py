@@ -34,8 +34,7 @@ class EvalScores:
     """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and labels (N,).
 
     `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this one, its
-    logits are recomputed from `hidden`, which takes far less memory than keeping them. They are on the CPU, and empty
-    for a model that was compared itself; `logits` needs the model's head alone.
+    logits are recomputed from `hidden`, which takes far less memory than keeping them, by the model's head alone.
     """
 
     losses: Tensor
@@ -105,12 +104,7 @@ def score(
     # read at the end: until then a GPU is not waited for
     divergence = float(torch.cat(divergences).cpu().mean()) if divergences else 0.0
     predicted = torch.cat(losses).cpu(), torch.cat(choices).cpu(), torch.tensor(labels, dtype=torch.int64)
-    hidden_on_host = [hidden.cpu() for hidden in all_hidden] if base is None else []
-
-    def logits(hidden: Tensor) -> Tensor:
-        return model.logits(to_device(hidden, model.device))
-
-    return EvalScores(*predicted, divergence, [encoding.ids for encoding in encoded], hidden_on_host, logits)
+    return EvalScores(*predicted, divergence, [encoding.ids for encoding in encoded], all_hidden, model.logits)
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,13 @@ class ServedModels:
         scan: Callable[[], Sources],
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
+        fits_memory: bool = False,
     ) -> None:
-        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters."""
+        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters.
+
+        `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
+        """
+        self._fits_memory = fits_memory
         self._generator, self._scan, self._trusted = generator, scan, trust_remote_code
         self._adapter_folders = [folder.resolve() for folder in adapter_folders]
         self._found = dict(scan())
@@ -144,6 +149,8 @@ class ServedModels:
 
     def _load_in(self, name: str, source: Source, pool: ModelPool) -> Resident:
         resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
+        if self._fits_memory:
+            self._generator.fit_to_memory()
         _ = resident.loaded.tokenizer.end_ids  # starts the process that renders chat templates
         return resident
 
@@ -167,7 +174,12 @@ class ServedModels:
 
     async def _forget(self, name: str) -> None:
         if self._residents.pop(name, None) is not None:
-            await self._call(lambda pool: pool.unload(name))
+            await self._call(partial(self._unload_in, name))
+
+    def _unload_in(self, name: str, pool: ModelPool) -> None:
+        pool.unload(name)
+        if self._fits_memory:
+            self._generator.fit_to_memory()
 
     async def _call(self, function: Callable[[ModelPool], T]) -> T:
         return await asyncio.wrap_future(self._generator.call(function))
