@@ -21,6 +21,7 @@ from cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
+    from pipeline.project.logs.findings import Finding
     from pipeline.project.stage_graph import Project, Stage
 
 app = group()
@@ -342,7 +343,8 @@ def doctor(
     from cli.console import print_json, print_line, print_table
     from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
     from pipeline.export import llama_cpp
-    from pipeline.models.device import available_memory, explain_choice
+    from pipeline.models.device import available_memory, best_device, explain_choice
+    from pipeline.models.kernels.trial import try_kernels
 
     def find_version(library: str) -> str:
         try:
@@ -358,8 +360,10 @@ def doctor(
         runner = f"{found.name}, {found.path}".removeprefix("llama.cpp ") if found else "not installed"
     except UserError as error:
         runner = str(error)
+    slower: Sequence[Finding] = ()
     try:
         device = explain_choice()
+        slower = try_kernels(best_device())
     except UserError as error:
         device = str(error)
     devices = {
@@ -398,7 +402,7 @@ def doctor(
             }
             for user, needs in OPTIONAL.items()
         ]
-        print_json({**facts, "optional": optional})
+        print_json({**facts, "optional": optional, "slower": [each._asdict() for each in slower]})
         return
     print_table(("", ""), list(facts.items()))
     print_line("")
@@ -407,6 +411,9 @@ def doctor(
         for user, needs in OPTIONAL.items()
     ]
     print_table(("command or setting", "extra", "libraries", "without them"), rows)
+    if slower:
+        print_line("")
+        print_table(("tried here", "what it said", "so that"), slower)
     if any(missing.values()):
         print_line(f"\nInstall an extra: {install_command('EXTRA')}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.files.base_model import TensorLocation
+from pipeline.models import probes
 from pipeline.models.device import to_device
 
 ROW = 1024  # tokens of a packed row of texts to score, at most
@@ -55,12 +56,25 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def supports_packing(self) -> bool:
         """Whether sequences packed end to end give what each gives alone. Tried once, on this model."""
-        first, second = (ids[None].to(self.device) for ids in (torch.arange(1, 4), torch.arange(2, 6)))  # (1, T)
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=self.device)
-        return _agree(
-            lambda: self.hidden_states(torch.cat((first, second), dim=1), positions, [3, 4]),
-            lambda: torch.cat([self.hidden_states(ids) for ids in (first, second)], dim=1),
+        most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)  # a CPU would take minutes for more
+        reach = max((size for size in self.local_reach if size <= most), default=0)
+        lengths = [reach + 3, reach + 4]
+        ids = torch.arange(1, sum(lengths) + 1, device=self.device)[None] % self.shape.rows
+        alone = ids.split_with_sizes(lengths, 1)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[None]
+        return probes.computes(
+            "sequences packed end to end",
+            "one sequence is read at a time",
+            lambda: self.hidden_states(ids, positions, lengths),
+            right=lambda: torch.cat([self.hidden_states(each) for each in alone], 1),
+            again=lambda: torch.cat([self.hidden_states(each.expand(2, -1))[:1] for each in alone], 1),
+            wrong=lambda: self.hidden_states(ids, positions),
         )
+
+    @property
+    def local_reach(self) -> Sequence[int]:
+        """Tokens over which each of its windows, convolutions and chunks reaches."""
+        return ()
 
     @cached_property
     @torch.no_grad()
@@ -68,6 +82,7 @@ class CausalLM(nn.Module):
         """Whether attention takes a prefix's keys without a cache. Tried once: two tokens after the keys and values of
         two others against one sequence of all four."""
         ids = torch.arange(1, 5, device=self.device)[None]
+        positions = torch.tensor([[2, 3]], device=self.device)
 
         def with_prefix() -> Tensor:
             read = self.keys_and_values(ids[:, :2])
@@ -75,9 +90,16 @@ class CausalLM(nn.Module):
             def prefix(block: int, keys: Tensor, values: Tensor, _: Sequence[int]) -> list[Tensor]:
                 return [torch.cat(pair, dim=2) for pair in zip(read[block], (keys, values), strict=True)]
 
-            return self.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=self.device), prefix=prefix)
+            return self.run_body(ids[:, 2:], positions, prefix=prefix)
 
-        return _agree(with_prefix, lambda: self.run_body(ids)[:, 2:])
+        return probes.computes(
+            "keys and values before a sequence's own",
+            "a prefix is read by way of a cache",
+            with_prefix,
+            right=lambda: self.run_body(ids)[:, 2:],
+            again=lambda: self.run_body(ids.expand(2, -1))[:1, 2:],
+            wrong=lambda: self.run_body(ids[:, 2:], positions),
+        )
 
     def set_virtual_tokens(self, virtual: "VirtualTokens") -> None:
         """Read these virtual tokens before every sequence from now on."""
@@ -351,14 +373,6 @@ def next_positions(inputs: Tensor, cache: Any) -> Tensor:
 def checkpointed(how: Checkpointing, block: int) -> bool:
     """Whether block number `block` is recomputed in backward; the same rule as the calculator's `TrainingConfig`."""
     return how == "full" or (how == "selective" and block % 2 == 0)
-
-
-def _agree(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> bool:
-    """Whether both give the same up to the rounding of 16 bits; a model that raises at either does not."""
-    try:
-        return bool(torch.allclose(ours().float(), theirs().float(), rtol=0.02, atol=0.02))
-    except Exception:  # whatever a body raises that takes no segments or no prefix
-        return False
 
 
 @torch.no_grad()

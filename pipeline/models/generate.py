@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pipeline.errors import UserError, is_out_of_memory
+from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
 from pipeline.models.device import to_device
 from pipeline.models.kernels.decode import fast_decoding
+from pipeline.models.probes import computes
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer
@@ -40,7 +41,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-AGREEMENT = {2: 0.05, 4: 1e-3}  # of the logits' norm, by the bytes of a weight
 PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))  # ids of two sequences, whose last tokens are read one at a time
 GROUP_TOKENS = 4096  # of prompts and answers that are generated side by side: their keys and values are in memory
 COLDEST = 1e-6  # at lower temperatures the division overflows, and the likeliest token is sampled anyway
@@ -190,17 +190,26 @@ def _reads_side_by_side(model: CausalLM) -> bool:
 @torch.no_grad()
 def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]) -> bool:
     """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for the first."""
-    texts = [[id_ % alone.shape.rows for id_ in probe] for probe in PROBES]
-    caches = [SequenceCache(len(ids)) for ids in texts]
-    try:
-        found = [read(caches, [ids[:-1] for ids in texts])[0], read(caches, [ids[-1:] for ids in texts])[0]]
-        expected = alone(torch.tensor([texts[0]], device=alone.device))[0, -2:].float()  # (2, V)
-    except Exception as error:  # whatever a model raises that takes no segments, or no such cache
-        if is_out_of_memory(error):
-            raise
-        return False
-    allowed = AGREEMENT.get(alone.dtype.itemsize, 0.05) * expected.norm()
-    return bool((torch.stack(found).float() - expected).norm() <= allowed)
+    first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
+
+    def side_by_side() -> Tensor:
+        caches = [SequenceCache(len(ids)) for ids in (first, second)]
+        return torch.stack(
+            [read(caches, [ids[part] for ids in (first, second)])[0] for part in (slice(-1), slice(-1, None))]
+        )
+
+    def last_logits(*rows: Sequence[int]) -> Tensor:
+        logits: Tensor = alone(torch.tensor(rows, device=alone.device))  # (n, T, V)
+        return logits[0, -2:]
+
+    return computes(
+        "answers side by side",
+        "one is generated at a time",
+        side_by_side,
+        right=lambda: last_logits(first),
+        again=lambda: last_logits(first, first),
+        wrong=lambda: last_logits(second + first),
+    )
 
 
 @torch.no_grad()

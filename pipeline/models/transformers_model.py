@@ -28,6 +28,7 @@ from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
+CHUNK = 64  # tokens, of gated delta nets
 NOISE = (  # settings that make training random, by their names in different configs
     *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"),
     *("activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -154,6 +155,13 @@ class TransformersModel(CausalLM):
             config.tie_word_embeddings = tied
         self.embeddings.num_embeddings = rows  # type: ignore[assignment]
         self.head.out_features = rows  # type: ignore[assignment]
+
+    @property
+    def local_reach(self) -> Sequence[int]:
+        sizes = {key: size for key, size in vars(self.config).items() if type(size) is int}
+        found = [size for key, size in sizes.items() if any(kind in key for kind in ("window", "chunk", "conv"))]
+        # a state that goes on from chunk to chunk, whose size is in transformers' code alone
+        return (*found, CHUNK) if any("conv" in key for key in sizes) else found
 
     @property
     def mixes_lengths(self) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from pipeline.files import artifact, base_model
 from pipeline.project import provenance
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
+from pipeline.project.logs.findings import held
 from pipeline.project.logs.run_state import Settings
 from pipeline.project.stage_graph import Project, Stage
 
@@ -135,13 +136,23 @@ def run(
     """
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _make(project, stage, work or stage.run, force, checkpoint_every):
+        for event in _with_findings(stage, _make(project, stage, work or stage.run, force, checkpoint_every)):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
                 writer.progress(event.done, event.total, event.text)
             yield event
     return artifact.read_manifest(project.artifact(stage.name))
+
+
+def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
+    """The events, and what is found of this machine meanwhile."""
+    with held() as found:
+        for event in events:
+            yield event
+            yield from (Note(f"{stage.name}: {finding}") for finding in found)
+            found.clear()
+        yield from (Note(f"{stage.name}: {finding}") for finding in found)
 
 
 def _make(

@@ -23,6 +23,7 @@ from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import OPTIONAL, install_command
 from pipeline.files.text import escape_whitespace
+from pipeline.models.kernels import native
 from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
@@ -488,6 +489,24 @@ def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
     assert (code, facts["torch"], facts["lora-workbench"]) == (0, torch.__version__, VERSION)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     assert (facts["device"] == "cpu: there is no accelerator") != accelerated
+
+
+def test_doctor_says_what_was_tried_and_does_not_work(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> Path:
+        raise FileNotFoundError("cc")
+
+    assert json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["slower"] == []
+    monkeypatch.setattr(native, "_compiled", failing)
+    shown = []
+    for options in (["--json"], []):
+        native.native.cache_clear()
+        shown.append(cli("doctor", *options, cwd=tmp_path)[1])
+    native.native.cache_clear()
+    (one,) = json.loads(shown[0])["slower"]
+    assert (one["tried"], one["said"]) == ("the kernels of native.c", "FileNotFoundError: cc")
+    assert "the kernels of native.c" in shown[1]
 
 
 def test_doctor_says_which_command_lacks_which_library(

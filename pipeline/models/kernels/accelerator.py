@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
+from pipeline.models.probes import PLAIN, attempt
+from pipeline.project.logs.findings import record
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 AGREEMENT = 1e-3  # in fp32, of outputs of order 1: SiLU and GELU differ by a tenth
@@ -99,9 +101,10 @@ def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
     small._modules = {name: parts[name] for name in mlp._modules}
     try:
         expected = type(mlp).forward(small, x)
-        return torch.allclose(product(gate(x), up(x), act), expected, rtol=0, atol=AGREEMENT)
-    except Exception:  # whatever a forward raises that needs other parts, or a kernel that does not run here
+    except Exception:  # whatever a forward raises that needs other parts
         return False
+    actual = attempt(f"the fused product of {type(mlp).__name__}", PLAIN, lambda: product(gate(x), up(x), act))
+    return actual is not None and torch.allclose(actual, expected, rtol=0, atol=AGREEMENT)
 
 
 def _fuse_rotations(model: nn.Module, rotate: Callable[..., Any], device: torch.device) -> None:
@@ -126,10 +129,13 @@ def _same_rotation(original: Callable[..., Any], rotate: Callable[..., Any], dev
     angles = half[0, :, :, :8].repeat(1, 1, 2)  # (1, T, K), each of them for two numbers of a head
     try:
         expected = original(q.clone(), k.clone(), angles.cos(), angles.sin())
-        pairs = zip(rotate(q.clone(), k.clone(), angles.cos(), angles.sin()), expected, strict=True)
-        return all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in pairs)
-    except Exception:  # of other signatures
+    except Exception:  # of another signature
         return False
+    actual = attempt(
+        "Liger's rotary positions", PLAIN, lambda: rotate(q.clone(), k.clone(), angles.cos(), angles.sin())
+    )
+    pairs = zip(actual or (), expected, strict=bool(actual))
+    return actual is not None and all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in pairs)
 
 
 _fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # results of _same_loss
@@ -158,10 +164,12 @@ def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
     rows = torch.randn(4, weight.shape[1], generator=generator).to(weight)
     labels = torch.arange(4, device=weight.device)
     expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-    try:
-        return torch.allclose(loss(weight, rows, labels), expected, LOSS_AGREEMENT)
-    except Exception:  # of a kernel that does not run here
-        return False
+    tried, slower = "Liger's head and loss in one", "the logits of a part of the tokens are in memory"
+    actual = attempt(tried, slower, lambda: loss(weight, rows, labels))
+    if actual is None or torch.allclose(actual, expected, LOSS_AGREEMENT):
+        return actual is not None
+    record(tried, f"a loss of {actual:.4g} instead of {expected:.4g}", slower)
+    return False
 
 
 def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
@@ -178,7 +186,12 @@ def liger(device: torch.device) -> Any:
     try:
         from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except (ImportError, RuntimeError):  # not installed, or a Triton that does not fit this torch or driver
+    except ModuleNotFoundError as error:
+        if error.name != "liger_kernel":  # which `lora doctor` lists where it is not installed
+            record("Liger's kernels", error, PLAIN)
+        return None
+    except (ImportError, RuntimeError) as error:  # a Triton that does not fit this torch or driver
+        record("Liger's kernels", error, PLAIN)
         return None
 
     class Norm(RMSNorm):

@@ -21,6 +21,7 @@ from pipeline.models.kernels.native import native, supports
 from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import NATIVE_LANES
+from pipeline.models.probes import PLAIN, attempt
 
 ALONE = ("cache", "past_key_values", "past", "attention_mask")  # options of the block's own forward only
 
@@ -114,12 +115,9 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)).mul_(2**-8).to(torch.bfloat16)
     expected, kind = block(x, **options).float() - x.float(), type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
-    try:
-        difference = block(x, **options).float() - x.float() - expected
-        if bool(difference.norm() <= AGREEMENT * expected.norm()):
-            return True
-    except Exception:  # whatever a block raises that combines its parts differently
-        pass
+    added = attempt(f"the fused {kind.__name__}", PLAIN, lambda: block(x, **options).float() - x.float())
+    if added is not None and bool((added - expected).norm() <= AGREEMENT * expected.norm()):
+        return True
     block.__class__ = kind
     return False
 

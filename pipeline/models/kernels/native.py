@@ -23,6 +23,8 @@ from torch import Tensor
 
 from pipeline.files.digest_cache import cache_home
 from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.probes import PLAIN
+from pipeline.project.logs.findings import record
 
 SWITCH = "LORA_NATIVE_KERNELS"  # environment variable; 0: plain torch
 SOURCE = Path(__file__).with_name("native.c")
@@ -77,7 +79,8 @@ def native() -> Any:
         library = ctypes.CDLL(str(_compiled()))
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
-    except (OSError, AttributeError, subprocess.SubprocessError):
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        record("the kernels of native.c", error, PLAIN)
         return None
     return library
 

@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
 from pipeline.models.kernels import accelerator
 from pipeline.models.kernels.accelerator import GatedProduct, fuse, fuse_gates
+from pipeline.models.kernels.rms_norm import RMSNorm
+from pipeline.project.logs.findings import Finding, held
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from tests.helpers.real import toy
 
@@ -67,29 +69,52 @@ def test_the_first_kernel_that_agrees_is_taken() -> None:
         raise RuntimeError("no kernel image")
 
     mlp = feed_forward()
-    assert fuse_gates(mlp, [wrong, broken, GatedProduct.apply], CPU) == ["0"]
+    with held() as found:
+        assert fuse_gates(mlp, [wrong, broken, GatedProduct.apply], CPU) == ["0"]
     assert mlp[0].product == GatedProduct.apply
+    # what computes something else is not for this model; what raises should have worked
+    assert [(one.tried, one.said) for one in found] == [
+        ("the fused product of LlamaMLP", "RuntimeError: no kernel image")
+    ]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_a_fused_model_is_the_same_model(name: str) -> None:
-    ids = torch.arange(4, 20)[None]
-    plain, fused = toy(name), toy(name)
-    names = fuse(fused, CPU)
-    assert sum("norm" in part for part in names) >= 5 and sum(part.endswith("mlp") for part in names) == 2
-    torch.testing.assert_close(fused(ids), plain(ids), rtol=1e-4, atol=1e-4)
-    assert fused.state_dict().keys() == plain.state_dict().keys()
+def test_what_keeps_liger_from_running_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts are there, and each raises what a Triton for another GPU does."""
 
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
 
-def test_without_cuda_there_is_no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("GELUMulFunction", "RMSNormFunction", "RopeFunction", "SiLUMulFunction")
-    installed: dict[str, dict[str, Any]] = {
-        "liger_kernel": {},
-        "liger_kernel.ops": {f"Liger{name}": SimpleNamespace(apply=None) for name in names},
-        "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": nn.Identity},
+    class Norm(RMSNorm):
+        forward = broken
+
+    parts = SimpleNamespace(norm=Norm, products=[broken], rotate=broken, loss=lambda **_: broken)
+    monkeypatch.setattr(accelerator, "liger", lambda _: parts)
+    model = toy("llama")
+    model.head.requires_grad_(False)
+    with held() as found:
+        fuse(model, CPU)
+        assert not accelerator.fuses_head(model)
+    assert {one.tried for one in found} == {
+        "the fused LlamaRMSNorm",
+        "the fused product of LlamaMLP",
+        "Liger's rotary positions",
+        "Liger's head and loss in one",
     }
-    for name, contents in installed.items():
-        module: Any = SimpleNamespace(**contents)
-        monkeypatch.setitem(sys.modules, name, module)
+    assert all(one.said == "RuntimeError: no kernel image is available" for one in found)
+
+
+def test_a_liger_that_cannot_be_loaded_is_said_and_one_that_is_not_installed_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    found = dict[bool, list[Finding]]()
+    for is_broken in (False, True):
+        with monkeypatch.context() as patched, held() as found[is_broken]:
+            patched.setattr(sys, "path", [])
+            if is_broken:
+                patched.setitem(sys.modules, "liger_kernel", SimpleNamespace())  # without its functions
+            accelerator.liger.cache_clear()
+            assert accelerator.liger(torch.device("cuda")) is None
     accelerator.liger.cache_clear()
-    assert accelerator.liger(CPU) is None and not accelerator.fuses_head(toy("llama"))
+    assert not found[False] and [one.tried for one in found[True]] == ["Liger's kernels"]

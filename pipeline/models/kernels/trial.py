@@ -1,0 +1,35 @@
+"""What a step takes of this machine, tried on a small model: `lora doctor` says what does not work."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.transformers_model import from_config
+from pipeline.project.logs.findings import Finding, held
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+
+
+def try_kernels(device: torch.device) -> Sequence[Finding]:
+    """What was tried on `device` and did not work."""
+    with held() as found:
+        model = from_config(LLAMA, torch.bfloat16).eval()
+        if uses_cpu_kernels(device):
+            model.prepare_cpu_training()
+        else:
+            from pipeline.models.kernels.accelerator import fuses_head
+
+            model.prepare_accelerator_training(device)
+            fuses_head(model.to(device))
+        _ = model.supports_packing
+    return found
