@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from pipeline.models.experts import grouped_product, mixture
 from pipeline.models.experts.grouped_product import has_kernel_of_torch, runs_grouped_product
+from pipeline.project.logs.findings import held
 from tests.helpers.families import MIXTURES
 from tests.helpers.projects import ROOT
 from tests.helpers.real import ROWS, stock, toy
@@ -71,6 +72,16 @@ def test_nothing_is_read_for_experts_in_any_dtype(name: str, dtype: torch.dtype)
     assert all(p.grad is not None for p in model.blocks.parameters())
 
 
+class Idle:
+    """A kernel that computes nothing."""
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *args: args[3].zero_()
+
+
+WRONG = {"product": Idle(), "outer_product": Idle()}
+
+
 def rows(dtype: torch.dtype, **device: Any) -> Any:
     facts = {"is_cuda": False, "is_meta": False, "device": torch.device("cuda")} | device
     return SimpleNamespace(dtype=dtype, **facts)
@@ -103,13 +114,17 @@ def test_a_gpu_takes_torchs_kernel_where_it_has_one(
     assert not any(map(runs_grouped_product, on_gpu.values()))
 
 
-def test_a_kernel_that_does_not_work_is_noted_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    """There is no Triton for a CPU."""
-    caplog.set_level("WARNING")
-    grouped_product._works.cache_clear()
-    assert not grouped_product._works(torch.device("cpu"), torch.float32)
-    (record,) = caplog.records
-    assert "experts are computed one by one" in record.message
+def test_a_kernel_that_does_not_work_is_noted_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no compiler")
+
+    for kernels, said in ((broken, "RuntimeError: no compiler"), (lambda: SimpleNamespace(**WRONG), "ArithmeticError")):
+        monkeypatch.setattr(grouped_product, "kernels", kernels)
+        grouped_product._works.cache_clear()
+        with held() as found:
+            assert not grouped_product._works(torch.device("cpu"), torch.float32)
+        (finding,) = found
+        assert finding.said.startswith(said) and finding.slower == "they are computed one by one"
     grouped_product._works.cache_clear()
 
 
