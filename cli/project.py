@@ -414,6 +414,8 @@ def doctor(
     if slower:
         print_line("")
         print_table(("tried here", "what it said", "so that"), slower)
+    if torch.cuda.is_available() and missing["quantization: nf4, nf4-dq"]:
+        print_line(f"\nFor NF4 on this GPU: {install_command('qlora')}")
     if any(missing.values()):
         print_line(f"\nInstall an extra: {install_command('EXTRA')}")
 

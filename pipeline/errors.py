@@ -102,7 +102,7 @@ OPTIONAL = {  # the only list of it: `lora doctor`, docs/reference/extras.md and
     "lora export --format mlx, compared": Needs("mlx", ("mlx-lm", "mlx"), "exports, and compares nothing"),
     "quantization: int8": Needs("qlora", ("bitsandbytes",)),
     "quantization: nf4, nf4-dq": Needs("qlora", ("bitsandbytes",), "quantizes more slowly"),
-    "training on a CUDA GPU": Needs("gpu", ("liger-kernel",), "trains more slowly"),
+    "training on a CUDA GPU": Needs("gpu", ("liger-kernel", "bitsandbytes"), "trains more slowly"),
     "data: ORG/NAME": Needs("datasets", ("datasets",)),
     "search: optuna": Needs("optuna", ("optuna",)),
     "sampler: gp, qmc": Needs("optuna", ("scipy",)),

@@ -69,7 +69,7 @@ class Session:
         from pipeline.inference.model_pool import ModelPool
 
         self.base, self.conversation, self.strength = base, conversation, strength
-        self.pool, self.name, self.other = ModelPool(), BASE, ""
+        self.pool, self.name, self.other = ModelPool(parks=True), BASE, ""
 
     def run(self) -> None:
         """Until the input ends, or /quit."""

@@ -29,6 +29,10 @@ def serve(
     ] = None,
     max_batch: Annotated[int, Option(min=1, max=1024, help="Sequences that are generated together.")] = 16,
     max_waiting: Annotated[int, Option(min=1, max=10_000, help="Sequences that may wait; more: status 429.")] = 256,
+    max_total_tokens: Annotated[
+        int | None,
+        Option(min=1, help="Tokens of all running sequences; default: as many as fit into half of the free memory."),
+    ] = None,
     allow_origin: Annotated[
         list[str] | None, Option(help="Origin of web pages that may use the server; may be repeated.")
     ] = None,
@@ -71,12 +75,13 @@ def serve(
         def scan() -> models.Sources:
             return models.project_models(project)
 
-    served = server.HttpServer(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting)
+    served = server.HttpServer(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens)
     key = "$LORA_API_KEY" if api_key else "none"
     header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
     print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
     for name in served.models.sources:
         print_line(f"  {name}")
+    print_line(f"Running sequences may have {served.generator.max_tokens:,} tokens in all.")
     print_line(f"Try: curl {served.url}/v1/models{header}")
     print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key="{key}")')
     print_note("It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm --out DIR")

@@ -6,10 +6,9 @@ Each token's update is computed with the A and B of its own experts: no (E, O, I
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.config import CONFIG, LAYOUT, PREFIX, AdapterSpec
@@ -17,10 +16,9 @@ from pipeline.adapters.lora import LINEAR_KEYS, AdapterLayer, initialize
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
-from pipeline.models.kernels import runs_flash_attention
+from pipeline.models.experts.mixture import PROJECTIONS, StackedUpdate, mixed
 from pipeline.project.params.sections import Init
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(.*)")
 
 
@@ -48,6 +46,9 @@ class ExpertUpdate(nn.Module):
         A = self.lora_A.view(self.experts, -1, self.lora_A.shape[1])
         B = self.lora_B.view(len(self.lora_B), -1, self.experts).permute(2, 0, 1)  # (O, R, E) → (E, O, R)
         return A, B
+
+    def stacked(self) -> StackedUpdate:
+        return StackedUpdate(*self.pairs(), self.scale)
 
 
 class LoRAExperts(AdapterLayer):
@@ -86,75 +87,12 @@ class LoRAExperts(AdapterLayer):
 
     def forward(self, x: Tensor, *routed: Tensor) -> Tensor:
         """x (N, D); of `routed` the numbers (N, K) of each token's experts, and their weights (N, K)."""
-        out: Tensor = self.mixed(x, *routed) if self.enabled else self.base(x, *routed)
+        chosen, weights = routed
+        if self.enabled:
+            updates = {name: update.stacked() for name, update in self.by_parameter().items()}
+            return mixed(self.base, x, chosen, weights, updates)
+        out: Tensor = self.base(x, chosen, weights)
         return out
-
-    def mixed(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Σₖ weightₖ · expertₖ(x), (N, D)."""
-        base: Any = self.base
-        order = chosen.flatten().argsort(stable=True)  # (N·K,): pairs of a token and an expert, by expert
-        rows = x[order // chosen.shape[1]]  # (N·K, D)
-        if _runs_grouped_products(rows):
-            experts = chosen.flatten()[order]  # (N·K,)
-            inner = base._apply_gate(self._project_all(PROJECTIONS[0], rows, experts))  # (N·K, I)
-            out = self._project_all(PROJECTIONS[1], inner, experts)  # (N·K, D)
-        else:
-            out = self._expert_by_expert(rows, chosen)
-        weighted = out * weights.flatten()[order, None]
-        # back in the order of the tokens by indices, and then summed: adding up by index is not deterministic on CUDA
-        return weighted[order.argsort()].view(*chosen.shape, -1).sum(1).to(x.dtype)  # (N·K, D) → (N, D)
-
-    def _project_all(self, name: str, x: Tensor, experts: Tensor) -> Tensor:
-        """All experts' projections of rows (n, I), which stand by expert: (n, O). No number is read for it."""
-        base: Any = self.base
-        # where the rows of each expert end
-        ends = torch.searchsorted(experts, torch.arange(base.num_experts, device=x.device), right=True, out_int32=True)
-        weight = getattr(base, name).to(x.dtype)  # (E, O, I), or (E, I, O) if transposed
-        out: Tensor = F.grouped_mm(x, weight if self.transposed else weight.mT, offs=ends)
-        if base.has_bias:
-            out = out + getattr(base, f"{name}_bias").to(x.dtype)[experts]
-        if (update := self.by_parameter().get(name)) is not None:
-            A, B = (factor.to(x.dtype) for factor in update.pairs())  # (E, R, I), (E, O, R)
-            missing = -A.shape[1] % 8  # the kernel reads 16 bytes at once
-            A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)).contiguous()
-            low = F.grouped_mm(x, A.mT, offs=ends)  # (n, R)
-            out = out + F.grouped_mm(low, B.mT, offs=ends) * update.scale
-        return out
-
-    def _expert_by_expert(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """(n, D) of rows (n, D), which stand by expert: a product for each, whose number of rows must be read."""
-        base: Any = self.base
-        factors = {name: self._factors(update, x.dtype) for name, update in self.by_parameter().items()}
-        counts = chosen.flatten().bincount(minlength=base.num_experts).tolist()
-        shares, out = torch.split(x, counts), []
-        for expert in (e for e, count in enumerate(counts) if count):
-            inner = base._apply_gate(self._project(PROJECTIONS[0], expert, shares[expert], factors))  # (n, I)
-            out.append(self._project(PROJECTIONS[1], expert, inner, factors))  # (n, D)
-        return torch.cat(out)
-
-    def _factors(self, update: ExpertUpdate, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
-        # unbound once: backward of A[e] would fill a gradient of A's size for every expert
-        A, B = (factor.to(dtype).unbind() for factor in update.pairs())
-        return [(a, b, update.scale) for a, b in zip(A, B, strict=True)]
-
-    def _project(
-        self, name: str, expert: int, x: Tensor, factors: Mapping[str, list[tuple[Tensor, Tensor, float]]]
-    ) -> Tensor:
-        """One expert's projection of its rows (n, I), with its update if it has one: (n, O)."""
-        base: Any = self.base
-        # cast where two models are compared in fp32, block by block: only a module's own parameters are wide then
-        weight = getattr(base, name)[expert].to(x.dtype)
-        bias = getattr(base, f"{name}_bias")[expert].to(x.dtype) if base.has_bias else None
-        out = F.linear(x, weight.T if self.transposed else weight, bias)
-        if name in factors:
-            a, b, scale = factors[name][expert]
-            out = torch.addmm(out, F.linear(x, a), b.T, alpha=scale)
-        return out
-
-
-def _runs_grouped_products(x: Tensor) -> bool:
-    """Whether the device has a kernel for the products of all experts at once: bf16, on an Ampere GPU or later."""
-    return x.dtype == torch.bfloat16 and runs_flash_attention(x.device) and hasattr(F, "grouped_mm")
 
 
 def nesting(count: int) -> list[str]:

@@ -15,6 +15,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
+from pipeline.inference.completions import cache_tokens
 from pipeline.inference.model_pool import ModelPool
 from pipeline.inference.score import CHUNK
 from pipeline.models.base import CausalLM, packed_hidden_states
@@ -148,7 +149,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """The answer to each request up to its first stop sequence. Raises UserError for settings that are not here."""
         asked = [self._generation(number, request) for number, request in enumerate(requests)]
         answers = [_Answer(self._tokenizer, stops) for _generation, stops in asked]
-        generator = BatchedGenerator(self._pool, max_waiting=len(requests))
+        room = cache_tokens(self._model, [generation for generation, _stops in asked])
+        generator = BatchedGenerator(self._pool, max_waiting=len(requests), max_tokens=room)
         try:
             for answer, (generation, _stops) in zip(answers, asked, strict=True):
                 ticket = generator.submit(generation, answer.add, answer.ended.set_result)

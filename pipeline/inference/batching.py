@@ -22,14 +22,20 @@ from pipeline.adapters.mixed import MixedAdapter
 from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
-from pipeline.models.base import SequenceCache
-from pipeline.models.generate import GREEDY, Sampling, draw, finite
+from pipeline.models.base import CausalLM, SequenceCache
+from pipeline.models.device import available_memory
+from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, draw, finite
 from pipeline.models.kernels.decode import fast_decoding
 
 PROMPT_TOKENS = 512  # read per step, at most
-MAX_TOKENS = 65_536  # keys and values that running requests may need in all
+MAX_TOKENS = 65_536  # whose keys and values running requests may need in all, where nothing else is said
 
 T = TypeVar("T")
+
+
+def cache_room(model: CausalLM) -> int:
+    """Tokens whose keys and values half of the free memory holds: the rest is for activations, logits and adapters."""
+    return available_memory(model.device) // 2 // max(bytes_per_token(model), 1)
 
 
 class Busy(UserError):
@@ -87,6 +93,11 @@ class Running:
     generator: torch.Generator
     ends: frozenset[int]
     started: bool = False  # has a token
+
+    @property
+    def tokens_read(self) -> int:
+        """In the cache."""
+        return int(self.cache.length if self.batched else self.cache.get_seq_length())
 
     def logits_alone(self) -> Tensor:
         """(1, V)."""
@@ -200,6 +211,14 @@ class BatchedGenerator:
             self._changed.notify()
         if self._thread and threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def fit_to_memory(self) -> None:
+        """Set `max_tokens` by the memory that is free now, and by the loaded base whose tokens take most of it.
+
+        On the generator's thread, after models came or went: what runs keeps its share.
+        """
+        held = sum(run.tokens_read for run in self._running)
+        self.max_tokens = held + min((cache_room(base.loaded.model) for base in self._pool.bases), default=MAX_TOKENS)
 
     def _wake(self) -> None:
         with self._changed:

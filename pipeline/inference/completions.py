@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from pipeline.inference import engine
-from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
+from pipeline.inference.batching import MAX_TOKENS, BatchedGenerator, GeneratedToken, Generation, cache_room
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
+from pipeline.models.base import CausalLM
 
 BATCH = 16  # prompts that get a token from one forward
 
@@ -25,10 +26,16 @@ def complete_all(
     pool = ModelPool()
     pool.add(loaded)
     # Here and not on a thread: which prompts share a forward, and so the last bits of their logits, is always the same.
-    generator = BatchedGenerator(pool, BATCH, max_waiting=len(requests), threaded=False)
+    generator = BatchedGenerator(pool, BATCH, len(requests), cache_tokens(loaded.model, requests), threaded=False)
     texts = [_submit(generator, loaded, request, stops) for request in requests]
     generator.run_all()
     return [text.result() for text in texts]
+
+
+def cache_tokens(model: CausalLM, requests: Sequence[Generation]) -> int:
+    """Tokens that the requests which run together may need: those that fit into memory, and at least the longest."""
+    longest = max((len(request.ids) + request.limit for request in requests), default=0)
+    return max(longest, min(MAX_TOKENS, cache_room(model)))
 
 
 def _submit(

@@ -2,7 +2,7 @@
 terminal app and evaluate."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.adapters.peft import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
-from pipeline.models.device import move_for_inference
+from pipeline.models.device import forget_weights, move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
 from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.load import load_base
@@ -49,14 +49,15 @@ def load(
     name: str = "",
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    make_room: Callable[[], bool] = lambda: False,
 ) -> LoadedModel:
     """The checkpoint at `base`, with the adapter at `adapter` if given, in eval mode on the best device.
 
-    The base is quantized as when the adapter was trained, or as `quantization` says. Raises UserError, and never
-    returns the base alone if the adapter does not load.
+    The base is quantized as when the adapter was trained, or as `quantization` says. `make_room`: as of
+    `move_for_inference`. Raises UserError, and never returns the base alone if the adapter does not load.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
-    move_for_inference(model)  # before the adapter, whose tensors go where the layers are
+    move_for_inference(model, make_room)  # before the adapter, whose tensors go where the layers are
     if adapter is not None:
         load_adapter(model, base, adapter)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
@@ -73,10 +74,17 @@ def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
 
 
 def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
-    """The models of `variant_folders`, but for those `without`."""
-    for name, folders in variant_folders(project).items():  # a generator: one large model is in memory at a time
+    """The models of `variant_folders`, but for those `without`; each is freed before the next is loaded."""
+    for name, folders in variant_folders(project).items():
         if name not in without:
-            yield load(*folders, name, project.params.origin.trust_remote_code)
+            loaded = load(*folders, name, project.params.origin.trust_remote_code)
+            yield loaded
+            free(loaded)
+
+
+def free(loaded: LoadedModel) -> None:
+    """Free the weights, but for the head, with which `score` compares other models."""
+    forget_weights(loaded.model.body)
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:

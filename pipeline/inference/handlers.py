@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
+from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
 from pipeline.inference import engine
@@ -128,7 +129,7 @@ class RequestHandler:
     ONE_ANSWER = ("load", "unload", "top_k", "attention", "attention_maps", "spectrum", "status")
 
     def __init__(self) -> None:
-        self.models = ModelPool()
+        self.models = ModelPool(parks=True)
 
     def answer(self, do: object, request: Request) -> Iterator[Answer]:
         """Yields the answers, the last with event "done"; works only as far as the caller iterates."""
@@ -163,19 +164,21 @@ class RequestHandler:
     def top_k(self, request: Request) -> Answer:
         """Each model's most likely tokens, and ("of") its probability of every token that any model listed."""
         k, answers = request.integer("k"), dict[str, Answer]()
-        predictions: dict[str, tuple[LoadedModel, Tensor]] = {}
+        predictions: dict[str, tuple[Tokenizer, Tensor]] = {}  # without the models: the next may need their memory
         for name in request.names("models"):
             try:
                 loaded = self.models.get(name).at(request.strength(name))
-                predictions[name] = loaded, engine.next_probabilities(loaded, _render_prompt(loaded, request))
-                choices = engine.top_tokens(loaded, predictions[name][1], k)
+                probabilities = engine.next_probabilities(loaded, _render_prompt(loaded, request))
+                predictions[name] = loaded.tokenizer, probabilities
+                choices = engine.top_tokens(loaded, probabilities, k)
+                del loaded
                 answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
             except UserError as error:  # of this model alone: the others still answer
                 answers[name] = {"error": str(error)}
         # a second pass: a token that only one model listed has a probability in the others too
         tokens = dict.fromkeys(choice["token"] for answer in answers.values() for choice in answer.get("top_k", ()))
-        for name, (loaded, probabilities) in predictions.items():
-            ids = {token: loaded.tokenizer.id_of_token(token) for token in tokens}
+        for name, (tokenizer, probabilities) in predictions.items():
+            ids = {token: tokenizer.id_of_token(token) for token in tokens}
             answers[name]["of"] = {t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()}
         return {"answers": answers}
 

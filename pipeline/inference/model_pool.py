@@ -1,7 +1,7 @@
 """Keeps models loaded: each base once in memory, adapters as views of it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +36,15 @@ class ResidentBase:
     """A loaded checkpoint, with the `signature` of its files when it was loaded."""
 
     def __init__(
-        self, folder: Path, trust_remote_code: bool, quantization: Quantization, loaded: LoadedModel | None = None
+        self,
+        folder: Path,
+        trust_remote_code: bool,
+        quantization: Quantization,
+        loaded: LoadedModel | None = None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
-        self.loaded = loaded or engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
+        self.loaded = loaded or engine.load(folder, None, "", trust_remote_code, quantization, make_room)
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
@@ -93,20 +98,31 @@ class Resident:
 
 
 class ModelPool:
-    """Models by name. A base stays loaded while any of them uses it."""
+    """Models by name. A base stays loaded while any of them uses it.
 
-    def __init__(self) -> None:
+    With `parks`, a model that finds no room on the device takes that of the models unused for longest. These leave
+    memory, and come back when they are asked for: nobody else may hold them.
+    """
+
+    def __init__(self, parks: bool = False) -> None:
         # weak: a base's memory is freed with the last model on it; one per quantization, as they are other weights
         self._bases: WeakValueDictionary[tuple[Path, Quantization], ResidentBase] = WeakValueDictionary()
-        self._models: dict[str, Resident] = {}
+        self._models: dict[str, Resident] = {}  # the last used at the end
+        self._parks = parks
+        self._parked: dict[str, tuple[Path, Path | None, bool]] = {}  # with base, adapter and trust
 
     @property
     def names(self) -> list[str]:
-        return list(self._models)
+        return [*self._models, *self._parked]
+
+    @property
+    def bases(self) -> list[ResidentBase]:
+        """Those in memory."""
+        return [*{id(model.base): model.base for model in self._models.values()}.values()]
 
     @property
     def device(self) -> torch.device | None:
-        """Of the model that was loaded last; None without models."""
+        """Of the model that was used last; None without models."""
         return next((model.loaded.model.device for model in reversed([*self._models.values()])), None)
 
     def load(
@@ -117,7 +133,10 @@ class ModelPool:
         cached = self._bases.get((folder, quantization))
         # a base whose files changed is loaded beside the old one, which models that are still loaded keep
         resident = cached is not None and cached.signature == signature(folder)
-        shared = cached if cached is not None and resident else ResidentBase(base, trust_remote_code, quantization)
+        if cached is None or not resident:
+            cached = None  # its memory may be needed
+            cached = ResidentBase(base, trust_remote_code, quantization, make_room=self._park_oldest)
+        shared = cached
         self._bases[folder, quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())
@@ -130,6 +149,7 @@ class ModelPool:
             model = Resident(loaded, shared, files, lora, scales)
         if signature(shared.folder) != shared.signature:  # the adapter was then verified against other weights
             raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
+        self._parked.pop(name, None)
         self._models[name] = model
         device_for(model.loaded.model)  # called for its side effect: sets the number of threads for this model
         return model, resident
@@ -142,18 +162,33 @@ class ModelPool:
 
     def unload(self, name: str) -> None:
         """Drop a model. Raises UserError if it is not loaded."""
-        self.loaded(name)
-        del self._models[name]
+        if self._parked.pop(name, None) is None:
+            self.loaded(name)
+            del self._models[name]
 
     def get(self, name: str) -> Resident:
-        """The model called `name`, reloaded if its files changed. Raises UserError."""
-        model = self.loaded(name)
-        if not model.current:
-            model, _ = self.load(name, model.loaded.base, model.loaded.adapter, model.base.trusted)
-        return model
+        """The model called `name`, reloaded if its files changed or if it was parked. Raises UserError."""
+        if name in self._parked:
+            return self.load(name, *self._parked[name])[0]
+        if self.loaded(name).current:
+            self._models[name] = self._models.pop(name)
+            return self._models[name]
+        return self.load(name, *_source(self._models[name]))[0]
 
     def loaded(self, name: str) -> Resident:
         """The model called `name`, as it is in memory. Raises UserError."""
         if name not in self._models:
-            raise UserError(f"{name} is not loaded. Loaded: {', '.join(self._models) or 'nothing'}.")
+            raise UserError(f"{name} is not loaded. Loaded: {', '.join(self.names) or 'nothing'}.")
         return self._models[name]
+
+    def _park_oldest(self) -> bool:
+        """Free the model unused for longest; False if there is none."""
+        if not self._parks or not self._models:
+            return False
+        name = next(iter(self._models))
+        self._parked[name] = _source(self._models.pop(name))
+        return True
+
+
+def _source(model: Resident) -> tuple[Path, Path | None, bool]:
+    return model.loaded.base, model.loaded.adapter, model.base.trusted

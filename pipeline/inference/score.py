@@ -19,7 +19,7 @@ from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.inference.engine import LoadedModel, TokenProbability, complete, load, top_tokens
+from pipeline.inference.engine import LoadedModel, TokenProbability, complete, free, load, top_tokens
 from pipeline.inference.engine import encode as encode_prompt
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
 from pipeline.models.device import to_device
@@ -34,7 +34,7 @@ class EvalScores:
     """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and labels (N,).
 
     `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this one, its
-    logits are recomputed from `hidden`, which takes far less memory than keeping them.
+    logits are recomputed from `hidden`, which takes far less memory than keeping them, by the model's head alone.
     """
 
     losses: Tensor
@@ -189,6 +189,7 @@ class SameLogits:
             # How much of the difference is due to quantization: with the adapter, and without it.
             unquantized = difference(tuned, self._load(base, adapter, quantization="none"), prompts)
             certificate |= {"trained_on": quantization, "merged_on_stored_weights": unquantized._asdict()}
+            free(tuned)
             base_alone = difference(self._load(base), self._load(base, quantization=quantization), prompts)
             certificate["quantization_alone"] = base_alone._asdict()
         return certificate
@@ -257,7 +258,9 @@ def quality(
     """Quality of base, fine-tuned model and base + adapter on the examples; one model is in memory at a time."""
     scores = {}
     for name, folders in {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}.items():
-        scored = score(load(*folders, trust_remote_code=trust_remote_code), examples)
+        loaded = load(*folders, trust_remote_code=trust_remote_code)
+        scored = score(loaded, examples)
+        free(loaded)
         scores[name] = (scored.loss, scored.accuracy, scored.choices)
     tuned_choices = scores["tuned"][2]
     return {
@@ -278,12 +281,14 @@ def costs(
 ) -> dict[str, Cost]:
     """What each of several adapters of one base (None: the base alone) costs on the examples, against the first.
 
-    Two models are in memory at a time.
+    One model is in memory at a time, and the head of the first.
     """
     reference: EvalScores | None = None
     found = {}
     for name, adapter in adapters.items():
-        scored = score(load(base, adapter, trust_remote_code=trust_remote_code), examples, reference)
+        loaded = load(base, adapter, trust_remote_code=trust_remote_code)
+        scored = score(loaded, examples, reference)
+        free(loaded)
         reference = reference or scored
         found[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
     return found

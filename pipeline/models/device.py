@@ -1,12 +1,13 @@
 """The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix is decomposed."""
 
 import ctypes
+import gc
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,13 +94,17 @@ def device_for_size(parameters: int) -> torch.device:
     return device
 
 
-def move_for_inference(model: Model) -> Model:
+def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: False) -> Model:
     """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into that device's memory.
 
-    Every model that answers goes through here; the training loop moves the model it trains, which it may shard.
+    `make_room` frees a part of the memory that others use, and returns False if there is none to free. Every model that
+    answers goes through here; the training loop moves the model it trains, which it may shard.
     """
     device = device_for(model)
     missing, free = model_bytes(model, device), free_bytes(device)
+    while missing > free and make_room():
+        gc.collect()  # modules may refer to each other
+        free = free_bytes(device)
     if missing > free:  # without a handler of its own, logging writes the line to stderr
         logging.getLogger(__name__).warning(
             f"the model needs {in_units(missing)} on {device}, which has {in_units(int(free))} free: it runs on the CPU"
@@ -135,6 +140,13 @@ def placed_for_inference(model: nn.Module) -> Iterator[None]:
         model.to("cpu")
 
 
+def forget_weights(model: nn.Module) -> None:
+    """Free the memory of its weights, whoever still holds the modules: they cannot compute any more."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+
+
 def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Bytes of its parameters and buffers, without those that are on `device` already."""
     return sum(t.numel() * t.element_size() for t in _tensors(model) if t.device != device)
@@ -146,24 +158,30 @@ def free_bytes(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU."""
+    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU.
+
+    What torch's allocator has freed but not returned is free for this process, though its driver counts it as used.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    page = os.sysconf("SC_PAGE_SIZE")
-    sizes = [page * os.sysconf("SC_PHYS_PAGES") // 2]  # where nothing says how much is free, as on macOS
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    from pipeline.project.cgroup import memory_limits  # most runs do not ask
+
+    sizes = [_free_of_machine()]
+    for limit in memory_limits():
+        with suppress(OSError, ValueError):
+            sizes.append(limit.total - limit.used())
+    return max(0, min(sizes))
+
+
+def _free_of_machine() -> int:
+    """Bytes that the system can give without swapping; half of its memory where nothing says so, as on macOS."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        sizes = [1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # no container, or without a limit
-            group = Path("/sys/fs/cgroup")
-            sizes.append(int((group / limit).read_text()) - int((group / used).read_text()))
-    return max(0, min(sizes))
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def multiplies_bf16(device: torch.device) -> bool:

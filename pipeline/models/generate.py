@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
@@ -209,6 +210,17 @@ def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Se
         again=lambda: last_logits(first, first),
         wrong=lambda: last_logits(second + first),
     )
+
+
+@torch.no_grad()
+def bytes_per_token(model: CausalLM) -> int:
+    """Bytes by which a sequence's keys and values grow with a token: measured, as families keep different things."""
+    cache, sizes = model.new_cache(), list[int]()
+    for _ in range(2):  # the first token comes with virtual tokens, and with states that do not grow
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.int64, device=model.device), cache=cache)
+        layers = cache.layers.values() if isinstance(cache.layers, dict) else map(vars, cache.layers)
+        sizes.append(sum(leaf.nbytes for leaf in tree_leaves([*layers]) if isinstance(leaf, Tensor)))
+    return sizes[1] - sizes[0]
 
 
 def finite(numbers: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.errors import install_command
+from pipeline.project.logs.findings import record
 
 OFFSET = 0.9677083  # the outermost probability: the mean of 1 - 1/32 and 1 - 1/30, half a step of 16 and of 15
 STEPS = 2**16  # grid points on [-1, 1] to which a number is rounded before its 8-bit level is looked up
@@ -160,3 +162,13 @@ def _look_up(levels: Callable[[], Tensor], codes: Tensor) -> Tensor:
 def _multiply_blocks(numbers: Tensor, scales: Tensor, block: int) -> Tensor:
     """(N,): each number times its block's scale."""
     return (_in_blocks(numbers, block) * scales[:, None]).reshape(-1)[: numbers.numel()]
+
+
+def tell_cost() -> None:
+    """Record what NF4 costs on a GPU without bitsandbytes."""
+    record(
+        "bitsandbytes, for NF4",
+        "it is not installed",
+        "plain torch dequantizes each weight for every product: a step on MiniGPT takes 1.7 × the time on a CPU, which "
+        f"was not measured on a GPU. Run `{install_command('qlora')}`",
+    )

@@ -157,6 +157,8 @@ def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, dev
 
     The stored weights are quantized, not those in `dtype`, so that every use gets the same. Raises UserError.
     """
+    if device.type == "cuda" and kind != "int8" and _bitsandbytes() is None:
+        nf4.tell_cost()
     for name in quantizable(model):
         layer = QuantizedLinear(model.get_submodule(name), kind, device)
         layer.dtype = dtype or layer.dtype

@@ -1,8 +1,7 @@
 """Any causal language model that transformers opens, split into body and head."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pipeline.models.base import (
     next_positions,
 )
 from pipeline.models.device import keep_freed_memory
+from pipeline.models.experts import mixture
 from pipeline.models.kernels import packed_attention, short_attention, uses_cpu_kernels
 from pipeline.models.kernels.llama_block import TrainingBlock, fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
@@ -141,23 +141,8 @@ class TransformersModel(CausalLM):
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config it also keeps what a sliding window drops
-        with self._experts_of_any_dtype(ids.device):
-            self.run_body(ids, cache=cache)
+        self.run_body(ids, cache=cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
-
-    @contextmanager
-    def _experts_of_any_dtype(self, device: torch.device) -> Iterator[None]:
-        """On meta torch knows the grouped product of experts in bf16 alone, unlike the kernels: not in a skeleton's
-        fp32."""
-        model = self._model[0]
-        if device.type != "meta" or getattr(self.config, "_experts_implementation", None) != "grouped_mm":
-            yield
-            return
-        model.set_experts_implementation("batched_mm")
-        try:
-            yield
-        finally:
-            model.set_experts_implementation("grouped_mm")
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {**self._model[0].config.to_dict(), **self._stored}
@@ -239,11 +224,12 @@ def load_pretrained(
 ) -> TransformersModel:
     """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError like `load_strict`.
 
-    A model that uses transformers' attention interface gets our attention, which reads packed sequences.
+    A model that uses transformers' attention interface gets our attention, which reads packed sequences; one that uses
+    its interface of experts, ours.
     """
     config, noise = _config_without_noise(folder, trust_remote_code)
     model = load_strict(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
-    return _with_attention(TransformersModel(model, noise, generation_of(folder)))
+    return _with_kernels(TransformersModel(model, noise, generation_of(folder)))
 
 
 def without_weights(folder: Path, trust_remote_code: bool = False) -> TransformersModel:
@@ -253,7 +239,7 @@ def without_weights(folder: Path, trust_remote_code: bool = False) -> Transforme
     config, noise = _config_without_noise(folder, trust_remote_code)
     with quiet(), reported(str(folder), trust_remote_code):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    return _with_attention(TransformersModel(model.eval(), noise, generation_of(folder)))
+    return _with_kernels(TransformersModel(model.eval(), noise, generation_of(folder)))
 
 
 def _config_without_noise(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -267,10 +253,16 @@ def _config_without_noise(folder: Path, trust_remote_code: bool) -> tuple[Any, d
     return config, noise
 
 
-def _with_attention(model: TransformersModel) -> TransformersModel:
+def _with_kernels(model: TransformersModel) -> TransformersModel:
     if model._model[0].is_backend_compatible():
         model.use_attention(packed_attention.register())
+    _use_our_experts(model._model[0])
     return model
+
+
+def _use_our_experts(model: Any) -> None:
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(mixture.register())
 
 
 def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersModel:
@@ -279,6 +271,7 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersMo
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
+    _use_our_experts(model)
     return TransformersModel(model)
 
 

@@ -153,6 +153,7 @@ def measure(
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
     counts = _count_prompts(_predictions(reference, prompts, settings))
     numbers |= {**counts, **answers.add(reference), **_cost(project, reference.name)}
+    engine.free(reference)
     earlier, inputs = _measured_before(job)
     metrics = {reference.name: numbers, **earlier}
     problems: list[str] = []
@@ -167,6 +168,7 @@ def measure(
             counts = _count_prompts(_predictions(loaded, prompts, settings))
             counts |= count_answers(sample_answers(loaded, new, settings.sample_answers))
             metrics[name] = {**numbers, **counts, **answers.add(loaded), **_cost_of_adapter(adapter)}
+            engine.free(loaded)
             inputs[name] = digest
             named.append(name)
         except UserError as error:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -311,7 +312,9 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     if is_distributed():
         from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
 
-        sharded = needs_shards(model, device) if task.sharded is None else task.sharded
+        longest = task.batches.largest_step(range(len(task.batches)))
+        peak = partial(predicted_peak, task, longest, device)
+        sharded = needs_shards(model, device, peak) if task.sharded is None else task.sharded
         if sharded:  # before the move: the whole model does not fit on one device
             shard(model, device)
     model.to(device)  # before the optimizer, whose weights are the model's own storage
@@ -554,13 +557,16 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
         write_run_outcomes(job.run, {**task.earlier, **states})
 
 
-def predicted_peak(task: TrainingTask, number: int) -> int:
-    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method."""
+def predicted_peak(task: TrainingTask, number: int, device: torch.device | None = None) -> int:
+    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method.
+
+    `device`: where the model will be; default: where it is.
+    """
     model, retain = task.model, task.learners[0].retain
     read = [(batch, False) for batch in to_model_device(model, task.batches[number])]
     if retain is not None:
         read += [(batch, True) for batch in to_model_device(model, retain.batches[number])]
-    sizes = (predict_peak_memory(model, task.method, task.settings, batch, retained) for batch, retained in read)
+    sizes = (predict_peak_memory(model, task.method, task.settings, *each, device) for each in read)
     return max((size for size in sizes if size), default=0)
 
 

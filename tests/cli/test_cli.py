@@ -509,6 +509,18 @@ def test_doctor_says_what_was_tried_and_does_not_work(
     assert "the kernels of native.c" in shown[1]
 
 
+def test_doctor_suggests_bitsandbytes_where_there_is_a_gpu(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_DEVICE", "cpu")  # what was tried is of no interest here
+    line = "For NF4 on this GPU: pip install 'lora-workbench[qlora]'"
+    for has_gpu, has_library in ((False, False), (True, True), (True, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        there = {"bitsandbytes": has_library}
+        monkeypatch.setattr("pipeline.errors.find_spec", lambda name, there=there: there.get(name, True) or None)
+        assert (line in cli("doctor", cwd=tmp_path)[1]) == (has_gpu and not has_library)
+
+
 def test_doctor_says_which_command_lacks_which_library(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,10 @@ import pytest
 from openai import OpenAI
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.inference import engine
+from pipeline.inference import batching, engine
+from pipeline.inference.http.server import HttpServer
+from pipeline.models.generate import bytes_per_token
+from pipeline.models.load import load_base
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint, sealed_copies
 from tests.helpers.projects import LORA, refusal
@@ -57,6 +60,21 @@ def test_a_busy_port_is_one_message(cli: Lora, tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         message = refusal(cli("serve", "--base", "base", "--port", port, cwd=tmp_path))
     assert f"Cannot serve 127.0.0.1, port {port}: Address already in use. Choose another --port" in message
+
+
+def test_a_base_that_leaves_no_memory_for_keys_and_values_is_one_message_unless_the_user_says_how_many(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoint(tmp_path / "base")
+    token = bytes_per_token(load_base(base).model)
+    monkeypatch.setattr(batching, "available_memory", lambda _: 100 * token)
+    message = refusal(cli("serve", "--base", "base", "--port", "0", cwd=tmp_path))
+    assert "base leaves memory for the keys and values of 50 tokens; serving needs at least 256." in message
+    monkeypatch.setattr(HttpServer, "run", HttpServer.close)
+    for room, options in ((100, ["--max-total-tokens", "100"]), (2048, [])):
+        monkeypatch.setattr(batching, "available_memory", lambda _: 4096 * token)
+        code, out, _ = cli("serve", "--base", "base", "--port", "0", *options, cwd=tmp_path)
+        assert code == 0 and f"Running sequences may have {room:,} tokens in all." in out
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,13 @@ class ServedModels:
         scan: Callable[[], Sources],
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
+        fits_memory: bool = False,
     ) -> None:
-        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters."""
+        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters.
+
+        `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
+        """
+        self._fits_memory = fits_memory
         self._generator, self._scan, self._trusted = generator, scan, trust_remote_code
         self._adapter_folders = [folder.resolve() for folder in adapter_folders]
         self._found = dict(scan())
@@ -144,28 +149,37 @@ class ServedModels:
 
     def _load_in(self, name: str, source: Source, pool: ModelPool) -> Resident:
         resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
+        if self._fits_memory:
+            self._generator.fit_to_memory()
         _ = resident.loaded.tokenizer.end_ids  # starts the process that renders chat templates
         return resident
 
     async def _loaded(self, name: str, source: Source) -> Resident:
-        resident = await self._call(partial(self._load_in, name, source))
         self._residents.pop(name, None)
+        await self._make_room(source.base)  # before: two large models may not fit side by side
+        resident = await self._call(partial(self._load_in, name, source))
         self._residents[name] = resident
-        await self._unload_unused(name)
         return resident
 
-    async def _unload_unused(self, last: str) -> None:
-        """Unload the models unused for longest while too many are loaded; never the base, nor what generates."""
+    async def _make_room(self, base: Path) -> None:
+        """Unload the models unused for longest until one more, on `base`, is within the limits; never the first base,
+        nor what generates."""
         for name in list(self._residents):
-            bases = {id(resident.base) for resident in self._residents.values()}
-            if len(self._residents) <= MAX_LOADED and len(bases) <= MAX_BASES:
+            bases = {id(resident.base): resident.base.folder.resolve() for resident in self._residents.values()}
+            more = base.resolve() not in bases.values()
+            if len(self._residents) + len(self._loading) <= MAX_LOADED and len(bases) + more <= MAX_BASES:
                 return
-            if name not in (self.base, last) and not self._in_use[name]:
+            if name != self.base and not self._in_use[name]:
                 await self._forget(name)
 
     async def _forget(self, name: str) -> None:
         if self._residents.pop(name, None) is not None:
-            await self._call(lambda pool: pool.unload(name))
+            await self._call(partial(self._unload_in, name))
+
+    def _unload_in(self, name: str, pool: ModelPool) -> None:
+        pool.unload(name)
+        if self._fits_memory:
+            self._generator.fit_to_memory()
 
     async def _call(self, function: Callable[[ModelPool], T]) -> T:
         return await asyncio.wrap_future(self._generator.call(function))

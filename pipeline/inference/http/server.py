@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.errors import Interrupted, UserError
-from pipeline.inference.batching import BatchedGenerator
+from pipeline.inference.batching import MAX_TOKENS, BatchedGenerator
 from pipeline.inference.http.app import Api
 from pipeline.inference.http.guard import Guard
 from pipeline.inference.http.metrics import Metrics
@@ -28,6 +28,7 @@ SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # a client that takes nothing of what is written to it
 KEEP_ALIVE_SECONDS = 30
+MIN_TOKENS = 256  # of prompt and answer
 DRAIN_SECONDS = 3  # for running requests when the server is stopped
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -141,15 +142,21 @@ class HttpServer:
         trust_remote_code: bool = False,
         max_batch: int = 16,
         max_waiting: int = 256,
+        max_tokens: int | None = None,
     ) -> None:
-        """Binds the port and loads the base. Raises UserError."""
+        """Binds the port and loads the base. `max_tokens`: of all running sequences; None: as many as fit into memory.
+
+        Raises UserError.
+        """
         access.check()
         self._socket = bind(access.host, port)
         self.port: int = self._socket.getsockname()[1]
-        self.generator = BatchedGenerator(ModelPool(), max_batch, max_waiting)
+        self.generator = BatchedGenerator(ModelPool(), max_batch, max_waiting, max_tokens or MAX_TOKENS)
         try:
-            self.models = ServedModels(self.generator, scan, adapter_folders, trust_remote_code)
+            self.models = ServedModels(self.generator, scan, adapter_folders, trust_remote_code, max_tokens is None)
             self.models.load_base()
+            if max_tokens is None:
+                self._refuse_without_room()
         except BaseException:
             self.close()
             raise
@@ -160,6 +167,14 @@ class HttpServer:
             app = CORSMiddleware(app, access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         self.url = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{self.port}"
         self.uvicorn = uvicorn.Server(_config(app))
+
+    def _refuse_without_room(self) -> None:
+        """Raises UserError if the base leaves no memory for a short conversation."""
+        if self.generator.max_tokens < MIN_TOKENS:
+            raise UserError(
+                f"{self.models.base} leaves memory for the keys and values of {self.generator.max_tokens} tokens; "
+                f"serving needs at least {MIN_TOKENS}. Serve a smaller or quantized model, or use --device cpu."
+            )
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises Interrupted."""

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
-from pipeline.calc.settings import CONTEXT, TrainingConfig
+from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
@@ -67,26 +67,35 @@ def longest_sequence(batch: Batch) -> Batch:
 
 
 def predict_peak_memory(
-    model: CausalLM, method: FinetuningMethod | None, settings: Training, batch: Batch, retained: bool = False
+    model: CausalLM,
+    method: FinetuningMethod | None,
+    settings: Training,
+    batch: Batch,
+    retained: bool = False,
+    device: torch.device | None = None,
 ) -> int | None:
     """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not know the architecture,
     or the method.
 
-    `retained`: whether the step computes the retention loss.
+    `retained`: whether the step computes the retention loss. `device`: where the model will be; default: where it is.
     """
     if method is None:
         return None
+    moves = device is not None and device.type != model.device.type
+    device = device or model.device
     rows, length = batch.ids.shape
     lengths = batch.segments or [length]
     lengths = [method.positions + n for n in lengths]
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
-    kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
-    all_logits = (
-        not batch.in_chunks and batch.label_index is None and len(batch.labels) <= chunk_of(model, len(batch.labels))
+    kept_weights = model.kept_attention_weights(lengths) if method.short_attention and not moves else None
+    labels = len(batch.labels)
+    chunk, retained_chunk = (
+        chunk_rows(model.shape.rows) if moves else chunk_of(model, rows) for rows in (labels, batch.ids.numel())
     )
+    all_logits = not batch.in_chunks and batch.label_index is None and labels <= chunk
     loss = "divergence" if retained else "full" if all_logits else "chunked"
-    if not (retained or batch.in_chunks) and fuses_head(model):
+    if not (retained or batch.in_chunks or moves) and fuses_head(model):
         loss = "fused"
     precision = str(settings.precision)
     adapter = getattr(settings, "adapter_precision", precision)
@@ -104,14 +113,14 @@ def predict_peak_memory(
         precision=precision,
         adapter_precision=adapter,
         # on a CPU paged state is where all else is
-        optimizer=settings.optimizer.removeprefix("paged-") if model.device.type == "cpu" else settings.optimizer,
-        cpu=uses_cpu_kernels(model.device),
+        optimizer=settings.optimizer.removeprefix("paged-") if device.type == "cpu" else settings.optimizer,
+        cpu=uses_cpu_kernels(device),
         native=model.trains_natively,
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
         checkpointing=settings.gradient_checkpointing,
         loss=loss,
-        label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
-        chunk=chunk_of(model, batch.ids.numel() if retained else len(batch.labels)),
+        label_share=1.0 if retained else labels / batch.ids.numel(),
+        chunk=retained_chunk if retained else chunk,
     )
     if retained and hasattr(method, "lora_dropout"):  # without noise
         method = dataclasses.replace(method, lora_dropout=0.0)  # type: ignore[call-arg]

@@ -1,6 +1,6 @@
 """Frozen weights sharded over the ranks (FSDP2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +18,18 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def needs_shards(model: CausalLM, device: torch.device) -> bool:
-    """Whether the weights exceed the free memory of this rank's device or of any other rank's."""
-    return dist.is_initialized() and bool(all_reduce_max(int(model_bytes(model) > free_bytes(device))))
+def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable[[], int]) -> bool:
+    """Whether the weights, or the predicted peak of a step, exceed the free memory of any rank's device.
+
+    The peak is asked for only where the weights fit, as it may read all of them.
+    """
+    if not dist.is_initialized():
+        return False
+    free = free_bytes(device)
+    if all_reduce_max(int(model_bytes(model) > free)):
+        return True
+    exceeds = free < torch.inf and predicted_peak() > free
+    return bool(all_reduce_max(int(exceeds and model.supports_packing)))  # a model without it may still fit unsharded
 
 
 def is_sharded(model: CausalLM) -> bool:

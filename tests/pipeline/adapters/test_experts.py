@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters import experts
 from pipeline.adapters.attach import AdapterScale, attach, disable_adapter, tensors
 from pipeline.adapters.config import WEIGHTS, AdapterSpec, read_config
 from pipeline.adapters.low_rank import load_update
@@ -25,6 +24,7 @@ from pipeline.calc.method import trainable
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inference import engine
+from pipeline.models.experts import grouped_product, mixture
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Progress, run
@@ -398,9 +398,10 @@ def test_the_products_of_all_experts_at_once_are_those_of_each(
     name: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an accelerator computes them: logits and the gradients of A and B, up to the order of sums."""
+    monkeypatch.setattr(grouped_product, "has_kernel_of_torch", lambda _: True)
     model, found = adapted(name, AdapterSpec(rank, 6.0, ("q_proj",), parameters=BOTH)), []
     for grouped in (False, True):
-        monkeypatch.setattr(experts, "_runs_grouped_products", lambda _, grouped=grouped: grouped)
+        monkeypatch.setattr(mixture, "runs_grouped_product", lambda _, grouped=grouped: grouped)
         model.zero_grad()
         out = logits(model)
         torch.autograd.backward(out.logsumexp(-1).sum())

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,20 +18,23 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import adapter_layers, attach, resolve
 from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.lora import weight_of
 from pipeline.adapters.mixed import MixedAdapter
 from pipeline.adapters.peft import attach_virtual_tokens, save_adapter, save_virtual
 from pipeline.errors import UserError
-from pipeline.inference import batching
+from pipeline.inference import batching, completions
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.batching import BatchedGenerator, Busy, GeneratedToken, Generation
+from pipeline.inference.completions import complete_all
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.models.base import SequenceCache
-from pipeline.models.generate import GREEDY, Sampling, generate
+from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods import ia3
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.families import FAMILIES, OTHERS, WIDE, new_project
+from tests.helpers.real import toy
 
 TARGETS = ("fc1", "k_proj", "q_proj")
 ENDS = ("embed_tokens", "lm_head")
@@ -420,6 +424,68 @@ def test_the_caches_never_need_more_than_max_tokens(start: Start, references: Mo
     assert 20 < max(sizes) <= 31
     with pytest.raises(UserError, match="may take 32 tokens; there is memory for 31"):
         submit(generator, Generation("base", (5,), 99))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["minigpt", "llama", "qwen3", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_takes_the_keys_and_values_that_the_config_names(
+    folders: dict[str, Path], family: str, dtype: torch.dtype
+) -> None:
+    model = load_base(folders["base"]).model.to(dtype) if family == "minigpt" else toy(family, dtype)
+    shape = model.shape
+    c: dict[str, Any] = getattr(model.config, "to_dict", dict)()
+    size = c.get("head_dim") or weight_of(model.embeddings).shape[1] // shape.heads
+    numbers = 2 * shape.layers * (c.get("num_key_value_heads") or shape.heads) * size
+    assert bytes_per_token(model) == numbers * dtype.itemsize
+
+
+def test_caches_take_half_of_the_memory_that_the_models_leave(
+    start: Start, pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = bytes_per_token(pool.get("base").loaded.model)
+    monkeypatch.setattr(batching, "available_memory", lambda _: 62 * token + 1)
+    generator = start()
+    generator.call(lambda _: generator.fit_to_memory()).result()
+    assert generator.max_tokens == 31
+    with pytest.raises(UserError, match="may take 32 tokens; there is memory for 31"):
+        submit(generator, Generation("base", (5,), 99))
+
+
+def test_a_model_that_comes_while_others_answer_leaves_them_their_caches(
+    start: Start, pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they hold is no longer free, and theirs."""
+    token = bytes_per_token(pool.get("base").loaded.model)
+    monkeypatch.setattr(batching, "available_memory", lambda _: 20 * token)
+    generator, rooms = start(), list[int]()
+
+    def read(_: GeneratedToken) -> None:
+        generator.fit_to_memory()
+        rooms.append(generator.max_tokens)
+
+    ended = threading.Event()
+    generator.submit(Generation("base", (5, 6, 7), 4), read, partial(_set, ended))
+    assert ended.wait(60) and rooms == [10 + n for n in range(3, 3 + len(rooms))]
+
+
+def test_an_evaluation_generates_what_does_not_fit_side_by_side_one_after_the_other(
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = pool.get("lora").loaded
+    prompts = [f"w{n} w{n + 1}" for n in range(3, 9)]
+    sizes = list[Counter[int]]()
+
+    class Watched(BatchedGenerator):
+        def run_all(self) -> None:
+            super().run_all()
+            sizes.append(self.batch_sizes)
+
+    monkeypatch.setattr(completions, "BatchedGenerator", Watched)
+    expected = complete_all(loaded, prompts, 8)
+    monkeypatch.setattr(batching, "available_memory", lambda _: 0)
+    assert complete_all(loaded, prompts, 8) == expected
+    assert [max(counts) for counts in sizes] == [len(prompts), 1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +161,41 @@ def test_a_base_stays_while_it_is_used_and_no_longer(tmp_path: Path) -> None:
     assert not models.load("a", base, changes)[1]
     with pytest.raises(UserError, match=r"b is not loaded. Loaded: a\."):
         models.get("b")
+
+
+def test_a_model_that_finds_no_room_takes_that_of_the_one_unused_for_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has room for two bases."""
+    bases = {name: checkpoint(tmp_path / name) for name in "abc"}
+    size, weights = device.model_bytes(load_base(bases["a"]).model), list[weakref.ref[Tensor]]()
+    move = device.move_for_inference
+
+    def watched(model: CausalLM, *args: Any) -> CausalLM:
+        moved = move(model, *args)
+        weights.append(weakref.ref(next(model.parameters())))
+        return moved
+
+    def in_memory() -> int:
+        return sum(weight() is not None for weight in weights)
+
+    monkeypatch.setattr(engine, "move_for_inference", watched)
+    monkeypatch.setattr(device, "model_bytes", lambda *_: size)
+    monkeypatch.setattr(device, "free_bytes", lambda _: size * (2 - in_memory()))
+    models = ModelPool(parks=True)
+    models.load("a", bases["a"], None)
+    models.load("b", bases["b"], adapter(tmp_path / "changes", bases["b"], KINDS["dora"]))
+    before = logits(models.get("b").loaded.model)
+    models.get("a")
+    models.load("c", bases["c"], None)
+    assert in_memory() == 2 and sorted(models.names) == ["a", "b", "c"]
+    assert torch.equal(logits(models.get("b").loaded.model), before)
+    assert in_memory() == 2
+    with pytest.raises(UserError, match="a is not loaded"):
+        models.loaded("a")
+    for name in "abc":
+        models.unload(name)
+    assert models.names == [] and in_memory() == 0
 
 
 def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_user_says(

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.models import nf4
-from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize_weight
+from pipeline.models import nf4, quantized_linear
+from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize, quantize_weight
+from pipeline.project.logs.findings import held
+from tests.helpers.real import toy
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -194,3 +196,25 @@ def test_a_weight_whose_rows_are_no_whole_blocks_is_kept_as_well(kind: Quantizat
         found = dequantize_weight(quantize_weight(weight, kind), kind, shape, torch.float32)
     assert same(found, nf4.dequantize(nf4.quantize(weight, 64, kind == "nf4-dq")))
     assert (found - weight).norm() < 0.15 * weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "library", "told"),
+    [
+        ("cuda", "nf4", None, True),
+        ("cuda", "nf4-dq", None, True),
+        ("cuda", "nf4-dq", object(), False),
+        ("cuda", "int8", None, False),
+        ("cpu", "nf4-dq", None, False),
+    ],
+)
+def test_what_nf4_costs_on_a_gpu_without_bitsandbytes_is_said(
+    monkeypatch: pytest.MonkeyPatch, device: str, kind: Quantization, library: object, told: bool
+) -> None:
+    monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: library)
+    monkeypatch.setattr(quantized_linear, "quantizable", lambda _: [])
+    with held() as found:
+        quantize(toy("llama"), kind, None, torch.device(device))
+    assert [(each.tried, "lora-workbench[qlora]" in each.slower) for each in found] == [
+        ("bitsandbytes, for NF4", True)
+    ] * told

@@ -5,17 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
+from pipeline.models.device import model_bytes
 from pipeline.models.load import load_base
 from pipeline.models.save import read_rows
 from pipeline.project.logs.run_log import peak_memory
+from pipeline.project.params.sections import Training
+from pipeline.stages.methods.lora import Lora
+from pipeline.training.batches import Batches
+from pipeline.training.loop import TrainingTask, predicted_peak
 from pipeline.training.parallel import sharding
 from tests.helpers import families
 from tests.helpers.ranks import run_ranks
+from tests.helpers.real import listed, toy, windows_of, with_lora
+
+ATTENDED = ("q_proj", "v_proj")
 
 
 def new_base(folder: Path, **sizes: int) -> Path:
@@ -86,6 +95,37 @@ def test_other_families_have_the_weights_that_one_process_loads(tmp_path: Path, 
     loaded = {key: p.tolist() for key, p in load_base(root / "base", "fp32").model.named_parameters()}
     for read, weights in run_ranks(2, shard_and_count, root / "base", "fp32", False):
         assert weights == loaded and read
+
+
+def sharded_where(packs: bool) -> tuple[list[bool], list[int]]:
+    """Whether the run is sharded where rank 1 has room for a step, for the weights alone, and for none of both; and how
+    often the peak was predicted until then."""
+    model, asked = with_lora(toy("llama")), 0
+    vars(model)["supports_packing"] = packs
+    task = TrainingTask.of_one(
+        model, Batches(listed(windows_of((90,) * 8)), 4, 0, 2), Training(), Lora(3, 6.0, ATTENDED)
+    )
+    weights, found, counts = model_bytes(model), list[bool](), list[int]()
+    peak = predicted_peak(task, 0, torch.device("cuda"))
+    assert weights < peak
+
+    def predicted() -> int:
+        nonlocal asked
+        asked += 1
+        return peak
+
+    for free in (peak, peak - 1, weights - 1):
+        room = free if dist.get_rank() else 2 * peak
+        vars(sharding)["free_bytes"] = lambda _, room=room: room
+        found.append(sharding.needs_shards(model, torch.device("cuda"), predicted))
+        counts.append(asked)
+    return found, counts
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_run_is_sharded_if_a_rank_has_no_room_for_the_weights_or_for_a_step_on_them(packs: bool) -> None:
+    """Without packing a run cannot be sharded: it may still fit, as the peak is a prediction."""
+    assert run_ranks(2, sharded_where, packs) == [([False, packs, True], [1, 2, 2])] * 2
 
 
 def refused(folder: Path) -> str:

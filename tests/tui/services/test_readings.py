@@ -1,11 +1,10 @@
-"""The machine over time: this one as psutil sees it, containers by their files, GPUs by a scripted NVML."""
+"""The machine over time: this one as psutil sees it, GPUs by a scripted NVML."""
 
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import pynvml
 import pytest
 
 from tui.services.machine import readings as module
-from tui.services.machine.cgroup import cpu_quota, cpu_seconds, memory_limit
 from tui.services.machine.nvml import Gpu, Gpus, short_name
 from tui.services.machine.readings import Machine, Sample
 
@@ -116,78 +114,6 @@ def test_an_old_reading_is_not_the_present(started: Callable[..., Machine], monk
     assert machine.last is not None
     monkeypatch.setattr(module, "STALE", 0.0)
     assert machine.last is None and machine.summary() == "" and machine.samples
-
-
-# --- containers ---
-
-
-def tree(root: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, encoding="ascii")
-    return root
-
-
-VERSION_2 = {
-    "own": "0::/pod/box\n",
-    "pod/memory.max": f"{4 * GIB}\n",
-    "pod/memory.current": f"{3 * GIB}\n",
-    "pod/memory.stat": f"anon 1\ninactive_file {GIB}\n",
-    "pod/cpu.max": "150000 100000\n",
-    "pod/cpu.stat": "usage_usec 2500000\nuser_usec 1\n",
-    "pod/box/memory.max": "max\n",
-    "pod/box/cpu.max": "max 100000\n",
-}
-VERSION_1 = {
-    "own": "3:cpu,cpuacct:/docker/1f\n2:memory:/docker/1f\n1:name=systemd:/docker/1f\n0::/system\n",
-    "memory/docker/1f/memory.limit_in_bytes": f"{4 * GIB}\n",
-    "memory/docker/1f/memory.usage_in_bytes": f"{3 * GIB}\n",
-    "memory/docker/1f/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\n",
-    "memory/memory.limit_in_bytes": "9223372036854771712\n",
-    "cpu/docker/1f/cpu.cfs_quota_us": "150000\n",
-    "cpu/docker/1f/cpu.cfs_period_us": "100000\n",
-    "cpu/cpu.cfs_quota_us": "-1\n",
-    "cpu/cpu.cfs_period_us": "100000\n",
-    "cpuacct/docker/1f/cpuacct.usage": "2500000000\n",
-}
-# Inside a container of version 1 whose own group is the mount; the path is the host's.
-INSIDE = {
-    "own": "2:memory:/docker/1f\n",
-    **{
-        name.replace("memory/docker/1f/", "memory/"): text
-        for name, text in VERSION_1.items()
-        if "memory/docker" in name
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("files", "has_quota"), [(VERSION_2, True), (VERSION_1, True), (INSIDE, False)], ids=["v2", "v1", "inside"]
-)
-def test_a_containers_limit_is_the_total(tmp_path: Path, files: Mapping[str, str], has_quota: bool) -> None:
-    root = tree(tmp_path, files)
-    limit = memory_limit(64 * GIB, root, root / "own")
-    assert limit is not None and (limit.total, limit.used()) == (4 * GIB, 2 * GIB)
-    quota = cpu_quota(root, root / "own")
-    assert (quota is not None) == has_quota
-    if quota:
-        assert quota[0] == 1.5 and cpu_seconds(quota[1], root) == 2.5
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {},
-        {"own": "0::/\n"},
-        {"own": "0::/pod\n", "pod/memory.max": "max\n", "pod/cpu.max": "max 100000\n"},
-        {"own": "2:memory:/\n1:cpu:/\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
-        {"own": "0::/pod\n", "pod/memory.max": f"{128 * GIB}\n"},
-    ],
-    ids=["no-cgroups", "root", "v2-unlimited", "v1-unlimited", "above-the-host"],
-)
-def test_without_a_limit_the_host_is_the_total(tmp_path: Path, files: Mapping[str, str]) -> None:
-    root = tree(tmp_path, files)
-    assert memory_limit(64 * GIB, root, root / "own") is None and cpu_quota(root, root / "own") is None
 
 
 # --- GPUs ---

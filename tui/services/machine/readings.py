@@ -8,8 +8,8 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.project.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
 from pipeline.project.process import AUTO, asked, is_valid
-from tui.services.machine.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
 from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 
 if TYPE_CHECKING:

@@ -29,13 +29,16 @@ class MemoryLimit(NamedTuple):
 
 def memory_limit(host: int, mount: Path = MOUNT, own: Path = OWN) -> MemoryLimit | None:
     """The smallest limit below the `host`'s bytes, of this control group and those above it; None if there is none."""
-    limits = []
+    return min((limit for limit in memory_limits(mount, own) if limit.total < host), default=None)
+
+
+def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[MemoryLimit]:
+    """The limits of this control group and of those above it: a group shares its own with others below it."""
     for folder in _folders("memory", mount, own):
         for name in ("memory.max", "memory.limit_in_bytes"):
             total = _first_number(folder / name)
-            if total is not None and 0 < total < host:
-                limits.append(MemoryLimit(total, folder))
-    return min(limits, default=None)
+            if total:
+                yield MemoryLimit(total, folder)
 
 
 def cpu_quota(mount: Path = MOUNT, own: Path = OWN) -> tuple[float, Path] | None:

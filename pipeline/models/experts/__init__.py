@@ -1,0 +1,1 @@
+"""The experts of a mixture: what computes them on each device."""
