@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.files.base_model import TensorLocation
-from pipeline.models import probes
 from pipeline.models.device import to_device
+from pipeline.project import probes
 
 ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]

@@ -167,7 +167,7 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    from pipeline.project.cgroup import memory_limits  # most runs do not ask
+    from pipeline.files.cgroup import memory_limits  # most runs do not ask
 
     sizes = [_free_of_machine()]
     for limit in memory_limits():

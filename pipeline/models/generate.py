@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
 from pipeline.models.device import to_device
 from pipeline.models.kernels.decode import fast_decoding
-from pipeline.models.probes import computes
+from pipeline.project.probes import computes
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import install_command
-from pipeline.project.logs.findings import record
+from pipeline.project.probes import record
 
 OFFSET = 0.9677083  # the outermost probability: the mean of 1 - 1/32 and 1 - 1/30, half a step of 16 and of 15
 STEPS = 2**16  # grid points on [-1, 1] to which a number is rounded before its 8-bit level is looked up

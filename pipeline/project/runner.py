@@ -16,8 +16,8 @@ from pipeline.files import artifact, base_model
 from pipeline.project import provenance
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
-from pipeline.project.logs.findings import held
 from pipeline.project.logs.run_state import Settings
+from pipeline.project.probes import held
 from pipeline.project.stage_graph import Project, Stage
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.project.logs.findings import record
+from pipeline.project.probes import record
 
 TILE = 64  # outputs, and rows if an expert has as many on average
 INNER = {2: 64, 4: 32}  # of the sum's terms, by the bytes of a number: 48 KiB of shared memory in three stages

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
-from pipeline.models.probes import PLAIN, attempt
-from pipeline.project.logs.findings import record
+from pipeline.project.probes import PLAIN, attempt, record
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 AGREEMENT = 1e-3  # in fp32, of outputs of order 1: SiLU and GELU differ by a tenth

@@ -24,8 +24,7 @@ from pipeline.models.kernels.plain_attention import (
     split_sequences,
 )
 from pipeline.models.kernels.repeatable import repeatable
-from pipeline.models.probes import attempt
-from pipeline.project.logs.findings import record
+from pipeline.project.probes import attempt, record
 
 BLOCK = 256  # queries whose scores are in memory at once
 AGREEMENT = 0.05  # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
 from pipeline.models.kernels import uses_cpu_kernels
-from pipeline.models.probes import attempt
+from pipeline.project.probes import attempt
 
 SHORT = 1024  # inputs up to which oneDNN sums a lone row as it sums it beside others
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently

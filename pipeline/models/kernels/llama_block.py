@@ -21,7 +21,7 @@ from pipeline.models.kernels.native import native, supports
 from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import NATIVE_LANES
-from pipeline.models.probes import PLAIN, attempt
+from pipeline.project.probes import PLAIN, attempt
 
 ALONE = ("cache", "past_key_values", "past", "attention_mask")  # options of the block's own forward only
 

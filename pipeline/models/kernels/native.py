@@ -23,8 +23,7 @@ from torch import Tensor
 
 from pipeline.files.digest_cache import cache_home
 from pipeline.models.kernels import uses_cpu_kernels
-from pipeline.models.probes import PLAIN
-from pipeline.project.logs.findings import record
+from pipeline.project.probes import PLAIN, record
 
 SWITCH = "LORA_NATIVE_KERNELS"  # environment variable; 0: plain torch
 SOURCE = Path(__file__).with_name("native.c")

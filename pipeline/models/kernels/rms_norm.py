@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.kernels.native import native, supports
-from pipeline.models.probes import PLAIN, attempt
+from pipeline.project.probes import PLAIN, attempt
 
 PROBES = 4  # rows of random input on which a replacement must agree with the original
 AGREEMENT = 2**-6  # two bf16 roundings of an output of order 1

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from pipeline.models.kernels import accelerator
 from pipeline.models.kernels.accelerator import GatedProduct, fuse, fuse_gates
 from pipeline.models.kernels.rms_norm import RMSNorm
-from pipeline.project.logs.findings import Finding, held
+from pipeline.project.probes import Finding, held
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from tests.helpers.real import toy
 

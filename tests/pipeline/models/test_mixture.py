@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from pipeline.models.experts import grouped_product, mixture
 from pipeline.models.experts.grouped_product import has_kernel_of_torch, runs_grouped_product
-from pipeline.project.logs.findings import held
+from pipeline.project.probes import held
 from tests.helpers.families import MIXTURES
 from tests.helpers.projects import ROOT
 from tests.helpers.real import ROWS, stock, toy

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.models import nf4, quantized_linear
 from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize, quantize_weight
-from pipeline.project.logs.findings import held
+from pipeline.project.probes import held
 from tests.helpers.real import toy
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")

@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.inference.batched_model import BatchedModel
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ResidentBase
-from pipeline.models import generate, probes
+from pipeline.models import generate
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.project.logs import findings
+from pipeline.project import probes
 from tests.helpers.real import toy
 from tests.helpers.rounding import OtherRounding
 
@@ -94,8 +94,8 @@ def test_an_error_is_said_once_with_what_is_slower(caplog: pytest.LogCaptureFixt
 
 
 def test_a_run_takes_what_is_found_into_its_log(caplog: pytest.LogCaptureFixture) -> None:
-    with findings.held() as found:
-        findings.record("a kernel", "it is not here", "training is slower")
+    with probes.held() as found:
+        probes.record("a kernel", "it is not here", "training is slower")
     assert [*map(str, found)] == ["a kernel: it is not here; training is slower"] and not caplog.messages
 
 

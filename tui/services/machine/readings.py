@@ -8,7 +8,7 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.project.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
+from pipeline.files.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
 from pipeline.project.process import AUTO, asked, is_valid
 from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.transformers_model import from_config
-from pipeline.project.logs.findings import Finding, held
+from pipeline.project.probes import Finding, held
 
 LLAMA = {
     "model_type": "llama",

@@ -1,18 +1,57 @@
-"""Probes: a faster path is taken only where it computes, with this model on this device, what the plain one does."""
+"""Probes: a faster path is taken only where it computes, with this model on this device, what the plain one does.
 
-from collections.abc import Callable
-from typing import TypeVar
+What was tried and did not work is not lost: it is said once in a process, with what is slower because of it.
+"""
 
-from torch import Tensor
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
-from pipeline.errors import is_out_of_memory
-from pipeline.project.logs.findings import record
+from pipeline.errors import first_line, is_out_of_memory
 
 Result = TypeVar("Result")
 PLAIN = "plain torch computes it, more slowly"  # what follows where a fused part is not taken
 AGREEMENT = {2: 0.05}  # a row's relative distance, by the bytes of a number
 NOISE = 3  # times the distance that rounding was seen to make
 CLOSER = 2  # times nearer to right than to wrong
+
+
+class Finding(NamedTuple):
+    """What was tried, what it said, and what is slower because of it."""
+
+    tried: str
+    said: str
+    slower: str
+
+    def __str__(self) -> str:
+        return f"{self.tried}: {self.said}; {self.slower}"
+
+
+_logged: list[Finding] = []
+_held: list[list[Finding]] = []  # where they go instead, the innermost last
+
+
+def record(tried: str, said: str | BaseException, slower: str) -> None:
+    """Log it, which stderr shows, unless it is `held`. An error is recorded by its type and the first line of it."""
+    said = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
+    finding = Finding(tried, said, slower)
+    told = _held[-1] if _held else _logged
+    if finding not in told:
+        told.append(finding)
+        if told is _logged:
+            logging.getLogger(__name__).warning("%s", finding)
+
+
+@contextmanager
+def held() -> Iterator[list[Finding]]:
+    """Inside the block new findings go to this list: a run writes them into its log."""
+    found = list[Finding]()
+    _held.append(found)
+    try:
+        yield found
+    finally:
+        _held[:] = [one for one in _held if one is not found]
 
 
 def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | None:
@@ -32,13 +71,13 @@ def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | 
 def computes(
     tried: str,
     slower: str,
-    compute: Callable[[], Tensor],
+    compute: Callable[[], Any],
     *,
-    right: Callable[[], Tensor],
-    again: Callable[[], Tensor],
-    wrong: Callable[[], Tensor],
+    right: Callable[[], Any],
+    again: Callable[[], Any],
+    wrong: Callable[[], Any],
 ) -> bool:
-    """Whether `compute` gives the rows (..., D) that `right` gives; it is recorded if not.
+    """Whether `compute` gives the rows (..., D), a tensor, that `right` gives; it is recorded if not.
 
     `again`: the same as `right` beside other rows, which shows how far rounding takes it: no fixed tolerance holds for
     all, as products of another number of rows have other kernels, and 36 blocks in bf16 make 3% to 10% of one unit.
@@ -59,7 +98,7 @@ def computes(
     return False
 
 
-def _farthest(rows: Tensor, expected: Tensor) -> float:
+def _farthest(rows: Any, expected: Any) -> float:
     """The largest relative distance of a row."""
     expected = expected.float()
     return float(((rows.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())

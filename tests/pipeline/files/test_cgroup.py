@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.files import cgroup
+from pipeline.files.cgroup import cpu_quota, cpu_seconds, memory_limit, memory_limits
 from pipeline.models import device
-from pipeline.project import cgroup
-from pipeline.project.cgroup import cpu_quota, cpu_seconds, memory_limit, memory_limits
 
 GIB = 2**30
 
