@@ -130,7 +130,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
         (3, ["--shard"], {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"}),
-        (2, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
+        (4, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
     ],
     ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle", "sharded, quantized"],
 )
