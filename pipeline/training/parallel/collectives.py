@@ -5,6 +5,7 @@ a machine that is gone, or the connection to it, after LOST_AFTER seconds.
 """
 
 import ctypes
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     import psutil
@@ -35,6 +36,15 @@ KEEPALIVE = {  # names differ by system, and macOS has no TCP_USER_TIMEOUT
 }
 SLOWEST_STEP = timedelta(minutes=30)  # torch's own limit for gloo: a process that lives and does not answer
 LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether the other processes still run
+
+# How gloo and NCCL tell of a connection; of a mistake they say none of it. NCCL's own names of errors do not tell: it
+# passes on a closed connection as an internal error, too.
+_OF_A_COLLECTIVE = re.compile("gloo|nccl|pair closure|collective operation", re.IGNORECASE)
+_OF_A_CONNECTION = re.compile(
+    "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to host|unreachable|ncclRemoteError"
+    "|communicator was aborted|completion from peer",
+    re.IGNORECASE,
+)
 
 _neighbours: "list[psutil.Process]" = []  # the other ranks that this one can see
 
@@ -98,7 +108,7 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceO
         if lost:
             # a thread of gloo goes on waiting, and the group's destructor would wait for that thread
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-            raise RuntimeError("gloo did not notice that another rank has ended")
+            raise dist.DistNetworkError("gloo did not notice that another rank has ended")
         lost = not all(map(_runs, _neighbours))  # what it has sent may still arrive
     work.wait()  # raises what failed
 
@@ -206,4 +216,8 @@ def limit_waiting(longest: timedelta) -> None:
 
 def is_lost(error: Exception) -> bool:
     """Whether a collective failed because another rank, or the connection to it, is gone."""
-    return dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl", "connection"))
+    if not dist.is_initialized() or is_out_of_memory(error):
+        return False
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return bool(_OF_A_COLLECTIVE.search(str(error)) and _OF_A_CONNECTION.search(str(error)))
