@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
-from pipeline.training.parallel.collectives import LOST_AFTER
+from pipeline.training.parallel.heartbeats import LOST_AFTER
 from tests.helpers import projects
 from tests.helpers.projects import LORA, make
 

@@ -217,10 +217,12 @@ def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlooked", [False, True])
-def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path, overlooked: bool) -> None:
+@pytest.mark.parametrize(("overlooked", "flags"), [(False, []), (True, []), (True, ["--shard"])])
+def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(
+    mini: Path, overlooked: bool, flags: list[str]
+) -> None:
     """`overlooked`: its connections stay open, so that gloo waits for what it would have sent."""
-    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
+    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000", *flags]
     log = mini / f"runs/{STAGE}/loss.csv"
     with ExitStack() as stack, subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
@@ -234,7 +236,7 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: P
     step = len(read_steps(log))
     assert running.returncode == 1
     (error,) = [line for line in said.splitlines() if line.startswith("error")]
-    by_rank_0 = f"another process of this run ended, or cannot be reached. A checkpoint after step {step} of" in error
+    by_rank_0 = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {step} of" in error
     by_launcher = "rank 1 of 2 was killed (SIGKILL). Run the same command to resume" in error  # it stopped rank 0 first
     assert by_rank_0 or by_launcher, error
     assert "Traceback" not in said
@@ -388,7 +390,7 @@ def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> No
     finally:
         second.kill()
         second.communicate()
-    lost = f"another process of this run ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
+    lost = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
     assert first.returncode == 1 and lost in said and "Traceback" not in said
 
 
