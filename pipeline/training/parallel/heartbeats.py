@@ -73,11 +73,8 @@ class Heartbeats:
 
     def name_lost(self, within: float) -> str:
         """The lost rank, once it is known; after so many seconds one that is late, or "" if there is none."""
-        if self._found.wait(within):
-            return self.lost
-        late = {rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE}
-        rank = max(late, key=lambda each: late[each], default=-1)
-        return self._names[rank] if late.get(rank, 0) >= LATE else ""
+        self._found.wait(within)
+        return self.lost or self._silent_for(LATE)
 
     def _beat(self) -> None:
         others = list(self._names)
@@ -106,13 +103,20 @@ class Heartbeats:
                 return
 
     def _lost(self) -> str:
-        for rank, missed in self._missed.items():
-            if self._counts.get(rank) != DONE and missed > LOST_AFTER:
-                return self._names[rank]
+        if silent := self._silent_for(LOST_AFTER):
+            return silent
         for rank, missed in self._missed.items():
             if self._counts.get(rank) == FAILED and missed >= LATE:  # what it says itself arrives before
                 return self._names[rank]
-        return f"the machine at {os.environ['MASTER_ADDR']}" if self._unanswered > LOST_AFTER else ""  # it has the store
+        return ""
+
+    def _silent_for(self, beats: int) -> str:
+        """The rank that has left out most heartbeats, if more than so many; else the store's machine, or ""."""
+        missed = {rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE}
+        rank = max(missed, key=lambda each: missed[each], default=-1)
+        if missed.get(rank, 0) > beats:
+            return self._names[rank]
+        return f"the machine at {os.environ['MASTER_ADDR']}" if self._unanswered > beats else ""
 
 
 def runs(process: psutil.Process) -> bool:
