@@ -175,6 +175,11 @@ def is_lost(error: Exception) -> bool:
         return False
     if _heartbeats is not None and _heartbeats.lost:  # what NCCL left when it was aborted can raise anything
         return True
+    return tells_of_a_connection(error)
+
+
+def tells_of_a_connection(error: Exception) -> bool:
+    """Whether it is an error of gloo, NCCL or the run's store about another rank."""
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     return bool(_OF_A_COLLECTIVE.search(str(error)) and _OF_A_CONNECTION.search(str(error)))

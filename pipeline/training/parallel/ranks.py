@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import Interrupted, UserError, first_line
+from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.device import best_device
 from pipeline.project.process import world
 from pipeline.project.runner import Event, Facts, Job, Note, Work, run
@@ -31,6 +31,7 @@ from pipeline.training.parallel.collectives import (
     is_main_process,
     limit_waiting,
     raise_on_all_ranks,
+    tells_of_a_connection,
 )
 from pipeline.training.parallel.heartbeats import Heartbeats
 
@@ -137,12 +138,14 @@ def process_group(stage: str) -> Iterator[None]:
             "--devices, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from None
     except RuntimeError as error:
+        if is_out_of_memory(error) or ("NCCL" in str(error) and not tells_of_a_connection(error)):
+            raise
         raise UserError(
             f"the {rank.world_size} processes of this run do not reach each other ({first_line(error)}). Start all of "
             "them at the same time. Between machines, name the network's interface in GLOO_SOCKET_IFNAME."
         ) from None
     limit_waiting(PATIENCE)
-    opened = {inode: file for inode, file in _open_files().items() if inode not in before}
+    opened = {identity: file for identity, file in _open_files().items() if identity not in before}
     heartbeats = _begin_heartbeats(partial(_end_waits, stage, opened))
     done = False
     try:
@@ -173,15 +176,15 @@ def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
     return heartbeats
 
 
-def _end_waits(stage: str, opened: Mapping[int, int]) -> None:
-    """Let fail what waits in this process for a lost rank: NCCL's kernels, and what gloo reads from `opened` files.
+def _end_waits(stage: str, opened: Mapping[tuple[int, int], int]) -> None:
+    """Let fail what waits in this process for a lost rank: NCCL's kernels, and gloo on the connections that it opened.
 
     If NCCL cannot be aborted, the host would wait for its device for ever: this process reports that and ends.
     """
     aborted = _abort_within(ABORT_WITHIN)
-    for inode, file in opened.items():
-        with suppress(OSError):  # closed, a file, or a socket that listens
-            if os.fstat(file).st_ino == inode:
+    for identity, file in opened.items():
+        with suppress(OSError):  # closed meanwhile, a file, or a socket that listens
+            if _identity(file) == identity:
                 _close(file)
     if not aborted:
         if world().reports_errors:
@@ -201,23 +204,31 @@ def _abort_within(seconds: float) -> bool:
 def abort_device_collectives() -> None:
     """End what NCCL's kernels wait for; their results are then not to be used."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        with suppress(RuntimeError):  # gloo's alone
-            group._get_backend(torch.device("cuda")).abort()
+        with suppress(RuntimeError):  # the group has none
+            backend: Any = group._get_backend(torch.device("cuda"))
+            if type(backend).__name__ == "ProcessGroupNCCL":
+                backend.abort()
 
 
-def _open_files() -> dict[int, int]:
-    """Inode → number of this process's open files: a number alone is used again."""
+def _open_files() -> dict[tuple[int, int], int]:
+    """Identity → number of this process's open files: a number alone is used again."""
     files = {}
     for path in Path("/dev/fd").iterdir():
         with suppress(OSError):
-            files[os.fstat(int(path.name)).st_ino] = int(path.name)
+            files[_identity(int(path.name))] = int(path.name)
     return files
+
+
+def _identity(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_dev, status.st_ino
 
 
 def _close(file: int) -> None:
     connection = socket.socket(fileno=file)
     try:
-        connection.getpeername()
-        connection.shutdown(socket.SHUT_RDWR)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.getpeername()
+            connection.shutdown(socket.SHUT_RDWR)
     finally:
         connection.detach()  # it is gloo's own to close

@@ -1,10 +1,14 @@
 """Which errors of a collective mean a lost rank, which a lack of memory, and which a mistake that must be seen."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import is_out_of_memory
+from pipeline.errors import UserError, is_out_of_memory
+from pipeline.training.parallel import collectives, ranks
 from pipeline.training.parallel.collectives import is_lost
 from tests.helpers.fake_ranks import fake_rank
 
@@ -82,3 +86,42 @@ def test_memory_that_ran_out_inside_a_library_is_no_lost_rank(error: RuntimeErro
 def test_a_mistake_is_neither(error: Exception) -> None:
     with fake_rank(0, 2):
         assert not is_lost(error) and not is_out_of_memory(error)
+
+
+def test_a_sum_of_the_device_is_not_used_if_a_rank_was_lost_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's kernel is then aborted, and the tensor holds anything: no step is taken with it."""
+    heartbeats: Any = SimpleNamespace(lost="")
+    found = iter(["", "rank 1 of 2"])
+    stream = SimpleNamespace(synchronize=lambda: setattr(heartbeats, "lost", next(found)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(collectives, "_heartbeats", heartbeats)
+    on_device: Any = SimpleNamespace(device=torch.device("cuda"))
+    with fake_rank(0, 2):
+        collectives.all_reduce(on_device)
+        with pytest.raises(dist.DistNetworkError, match="rank 1 of 2"):
+            collectives.all_reduce(on_device)
+        assert is_lost(RuntimeError("a kernel that reads what was aborted")), "and what follows of it is no mistake"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (of_nccl("invalid usage", "ncclInvalidUsage: …", "Duplicate GPU detected : rank 0 and rank 1"), None),
+        (of_nccl("unhandled cuda error", UNHANDLED, "Failed to CUDA calloc 8388608 bytes"), None),
+        (of_nccl("internal error", INTERNAL, "Net : Connection closed by remote peer"), "do not reach each other"),
+        (dist.DistNetworkError("The client socket has timed out after 60000ms"), "do not reach each other"),
+        (RuntimeError("makeDeviceForInterface(): unsupported gloo device"), "GLOO_SOCKET_IFNAME"),
+    ],
+)
+def test_processes_that_do_not_meet_are_told_from_a_library_that_fails(
+    error: RuntimeError, shown: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # restored afterwards
+    with pytest.raises(UserError if shown else type(error), match=shown) as raised, ranks.process_group("train"):
+        pass
+    assert shown or raised.value is error
