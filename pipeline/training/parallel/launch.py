@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -115,19 +114,16 @@ class _Meeting:
         from torch.distributed import DistNetworkError
 
         address, own = _addresses(endpoint)
-        self._nodes, self._limit = nodes, time.monotonic() + MEET
-        self._problem = (
-            f"the {nodes} machines did not meet at {endpoint} within {MEET} s. Run the same command on each; "
-            "--rdzv-endpoint is the address of one of them, and a port that is free there."
-        )
+        self._endpoint, self._nodes, self._limit = endpoint, nodes, time.monotonic() + MEET
         is_host = own == address if node_rank is None else node_rank == 0
-        rank = None
-        while rank is None:
-            with suppress(DistNetworkError):  # nobody is there yet, or the host has left
+        while True:
+            try:
                 self._store = _open_store(endpoint, is_host)  # the host's serves the run: it is kept
-                rank = self._join(node_rank)
-            is_host = False  # another process of this machine has the port
-            self._wait()
+                rank = self._join(0 if is_host else node_rank)
+                break
+            except DistNetworkError:  # the port is taken, nobody is there yet, or the host has left
+                self._wait()
+            is_host = node_rank == 0  # else another process of this machine has the port
         self.settings = {
             "run_id": "lora",
             "rdzv_backend": "static",
@@ -138,7 +134,7 @@ class _Meeting:
 
     def _join(self, node_rank: int | None) -> int:
         """This machine's number, once all are there."""
-        rank = self._store.add("arrived", 1) - 1 if node_rank is None else node_rank
+        rank = self._store.add("arrived", 1) if node_rank is None else node_rank
         if self._store.add(f"machine {rank}", 1) > 1 or rank >= self._nodes:
             raise UserError(
                 f"machine {rank} of {self._nodes} is there already. Give each its own --node-rank, from 0 to "
@@ -154,7 +150,10 @@ class _Meeting:
 
     def _wait(self) -> None:
         if time.monotonic() > self._limit:
-            raise UserError(self._problem)
+            raise UserError(
+                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run the same command on "
+                "each; --rdzv-endpoint is the address of one of them, and a port that is free there."
+            )
         time.sleep(POLL)
 
 
