@@ -112,6 +112,10 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             str | None,
             Option("--rdzv-endpoint", metavar="HOST:PORT", help="With --nnodes: one of the machines, and a free port."),
         ] = None,
+        node_rank: Annotated[
+            int | None,
+            Option("--node-rank", min=0, help="With --nnodes: this machine's number, 0 at --rdzv-endpoint."),
+        ] = None,
         shard: Annotated[
             bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
         ] = None,
@@ -134,6 +138,8 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
         if (nodes > 1) != (endpoint is not None):
             raise UserError("--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both.")
+        if node_rank is not None and not node_rank < nodes > 1:
+            raise UserError(f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. Correct it.")
         if devices * nodes > 1 and world().world_size == 1:
             from pipeline.training.parallel.launch import launch
 
@@ -143,7 +149,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
             given += ["--apply"] * apply
-            raise Exit(launch(devices, ["finetune", stage.method, *given], nodes, endpoint or ""))
+            raise Exit(launch(devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank))
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
 
     return command

@@ -48,7 +48,13 @@ class Interrupted(Exception):
         self.signal_number, self.resumes = signal_number, resumes
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # messages of CUDA, MPS and CPU
+_OUT_OF_MEMORY = (  # messages of CUDA, MPS and CPU, of CUDA's libraries, and of NCCL, which gives no reason
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

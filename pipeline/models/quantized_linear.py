@@ -44,8 +44,11 @@ class QuantizedLinear(LowBitLinear):
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        tensors = dict(self.named_buffers()) | dict(self.named_parameters())  # parameters where they are sharded
-        return dequantize_weight(tensors, self.kind, (self.out_features, self.in_features), dtype)
+        return dequantize_weight(self._stored(), self.kind, (self.out_features, self.in_features), dtype)
+
+    def _stored(self) -> dict[str, Tensor]:
+        """W as `quantize_weight` returned it: buffers, or parameters where they are sharded."""
+        return dict(self.named_buffers()) | dict(self.named_parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and self.kind != "int8" and _bitsandbytes() is not None:
@@ -57,7 +60,7 @@ class QuantizedLinear(LowBitLinear):
         """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its backward, like ours, keeps
         only the codes and dequantizes them again."""
         library: Any = import_module("bitsandbytes")
-        functional, tensors = library.functional, dict(self.named_buffers())
+        functional, tensors = library.functional, self._stored()
         scales, offset, scales_of_scales = tensors["scales"], None, None
         if self.kind == DOUBLE:
             # without `code` it would copy its table to the device in every product

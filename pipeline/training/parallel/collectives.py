@@ -1,42 +1,40 @@
 """What the ranks of a run exchange. In a single process the collectives return their input unchanged.
 
 CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others; so does
-a machine that is gone, or the connection to it, after LOST_AFTER seconds.
+a machine that is gone, or the connection to it, which `heartbeats.py` finds.
 """
 
-import ctypes
-import socket
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
-    import psutil
+    from pipeline.training.parallel.heartbeats import Heartbeats
 
 Item = TypeVar("Item")
 
-# Seconds without an answer from another machine. TCP repeats a packet after 0.2 s, 0.4 s …, so that a connection which
-# was cut for half a minute is tried again 51 s after the cut: less than that would end a run that could go on.
-LOST_AFTER = 90
-KEEPALIVE = {  # names differ by system, and macOS has no TCP_USER_TIMEOUT
-    "TCP_KEEPIDLE": LOST_AFTER // 3,
-    "TCP_KEEPALIVE": LOST_AFTER // 3,
-    "TCP_KEEPINTVL": LOST_AFTER // 9,
-    "TCP_KEEPCNT": 6,
-    "TCP_USER_TIMEOUT": 1000 * LOST_AFTER,  # of packets that were sent and not answered
-}
 SLOWEST_STEP = timedelta(minutes=30)  # torch's own limit for gloo: a process that lives and does not answer
-LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether the other processes still run
+LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether a rank is lost
+NAMED_WITHIN = 5  # seconds: gloo notices an end at once, but not whose it is
 
-_neighbours: "list[psutil.Process]" = []  # the other ranks that this one can see
+# How gloo and NCCL tell of a connection; of a mistake they say none of it. NCCL's own names of errors do not tell: it
+# passes on a closed connection as an internal error, too.
+_OF_A_COLLECTIVE = re.compile("gloo|nccl|pair closure|collective operation", re.IGNORECASE)
+_OF_A_CONNECTION = re.compile(
+    "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to host|unreachable|ncclRemoteError"
+    "|communicator was aborted|completion from peer",
+    re.IGNORECASE,
+)
+
+_heartbeats: "Heartbeats | None" = None  # of this run
 
 
 class CollectiveError(UserError):
@@ -48,10 +46,11 @@ class ProcessLost(CollectiveError):
 
     @classmethod
     def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
+        lost = _heartbeats.name_lost(NAMED_WITHIN) if _heartbeats else ""
         if not is_main_process():
             checkpoint_note = "Checkpoints are with rank 0. "
         return cls(
-            f"{stage}: another process of this run ended, or cannot be reached. {checkpoint_note}"
+            f"{stage}: {lost or 'another process of this run'} ended, or cannot be reached. {checkpoint_note}"
             "Run the same command to resume."
         )
 
@@ -88,19 +87,28 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceO
     """Sum a tensor over all ranks, in place. Raises RuntimeError if a rank is gone."""
     if not dist.is_initialized():
         return
-    if tensor.device.type != "cpu":  # only enqueued
-        dist.all_reduce(tensor, operation)
-        return
-    # On a busy machine gloo overlooks about one of a thousand ends of another rank. It would wait for SLOWEST_STEP,
-    # deaf to signals, and torchrun would end this process before it has written a checkpoint.
-    work, lost = dist.all_reduce(tensor, operation, async_op=True), False
-    while not _ends(work, LOOK):
-        if lost:
-            # a thread of gloo goes on waiting, and the group's destructor would wait for that thread
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-            raise RuntimeError("gloo did not notice that another rank has ended")
-        lost = not all(map(_runs, _neighbours))  # what it has sent may still arrive
-    work.wait()  # raises what failed
+    if tensor.device.type != "cpu":
+        dist.all_reduce(tensor, operation)  # only queued
+        torch.cuda.current_stream(tensor.device).synchronize()  # costs little: the gradient's norm is read next
+    else:
+        # On a busy machine gloo overlooks about one of a thousand ends of another rank. It would wait for SLOWEST_STEP,
+        # deaf to signals, and torchrun would end this process before it has written a checkpoint.
+        work = dist.all_reduce(tensor, operation, async_op=True)
+        while not _ends(work, LOOK):
+            _raise_if_lost()
+        work.wait()  # raises what failed
+    _raise_if_lost()  # NCCL was aborted then: this sum, or what was read before it, is not to be used
+
+
+def follow(heartbeats: "Heartbeats | None") -> None:
+    """From here on, a rank that they find lost fails the collectives."""
+    global _heartbeats
+    _heartbeats = heartbeats
+
+
+def _raise_if_lost() -> None:
+    if _heartbeats is not None and _heartbeats.lost:
+        raise dist.DistNetworkError(f"{_heartbeats.lost} is lost")
 
 
 def _ends(work: dist.Work, within: timedelta) -> bool:
@@ -155,49 +163,6 @@ def raise_on_all_ranks(problem: str = "") -> None:
         raise CollectiveError(message)
 
 
-def notice_lost_machines() -> None:
-    """Have the kernel end this process's connections LOST_AFTER seconds after the other machine's last answer.
-
-    A connection that was cut looks like one on which nobody sends: gloo would wait for its timeout, which has to allow
-    for slow steps. The kernel of a machine answers however busy its processes are. gloo has no option for it.
-    """
-    for path in Path("/dev/fd").iterdir():
-        try:
-            connection = socket.socket(fileno=int(path.name))
-        except OSError:  # a file
-            continue
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in KEEPALIVE.items():
-                if option := getattr(socket, name, None):
-                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.detach()  # it stays open
-
-
-def meet_neighbours() -> None:
-    """Look which other ranks this process can see: not those on other machines or in other containers."""
-    import psutil  # 20 ms that a run in one process does not pay
-
-    own = psutil.Process()
-    started: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(started, (own.pid, own.create_time()))
-    _neighbours.clear()
-    for pid, time in started:
-        with suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if process != own and process.create_time() == time:
-                _neighbours.append(process)
-
-
-def _runs(process: "psutil.Process") -> bool:
-    """Not if it has ended and its parent has not asked for its exit code yet."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 def limit_waiting(longest: timedelta) -> None:
     """From here on, a collective that waits longer fails."""
     if dist.is_initialized():
@@ -206,4 +171,15 @@ def limit_waiting(longest: timedelta) -> None:
 
 def is_lost(error: Exception) -> bool:
     """Whether a collective failed because another rank, or the connection to it, is gone."""
-    return dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl", "connection"))
+    if not dist.is_initialized() or is_out_of_memory(error):
+        return False
+    if _heartbeats is not None and _heartbeats.lost:  # what NCCL left when it was aborted can raise anything
+        return True
+    return tells_of_a_connection(error)
+
+
+def tells_of_a_connection(error: Exception) -> bool:
+    """Whether it is an error of gloo, NCCL or the run's store about another rank."""
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return bool(_OF_A_COLLECTIVE.search(str(error)) and _OF_A_CONNECTION.search(str(error)))

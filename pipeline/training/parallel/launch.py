@@ -7,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import UserError
@@ -17,6 +17,7 @@ LAUNCHER = "LORA_LAUNCHER"  # environment variable of the workers: the launcher'
 POLL = 0.5  # seconds between checks of the parent process
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as in torchrun's agent
 MEET = 300  # seconds in which all machines have to start
+ALONE = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # torchrun's settings for one machine
 
 
 def end_with_launcher() -> None:
@@ -45,18 +46,19 @@ def end_with_launcher() -> None:
     threading.Thread(target=stop_after_launcher, name="launcher", daemon=True).start()
 
 
-def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str = "") -> int:
+def launch(
+    devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str = "", node_rank: int | None = None
+) -> int:
     """Run `lora` with these arguments in `devices` processes, on each of `nodes` machines; returns the exit code.
 
-    `endpoint`: host and port of one of the machines, at which all of them meet. Raises UserError if there are fewer
-    devices, if the machines do not meet, or if the run failed without an error message from this machine.
+    `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's number, by its
+    address and arrival if None. Raises UserError if there are fewer devices, if the machines do not meet, or if the run
+    failed without an error message from this machine.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch, which reads it as it is imported
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipeline.models.device import best_device, cores
@@ -66,35 +68,23 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
     if devices > (gpus or cores()):
         limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
-    between_machines = _between_machines(endpoint) if endpoint else {}
+    meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
     os.environ[LAUNCHER] = str(os.getpid())
-    # No machine joins a run later, so once the agents have met they need not talk: where a connection is cut, an agent
-    # would wait for an answer, or end its workers before they have written a checkpoint and said why.
-    for method, answer in {"num_nodes_waiting": 0, "_keep_alive": None, "shutdown": True}.items():
-        setattr(DynamicRendezvousHandler, method, lambda _, answer=answer: answer)
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=devices,
-        run_id="lora" if endpoint else str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint=endpoint or "localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=",".join(["SIGTERM", "SIGINT", "SIGQUIT", *["SIGHUP"] * hangs_up()]),
-        **between_machines,
+        **(meeting.settings if meeting else ALONE),
     )
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "cli.main", *arguments)
     except SignalException as stop:
         return 128 + int(stop.sigval)
-    except RendezvousError:
-        raise UserError(
-            f"the {nodes} machines did not meet at {endpoint} within {MEET} s. Run the same command on each; "
-            "--rdzv-endpoint is the address of one of them, and a port that is free there."
-        ) from None
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         first = [failure.exitcode for failure in error.failures.values() if failure.local_rank == 0]
@@ -112,8 +102,74 @@ def launch(devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str
     return 0
 
 
-def _between_machines(endpoint: str) -> dict[str, Any]:
-    """torchrun's settings that it would guess from the machine's name, which often belongs to no network interface."""
+class _Meeting:
+    """The machines of a run, met at its endpoint; `settings` are then those of torchrun.
+
+    They meet here because torchrun's own waits are deaf to Ctrl-C. None can join a run later, so the rendezvous is
+    torchrun's static one, which asks for the others no more: where a connection is cut, it does not end the workers
+    before they have written a checkpoint. Raises UserError.
+    """
+
+    def __init__(self, endpoint: str, nodes: int, node_rank: int | None) -> None:
+        from torch.distributed import DistNetworkError
+
+        address, own = _addresses(endpoint)
+        self._endpoint, self._nodes, self._limit = endpoint, nodes, time.monotonic() + MEET
+        is_host = own == address if node_rank is None else node_rank == 0
+        while True:
+            try:
+                self._store = _open_store(endpoint, is_host)  # the host's serves the run: it is kept
+                rank = self._join(0 if is_host else node_rank)
+                break
+            except DistNetworkError:  # the port is taken, nobody is there yet, or the host has left
+                self._wait()
+            is_host = node_rank == 0  # else another process of this machine has the port
+        self.settings = {
+            "run_id": "lora",
+            "rdzv_backend": "static",
+            "rdzv_endpoint": endpoint,
+            "rdzv_configs": {"rank": rank, "timeout": MEET},
+            "local_addr": own,
+        }
+
+    def _join(self, node_rank: int | None) -> int:
+        """This machine's number, once all are there."""
+        rank = self._store.add("arrived", 1) if node_rank is None else node_rank
+        if self._store.add(f"machine {rank}", 1) > 1 or rank >= self._nodes:
+            raise UserError(
+                f"machine {rank} of {self._nodes} is there already. Give each its own --node-rank, from 0 to "
+                f"{self._nodes - 1}, or stop the command on all of them and start it again."
+            )
+        try:
+            while not self._store.check([f"machine {each}" for each in range(self._nodes)]):
+                self._wait()
+        except (KeyboardInterrupt, UserError):
+            self._store.delete_key(f"machine {rank}")  # it may be started again
+            raise
+        return rank
+
+    def _wait(self) -> None:
+        if time.monotonic() > self._limit:
+            raise UserError(
+                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run the same command on "
+                "each; --rdzv-endpoint is the address of one of them, and a port that is free there."
+            )
+        time.sleep(POLL)
+
+
+def _open_store(endpoint: str, is_host: bool) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, _, port = endpoint.rpartition(":")
+    patience = timedelta(seconds=2)
+    return TCPStore(host, int(port), None, is_host, patience, wait_for_workers=False, multi_tenant=True)
+
+
+def _addresses(endpoint: str) -> tuple[str, str]:
+    """The endpoint's address and this machine's on the way there, whose interface gloo is told.
+
+    torchrun would guess it from the machine's name, which often belongs to no interface. Raises UserError.
+    """
     import psutil
 
     host, _, port = endpoint.rpartition(":")
@@ -131,7 +187,4 @@ def _between_machines(endpoint: str) -> dict[str, Any]:
     for name, addresses in psutil.net_if_addrs().items():
         if own in (one.address for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    return {
-        "local_addr": own,
-        "rdzv_configs": {"is_host": own == address[0], "join_timeout": MEET, "read_timeout": MEET},
-    }
+    return str(address[0]), own

@@ -1,15 +1,23 @@
 """A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes the artifact."""
 
+import ctypes
+import os
 import shutil
 import signal
-from collections.abc import Generator, Iterator
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.device import best_device
 from pipeline.project.process import world
 from pipeline.project.runner import Event, Facts, Job, Note, Work, run
@@ -18,15 +26,17 @@ from pipeline.training.parallel.collectives import (
     CollectiveError,
     ProcessLost,
     broadcast_object,
+    follow,
     is_lost,
     is_main_process,
     limit_waiting,
-    meet_neighbours,
-    notice_lost_machines,
     raise_on_all_ranks,
+    tells_of_a_connection,
 )
+from pipeline.training.parallel.heartbeats import Heartbeats
 
 MEET = timedelta(minutes=10)  # for the processes to start; without an answer they would wait for each other
+ABORT_WITHIN = 10  # seconds
 PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock, or its machine may read a base slowly
 
 
@@ -34,7 +44,7 @@ def run_distributed(
     project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int | None = None
 ) -> Generator[Event, None, Facts]:
     """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
-    with _process_group():
+    with process_group(stage.name):
         try:
             if is_main_process():
                 return (yield from _lead(project, stage, work, force, checkpoint_every))
@@ -44,9 +54,13 @@ def run_distributed(
         except (RuntimeError, ProcessLost) as error:
             if isinstance(error, RuntimeError) and not is_lost(error):
                 raise
-            if world().reports_errors:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank has to report the error
-            raise (ProcessLost.during(stage.name) if isinstance(error, RuntimeError) else error) from None
+            raise (_lost(stage) if isinstance(error, RuntimeError) else error) from None
+
+
+def _lost(stage: Stage) -> ProcessLost:
+    if world().reports_errors:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank has to report the error
+    return ProcessLost.during(stage.name)
 
 
 def _lead(
@@ -96,11 +110,12 @@ def _report_errors(work: Work, job: Job) -> Generator[Event, None, Facts]:
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise ProcessLost.during(job.stage.name) from None
+        raise _lost(job.stage) from None
 
 
 @contextmanager
-def _process_group() -> Iterator[None]:
+def process_group(stage: str) -> Iterator[None]:
+    """The group of this run's processes. Raises UserError if they do not meet."""
     rank = world()
     on_gpus = best_device().type == "cuda"
     if on_gpus:
@@ -112,6 +127,9 @@ def _process_group() -> Iterator[None]:
     # both on a GPU: numbers and messages travel as CPU tensors
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     device = torch.device("cuda", rank.local_rank) if on_gpus else None  # NCCL connects here at once
+    # torch would end this process a minute after NCCL's error: no checkpoint would be written, and no message
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    before = _open_files()
     try:
         dist.init_process_group(backend, timeout=MEET, device_id=device)
     except ValueError as error:
@@ -120,14 +138,97 @@ def _process_group() -> Iterator[None]:
             "--devices, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from None
     except RuntimeError as error:
+        if is_out_of_memory(error) or ("NCCL" in str(error) and not tells_of_a_connection(error)):
+            raise
         raise UserError(
             f"the {rank.world_size} processes of this run do not reach each other ({first_line(error)}). Start all of "
             "them at the same time. Between machines, name the network's interface in GLOO_SOCKET_IFNAME."
         ) from None
     limit_waiting(PATIENCE)
-    notice_lost_machines()
-    meet_neighbours()
+    opened = {identity: file for identity, file in _open_files().items() if identity not in before}
+    heartbeats = _begin_heartbeats(partial(_end_waits, stage, opened))
+    done = False
     try:
         yield
+        done = True
+    except Interrupted:  # by all ranks after the same step
+        done = True
+        raise
     finally:
-        dist.destroy_process_group()
+        heartbeats.stop(done)
+        if done:
+            dist.destroy_process_group()
+        else:
+            # It would wait for ranks that are gone, as the group's destructor would: this process ends without them.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+            _abort_within(ABORT_WITHIN)
+
+
+def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
+    store: Any = dist.distributed_c10d._get_default_store()
+    own = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())  # who waits on the other holds its connection
+    heartbeats = Heartbeats(own, dist.get_rank(), on_loss)
+    heartbeats.announce()
+    identities: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(identities, heartbeats.identity)
+    heartbeats.start(identities)
+    follow(heartbeats)
+    return heartbeats
+
+
+def _end_waits(stage: str, opened: Mapping[tuple[int, int], int]) -> None:
+    """Let fail what waits in this process for a lost rank: NCCL's kernels, and gloo on the connections that it opened.
+
+    If NCCL cannot be aborted, the host would wait for its device for ever: this process reports that and ends.
+    """
+    aborted = _abort_within(ABORT_WITHIN)
+    for identity, file in opened.items():
+        with suppress(OSError):  # closed meanwhile, a file, or a socket that listens
+            if _identity(file) == identity:
+                _close(file)
+    if not aborted:
+        if world().reports_errors:
+            sys.stderr.write(f"error: {ProcessLost.during(stage)}\n")
+            sys.stderr.flush()
+        os._exit(1)
+
+
+def _abort_within(seconds: float) -> bool:
+    """Whether NCCL's collectives were aborted in that time."""
+    aborting = threading.Thread(target=abort_device_collectives, daemon=True)
+    aborting.start()
+    aborting.join(seconds)
+    return not aborting.is_alive()
+
+
+def abort_device_collectives() -> None:
+    """End what NCCL's kernels wait for; their results are then not to be used."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with suppress(RuntimeError):  # the group has none
+            backend: Any = group._get_backend(torch.device("cuda"))
+            if type(backend).__name__ == "ProcessGroupNCCL":
+                backend.abort()
+
+
+def _open_files() -> dict[tuple[int, int], int]:
+    """Identity → number of this process's open files: a number alone is used again."""
+    files = {}
+    for path in Path("/dev/fd").iterdir():
+        with suppress(OSError):
+            files[_identity(int(path.name))] = int(path.name)
+    return files
+
+
+def _identity(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_dev, status.st_ino
+
+
+def _close(file: int) -> None:
+    connection = socket.socket(fileno=file)
+    try:
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.getpeername()
+            connection.shutdown(socket.SHUT_RDWR)
+    finally:
+        connection.detach()  # it is gloo's own to close

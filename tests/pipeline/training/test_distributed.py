@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -130,7 +131,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
         (3, ["--shard"], {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"}),
-        (2, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
+        (4, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
     ],
     ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle", "sharded, quantized"],
 )
@@ -217,10 +218,12 @@ def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlooked", [False, True])
-def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path, overlooked: bool) -> None:
+@pytest.mark.parametrize(("overlooked", "flags"), [(False, []), (True, []), (True, ["--shard"])])
+def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(
+    mini: Path, overlooked: bool, flags: list[str]
+) -> None:
     """`overlooked`: its connections stay open, so that gloo waits for what it would have sent."""
-    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
+    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000", *flags]
     log = mini / f"runs/{STAGE}/loss.csv"
     with ExitStack() as stack, subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
@@ -234,7 +237,7 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: P
     step = len(read_steps(log))
     assert running.returncode == 1
     (error,) = [line for line in said.splitlines() if line.startswith("error")]
-    by_rank_0 = f"another process of this run ended, or cannot be reached. A checkpoint after step {step} of" in error
+    by_rank_0 = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {step} of" in error
     by_launcher = "rank 1 of 2 was killed (SIGKILL). Run the same command to resume" in error  # it stopped rank 0 first
     assert by_rank_0 or by_launcher, error
     assert "Traceback" not in said
@@ -388,7 +391,7 @@ def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> No
     finally:
         second.kill()
         second.communicate()
-    lost = f"another process of this run ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
+    lost = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
     assert first.returncode == 1 and lost in said and "Traceback" not in said
 
 
@@ -398,6 +401,8 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
         (["--rdzv-endpoint", "127.0.0.1:29400"], "--nnodes and --rdzv-endpoint go together"),
         (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1"], "--rdzv-endpoint must be HOST:PORT of a machine"),
         (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"], "--rdzv-endpoint must be HOST:PORT of a machine"),
+        (["--node-rank", "0"], "--node-rank must be less than --nnodes, which is 1"),
+        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"], "--node-rank must be less than"),
     ):
         code, _, err = cli("finetune", "lora", *flags, cwd=mini)
         assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
@@ -470,3 +475,69 @@ def test_only_several_processes_share_a_base_and_only_training_is_shared(project
     assert err == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
     merged = ended(started(project, [[LORA, "merge"]] * 2))
     assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbered", [True, False], ids=["--node-rank", "by arrival"])
+def test_machines_that_meet_train_together(mini: Path, tmp_path: Path, numbered: bool) -> None:
+    """Both are this one: the first has the port, the second joins it."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    roots = [mini, shutil.copytree(mini, tmp_path / "other")]
+    running = []
+    for number, root in enumerate(roots):
+        where = ["--nnodes", "2", "--rdzv-endpoint", endpoint, *["--node-rank", str(number)] * numbered]
+        command = [LORA, "finetune", "lora", *where, f"--set={STAGE}.epochs=2"]
+        running.append(subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert sum((root / FOLDER).exists() for root in roots) == 1, "that of rank 0"
+    assert "done; rank 0 writes" in "".join(said)
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_for_the_others_ends_with_ctrl_c(mini: Path) -> None:
+    where = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    for number in ("0", "1"):  # one that has the port, one that waits for it
+        with subprocess.Popen([LORA, "finetune", "lora", *where, "--node-rank", number], cwd=mini) as waiting:
+            time.sleep(8)
+            assert waiting.poll() is None
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(10) == 128 + signal.SIGINT
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_torchrun_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One machine's rendezvous is that of --standalone, several machines' is the static one, and neither is changed."""
+    import logging
+
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+    from torch.distributed.launcher import api
+
+    monkeypatch.setenv(launch.LAUNCHER, "")  # restored afterwards, with what else `launch` sets
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(logging, "disable", lambda _: None)
+    found: list[api.LaunchConfig] = []
+    both = threading.Barrier(2, timeout=60)  # the first has the store
+
+    def run(config: api.LaunchConfig) -> None:
+        found.append(config)
+        if config.max_nodes > 1:
+            both.wait()
+
+    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: run(config))
+    before = dict(vars(DynamicRendezvousHandler))
+    assert launch.launch(1, []) == 0
+    endpoint = f"127.0.0.1:{free_port()}"
+    first = threading.Thread(target=launch.launch, args=(1, [], 2, endpoint, 0))
+    first.start()
+    assert launch.launch(1, [], 2, endpoint, 1) == 0
+    first.join()
+    assert dict(vars(DynamicRendezvousHandler)) == before
+    assert [config.rdzv_backend for config in found] == ["c10d", "static", "static"]
+    assert sorted(config.rdzv_configs["rank"] for config in found[1:]) == [0, 1]

@@ -1,5 +1,6 @@
 """A rank of a sharded run reads, keeps and moves its own rows of the base, and no others."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +8,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.device import model_bytes
 from pipeline.models.load import load_base
+from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.models.save import read_rows
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import peak_memory
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
-from pipeline.training.batches import Batches
+from pipeline.training.batches import Batches, collate
 from pipeline.training.loop import TrainingTask, predicted_peak
 from pipeline.training.parallel import sharding
+from pipeline.training.step import loss_of
 from tests.helpers import families
+from tests.helpers.fake_ranks import fake_rank
 from tests.helpers.ranks import run_ranks
 from tests.helpers.real import listed, toy, windows_of, with_lora
 
 ATTENDED = ("q_proj", "v_proj")
+CPU = torch.device("cpu")
+RANKS = 8
 
 
 def new_base(folder: Path, **sizes: int) -> Path:
@@ -170,3 +178,90 @@ def test_each_of_two_ranks_needs_its_half_of_the_base_and_three_whole_blocks(tmp
     # a fifth of it: pages of the file around the rows that are compared, which the system may drop. 46 to 120 MB were
     # seen, more where other programs run. Ranks that read all of the base first grow by 1.5 times its size.
     assert max(run_ranks(2, shard_and_measure, folder)) < size * (1 / 2 + 3 / 16 + 1 / 5)
+
+
+def tuned(family: str, kind: Any) -> TransformersModel:
+    """A toy with LoRA, quantized unless `kind` is none. Most of its weights have no whole share for each of 8 ranks."""
+    sizes: dict[str, Any] = {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 100}
+    model = toy(family, **sizes)
+    if kind != "none":
+        quantize(model, kind, None, CPU)
+    return with_lora(model, names=("c_attn",) if family == "gpt2" else ("q_proj", "v_proj"))
+
+
+def gradients(model: TransformersModel) -> dict[str, Tensor]:
+    """Of the loss of two sequences, by name; and the loss."""
+    loss = loss_of(model, collate(windows_of([5, 9])))
+    torch.autograd.backward(loss)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {**found, "loss": loss.detach()}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*itertools.product(["llama", "mixtral", "gpt2"], ["none", "nf4", "nf4-dq", "int8"])]
+)
+def test_eight_ranks_have_every_row_of_the_blocks_once_and_gather_whole_weights(family: str, kind: str) -> None:
+    """Also of weights with fewer rows than ranks: a router's, and the scales of doubly quantized scales."""
+    if kind == "int8":
+        pytest.importorskip("bitsandbytes")
+    whole = tuned(family, kind)
+    stored = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    rows: dict[str, list[Tensor]] = {}
+    for rank in range(RANKS):
+        with fake_rank(rank, RANKS):
+            model = tuned(family, kind)
+            sharding.shard(model, CPU)
+            for _ in range(2):  # the second time with what the first gathered and freed
+                found = gradients(model)
+        assert found.keys() == {*[name for name, p in whole.named_parameters() if p.requires_grad], "loss"}
+        for name, p in model.named_parameters():
+            if local := getattr(p, "to_local", None):
+                rows.setdefault(name, []).append(local())
+    in_blocks = {name for name, tensor in whole.blocks.state_dict(keep_vars=True).items() if not tensor.requires_grad}
+    assert len(rows) >= len(in_blocks)
+    assert kind == "none" or any(name.endswith("scales") for name in rows)
+    if kind == "nf4-dq" or family == "mixtral":
+        assert any(not len(parts[-1]) for parts in rows.values()), "the last rank has none of some"
+    for name, parts in rows.items():
+        assert torch.equal(torch.cat(parts), stored[name]), name
+
+
+def compare_sharded(kind: str, checkpointing: Any) -> None:
+    """Losses and gradients of this rank, with bitsandbytes' product that GPUs use, are those of the whole model."""
+    QuantizedLinear.forward = QuantizedLinear.product_4bit  # type: ignore[method-assign]
+    results = []
+    for is_sharded in (False, True):
+        # whole blocks of 64 in a row: bitsandbytes' product on CPUs is wrong for others
+        model = toy("llama", hidden_size=64, intermediate_size=128)
+        quantize(model, kind, None, CPU)  # type: ignore[arg-type]
+        model = with_lora(model)
+        model.checkpoint_blocks(checkpointing)
+        model.train()
+        if is_sharded:
+            sharding.shard(model, CPU)
+        results.append([gradients(model) for _ in range(2)])
+    for whole, sharded in zip(*results, strict=True):
+        assert whole["loss"] > 0 and len(whole) > 4
+        torch.testing.assert_close(sharded, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+def test_a_sharded_base_is_multiplied_by_bitsandbytes_as_a_whole_one(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(QuantizedLinear, "forward", QuantizedLinear.forward)  # restored afterwards
+    with fake_rank(0, 1):
+        compare_sharded(kind, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_ranks_multiply_by_bitsandbytes_what_they_gather(count: int, kind: str, checkpointing: str) -> None:
+    """Its backward holds the gathered codes by reference: FSDP frees their storage and fills it again."""
+    pytest.importorskip("bitsandbytes")
+    run_ranks(count, compare_sharded, kind, checkpointing)
