@@ -12,6 +12,7 @@ from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models import device
 from pipeline.models.base import CausalLM
+from pipeline.models.kernels import runs_flash_attention
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.quantized_linear import Quantization, quantize
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
@@ -86,7 +87,13 @@ def test_a_lora_step_is_read_once_and_copies_a_batch_once(family: str, dtype: to
 def test_experts_with_lora_are_not_counted_on_the_host(name: str, dtype: torch.dtype) -> None:
     model = toy(name, dtype)
     attach(model, AdapterSpec(3, 6.0, ("q_proj",), parameters=EXPERTS))
-    refuse(step_of(model), ONE_READ)
+    seen = step_of(model)
+    if runs_flash_attention(STAND_IN):
+        refuse(seen, ONE_READ)
+        return
+    # before Ampere there is no kernel for all experts: they are counted, once a layer
+    layers, counted = 2, "models/experts/mixture.py:_expert_by_expert"
+    refuse(seen, {**ONE_READ, **dict.fromkeys((f"{counted} bincount", f"{counted} _to_copy"), layers * COPIES)})
 
 
 def full(model: CausalLM) -> None:
