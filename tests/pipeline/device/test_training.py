@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models import device
-from pipeline.models.base import CausalLM
+from pipeline.models.base import CausalLM, LowBitLinear
 from pipeline.models.kernels import runs_flash_attention
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.quantized_linear import Quantization, quantize
@@ -22,6 +23,7 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.parallel.sharding import _buffers_to_parameters
 from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, Answers, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
@@ -65,6 +67,7 @@ def step_of(model: CausalLM, settings: Training | None = None, **task: Any) -> S
 
 
 ONE_READ = {READ: 2}  # in two steps
+on_cuda = pytest.mark.skipif(STAND_IN.type == "meta", reason="it runs on CUDA: test_on_cuda.py")
 COPIES = 2 * 2  # of micro-batches, in two steps of two
 
 
@@ -161,7 +164,7 @@ def test_every_setting_trains_there(name: str) -> None:
     refuse(seen, ONE_READ)
 
 
-@pytest.mark.skipif(STAND_IN.type == "meta", reason="bitsandbytes computes on a GPU and on a CPU")
+@on_cuda
 @pytest.mark.parametrize("how", ["none", "full"])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
@@ -171,6 +174,30 @@ def test_a_quantized_base_trains_there(family: str, kind: Quantization, how: Any
     attach(model, AdapterSpec(3, 6.0, ("c_attn",) if family == "gpt2" else ALL))
     model.checkpoint_blocks(how)
     refuse(step_of(model), ONE_READ)
+
+
+@on_cuda
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
+def test_a_quantized_base_trains_where_sharding_made_parameters_of_its_codes(kind: Quantization) -> None:
+    model = toy("llama", torch.bfloat16)
+    quantize(model, kind, torch.bfloat16, STAND_IN)
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            _buffers_to_parameters(module)
+    attach(model, AdapterSpec(3, 6.0, ALL))
+    refuse(step_of(model), ONE_READ)
+
+
+@on_cuda
+def test_a_model_answers_on_the_cpu_while_the_gpu_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = tmp_path / "free"
+    monkeypatch.setenv("LORA_STUB_FREE", f"{free}")
+    monkeypatch.setenv("LORA_DEVICE", "cuda")
+    model = toy("llama", torch.bfloat16)
+    size = device.model_bytes(model)
+    for room, place in ((size - 1, "cpu"), (size, "cuda")):
+        free.write_text(f"{room}")
+        assert device.move_for_inference(model).device.type == place
 
 
 @pytest.mark.slow
