@@ -262,8 +262,9 @@ def formulas(job: Job) -> list[Row]:
     loaded = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora"))
     layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoRALinear)}
     loaded.model.requires_grad_(True)  # else no gradient reaches the first layer's x, and W₀'s share is unknown
+    batches = sentences(job, loaded)  # before the hooks: what the model supports is tried, without gradients
     probes = {name: GradientProbe(layer) for name, layer in layers.items()}
-    torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
+    torch.autograd.backward(mean_loss(loaded.model, batches))
     return [probe.row(name) for name, probe in probes.items()]
 
 
