@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import is_out_of_memory
@@ -62,4 +63,5 @@ def computes(
 def _farthest(rows: Tensor, expected: Tensor) -> float:
     """The largest relative distance of a row."""
     expected = expected.float()
-    return float(((rows.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    sizes = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # a row may be zero
+    return float(((rows.float() - expected).norm(dim=-1) / sizes).max())
