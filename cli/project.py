@@ -344,7 +344,7 @@ def doctor(
     from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
     from pipeline.export import llama_cpp
     from pipeline.models.device import available_memory, best_device, explain_choice
-    from pipeline.models.kernels.trial import try_kernels
+    from pipeline.models.trial import try_kernels
 
     def find_version(library: str) -> str:
         try:
