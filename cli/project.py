@@ -454,9 +454,9 @@ def _check_gpu(out: Path, as_json: bool) -> None:
     for result in () if as_json else results:
         print_line(f"\n{result.check.name}", style="bold")
         rows = [("expected", result.check.expected)]
-        for line in result.lines():
-            rows.append((line["verdict"], f"{line['what']}: {line['seen']}".removeprefix(": ")))
-            rows += [("to do", line["to do"])] * bool(line["to do"])
+        lines = result.lines()
+        rows += [(line["verdict"], f"{line['what']}: {line['seen']}".removeprefix(": ")) for line in lines]
+        rows += [("to do", remedy) for remedy in dict.fromkeys(line["to do"] for line in lines) if remedy]
         print_table(("", ""), rows)
     if not is_gpu:
         return

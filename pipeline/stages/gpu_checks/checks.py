@@ -3,7 +3,9 @@
 It yields what was seen, line by line: what a check that is cut short has seen by then is in the report.
 """
 
+import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ from pipeline.models.trial import try_kernels
 from pipeline.project import process
 from pipeline.project.logs.findings import held
 from pipeline.project.logs.run_log import Step, in_units, read_steps
-from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun
+from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, Peak
 from pipeline.training.loop import prepare_model
 from pipeline.training.parallel.launch import GRACE
 
@@ -393,16 +395,20 @@ def memory(device: torch.device) -> Iterator[Seen]:
     fits = available_memory(device) >= NEEDED
     base = LARGE if fits else replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
     for what, case in (("LoRA", base), ("QLoRA", replace(base, quantization="nf4-dq"))):
-        run = LoraRun(case, device)
-        run.step()
-        peak = run.peak()
-        size = sum(p.numel() for p in run.model.parameters()) / 1e9
+        peak = _peak(case, device)
         text = f"{in_units(peak.measured)} measured, {in_units(peak.predicted)} predicted ({peak.error:+.1%})"
-        yield Seen(f"{what}, {case.name}, {size:.2f}B", text + peak.beside, abs(peak.error) <= EXACT)
-        del run
+        blocks = case.config["num_hidden_layers"]
+        yield Seen(f"{what}, {case.name}, {blocks} blocks", text + peak.beside, abs(peak.error) <= EXACT)
+
+
+def _peak(case: Case, device: torch.device) -> Peak:
+    run = LoraRun(case, device)
+    run.step()
+    return run.peak()
 
 
 FAST = Case("qwen3-0.6b", entry("qwen3-0.6b")["config"])
+WIDE_CARD = 40 * 2**30  # bytes that the logits of 16 padded sequences take, and more
 OTHERS = {  # library → what it needs, and how to install it
     "trl": (("trl", "peft", "datasets"), "pip install trl peft datasets"),
     "unsloth": (("unsloth", "trl"), "pip install unsloth"),
@@ -416,12 +422,14 @@ OTHERS = {  # library → what it needs, and how to install it
     limit=210,
 )
 def speed(device: torch.device) -> Iterator[Seen]:
-    run = LoraRun(FAST, device)
+    case = FAST if available_memory(device) >= WIDE_CARD else replace(FAST, batch=4)
+    run = LoraRun(case, device)
     run.epoch()  # kernels are compiled
     tokens = run.tokens
     ours = tokens / run.seconds_of_epoch()
-    yield Seen(f"here, {FAST.name}", f"{ours:,.0f}")
+    yield Seen(f"here, {case.name}, {case.batch} sequences a step", f"{ours:,.0f}")
     del run
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the others are other processes
     for library, (needed, install) in OTHERS.items():
@@ -430,9 +438,9 @@ def speed(device: torch.device) -> Iterator[Seen]:
             yield Seen(library, f"{' and '.join(lacks)} not installed", None, f"`{install}`")
             continue
         try:
-            how, seconds = _other(library, FAST, device)
-        except Exception as error:  # of another's program: the next one may run
-            yield failed(library, error)
+            how, seconds = _other(library, case, device)
+        except Exception as error:  # of another's program
+            yield failed(library, error)._replace(as_expected=None)
             continue
         theirs = tokens / seconds
         yield Seen(f"{library}, {how}", f"{theirs:,.0f}: {ours / theirs:.2f} × as many here", ours >= theirs)
@@ -441,7 +449,7 @@ def speed(device: torch.device) -> Iterator[Seen]:
 def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
     """How another library trains an epoch of the case, and in how many seconds."""
     given = {
-        "device": str(device),
+        "device": device.type,
         "config": dict(case.config),
         "examples": case.examples(),
         "batch": case.batch,
@@ -453,8 +461,16 @@ def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
         file = Path(folder) / "case.json"
         file.write_text(json.dumps(given), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "pipeline.stages.gpu_checks.others", library, str(file)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        # transformers' trainer takes all the cards that it sees; nothing is looked up or sent
+        variables = {**os.environ, "CUDA_VISIBLE_DEVICES": _card(device), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(" ".join(done.stderr.splitlines()[-1:]))
     how, seconds = json.loads(done.stdout.splitlines()[-1])
     return how, seconds
+
+
+def _card(device: torch.device) -> str:
+    """The name of a card among those that this process may see."""
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)

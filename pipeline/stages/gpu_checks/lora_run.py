@@ -1,5 +1,6 @@
 """A LoRA training on random weights, by this project's model and loop: what checks and benchmarks on a GPU measure."""
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class LoraRun:
         """Of an epoch, after a first step, which makes the optimizer's state; predicted of its largest step."""
         meter = memory_meter(self.device)
         predicted = predicted_peak(self.task, self.task.batches.largest_step(range(self.case.steps)))
+        gc.collect()  # a GPU's meter counts what an earlier run has left, too
         meter.watch(self.tensors())
         with meter:
             self.epoch()

@@ -75,7 +75,9 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            end_tree(running.pid)
+            if running.poll() is None:
+                end_tree(running.pid)
+                running.wait()
     seen = [Seen(*json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
     if code is None:
         seen.append(Seen("", f"failed: not done after {check.limit} s", False))
