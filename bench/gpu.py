@@ -7,10 +7,8 @@ weights, plus attention's scores (Kaplan et al. 2020, §2; `pipeline/calc/time.p
 """
 
 import gc
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
@@ -18,56 +16,23 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.measure import Row
-from bench.real_sides import ARGUMENTS, Example, InOrder, encoded, pad_batch, seconds_of
-from pipeline.adapters.attach import adapter_layers, attach
-from pipeline.adapters.config import AdapterSpec
+from bench.real_sides import ARGUMENTS, pad_batch, seconds_of
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.calc.time import flops_per_token
-from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.generate import generate
-from pipeline.models.quantized_linear import quantize
-from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import in_units
-from pipeline.project.params.sections import AdapterTraining
-from pipeline.stages.methods.lora import FinetuneLora, Lora
-from pipeline.training.loop import TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
-from pipeline.training.memory.prediction import memory_meter
+from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, synchronize
+from pipeline.stages.methods.lora import Lora
 
-RANK, LEARNING_RATE, ROUNDS = 16, 1e-4, 3
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model's config and how it trains: `steps` steps of `batch` examples with a median of `length` tokens."""
-
-    name: str
-    config: Mapping[str, Any]
-    quantized: bool = False
-    checkpointing: bool = False
-    compiled: bool = False
-    steps: int = 6
-    batch: int = 16
-    length: int = 400
-    new_tokens: int = 128
-
-    def examples(self) -> list[Example]:
-        generator = torch.Generator().manual_seed(0)
-        drawn = []
-        for _ in range(self.steps * self.batch):
-            size = torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator).item()
-            length = min(4 * self.length, max(8, int(size)))
-            ids = torch.randint(5, self.config["vocab_size"], (length,), generator=generator).tolist()
-            prompt = int(0.6 * length)
-            drawn.append((ids, [-100] * prompt + ids[prompt:]))
-        return drawn
+ROUNDS = 3
+NEW_TOKENS = 128
 
 
 def gpu() -> Iterator[Row]:
@@ -77,12 +42,12 @@ def gpu() -> Iterator[Row]:
         return
     device, small, large = torch.device("cuda"), entry("qwen3-0.6b")["config"], entry("qwen3-8b")["config"]
     memory = torch.cuda.mem_get_info()[1] / 2**30
-    cases = [Case("Qwen3-0.6B, LoRA", small), Case("Qwen3-0.6B, QLoRA", small, quantized=True)]
+    cases = [Case("Qwen3-0.6B, LoRA", small), Case("Qwen3-0.6B, QLoRA", small, quantization="nf4-dq")]
     cases += [Case("Qwen3-0.6B, LoRA, compiled", small, compiled=True)]
     if memory > 45:
         cases.append(Case("Qwen3-8B, LoRA", large, checkpointing=True))
     if memory > 20:
-        cases.append(Case("Qwen3-8B, QLoRA", large, quantized=True, checkpointing=True))
+        cases.append(Case("Qwen3-8B, QLoRA", large, quantization="nf4-dq", checkpointing=True))
     for case in cases:
         yield from measure(case, device, known_gpu(torch.cuda.get_device_name(), memory))
 
@@ -106,17 +71,13 @@ def measure(case: Case, device: torch.device, card: Gpu | None) -> Iterator[Row]
     if case.compiled:
         what = f"{case.name}: first step, with what is compiled"
         yield Row(what, first, f"later ones, {median(warm) * 1e3:.0f} ms", None, "", True)
-    meter, predicted = memory_meter(device), ours.predicted()
-    meter.watch(ours.tensors())
-    with meter:
-        ours.epoch()
-    error = meter.peak / predicted - 1 if predicted else math.inf
-    what = f"{case.name}: peak of an epoch, {in_units(meter.peak)}{meter.beside}"
-    yield Row(what, 0, f"predicted, {in_units(predicted)}", 1 + error, "within 5%", abs(error) <= 0.05)
+    peak = ours.peak()
+    what = f"{case.name}: peak of an epoch, {in_units(peak.measured)}{peak.beside}"
+    yield Row(what, 0, f"predicted, {in_units(peak.predicted)}", 1 + peak.error, "within 5%", abs(peak.error) <= 0.05)
 
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     theirs = Theirs(case, device)
-    turns = [(theirs.epoch(), timed(ours.epoch, device)) for _ in range(ROUNDS + 1)][1:]
+    turns = [(theirs.epoch(), ours.seconds_of_epoch()) for _ in range(ROUNDS + 1)][1:]
     other, mine = (median(times) for times in zip(*turns, strict=True))
     speed, share = ours.tokens / mine, ours.utilization(mine, card)
     what = f"{case.name}: epoch, {speed:,.0f} tokens/s, {share}"
@@ -126,15 +87,15 @@ def measure(case: Case, device: torch.device, card: Gpu | None) -> Iterator[Row]
         torch.cuda.reset_peak_memory_stats(device)
         theirs.epoch()
         other_peak = torch.cuda.max_memory_allocated(device) - held
-        ratio, reference = meter.peak / other_peak, f"PEFT + Trainer, {in_units(other_peak)}"
+        ratio, reference = peak.measured / other_peak, f"PEFT + Trainer, {in_units(other_peak)}"
         yield Row(f"{case.name}: the same peak", 0, reference, ratio, "at most 1 ×", ratio <= 1)
     swap = median(timed(ours.swap, device) for _ in range(5))
     yield Row(f"{case.name}: another adapter's weights from the host", swap, "", None, "", True)
     if not case.compiled:
         pairs = [(timed(theirs.generate, device), timed(ours.generate, device)) for _ in range(ROUNDS)]
         other, mine = (median(times) for times in zip(*pairs, strict=True))
-        what = f"{case.name}: {case.new_tokens} new tokens, {case.new_tokens / mine:,.0f} a second"
-        reference = f"model.generate, {case.new_tokens / other:,.0f} a second"
+        what = f"{case.name}: {NEW_TOKENS} new tokens, {NEW_TOKENS / mine:,.0f} a second"
+        reference = f"model.generate, {NEW_TOKENS / other:,.0f} a second"
         yield Row(what, mine, reference, other / mine, "at least 1 ×", other >= mine)
     del ours, theirs
     gc.collect()
@@ -151,61 +112,14 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Ours:
-    """This project's model, adapter and loop, as in `lora finetune lora`."""
+class Ours(LoraRun):
+    """What is measured beside training."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, examples = case, case.examples()
-        with torch.device(device):
-            self.model: TransformersModel = from_config(case.config, torch.bfloat16)
-        if case.quantized:
-            quantize(self.model, "nf4-dq", None, device)
-        attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.float32)
-        windows = InMemoryDataset([as_window(encoded(example)) for example in examples], [""] * len(examples))
-        settings: AdapterTraining = FinetuneLora(
-            epochs=10**6,
-            batch_size=case.batch,
-            window=0,
-            learning_rate=LEARNING_RATE,
-            max_grad_norm=1.0,
-            precision="bf16",
-            gradient_checkpointing="full" if case.checkpointing else "none",
-            quantization="nf4-dq" if case.quantized else "none",
-        )
-        self.task = TrainingTask.of_one(
-            self.model, InOrder(windows, case.batch, 0), settings, Lora(RANK, 2.0 * RANK, TARGETS)
-        )
-        prepare_model(self.model, settings.gradient_checkpointing, case.compiled)
-        self.optimizer = build_optimizer(self.model, settings)
-        self.steps = steps(self.task, self.optimizer)
-        self.tokens = sum(len(ids) - 1 for ids, _ in examples)
-        self.labels = sum(sum(label != -100 for label in labels[1:]) for _, labels in examples)
-        self.model.train()
+        super().__init__(case, device)
         self.other = [torch.zeros_like(p, device="cpu") for p in self.adapter()]
         if device.type == "cuda":
             self.other = [tensor.pin_memory() for tensor in self.other]
-
-    def adapter(self) -> list[nn.Parameter]:
-        return [p for _, layer in adapter_layers(self.model) for p in layer.adapter_parameters().values()]
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors()]
-
-    def step(self) -> None:
-        next(self.steps)
-
-    def epoch(self) -> None:
-        for _ in range(self.case.steps):
-            self.step()
-
-    def predicted(self) -> int:
-        """Of the largest step of an epoch."""
-        return predicted_peak(self.task, self.task.batches.largest_step(range(self.case.steps)))
 
     def utilization(self, seconds: float, card: Gpu | None) -> str:
         if card is None or card.tflops is None:
@@ -223,7 +137,7 @@ class Ours:
 
     def generate(self) -> None:
         self.model.eval()
-        list(generate(self.model, list(range(5, 17)), (), self.case.new_tokens))
+        list(generate(self.model, list(range(5, 17)), (), NEW_TOKENS))
         self.model.train()
 
 
@@ -238,7 +152,7 @@ class Theirs:
         with torch.device(device):
             config = AutoConfig.for_model(**case.config)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        if case.quantized:
+        if case.quantization != "none":
             _quantize_by_bitsandbytes(model, device)
         lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
         self.model = get_peft_model(model, lora)
@@ -266,7 +180,7 @@ class Theirs:
 
     def generate(self) -> None:
         prompt = torch.arange(5, 17, device=self.device)[None]
-        options = {"max_new_tokens": self.case.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         self.model.eval().generate(input_ids=prompt, **options)
         self.model.train()
 

@@ -36,6 +36,7 @@ app.add_typer(settings, name="params")
 MOST = 3  # commands that are named one by one
 MUCH = 500_000_000  # bytes of a cache that are worth a hint
 SOURCE = 42  # the column of a value's source, where the value leaves room
+GPU_REPORT = Path("lora-gpu-report.md")  # of `lora doctor --gpu`
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 
 
@@ -329,10 +330,18 @@ def _cache_of(params: Path) -> "Cache":
 
 @app.command()
 def doctor(
+    gpu: Annotated[bool, Option("--gpu", help="Check what only a GPU can show, in at most 15 minutes.")] = False,
+    out: Annotated[
+        Path | None,
+        Option(metavar="FILE", help=f"The report of --gpu, without names of user and host; default: {GPU_REPORT}."),
+    ] = None,
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
     """Show versions, devices, memory, missing libraries."""
+    if gpu or out:
+        _check_gpu(out or GPU_REPORT, as_json)
+        return
     import os
     import platform
     import shutil
@@ -418,6 +427,45 @@ def doctor(
         print_line(f"\nFor NF4 on this GPU: {install_command('qlora')}")
     if any(missing.values()):
         print_line(f"\nInstall an extra: {install_command('EXTRA')}")
+
+
+def _check_gpu(out: Path, as_json: bool) -> None:
+    """Run the checks on the GPU and write the report; without one, print what they are. Raises UserError."""
+    from cli.console import print_json, print_line, print_note, print_table
+    from pipeline.errors import UserError
+    from pipeline.models.device import best_device, explain_choice
+    from pipeline.stages.gpu_checks import report
+    from pipeline.stages.gpu_checks.checks import CHECKS
+
+    device = best_device()
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        report.write(out, device, [])  # a place that takes no file is an error now, not in a quarter of an hour
+    else:
+        print_note(f"{explain_choice()}. On a CUDA GPU this would be checked; nothing was run or written.")
+    results = []
+    running = report.run(device) if is_gpu else (report.Result(check, []) for check in CHECKS.values())
+    for number, check in enumerate(CHECKS.values(), 1):
+        if is_gpu:
+            print_note(f"{number} of {len(CHECKS)}: {check.name}, at most {check.limit} s")
+        results.append(next(running))
+        if is_gpu:  # what was seen so far is there if this is interrupted
+            report.write(out, device, results)
+    if as_json:
+        print_json(report.document(device, results))
+    for result in () if as_json else results:
+        print_line(f"\n{result.check.name}", style="bold")
+        rows = [("expected", result.check.expected)]
+        lines = result.lines()
+        rows += [(line["verdict"], f"{line['what']}: {line['seen']}".removeprefix(": ")) for line in lines]
+        rows += [("to do", remedy) for remedy in dict.fromkeys(line["to do"] for line in lines) if remedy]
+        print_table(("", ""), rows)
+    if not is_gpu:
+        return
+    failures = [result.check.name for result in results if not result.as_expected]
+    if failures:
+        raise UserError(f"not as expected: {', '.join(failures)}. Attach {out} to an issue.")
+    print_note(f"all as expected; the report is {out}")
 
 
 def count_lines(metrics: Mapping[str, Any], name: str, where: str) -> list[str]:

@@ -101,4 +101,5 @@ def computes(
 def _farthest(rows: Any, expected: Any) -> float:
     """The largest relative distance of a row."""
     expected = expected.float()
-    return float(((rows.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    sizes = expected.norm(dim=-1).clamp_min(2**-126)  # a row may be zero
+    return float(((rows.float() - expected).norm(dim=-1) / sizes).max())

@@ -73,6 +73,13 @@ def test_a_model_of_few_positions_is_tried_within_them(family: str) -> None:
     assert toy(family, max_position_embeddings=8, sliding_window=4).eval().supports_packing
 
 
+def test_a_token_whose_embedding_is_zero_has_hidden_states_of_zero() -> None:
+    model = toy("llama", torch.bfloat16).eval()
+    with torch.no_grad():
+        model.embeddings.weight[1] = 0  # as torch begins with that of a pad token, and the sequences that are tried
+    assert model.supports_packing and model.supports_prefix
+
+
 def test_what_a_model_raises_alone_is_not_taken_for_an_answer() -> None:
     model = toy("llama").eval()
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.gpu import Case, known_gpu, measure
+from bench.gpu import known_gpu, measure
 from pipeline.calc.fit import gpus
 from pipeline.models.generate import generate
+from pipeline.stages.gpu_checks.lora_run import Case
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -24,14 +25,15 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
-TOY = Case("toy", CONFIG, steps=2, batch=3, length=12, new_tokens=4)
+TOY = Case("toy", CONFIG, steps=2, batch=3, length=12)
 
 
-@pytest.mark.parametrize("case", [TOY, replace(TOY, quantized=True, checkpointing=True)], ids=["lora", "qlora"])
+@pytest.mark.parametrize("case", [TOY, replace(TOY, quantization="nf4-dq", checkpointing=True)], ids=["lora", "qlora"])
 @pytest.mark.sampled(2)
 @pytest.mark.slow
 def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "NEW_TOKENS", 4)
     rows = list(measure(case, torch.device("cpu"), gpus()["h100"]))
     assert len(rows) == 4 and all(row.cells() for row in rows)
     peak, epoch, *_ = rows
@@ -65,7 +67,7 @@ def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(monkeypatch: 
 
     monkeypatch.setattr(gpu, "generate", counted)
     ours.generate()
-    assert len(made) == TOY.new_tokens
+    assert len(made) == gpu.NEW_TOKENS
 
 
 def test_the_benchmark_says_that_there_is_no_gpu(

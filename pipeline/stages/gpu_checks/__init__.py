@@ -1,0 +1,1 @@
+"""`lora doctor --gpu`: what only a GPU can show, each check in a process of its own."""

@@ -1,0 +1,476 @@
+"""What `lora doctor --gpu` checks. A check is one function here: its name, what is expected, what to do if not.
+
+It yields what was seen, line by line: what a check that is cut short has seen by then is in the report.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from platform import python_version
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import psutil
+import torch
+
+from pipeline.calc.sources.open_model import entry
+from pipeline.errors import first_line, install_command, is_out_of_memory, missing_libraries
+from pipeline.models import quantized_linear
+from pipeline.models.device import available_memory, cores, device_info
+from pipeline.models.transformers_model import from_config
+from pipeline.models.trial import try_kernels
+from pipeline.project import process
+from pipeline.project.logs.run_log import Step, in_units, read_steps
+from pipeline.project.probes import held
+from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, Peak
+from pipeline.training.loop import prepare_model
+from pipeline.training.parallel.launch import GRACE
+
+CHECKS: "dict[str, Check]" = {}
+
+
+class Seen(NamedTuple):
+    """A line of a check: what was looked at, and what was seen. `as_expected` None: it could not be tried here.
+
+    `remedy`: what to do, if not the check's own.
+    """
+
+    what: str
+    text: str
+    as_expected: bool | None = True
+    remedy: str = ""
+
+
+Run = Callable[[torch.device], Iterator[Seen]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`limit`: seconds after which it is cut short."""
+
+    name: str
+    expected: str
+    remedy: str
+    limit: int
+    run: Run
+
+
+def check(name: str, *, expected: str, remedy: str, limit: int) -> Callable[[Run], Run]:
+    def register(run: Run) -> Run:
+        CHECKS[name] = Check(name, expected, remedy, limit, run)
+        return run
+
+    return register
+
+
+def failed(what: str, error: Exception) -> Seen:
+    """The line of what raised."""
+    if is_out_of_memory(error):
+        remedy = "End what else uses the card (`nvidia-smi` lists it), or take a larger one, and run this again."
+        return Seen(what, f"failed: out of memory ({first_line(error)})", False, remedy)
+    place = _place(traceback.extract_tb(error.__traceback__))
+    return Seen(what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False)
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost of the frames outside torch and this file."""
+    skipped = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
+    frame = next((each for each in reversed(frames) if not each.filename.startswith(skipped)), frames[-1])
+    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}, {frame.name}"
+
+
+LLAMA: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "initializer_range": 0.1,  # so that the loss depends on the weights: with the usual 0.02 it is that of a guess
+}
+SMALL = Case("llama", LLAMA, steps=4, batch=8, length=200)
+REPORT = "Attach the report to an issue."
+LIBRARIES = ("transformers", "triton", "bitsandbytes", "liger-kernel", "flash-attn", "peft", "trl", "unsloth")
+
+
+@check(
+    "versions and card",
+    expected="the card is free, and every kernel works",
+    remedy="End other programs on the card; a kernel that does not work is only slower.",
+    limit=60,
+)
+def versions(device: torch.device) -> Iterator[Seen]:
+    info = device_info(device)
+    count = torch.cuda.device_count()
+    yield Seen("card", f"{info['name']}{f', {count} of them' if count > 1 else ''}")
+    if device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        yield Seen("driver", f"{_driver()}, {torch.version.hip or torch.version.cuda}, capability {capability}")
+    free, total = available_memory(device), info["memory_total"]
+    yield Seen("memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total)
+    names = ("lora-workbench", "torch", *LIBRARIES)
+    yield Seen("versions", ", ".join([f"python {python_version()}", *(f"{name} {version_of(name)}" for name in names)]))
+    findings = try_kernels(device)
+    for each in findings:
+        yield Seen(each.tried, f"{each.said}: {each.slower}", False)
+    if not findings:
+        yield Seen("kernels", "all that were tried work")
+
+
+def version_of(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return f"{pynvml.nvmlSystemGetDriverVersion()}"
+    except pynvml.NVMLError:  # of AMD, or in a container
+        return "not known"
+
+
+WAIT, READ = "synchronizing CUDA operation", "read_numbers"
+
+
+@check(
+    "a step without waits",
+    expected="the host waits once a step: when it reads the numbers for the log",
+    remedy=f"Each wait leaves the card idle. {REPORT}",
+    limit=60,
+)
+def waits(device: torch.device) -> Iterator[Seen]:
+    run = LoraRun(SMALL, device)
+    run.step()  # here kernels are compiled and tried
+    places, steps = _waits(run.epoch), SMALL.steps
+    reads = places.pop(READ, 0)
+    expected = reads == steps
+    yield Seen(READ, f"{reads} waits in {steps} steps" if reads else "no wait was noticed, not even this", expected)
+    for place, count in places.items():
+        yield Seen(place, f"{count} waits in {steps} steps", False)
+
+
+def _waits(run: Callable[[], object]) -> Counter[str]:
+    """Place → how often the host waited there. torch warns of each: as an error, only the first would be seen."""
+    places = Counter[str]()
+
+    def note(message: object, *_: object, **__: object) -> None:
+        if WAIT in str(message):
+            stack = traceback.extract_stack()
+            places[READ if any(frame.name == READ for frame in stack) else _place(stack)] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return places
+
+
+@check(
+    "the same seed twice",
+    expected="two trainings give the same bits",
+    remedy=f"Runs on this card do not repeat exactly. {REPORT}",
+    limit=60,
+)
+def repeats(device: torch.device) -> Iterator[Seen]:
+    for what, embeddings in (("LoRA", False), ("LoRA and embeddings", True)):
+        case = replace(SMALL, trains_embeddings=embeddings)
+        first, second = LoraRun(case, device), LoraRun(case, device)
+        yield _first_difference(what, first, second)
+
+
+def _first_difference(what: str, first: LoraRun, second: LoraRun) -> Seen:
+    steps = 2 * first.case.steps
+    for number in range(1, steps + 1):
+        first.step()
+        second.step()
+        pairs = zip(first.trained().items(), second.trained().values(), strict=True)
+        different = [name for (name, one), other in pairs if not torch.equal(one, other)]
+        if different:
+            more = len(first.trained()) - len(different)
+            return Seen(what, f"step {number}: {different[0]} differs first; {more} tensors are the same", False)
+    return Seen(what, f"the same bits in {steps} steps")
+
+
+WIDE = {
+    **{"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "sliding_window": 256},
+}
+PACKED: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@check(
+    "packing",
+    expected="sequences packed end to end give what each gives alone",
+    remedy=f"Such a model trains one sequence at a time, and slower. {REPORT}",
+    limit=90,
+)
+def packing(device: torch.device) -> Iterator[Seen]:
+    for family, settings in PACKED.items():
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = from_config({**WIDE, "model_type": family, **settings}, torch.bfloat16).eval()
+        with held() as findings:  # of kernels, too
+            prepare_model(model, "none")
+            packs = model.supports_packing
+        why = "; ".join(map(str, findings))
+        yield Seen(family, "yes" if packs else f"no: {why}", packs)
+
+
+CLOSE = 0.01  # relative difference of losses and gradient norms
+
+
+@check(
+    "QLoRA",
+    expected=f"losses and gradients with bitsandbytes are those of nf4.py, in 8 bits those of bf16, to {CLOSE:.0%}",
+    remedy=f"Train with quantization: none until this is known. {REPORT}",
+    limit=90,
+)
+def quantized(device: torch.device) -> Iterator[Seen]:
+    lacks = Seen("", "bitsandbytes is not installed", None, f"`{install_command('qlora')}`")
+    missing = missing_libraries("quantization: int8")
+    for kind in ("nf4", "nf4-dq"):
+        case = replace(SMALL, quantization=kind)
+        with patch.object(quantized_linear, "_bitsandbytes", lambda: None):
+            ours = _steps(case, device)
+        if missing:
+            yield lacks._replace(what=kind, text=f"{lacks.text}; by nf4.py the losses are {_losses(ours)}")
+        else:
+            yield _compared(kind, _steps(case, device), ours)
+    if missing:
+        yield lacks._replace(what="int8")
+    else:
+        yield _compared("int8", _steps(replace(SMALL, quantization="int8"), device), _steps(SMALL, device))
+
+
+def _steps(case: Case, device: torch.device) -> list[Step]:
+    run = LoraRun(case, device)
+    return [run.step() for _ in range(case.steps)]
+
+
+def _losses(steps: Sequence[Step]) -> str:
+    return ", ".join(f"{step.loss:.4f}" for step in steps)
+
+
+def _compared(what: str, steps: Sequence[Step], expected: Sequence[Step]) -> Seen:
+    pairs = [*zip(steps, expected, strict=True)]
+    loss = max(abs(a.loss / b.loss - 1) for a, b in pairs)
+    norm = max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs)
+    text = f"losses {_losses(steps)}, apart by {loss:.2%}; gradient norms by {norm:.2%}"
+    return Seen(what, text, loss <= CLOSE and norm <= CLOSE)
+
+
+@check(
+    "several ranks",
+    expected=f"two ranks take the steps of one, to {CLOSE:.0%}, with --shard too; if one is killed, the run ends "
+    f"within {GRACE} s with one message",
+    remedy=f"Train on one card until this is known. {REPORT}",
+    limit=240,
+)
+def ranks(device: torch.device) -> Iterator[Seen]:
+    if (torch.cuda.device_count() if device.type == "cuda" else cores()) < 2:
+        yield Seen("", "one card: nothing to compare", None, "Run this where two cards are.")
+        return
+    with TemporaryDirectory() as name:
+        project = _Project(Path(name), device)
+        project.lora("import")
+        for what, flags in (("LoRA", ()), ("QLoRA, sharded", ("--shard", "--set=finetune_lora.quantization=nf4-dq"))):
+            alone = project.trained(*(flag for flag in flags if flag != "--shard"))
+            yield _compared(what, project.trained("--devices", "2", *flags), alone)
+        yield project.killed()
+
+
+class _Project:
+    """A small model, texts of different lengths and params.yaml, for the command line itself."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        self.folder, self.log = folder, folder / "runs/finetune_lora/loss.csv"
+        self.environment = {**process.environment(), process.VARIABLE: device.type}
+        base = folder / "base"
+        words = {f"w{n}": n for n in range(64)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        base.mkdir()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w2").save_pretrained(base)
+        shape = {"vocab_size": len(words), "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+        from_config({**SMALL.config, **shape, "eos_token_id": 1}, torch.bfloat16).save(base)
+        texts = [" ".join(f"w{n * k % 60 + 3}" for k in range(4 + n * 7 % 50)) for n in range(1, 33)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "texts.jsonl").write_text(lines, encoding="utf-8")
+        settings = {"data": "texts.jsonl", "epochs": 1, "batch_size": 4, "precision": "bf16"}
+        params = json.dumps({"base": "base", "finetune_lora": settings})
+        (folder / "params.yaml").write_text(params, encoding="utf-8")
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-P", "-m", "cli.main", *arguments]
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, text=True, **pipes)
+
+    def lora(self, *arguments: str) -> None:
+        running = self.start(*arguments)
+        _, said = running.communicate()
+        if running.returncode:
+            raise RuntimeError(f"lora {' '.join(arguments)}: {' '.join(said.splitlines()[-1:])}")
+
+    def trained(self, *flags: str) -> list[Step]:
+        self.lora("finetune", "lora", "--force", *flags)
+        return read_steps(self.log)
+
+    def killed(self) -> Seen:
+        """Rank 1 is killed in the middle of a run."""
+        self.log.unlink()
+        running = self.start("finetune", "lora", "--force", "--devices", "2", "--set=finetune_lora.epochs=100000")
+        while not self.log.exists() or len(read_steps(self.log)) < 3:
+            if running.poll() is not None:
+                raise RuntimeError(" ".join(running.communicate()[1].splitlines()[-1:]))
+            time.sleep(0.05)
+        children = psutil.Process(running.pid).children(recursive=True)
+        second = next(child for child in children if child.environ().get("RANK") == "1")
+        second.kill()
+        started = time.perf_counter()
+        try:
+            _, said = running.communicate(timeout=2 * GRACE)
+        except subprocess.TimeoutExpired:
+            end_tree(running.pid)
+            return Seen("a killed rank", f"the run has not ended after {2 * GRACE} s", False)
+        seconds = time.perf_counter() - started
+        errors = [line for line in said.splitlines() if line.startswith("error")]
+        text = f"the run ended after {seconds:.1f} s, and said: {' '.join(errors) or 'nothing'}"
+        return Seen("a killed rank", text, running.returncode == 1 and len(errors) == 1 and seconds <= GRACE)
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for each in (*parent.children(recursive=True), parent):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+LARGE = Case("llama-3.2-1b", entry("llama-3.2-1b")["config"], steps=3, batch=8)
+NEEDED = 12 * 2**30  # bytes of the card that it takes in whole
+EXACT = 0.05  # of a prediction of memory
+
+
+@check(
+    "memory",
+    expected=f"the peak of a step is the predicted one, to {EXACT:.0%}",
+    remedy=f"`lora calc` is off by so much for this card. {REPORT}",
+    limit=90,
+)
+def memory(device: torch.device) -> Iterator[Seen]:
+    fits = available_memory(device) >= NEEDED
+    base = LARGE if fits else replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
+    for what, case in (("LoRA", base), ("QLoRA", replace(base, quantization="nf4-dq"))):
+        peak = _peak(case, device)
+        text = f"{in_units(peak.measured)} measured, {in_units(peak.predicted)} predicted ({peak.error:+.1%})"
+        blocks = case.config["num_hidden_layers"]
+        yield Seen(f"{what}, {case.name}, {blocks} blocks", text + peak.beside, abs(peak.error) <= EXACT)
+
+
+def _peak(case: Case, device: torch.device) -> Peak:
+    run = LoraRun(case, device)
+    run.step()
+    return run.peak()
+
+
+FAST = Case("qwen3-0.6b", entry("qwen3-0.6b")["config"])
+WIDE_CARD = 40 * 2**30  # bytes that the logits of 16 padded sequences take, and more
+OTHERS = {  # library → what it needs, and how to install it
+    "trl": (("trl", "peft", "datasets"), "pip install trl peft datasets"),
+    "unsloth": (("unsloth", "trl"), "pip install unsloth"),
+}
+
+
+@check(
+    "tokens per second",
+    expected="as many as others train, counted without padding",
+    remedy=f"The other is faster on this card. {REPORT}",
+    limit=210,
+)
+def speed(device: torch.device) -> Iterator[Seen]:
+    case = FAST if available_memory(device) >= WIDE_CARD else replace(FAST, batch=4)
+    run = LoraRun(case, device)
+    run.epoch()  # kernels are compiled
+    tokens = run.tokens
+    ours = tokens / run.seconds_of_epoch()
+    yield Seen(f"here, {case.name}, {case.batch} sequences a step", f"{ours:,.0f}")
+    del run
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the others are other processes
+    for library, (needed, install) in OTHERS.items():
+        lacks = [name for name in needed if find_spec(name) is None]
+        if lacks:
+            yield Seen(library, f"{' and '.join(lacks)} not installed", None, f"`{install}`")
+            continue
+        try:
+            how, seconds = _other(library, case, device)
+        except Exception as error:  # of another's program
+            yield failed(library, error)._replace(as_expected=None)
+            continue
+        theirs = tokens / seconds
+        yield Seen(f"{library}, {how}", f"{theirs:,.0f}: {ours / theirs:.2f} × as many here", ours >= theirs)
+
+
+def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
+    """How another library trains an epoch of the case, and in how many seconds."""
+    given = {
+        "device": device.type,
+        "config": dict(case.config),
+        "examples": case.examples(),
+        "batch": case.batch,
+        "longest": case.longest,
+        "rank": RANK,
+        "targets": TARGETS,
+    }
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "case.json"
+        file.write_text(json.dumps(given), encoding="utf-8")
+        command = [sys.executable, "-P", "-m", "pipeline.stages.gpu_checks.others", library, str(file)]
+        # transformers' trainer takes all the cards that it sees; nothing is looked up or sent
+        variables = {**os.environ, "CUDA_VISIBLE_DEVICES": _card(device), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(" ".join(done.stderr.splitlines()[-1:]))
+    how, seconds = json.loads(done.stdout.splitlines()[-1])
+    return how, seconds
+
+
+def _card(device: torch.device) -> str:
+    """The name of a card among those that this process may see."""
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)

@@ -1,0 +1,136 @@
+"""Runs the checks, each in a process of its own and for a limited time, and writes what they saw for an issue.
+
+A process of its own frees the card's memory, survives an error that spoils the CUDA context, and can be ended.
+"""
+
+import getpass
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from pipeline.files.artifact import write_file
+from pipeline.project import process
+from pipeline.stages.gpu_checks.checks import CHECKS, Check, Seen, end_tree, version_of
+
+COMMAND = (sys.executable, "-P", "-m", "pipeline.stages.gpu_checks")  # of one check
+VERDICTS = {True: "ok", False: "not ok", None: "not run"}
+FENCE = "```json\n"  # what a program reads of the report begins after it
+
+
+@dataclass(frozen=True)
+class Result:
+    """The lines of a check, and how long it took."""
+
+    check: Check
+    seen: Sequence[Seen]
+    seconds: float = 0.0
+
+    @property
+    def as_expected(self) -> bool:
+        return all(each.as_expected is not False for each in self.seen)
+
+    def lines(self) -> list[dict[str, str]]:
+        """What of a line is shown; what to do is there where it is not as expected, or was not tried."""
+        return [
+            {
+                "what": each.what,
+                "verdict": VERDICTS[each.as_expected],
+                "seen": each.text,
+                "to do": each.remedy or ("" if each.as_expected is not False else self.check.remedy),
+            }
+            for each in self.seen
+        ]
+
+
+def run(device: torch.device) -> Iterator[Result]:
+    """The result of each check, once it is there."""
+    with TemporaryDirectory() as folder:
+        for check in CHECKS.values():
+            started = perf_counter()
+            seen = _run(check, device, Path(folder))
+            yield Result(check, [_anonymous(each) for each in seen], perf_counter() - started)
+
+
+def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
+    lines, errors = folder / "lines.jsonl", folder / "errors"
+    lines.write_bytes(b"")
+    variables = {**os.environ, process.VARIABLE: str(device)}
+    with errors.open("wb") as file:
+        running = subprocess.Popen([*COMMAND, check.name, lines], env=variables, stdout=file, stderr=file)
+        try:
+            code = running.wait(check.limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if running.poll() is None:
+                end_tree(running.pid)
+                running.wait()
+    seen = [Seen(*json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
+    if code is None:
+        seen.append(Seen("", f"failed: not done after {check.limit} s", False))
+    elif code:
+        *_, last = ["", *errors.read_text(encoding="utf-8", errors="replace").splitlines()]
+        ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        seen.append(Seen("", f"failed: {ended}: {last[:300]}", False))
+    return seen
+
+
+def _anonymous(seen: Seen) -> Seen:
+    """Without the names of host and user, and of each path the last name alone: the report goes into an issue."""
+    return seen._replace(what=_without_names(seen.what), text=_without_names(seen.text))
+
+
+def _without_names(text: str) -> str:
+    for path in (Path.home(), Path.cwd(), Path(sys.prefix)):
+        text = text.replace(f"{path}/", "…/")
+    text = re.sub(r"(?<![\w.…/])/(?:[^\s/:'\"]+/)+", "…/", text)
+    names = [socket.gethostname()]
+    with suppress(OSError, KeyError):  # a container's user may have none
+        names.append(getpass.getuser())
+    for name in filter(None, names):
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)
+    return text
+
+
+def document(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
+    """What a program reads."""
+    return {
+        "lora-workbench": version_of("lora-workbench"),
+        "device": str(device),
+        "checks": [
+            {
+                "name": result.check.name,
+                "expected": result.check.expected,
+                "seconds": round(result.seconds, 1),
+                "lines": result.lines(),
+            }
+            for result in results
+        ],
+    }
+
+
+def write(path: Path, device: torch.device, results: Sequence[Result]) -> None:
+    """Markdown: a table for a reader, and the same as JSON after FENCE. Raises OSError."""
+    rows = ["| check | expected | verdict | seen | to do |", "|---|---|---|---|---|"]
+    for result in results:
+        for line in result.lines():
+            name = f"{result.check.name}: {line['what']}".removesuffix(": ")
+            cells = (name, result.check.expected, line["verdict"], line["seen"], line["to do"])
+            rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    seconds = sum(result.seconds for result in results)
+    text = json.dumps(document(device, results), indent=1, ensure_ascii=False)
+    parts = ["# lora doctor --gpu", f"{seconds:.0f} s on {device}.", "\n".join(rows), f"{FENCE}{text}\n```\n"]
+    write_file(path, "\n\n".join(parts))
