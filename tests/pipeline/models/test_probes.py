@@ -76,7 +76,7 @@ def test_a_model_of_few_positions_is_tried_within_them(family: str) -> None:
 def test_a_token_whose_embedding_is_zero_has_hidden_states_of_zero() -> None:
     model = toy("llama", torch.bfloat16).eval()
     with torch.no_grad():
-        model.embeddings.get_parameter("weight")[1] = 0  # as torch begins with that of a pad token, and the sequences that are tried
+        model.embeddings.get_parameter("weight")[1] = 0  # as torch begins with that of a pad token
     assert model.supports_packing and model.supports_prefix
 
 
