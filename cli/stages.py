@@ -117,7 +117,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             Option("--node-rank", min=0, help="With --nnodes: this machine's number, 0 at --rdzv-endpoint."),
         ] = None,
         shard: Annotated[
-            bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
+            bool | None, Option(help="Shard the base over the devices; default: if a step does not fit one.")
         ] = None,
         dry_run: Annotated[
             bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")

@@ -33,8 +33,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so has what they start
-if not torch.cuda.is_available():  # torch has one accelerator
-    fake_accelerator.register()  # before any test computes: autograd counts devices at its first backward
+STANDIN = fake_accelerator.register()  # before any test computes: autograd counts devices at its first backward
 
 # The code does not change while tests run: finding it and asking git for its commit takes longer than a brief training.
 provenance.code_files = cache(provenance.code_files)

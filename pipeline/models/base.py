@@ -43,6 +43,7 @@ class CausalLM(nn.Module):
     head_name: str
     virtual: "VirtualTokens | None"  # read before every sequence
     compiles = False  # whether `torch.compile` of its blocks may pay
+    takes_packed_cache = False  # whether `cache` may be a PackedCache
     wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple  # of packed sequences, as its blocks get them
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 

@@ -184,7 +184,8 @@ def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[in
 
 
 def _reads_side_by_side(model: CausalLM) -> bool:
-    return agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
+    takes = model.takes_packed_cache and model.virtual is None
+    return takes and agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class TransformersModel(CausalLM):
     """
 
     compiles = True
+    takes_packed_cache = True
 
     def __init__(self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
         """`stored` and `generation`: config settings and the text of generation_config.json that `save` writes."""

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,7 +62,7 @@ class Job:
     checkpoint_every: int | None
     input_facts: Facts = field(default_factory=dict)
     sample: int | None = None  # read only so many examples: a step is tried, nothing is made
-    sharded: bool | None = None  # whether what is frozen is split over the devices; None: if one cannot hold it
+    sharded: bool | None = None  # whether what is frozen is split over the devices; None: if a step does not fit one
 
     def artifact(self, stage: str) -> Path:
         """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
@@ -147,12 +148,13 @@ def run(
 
 def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
     """The events, and what is found of this machine meanwhile."""
+    told = 0
     with held() as found:
-        for event in events:
-            yield event
-            yield from (Note(f"{stage.name}: {finding}") for finding in found)
-            found.clear()
-        yield from (Note(f"{stage.name}: {finding}") for finding in found)
+        for event in chain(events, [None]):
+            if event is not None:
+                yield event
+            yield from (Note(f"{stage.name}: {finding}") for finding in found[told:])
+            told = len(found)
 
 
 def _make(

@@ -121,12 +121,17 @@ class _Module(_DummyBackendModule):
 _module = _Module()
 
 
+def _cannot_have_it() -> bool:
+    return _setup_privateuseone_for_python_backend is None or torch.cuda.is_available()
+
+
 def register() -> torch.library.Library | None:
     """Make the device known, once a process and before its first backward: autograd counts devices then.
 
-    It is known for as long as what is returned is kept. None: this torch cannot have such a device.
+    It is known for as long as what is returned is kept. None: this torch cannot have such a device, or has a GPU, beside
+    which it would not pin memory.
     """
-    if _setup_privateuseone_for_python_backend is None:
+    if _cannot_have_it():
         return None
     _setup_privateuseone_for_python_backend(NAME, backend_module=_module)
     library = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
@@ -137,8 +142,8 @@ def register() -> torch.library.Library | None:
 @contextmanager
 def standin() -> Iterator[torch.device]:
     """The device, while entered; `ran` begins empty. Skips the test where torch cannot have it."""
-    if _setup_privateuseone_for_python_backend is None:
-        pytest.skip("this torch has no devices written in Python")
+    if _cannot_have_it():
+        pytest.skip("this torch has no devices written in Python, or it has a GPU")
     ran.clear()
     _module.present = True
     swaps = torch.__future__.get_swap_module_params_on_conversion()
