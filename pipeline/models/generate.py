@@ -184,13 +184,14 @@ def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[in
 
 
 def _reads_side_by_side(model: CausalLM) -> bool:
-    takes = model.takes_packed_cache and model.virtual is None
-    return takes and agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
+    return model.takes_packed_cache and agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
 
 
 @torch.no_grad()
 def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]) -> bool:
     """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for the first."""
+    if alone.virtual is not None:  # which read no cache of many sequences
+        return False
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 
     def side_by_side() -> Tensor:

@@ -128,8 +128,8 @@ def _cannot_have_it() -> bool:
 def register() -> torch.library.Library | None:
     """Make the device known, once a process and before its first backward: autograd counts devices then.
 
-    It is known for as long as what is returned is kept. None: this torch cannot have such a device, or has a GPU, beside
-    which it would not pin memory.
+    It is known for as long as what is returned is kept. None: this torch cannot have such a device; or it has a GPU,
+    for which it would then pin no memory.
     """
     if _cannot_have_it():
         return None
