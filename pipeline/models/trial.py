@@ -6,7 +6,7 @@ import torch
 
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.transformers_model import from_config
-from pipeline.project.probes import Finding, held
+from pipeline.project.probes import Finding, held, record
 
 LLAMA = {
     "model_type": "llama",
@@ -23,13 +23,20 @@ LLAMA = {
 def try_kernels(device: torch.device) -> Sequence[Finding]:
     """What was tried on `device` and did not work."""
     with held() as found:
-        model = from_config(LLAMA, torch.bfloat16).eval()
-        if uses_cpu_kernels(device):
-            model.prepare_cpu_training()
-        else:
-            from pipeline.models.kernels.accelerator import fuses_head
-
-            model.prepare_accelerator_training(device)
-            fuses_head(model.to(device))
-        _ = model.supports_packing
+        try:
+            _prepare_for_training(device)
+        except Exception as error:  # of a driver, or of a card without memory
+            record(f"a small model on {device}", error, "nothing is computed there")
     return found
+
+
+def _prepare_for_training(device: torch.device) -> None:
+    model = from_config(LLAMA, torch.bfloat16).eval()
+    if uses_cpu_kernels(device):
+        model.prepare_cpu_training()
+    else:
+        from pipeline.models.kernels.accelerator import fuses_head
+
+        model.prepare_accelerator_training(device)
+        fuses_head(model.to(device))
+    _ = model.supports_packing
