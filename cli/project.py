@@ -345,7 +345,6 @@ def doctor(
     import os
     import platform
     import shutil
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
@@ -354,12 +353,7 @@ def doctor(
     from pipeline.export import llama_cpp
     from pipeline.models.device import available_memory, best_device, explain_choice
     from pipeline.models.trial import try_kernels
-
-    def find_version(library: str) -> str:
-        try:
-            return version(library)
-        except PackageNotFoundError:
-            return "not installed"
+    from pipeline.project.provenance import version_of
 
     def gib(size: float) -> str:
         return f"{size / 2**30:.1f}"
@@ -385,9 +379,9 @@ def doctor(
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = f"{gib(available_memory(torch.device('cpu')))} of {gib(whole)} GiB available"
     facts = {
-        "lora-workbench": version("lora-workbench"),
+        "lora-workbench": version_of("lora-workbench"),
         "python": platform.python_version(),
-        **{library: find_version(library) for library in LIBRARIES},
+        **{library: version_of(library) for library in LIBRARIES},
         "llama.cpp": runner,
         "git": shutil.which("git") or "not found: manifests will have no commit",
         **devices,
@@ -403,7 +397,7 @@ def doctor(
                 "for": user,
                 "extra": needs.extra,
                 "libraries": {
-                    library: None if library in missing[user] else find_version(library) for library in needs.libraries
+                    library: None if library in missing[user] else version_of(library) for library in needs.libraries
                 },
                 "missing": missing[user],
                 "without": needs.without or "an error",

@@ -15,7 +15,7 @@ from pipeline.adapters.peft import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
-from pipeline.models.device import forget_weights, move_for_inference
+from pipeline.models.device import move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
 from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.load import load_base
@@ -83,8 +83,10 @@ def variants(project: Project, without: Collection[str] = ()) -> Iterator[Loaded
 
 
 def free(loaded: LoadedModel) -> None:
-    """Free the weights, but for the head, with which `score` compares other models."""
-    forget_weights(loaded.model.body)
+    """Free the weights, whoever still holds the model; but for the head, with which `score` compares other models."""
+    for module in loaded.model.body.modules():
+        module._parameters.clear()
+        module._buffers.clear()
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:

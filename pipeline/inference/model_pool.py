@@ -130,13 +130,12 @@ class ModelPool:
     ) -> tuple[Resident, bool]:
         """Load a model as `name`; also whether its base was loaded already. Raises UserError as engine.load."""
         folder, quantization = base.resolve(), quantization_of(adapter)
-        cached = self._bases.get((folder, quantization))
+        shared = self._bases.get((folder, quantization))
         # a base whose files changed is loaded beside the old one, which models that are still loaded keep
-        resident = cached is not None and cached.signature == signature(folder)
-        if cached is None or not resident:
-            cached = None  # its memory may be needed
-            cached = ResidentBase(base, trust_remote_code, quantization, make_room=self._park_oldest)
-        shared = cached
+        resident = shared is not None and shared.signature == signature(folder)
+        if shared is None or not resident:
+            shared = None  # its memory may be needed
+            shared = ResidentBase(base, trust_remote_code, quantization, make_room=self._park_oldest)
         self._bases[folder, quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())

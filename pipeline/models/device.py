@@ -140,13 +140,6 @@ def placed_for_inference(model: nn.Module) -> Iterator[None]:
         model.to("cpu")
 
 
-def forget_weights(model: nn.Module) -> None:
-    """Free the memory of its weights, whoever still holds the modules: they cannot compute any more."""
-    for module in model.modules():
-        module._parameters.clear()
-        module._buffers.clear()
-
-
 def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Bytes of its parameters and buffers, without those that are on `device` already."""
     return sum(t.numel() * t.element_size() for t in _tensors(model) if t.device != device)

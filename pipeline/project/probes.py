@@ -79,8 +79,8 @@ def computes(
 ) -> bool:
     """Whether `compute` gives the rows (..., D), a tensor, that `right` gives; it is recorded if not.
 
-    `again`: the same as `right` beside other rows, which shows how far rounding takes it: no fixed tolerance holds for
-    all, as products of another number of rows have other kernels, and 36 blocks in bf16 make 3% to 10% of one unit.
+    `again`: the same as `right` beside other rows, whose products may have another kernel: it shows how far rounding
+    goes, which no fixed tolerance knows: over 36 blocks in bf16, one unit in the last place becomes 3% to 10%.
     `wrong`: what a model gives that does not do what was tried.
     """
     expected = right()

@@ -133,8 +133,9 @@ def _same_rotation(original: Callable[..., Any], rotate: Callable[..., Any], dev
     actual = attempt(
         "Liger's rotary positions", PLAIN, lambda: rotate(q.clone(), k.clone(), angles.cos(), angles.sin())
     )
-    pairs = zip(actual or (), expected, strict=bool(actual))
-    return actual is not None and all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in pairs)
+    if actual is None:
+        return False
+    return all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in zip(actual, expected, strict=True))
 
 
 _fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # results of _same_loss

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
@@ -35,6 +34,7 @@ from pipeline.models.trial import try_kernels
 from pipeline.project import process
 from pipeline.project.logs.run_log import Step, in_units, read_steps
 from pipeline.project.probes import held
+from pipeline.project.provenance import version_of
 from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, Peak
 from pipeline.training.loop import prepare_model
 from pipeline.training.parallel.launch import GRACE
@@ -130,13 +130,6 @@ def versions(device: torch.device) -> Iterator[Seen]:
         yield Seen(each.tried, f"{each.said}: {each.slower}", False)
     if not findings:
         yield Seen("kernels", "all that were tried work")
-
-
-def version_of(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _driver() -> str:

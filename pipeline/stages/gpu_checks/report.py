@@ -23,7 +23,8 @@ import torch
 
 from pipeline.files.artifact import write_file
 from pipeline.project import process
-from pipeline.stages.gpu_checks.checks import CHECKS, Check, Seen, end_tree, version_of
+from pipeline.project.provenance import version_of
+from pipeline.stages.gpu_checks.checks import CHECKS, Check, Seen, end_tree
 
 COMMAND = (sys.executable, "-P", "-m", "pipeline.stages.gpu_checks")  # of one check
 VERDICTS = {True: "ok", False: "not ok", None: "not run"}

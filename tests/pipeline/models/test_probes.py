@@ -1,7 +1,7 @@
 """Probes decide by what the numbers mean: another device's rounding is none of a model's faults, a leak is."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from pipeline.inference.model_pool import ResidentBase
 from pipeline.models import generate
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project import probes
+from pipeline.project.runner import Event, Note, Progress, _with_findings
+from pipeline.workbench import open_project
 from tests.helpers.real import toy
 from tests.helpers.rounding import OtherRounding
 
@@ -112,3 +114,18 @@ def test_memory_that_ran_out_says_nothing_of_a_path() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         probes.attempt("a kernel", "slower", full)
+
+
+def test_a_run_tells_a_finding_once_and_after_what_was_said_before(project: Path) -> None:
+    stage = open_project(project / "params.yaml").stage("pretrain")
+
+    def work() -> Iterator[Event]:
+        yield Note("begun")
+        for _ in range(2):
+            probes.record("a kernel", "it is not here", "training is slower")
+            yield Progress(1, 2)
+        probes.record("another", "it is not here", "training is slower")
+
+    told = [event.text for event in _with_findings(stage, work()) if isinstance(event, Note)]
+    first, second = (f"pretrain: {tried}: it is not here; training is slower" for tried in ("a kernel", "another"))
+    assert told == ["begun", first, second]
