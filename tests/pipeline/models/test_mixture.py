@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from pipeline.models.experts import grouped_product, mixture
@@ -181,3 +183,12 @@ def test_our_kernels_compile_for_every_gpu(capability: int, dtype: str, inner: i
         )
         assert compiled.asm["cubin"] and compiled.metadata.shared < 99 * 1024
         assert ("mma" in compiled.asm["ptx"]) == (dtype == "bf16")
+
+
+def test_torchs_fallback_reads_where_the_rows_of_each_expert_end() -> None:
+    """Which is why ours exists: where it no longer does, this fails."""
+    ends = torch.tensor([3, 8], dtype=torch.int32)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        F.grouped_mm(torch.randn(8, 16), torch.randn(2, 16, 8), offs=ends)
+    reads = {event.key: event.count for event in seen.key_averages()}
+    assert reads["aten::item"] >= len(ends)
