@@ -10,7 +10,8 @@ import torch
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.load import Base, count, load_base, skeleton, stored_precision
+from pipeline.models.device import placed_for_inference
+from pipeline.models.load import DTYPES, Base, count, load_base, skeleton, stored_precision
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.init_from import Continued, save_state
@@ -103,6 +104,24 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
 def _prepare(job: Job, settings: Training, base: Base, first: int) -> Generator[Event, None, Prepared]:
     batches, evaluation = yield from prepare_data(job, settings, base, first)
     return Prepared(batches, evaluation, OneLearner(base.model))
+
+
+def attach_virtual(job: Job, settings: Any, base: Base, counted: FinetuningMethod) -> Generator[Event, None, Attached]:
+    """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's format."""
+    from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
+
+    yield from ()
+    model, dtype = base.model, DTYPES[settings.adapter_precision]
+    with placed_for_inference(model):  # it computes their first keys and values
+        attach_virtual_tokens(
+            model, job.stage.method, settings.virtual_tokens, len(base.tokenizer), settings.seed, dtype
+        )
+
+    def save(out: Path) -> Facts:
+        save_virtual(out, model, "artifacts/expanded")
+        return {}
+
+    return Attached(counted, save)
 
 
 def save_adapter_of(job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int) -> Facts:

@@ -34,7 +34,7 @@ COUNTED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique
 
 READ = "models/device.py:read_numbers _to_copy"  # of what is logged, once all of a step is queued
 QUEUED = ("models/device.py:to_device ", "training/update_rules.py:")  # the latter moments that stay on the host
-ONCE = tuple(f"models/experts/grouped_product.py:{each} " for each in ("_works", "<genexpr>"))  # kernels are tried
+ONCE = tuple(f"models/experts/grouped_product.py:{each} " for each in ("agrees", "<genexpr>"))  # kernels are tried
 # Where tensors are made on the host, and why: from there they are copied without a wait.
 HOSTED = {
     "training/batches.py": "a batch is made of lists, and is one table when it is copied",

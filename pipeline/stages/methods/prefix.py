@@ -15,12 +15,11 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
     from pipeline.calc.architecture import Architecture
     from pipeline.calc.tape import Ops, Value
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
 
 
@@ -48,6 +47,7 @@ STAGE = method(
 
 def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, None, Attached]:
     from pipeline.models.device import placed_for_inference
+    from pipeline.stages.finetune import attach_virtual
 
     attached = yield from attach_virtual(job, settings, base, Prefix(settings.virtual_tokens))
     if settings.gradient_checkpointing != "none":
@@ -59,27 +59,6 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
                 "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
             )
     return attached
-
-
-def attach_virtual(job: Job, settings: Any, base: Base, counted: FinetuningMethod) -> Generator[Event, None, Attached]:
-    """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's format."""
-    from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
-    from pipeline.models.device import placed_for_inference
-    from pipeline.models.load import DTYPES
-    from pipeline.stages.finetune import Attached
-
-    yield from ()
-    model, dtype = base.model, DTYPES[settings.adapter_precision]
-    with placed_for_inference(model):  # it computes their first keys and values
-        attach_virtual_tokens(
-            model, job.stage.method, settings.virtual_tokens, len(base.tokenizer), settings.seed, dtype
-        )
-
-    def save(out: Path) -> Facts:
-        save_virtual(out, model, "artifacts/expanded")
-        return {}
-
-    return Attached(counted, save)
 
 
 # What the calculator counts, and what it adds to a simulated step.

@@ -45,7 +45,7 @@ STAGE = method(
 
 
 def attach(job: Job, settings: FinetunePrompt, base: Base) -> Generator[Event, None, Attached]:
-    from pipeline.stages.methods.prefix import attach_virtual
+    from pipeline.stages.finetune import attach_virtual
 
     return (yield from attach_virtual(job, settings, base, Prompt(settings.virtual_tokens)))
 
