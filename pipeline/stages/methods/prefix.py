@@ -15,7 +15,6 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
-
     from pipeline.calc.architecture import Architecture
     from pipeline.calc.tape import Ops, Value
     from pipeline.models.load import Base
