@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from pipeline.errors import UserError, first_line, require
 from pipeline.files import artifact, base_model, digest_cache
@@ -26,7 +27,7 @@ from pipeline.models.load import (
     refuse_not_finite,
     refuse_quantized,
 )
-from pipeline.models.quantized_linear import require_bitsandbytes
+from pipeline.models.quantized_linear import require_bitsandbytes, rows_of_blocks
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -138,7 +139,7 @@ def _import_folder(
         require_bitsandbytes(f"{name} is quantized ({kind}), which")
         model = load_strict(folder, name, trust_remote_code, dtype="auto", device_map="cpu")
         with reported(name, trust_remote_code):
-            model = model.dequantize(dtype or model.dtype)
+            model = _dequantize(model, dtype or model.dtype)
         more["dequantized"] = kind
     if kind is None:
         refuse_integers(model, files, name)
@@ -164,6 +165,19 @@ def _import_folder(
             "tokenizer.json. Add a tokenizer.json to the folder, or choose another base."
         )
     return model, more
+
+
+def _dequantize(model: Any, dtype: torch.dtype) -> Any:
+    """A model of bitsandbytes in `dtype`."""
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)  # of 4 bits
+        if state is not None:
+            state.shape = rows_of_blocks(state.shape.numel(), state.blocksize)
+    model = model.dequantize(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.view(module.out_features, module.in_features)
+    return model
 
 
 def _bitsandbytes_kind(config: Mapping[str, Any]) -> str | None:

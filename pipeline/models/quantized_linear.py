@@ -133,12 +133,19 @@ def dequantize_weight(
         absmax, code = quantized["scales_of_scales"], nf4.on_device(functional.create_dynamic_map, scales.device)
         scales = functional.dequantize_blockwise(scales, absmax=absmax, code=code, blocksize=NF4_BLOCK_2)
         scales = scales + quantized["offset"]
-    # Dequantized in a shape in which no block crosses the end of a row: otherwise bitsandbytes 0.50 uses wrong blocks'
-    # scales on CPUs with AVX-512, as it counts I // block blocks per row.
-    rows = (count,) if count % NF4_BLOCK else (count // NF4_BLOCK, NF4_BLOCK)
-    state = functional.QuantState(scales, rows, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    state = functional.QuantState(
+        scales, rows_of_blocks(count, NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
+    )
     weight = functional.dequantize_4bit(codes, state).view(shape)
     return weight  # noqa: RET504 (the library's function has no types)
+
+
+def rows_of_blocks(count: int, block: int) -> torch.Size:
+    """The shape to dequantize `count` numbers in: no block crosses the end of a row.
+
+    Otherwise bitsandbytes 0.50 uses wrong blocks' scales on CPUs with AVX-512, as it counts I // block blocks per row.
+    """
+    return torch.Size((1, count) if count % block else (count // block, block))
 
 
 def dequantized(weight: Tensor, kind: Quantization, transposed: bool = False) -> Tensor:
