@@ -114,7 +114,7 @@ class _FlashAttention(torch.autograd.Function):
         aux = AuxRequest(lse=True)
         out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)  # lse: (H, T)
         if sinks is not None:
-            out = out * (lse - sinks.float()[:, None]).sigmoid().T[..., None].to(out.dtype)  # (T, H, K)
+            out = out * (lse - sinks.float()[:, None]).sigmoid().mT[..., None].to(out.dtype)  # (T, H, K)
         ctx.save_for_backward(q, k, v, q_starts, k_starts, out, lse, *(() if sinks is None else (sinks,)))
         ctx.longest, ctx.scale, ctx.window = longest, scale, window
         kept: Tensor = out
