@@ -168,9 +168,9 @@ def _import_folder(
 
 
 def _dequantize(model: Any, dtype: torch.dtype) -> Any:
-    """A model of bitsandbytes in `dtype`."""
+    """A model of bitsandbytes in `dtype`; weights of 4 bits are read in rows of whole blocks."""
     for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)  # of 4 bits
+        state = getattr(weight, "quant_state", None)
         if state is not None:
             state.shape = rows_of_blocks(state.shape.numel(), state.blocksize)
     model = model.dequantize(dtype)

@@ -40,6 +40,9 @@ from pipeline.training.loop import prepare_model
 from pipeline.training.parallel.launch import GRACE
 
 CHECKS: "dict[str, Check]" = {}
+REPORT = "Attach the report to an issue."
+NOT_ENDED = f"The check did not come to its end. {REPORT}"
+MAKE_ROOM = "End what else uses the card (`nvidia-smi` lists it), or take a larger one, and run this again."
 
 
 class Seen(NamedTuple):
@@ -79,10 +82,9 @@ def check(name: str, *, expected: str, remedy: str, limit: int) -> Callable[[Run
 def failed(what: str, error: Exception) -> Seen:
     """The line of what raised."""
     if is_out_of_memory(error):
-        remedy = "End what else uses the card (`nvidia-smi` lists it), or take a larger one, and run this again."
-        return Seen(what, f"failed: out of memory ({first_line(error)})", False, remedy)
+        return Seen(what, f"failed: out of memory ({first_line(error)})", False, MAKE_ROOM)
     place = _place(traceback.extract_tb(error.__traceback__))
-    return Seen(what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False)
+    return Seen(what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False, NOT_ENDED)
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:
@@ -104,14 +106,13 @@ LLAMA: Mapping[str, Any] = {
     "initializer_range": 0.1,  # so that the loss depends on the weights: with the usual 0.02 it is that of a guess
 }
 SMALL = Case("llama", LLAMA, steps=4, batch=8, length=200)
-REPORT = "Attach the report to an issue."
 LIBRARIES = ("transformers", "triton", "bitsandbytes", "liger-kernel", "flash-attn", "peft", "trl", "unsloth")
 
 
 @check(
     "versions and card",
     expected="the card is free, and every kernel works",
-    remedy="End other programs on the card; a kernel that does not work is only slower.",
+    remedy=REPORT,
     limit=60,
 )
 def versions(device: torch.device) -> Iterator[Seen]:
@@ -122,12 +123,12 @@ def versions(device: torch.device) -> Iterator[Seen]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         yield Seen("driver", f"{_driver()}, {torch.version.hip or torch.version.cuda}, capability {capability}")
     free, total = available_memory(device), info["memory_total"]
-    yield Seen("memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total)
+    yield Seen("memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total, MAKE_ROOM)
     names = ("lora-workbench", "torch", *LIBRARIES)
     yield Seen("versions", ", ".join([f"python {python_version()}", *(f"{name} {version_of(name)}" for name in names)]))
     findings = try_kernels(device)
     for each in findings:
-        yield Seen(each.tried, f"{each.said}: {each.slower}", False)
+        yield Seen(each.tried, f"{each.said}; {each.slower}", False)
     if not findings:
         yield Seen("kernels", "all that were tried work")
 

@@ -24,7 +24,7 @@ import torch
 from pipeline.files.artifact import write_file
 from pipeline.project import process
 from pipeline.project.provenance import version_of
-from pipeline.stages.gpu_checks.checks import CHECKS, Check, Seen, end_tree
+from pipeline.stages.gpu_checks.checks import CHECKS, NOT_ENDED, Check, Seen, end_tree
 
 COMMAND = (sys.executable, "-P", "-m", "pipeline.stages.gpu_checks")  # of one check
 VERDICTS = {True: "ok", False: "not ok", None: "not run"}
@@ -50,10 +50,15 @@ class Result:
                 "what": each.what,
                 "verdict": VERDICTS[each.as_expected],
                 "seen": each.text,
-                "to do": each.remedy or ("" if each.as_expected is not False else self.check.remedy),
+                "to do": self._to_do(each),
             }
             for each in self.seen
         ]
+
+    def _to_do(self, seen: Seen) -> str:
+        if seen.as_expected:
+            return ""
+        return seen.remedy or ("" if seen.as_expected is None else self.check.remedy)
 
 
 def run(device: torch.device) -> Iterator[Result]:
@@ -81,11 +86,11 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
                 running.wait()
     seen = [Seen(*json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
     if code is None:
-        seen.append(Seen("", f"failed: not done after {check.limit} s", False))
+        seen.append(Seen("", f"failed: not done after {check.limit} s", False, NOT_ENDED))
     elif code:
         *_, last = ["", *errors.read_text(encoding="utf-8", errors="replace").splitlines()]
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        seen.append(Seen("", f"failed: {ended}: {last[:300]}", False))
+        seen.append(Seen("", f"failed: {ended}: {last[:300]}", False, NOT_ENDED))
     return seen
 
 

@@ -179,7 +179,7 @@ def of(run: Callable[[], None], limit: int = 60) -> Check:
 @pytest.mark.parametrize(
     ("error", "said", "remedy"),
     [
-        (ValueError("no such kernel"), "failed: ValueError: no such kernel (", ""),
+        (ValueError("no such kernel"), "failed: ValueError: no such kernel (", "The check did not come to its end."),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "failed: out of memory (", "End what else"),
         (MemoryError(), "failed: out of memory (", "End what else"),
     ],
@@ -224,13 +224,29 @@ def test_a_check_that_hangs_or_dies_is_a_line_and_the_next_one_runs(
     started = time.perf_counter()
     hangs, dies, works = report.run(CPU)
     assert time.perf_counter() - started < 60
-    assert hangs.seen == [Seen("first", "seen"), Seen("", "failed: not done after 3 s", False)]
+    assert hangs.seen == [Seen("first", "seen"), Seen("", "failed: not done after 3 s", False, checks.NOT_ENDED)]
     sleeper = Path(f"/proc/{Path('pid').read_text()}/stat")
     assert not sleeper.exists() or ") Z" in sleeper.read_text(), "what it has started is ended too"
     ended = "failed: ended by SIGSEGV: CUDA error: an illegal memory access"
-    assert dies.seen == [Seen("first", "seen"), Seen("", ended, False)]
+    assert dies.seen == [Seen("first", "seen"), Seen("", ended, False, checks.NOT_ENDED)]
     assert works.seen == [Seen("first", "seen")] and works.as_expected
-    assert [line["to do"] for line in hangs.lines()] == ["", "mend it"]
+    assert [line["to do"] for line in hangs.lines()] == ["", checks.NOT_ENDED]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "remedy", "told"),
+    [
+        (True, "", ""),
+        (True, "its own", ""),
+        (False, "", "mend it"),
+        (False, "its own", "its own"),
+        (None, "", ""),
+        (None, "its own", "its own"),
+    ],
+)
+def test_what_to_do_is_told_where_something_is_to_be_done(verdict: bool | None, remedy: str, told: str) -> None:
+    result = report.Result(of(lambda: None), [Seen("", "seen", verdict, remedy)])
+    assert [line["to do"] for line in result.lines()] == [told]
 
 
 @pytest.mark.slow
